@@ -1,0 +1,156 @@
+"""Measure a checkpoint.
+
+    python evaluate.py emoji                                    # the shipped weights, one seed
+    python evaluate.py emoji --checkpoint out/instruct --seeds 0 1 2 --json results.json
+
+`emoji`: for the pictures trained on and the two held-out splits (`tone`: an emoji in a skin tone not seen on it
+in that style; `style`: an emoji never seen in that style),
+
+    caption     the caption written for a picture is the true one, word for word
+    answers     the answer written to a question is the true one, by type of question; yes/no also the way POPE
+                reports it (arXiv 2305.10355), "yes" being the positive class
+    drawing     a prompt is drawn, and the nearest picture of the whole set by pixel distance has the right emoji
+                ("emoji"), or is the very picture asked for ("exact"); and the caption that the model then writes
+                for its own drawing is the prompt ("read back")
+
+Shapes: B batch, n pictures, P pixels a side.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+from data import UserError
+from sample import DEFAULT, Sampler, page
+
+BATCH = 64
+
+
+def progress(what: str, items: list, started: float):
+    """Batches of items, with a line on stderr of how far, how fast and how long still."""
+    for at in range(0, len(items), BATCH):
+        yield items[at:at + BATCH]
+        done = min(at + BATCH, len(items))
+        rate = done / (time.time() - started)
+        print(f"\r{what}: {done}/{len(items)}, {rate:.1f}/s, {(len(items) - done) / rate:.0f} s left   ",
+              end="" if done < len(items) else "\n", file=sys.stderr, flush=True)
+
+
+def pope(said: list[str], true: list[str]) -> dict[str, float]:
+    """POPE's five figures for yes/no answers, in percent; an answer that is neither counts as no and as wrong."""
+    pairs = list(zip(said, true))
+    hit = sum(s == t == "yes" for s, t in pairs)
+    claimed, positive = sum(s == "yes" for s in said), sum(t == "yes" for t in true)
+    precision, recall = hit / max(claimed, 1), hit / max(positive, 1)
+    return {"accuracy": 100 * sum(s == t for s, t in pairs) / len(pairs), "precision": 100 * precision,
+            "recall": 100 * recall, "F1": 200 * precision * recall / max(precision + recall, 1e-9),
+            "yes-ratio": 100 * claimed / len(pairs)}
+
+
+def nearest(drawn: Tensor, pictures: Tensor) -> list[int]:
+    """For each drawing (B, 3, P, P) the index of the picture (n, 3, P, P) at the least Euclidean distance."""
+    return torch.cdist(drawn.flatten(1), pictures.flatten(1)).argmin(1).tolist()
+
+
+def emoji(sampler: Sampler, records: list[dict], pictures: Tensor, split: str, seed: int, limit: int,
+          prompts: int, guidance: float, steps: int) -> dict[str, float]:
+    """Every figure of one split, in percent.  pictures: (n, 3, P, P) in [-1, 1]."""
+    pool = [i for i, r in enumerate(records) if r["split"] == split]              # the tar is in random order
+    if not pool:
+        raise UserError(f"no picture of the emoji tar is in the split \"{split}\"")
+    shown, figures, started = pool[:limit], {}, time.time()
+
+    right = []
+    for batch in progress(f"{split}, captions", shown, started):
+        said = sampler.write(pictures[batch], seed=seed)
+        right += [text == records[i]["caption"] for text, i in zip(said, batch)]
+    figures["caption"] = 100 * statistics.mean(right)
+
+    asked = [(i, q) for i in shown for q in records[i]["questions"]]
+    answers, started = defaultdict(list), time.time()
+    for batch in progress(f"{split}, answers", asked, started):
+        said = sampler.write(pictures[[i for i, _ in batch]], [q["question"] for _, q in batch], steps=32, seed=seed)
+        for text, (_, q) in zip(said, batch):
+            answers[q["type"]].append((text, q["answer"]))
+    for kind, pairs in answers.items():
+        figures[f"answer: {kind}"] = 100 * statistics.mean(said == true for said, true in pairs)
+    figures |= {f"POPE {name}": value for name, value in pope(*zip(*answers["yes/no"])).items()}
+
+    results, started = defaultdict(list), time.time()
+    for batch in progress(f"{split}, drawings", pool[:prompts], started):
+        drawn = sampler.draw([records[i]["caption"] for i in batch], seed=seed * 1000 + len(results["emoji"]),
+                             guidance=guidance, steps=steps)
+        read = sampler.write(drawn, seed=seed)
+        for i, found, text in zip(batch, nearest(drawn, pictures), read):
+            results["emoji"].append(records[found]["emoji"] == records[i]["emoji"])
+            results["exact"].append(found == i)
+            results["read back"].append(text == records[i]["caption"])
+    return figures | {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items()}
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Splits as columns, figures as rows: mean over seeds, and the spread from least to most when there are several."""
+    names = list(next(iter(results.values()))[0])
+    lines = ["| % | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    for name in names:
+        cells = []
+        for runs in results.values():
+            values = [run[name] for run in runs]
+            spread = f" ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = data.Parser(__doc__)
+    parser.add_argument("what", choices=["emoji"])
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT)
+    parser.add_argument("--data", type=Path, default=data.EMOJI_TAR)
+    parser.add_argument("--splits", nargs="+", choices=["train", "tone", "style"], default=["train", "tone", "style"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--limit", type=int, default=400, help="pictures a split that are captioned and asked about")
+    parser.add_argument("--prompts", type=int, default=200, help="prompts a split that are drawn")
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=28, help="Euler steps of a drawing")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--page", type=Path, help="measure nothing: draw a picture of results on held-out samples")
+    parser.add_argument("--json", type=Path, help="also write every figure of every seed here")
+    args = parser.parse_args(argv)
+    for name in ("limit", "prompts", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    for path in filter(None, (args.json, args.page)):
+        if not path.parent.is_dir():
+            parser.error(f"{path}: the folder {path.parent} does not exist")
+    sampler = Sampler(args.checkpoint, args.device)
+    records, pictures = data.load_emoji(args.data, sampler.pixels)
+    pictures = pictures.float() / 127.5 - 1
+    if args.page:
+        shown = [[i for i, r in enumerate(records) if r["split"] == split][:16] for split in ("train", "tone", "style")]
+        drawn, read = shown[0][:5] + shown[1][:3], shown[1][3:8] + shown[2][:3]
+        page(sampler, [records[i]["caption"] for i in drawn], [records[i]["caption"] for i in read],
+             pictures[read]).save(args.page)
+        return
+    results = {split: [emoji(sampler, records, pictures, split, seed, args.limit, args.prompts, args.guidance,
+                             args.steps) for seed in args.seeds] for split in args.splits}
+    print(table(results))
+    if args.json:
+        named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        args.json.write_text(json.dumps(dict(arguments=named, results=results), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

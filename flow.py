@@ -1,0 +1,88 @@
+"""Rectified flow for images.  Time runs from t = 1 (noise) to t = 0 (data).
+
+    x_t = (1 - t) x + t e,   e ~ N(0, 1);   the network predicts the velocity  v = dx_t/dt = e - x.
+
+This is the image half of L = L_image + lambda L_text in "Dual Diffusion for Unified Image Generation and
+Understanding" (arXiv 2501.00289); times and schedule are those of Stable Diffusion 3 (arXiv 2403.03206).
+Nothing here knows a network: `velocity` is any callable (x_t, t) -> v.
+
+Shapes: B batch, C latent channels, h and w latent height and width.
+"""
+
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def draw(shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """The random part of the loss: times t (B,) in (0, 1) and noise of the given shape (B, ...).
+
+    t = sigmoid(N(0, 1)), SD3's logit-normal: most of the effort goes to the middle, where the velocity is
+    hardest to tell.  Drawn apart from the loss so that a batch split over processes keeps one set of draws.
+    """
+    device = generator.device if generator is not None else None
+    t = torch.sigmoid(torch.randn(shape[0], generator=generator, device=device))  # (B,)
+    return t, torch.randn(shape, generator=generator, device=device)
+
+
+def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
+         t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+    """Mean over batch and pixels of |v(x_t, t) - (e - x)|^2, a scalar in float32.
+
+    x: clean latents (B, C, h, w).  t (B,) and noise (B, C, h, w) are drawn by `draw` unless both are given.
+    Raises ValueError when only one of them is.
+    """
+    if (t is None) != (noise is None):
+        raise ValueError("flow.loss takes t and noise together, or neither")
+    if t is None:
+        t, noise = draw(tuple(x.shape), generator)
+    t, noise = t.to(x), noise.to(x)
+    tt = t.view(-1, *[1] * (x.ndim - 1))                                          # (B, 1, 1, 1)
+    x_t = (1 - tt) * x + tt * noise
+    return (velocity(x_t, t).float() - (noise - x).float()).square().mean()
+
+
+def sigmas(steps: int, shift: float = 3.0) -> Tensor:
+    """Noise levels of an Euler walk, (steps + 1,) float32, from 1 down to 0.
+
+    The shift s' = shift s / (1 + (shift - 1) s) spends more steps at high noise, which large pictures need.
+    The grid ends at the shifted 1/1000 and is shifted as a whole, so its last level is shifted twice: the
+    published scheduler does so, and released weights are sampled with it.  Raises ValueError below one step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    shifted = lambda s: shift * s / (1 + (shift - 1) * s)
+    low = shifted(torch.tensor(1e-3, dtype=torch.float64))
+    grid = torch.linspace(1, float(low), steps, dtype=torch.float64)
+    return torch.cat([shifted(grid), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor, trajectory: list | None = None) -> Tensor:
+    """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1]; returns x of noise's shape.
+
+    `velocity` gets t as a tensor of shape (1,): one time for the whole batch.  `trajectory`, when given, is
+    filled with the predicted clean picture x - t v of every step and then the result.
+    """
+    x = noise
+    for t, s in zip(sigmas[:-1].to(x), sigmas[1:].to(x)):
+        v = velocity(x, t.view(1)).to(x)
+        if trajectory is not None:
+            trajectory.append(x - t * v)
+        x = x + (s - t) * v
+    if trajectory is not None:
+        trajectory.append(x)
+    return x
+
+
+def guide(velocity: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance v = v_null + scale (v_text - v_null).
+
+    `velocity` must answer a doubled batch (2B, ...), the text half first; the pair is one evaluation.
+    """
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        v_text, v_null = velocity(torch.cat([x, x]), t).chunk(2)                  # (B, C, h, w) each
+        return v_null + scale * (v_text - v_null)
+    return guided

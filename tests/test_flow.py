@@ -1,0 +1,82 @@
+"""flow.py against a Gaussian, whose velocity, flow map and least loss are known in closed form."""
+
+import pytest
+import torch
+
+import flow
+
+MEAN = torch.tensor([0.7, -1.2], dtype=torch.float64)
+VARIANCE = torch.tensor([0.25, 2.0], dtype=torch.float64)     # of x, per axis
+
+
+def velocity(x, t):
+    """E[e - x | x_t] for x ~ N(MEAN, VARIANCE): Gaussian conditioning, axis by axis."""
+    t = t.double().view(-1, 1)
+    x_t_variance = (1 - t) ** 2 * VARIANCE + t ** 2
+    return -MEAN + (t - (1 - t) * VARIANCE) / x_t_variance * (x - (1 - t) * MEAN)
+
+
+def draw_data(n, seed=0):
+    noise = torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return MEAN + VARIANCE.sqrt() * noise
+
+
+def test_samples_have_the_mean_and_covariance_of_the_target():
+    noise = torch.randn(100_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = flow.euler(velocity, noise, flow.sigmas(400, shift=1.0).double())
+    # 100 000 draws: a mean is off by 1.4 / sqrt(1e5) = 0.0045, so 0.02 is over four deviations; Euler adds under 0.01
+    assert torch.allclose(x.mean(0), MEAN, atol=0.02)
+    assert torch.allclose(x.T.cov(), torch.diag(VARIANCE), atol=0.04)
+
+
+def test_euler_error_falls_like_one_over_the_steps():
+    noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    exact = MEAN + VARIANCE.sqrt() * noise                    # the flow map of a Gaussian is affine
+    errors = [(flow.euler(velocity, noise, torch.linspace(1, 0, n + 1, dtype=torch.float64)) - exact).abs().mean()
+              for n in (50, 100, 200, 400)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 1.8 < coarse / fine < 2.2
+
+
+def test_loss_is_least_at_the_true_velocity_and_equals_the_conditional_variance_there():
+    x = draw_data(200_000)
+    at = lambda v: float(flow.loss(v, x, torch.Generator().manual_seed(3)))
+    best = at(velocity)
+    t, _ = flow.draw((200_000, 2), torch.Generator().manual_seed(3))
+    t = t.double().view(-1, 1)
+    left = 1 + VARIANCE - (t - (1 - t) * VARIANCE) ** 2 / ((1 - t) ** 2 * VARIANCE + t ** 2)
+    assert best == pytest.approx(float(left.mean()), rel=0.02)      # Monte Carlo: relative deviation about 0.004
+    for change in (lambda x, t: 0.1, lambda x, t: -0.1, lambda x, t: 0.1 * x, lambda x, t: 0.1 * t.view(-1, 1)):
+        assert at(lambda x, t: velocity(x, t) + change(x, t)) > best
+
+
+def test_sigmas_are_the_published_schedulers():
+    # printed by the release's scheduler (shift 3)
+    assert flow.sigmas(4, 3.0).tolist() == pytest.approx([1.0, 0.857692, 0.602151, 0.008929, 0.0], abs=1e-6)
+    assert flow.sigmas(28, 3.0)[-4:].tolist() == pytest.approx([0.199827, 0.110906, 0.008929, 0.0], abs=1e-6)
+    assert len(flow.sigmas(28)) == 29
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        flow.sigmas(0)
+
+
+def test_guidance_is_the_published_combination_in_one_evaluation():
+    calls = []
+
+    def pair(x, t):
+        calls.append(len(x))
+        return torch.cat([torch.full((2, 1), 3.0), torch.full((2, 1), 1.0)])
+    v = flow.guide(pair, 7.0)(torch.zeros(2, 1), torch.ones(1))
+    assert calls == [4] and v.flatten().tolist() == [1 + 7 * 2] * 2
+
+
+def test_times_are_logit_normal_and_a_split_batch_keeps_its_draws():
+    t, noise = flow.draw((100_000, 1), torch.Generator().manual_seed(0))
+    logit = torch.logit(t.double())
+    assert abs(logit.mean()) < 0.02 and abs(logit.std() - 1) < 0.02       # 6 and 9 deviations
+    x = torch.randn(8, 3)
+    t, noise = flow.draw((8, 3), torch.Generator().manual_seed(0))
+    v = lambda x, t: x * t[:, None]
+    parts = [flow.loss(v, x[i:i + 4], t=t[i:i + 4], noise=noise[i:i + 4]) for i in (0, 4)]
+    assert float(sum(parts) / 2) == pytest.approx(float(flow.loss(v, x, torch.Generator().manual_seed(0))), rel=1e-6)
+    with pytest.raises(ValueError, match="together"):
+        flow.loss(v, x, t=t)

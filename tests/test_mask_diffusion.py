@@ -1,0 +1,132 @@
+"""mask_diffusion.py against an oracle: the exact conditionals of a known joint over 3 tokens of 4 values."""
+
+import pytest
+import torch
+
+import mask_diffusion
+
+V, MASK = 4, 4
+JOINT = torch.rand(V, V, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 3
+JOINT /= JOINT.sum()
+
+
+def oracle(ids):
+    """log p(x_i | the unmasked ones), (B, 3, 5); [MASK] itself gets the largest logit, as a trap."""
+    B = len(ids)
+    weight = JOINT.expand(B, V, V, V).clone()
+    for axis in range(3):
+        allowed = torch.nn.functional.one_hot(ids[:, axis].clamp(max=V - 1), V).double()
+        allowed[ids[:, axis] == MASK] = 1
+        weight *= allowed.view([B] + [V if a == axis else 1 for a in range(3)])
+    marginals = [weight.sum([a + 1 for a in range(3) if a != axis]) for axis in range(3)]
+    p = torch.stack(marginals, 1)
+    logits = torch.log(p / p.sum(-1, keepdim=True) + 1e-300)
+    return torch.cat([logits, torch.full((B, 3, 1), 50.0, dtype=torch.float64)], -1)
+
+
+def chi_square(samples):
+    cells = samples @ torch.tensor([16, 4, 1])
+    seen, wanted = torch.bincount(cells, minlength=64).double(), JOINT.flatten() * len(samples)
+    big = wanted >= 5                                       # small cells are pooled into one, as the test asks
+    seen, wanted = (torch.cat([x[big], x[~big].sum()[None]]) for x in (seen, wanted))
+    return float(((seen - wanted) ** 2 / wanted.clamp(min=1e-9)).sum()), len(seen) - 1
+
+
+def test_sampler_reproduces_a_known_joint_distribution():
+    # 10 000 steps for 3 tokens: two reveals in one step once in 3 300 rows, so one reveal a step in effect
+    ids = torch.full((20_000, 3), MASK)
+    samples = mask_diffusion.sample(oracle, ids, MASK, 10_000, torch.Generator().manual_seed(1))
+    statistic, freedom = chi_square(samples)
+    # mean `freedom`, deviation sqrt(2 freedom): 4 deviations, one false alarm in about 5 000 seeds
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    assert (samples != MASK).all()
+
+
+def test_one_step_is_biased_towards_independent_tokens():
+    """The check above can fail: with all tokens revealed at once the joint is lost, the marginals are not."""
+    samples = mask_diffusion.sample(oracle, torch.full((20_000, 3), MASK), MASK, 1, torch.Generator().manual_seed(1))
+    statistic, freedom = chi_square(samples)
+    assert statistic > 2 * freedom + 100
+    marginal = torch.bincount(samples[:, 0], minlength=V) / len(samples)
+    assert torch.allclose(marginal.double(), JOINT.sum((1, 2)), atol=0.015)      # 4 deviations
+
+
+def test_expected_loss_with_the_oracle_is_the_negative_log_likelihood():
+    for x in ([0, 1, 2], [3, 3, 0]):
+        exact = -float(torch.log(JOINT[tuple(x)]))
+        ids = torch.tensor(x).expand(400_000, 3)
+        bound = 3 * float(mask_diffusion.loss(oracle, ids, MASK, generator=torch.Generator().manual_seed(2)))
+        assert bound == pytest.approx(exact, rel=0.01)      # Monte Carlo deviation under 0.3 %, T_MIN 0.1 %
+
+
+def test_frozen_tokens_are_never_masked_and_carry_no_loss():
+    frozen = torch.tensor([True, False, False]).expand(512, 3)
+    seen = []
+
+    def watch(ids):
+        seen.append(ids)
+        return oracle(ids)
+    ids = torch.tensor([2, 1, 0]).expand(512, 3)
+    value = mask_diffusion.loss(watch, ids, MASK, frozen, torch.Generator().manual_seed(0))
+    assert (seen[0][:, 0] == 2).all() and (seen[0][:, 1:] == MASK).any()
+
+    def wrong_at_frozen(ids):
+        logits = oracle(ids).clone()
+        logits[:, 0] = -logits[:, 0]
+        return logits
+    assert value == mask_diffusion.loss(wrong_at_frozen, ids, MASK, frozen, torch.Generator().manual_seed(0))
+    exact = -float(torch.log(JOINT[2, 1, 0] / JOINT[2].sum()))                # p(x2, x3 | x1), over 2 tokens
+    ids = torch.tensor([2, 1, 0]).expand(400_000, 3)
+    value = mask_diffusion.loss(oracle, ids, MASK, frozen[:1].expand(400_000, 3), torch.Generator().manual_seed(1))
+    assert 2 * float(value) == pytest.approx(exact, rel=0.01)
+
+
+def test_sampling_changes_masked_tokens_only():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, V + 1, (1000, 3), generator=generator)
+    states = []
+    out = mask_diffusion.sample(oracle, ids, MASK, 5, generator, trajectory=states)
+    given = ids != MASK
+    assert torch.equal(out[given], ids[given]) and (out != MASK).all()
+    for _, state in states:
+        assert torch.equal(state[given], ids[given])
+    for (_, before), (_, after) in zip(states, states[1:]):
+        assert torch.equal(before[before != MASK], after[before != MASK])     # once revealed, for good
+
+
+def test_a_batch_costs_at_most_one_evaluation_a_masked_token():
+    calls = []
+
+    def count(ids):
+        calls.append(1)
+        return oracle(ids)
+    mask_diffusion.sample(count, torch.full((500, 3), MASK), MASK, 1000, torch.Generator().manual_seed(0))
+    assert len(calls) == 3
+
+
+def test_training_times_cover_the_unit_interval_evenly():
+    for seed in range(20):
+        t, _ = mask_diffusion.draw((50, 1), torch.Generator().manual_seed(seed))
+        assert t.min() > 0 and t.max() <= 1
+        unit = (t - mask_diffusion.T_MIN) / (1 - mask_diffusion.T_MIN)
+        gaps = unit.sort().values.diff()
+        assert torch.allclose(gaps, torch.full((49,), 1 / 50), atol=1e-5)     # exactly 1/B apart
+
+
+def test_draws_follow_the_softmax_and_its_temperature():
+    logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
+    for temperature in (1.0, 0.5):
+        drawn = mask_diffusion.categorical(logits.expand(100_000, 3), temperature, torch.Generator().manual_seed(0))
+        share = torch.bincount(drawn, minlength=3) / 100_000
+        assert torch.allclose(share.double(), (logits[0] / temperature).softmax(0), atol=0.007)   # 4 deviations
+    assert mask_diffusion.categorical(logits, 0.0).tolist() == [2]
+
+
+def test_bad_arguments_are_refused():
+    ids = torch.full((1, 3), MASK)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        mask_diffusion.sample(oracle, ids, MASK, 0)
+    with pytest.raises(ValueError, match="temperature must be 0 or more"):
+        mask_diffusion.sample(oracle, ids, MASK, 1, temperature=-1)
+    with pytest.raises(ValueError, match="together"):
+        mask_diffusion.loss(oracle, ids, MASK, t=torch.ones(1))

@@ -1,0 +1,109 @@
+"""train.py as a program: one process and two, stop and resume, both stages, and mistakes at the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import data
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--batch", "4", "--dtype", "float32", "--log-every", "1", "--sample-every", "0", "--warmup", "2"]
+
+
+@pytest.fixture(scope="module")
+def small_tar(tmp_path_factory):
+    """The first 60 samples of the emoji set."""
+    path = tmp_path_factory.mktemp("data") / "small.tar"
+    with tarfile.open(data.EMOJI_TAR) as whole, tarfile.open(path, "w") as small:
+        for _ in range(120):
+            member = whole.next()
+            small.addfile(member, whole.extractfile(member))
+    return str(path)
+
+
+def train(*flags, processes=1, expect=0):
+    launcher = [sys.executable, "train.py"] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == expect, done.stderr[-2000:]
+    return done
+
+
+def losses(out):
+    return {row["step"]: (row["image_loss"], row["text_loss"])
+            for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
+
+
+def test_two_processes_take_the_same_steps_as_one(small_tar, tmp_path):
+    flags = ["--data", small_tar, "--steps", 5, *QUICK]
+    train("--out", tmp_path / "one", *flags)
+    train("--out", tmp_path / "two", *flags, processes=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two) == [1, 2, 3, 4, 5]
+    for step in one:
+        assert one[step] == pytest.approx(two[step], abs=1e-5)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert a.keys() == b.keys() and any(k.startswith("embedding.") for k in a)
+    assert json.loads((tmp_path / "two" / "train.json").read_text())["world"] == 2
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_tar, tmp_path):
+    flags = ["--data", small_tar, *QUICK, "--ema", "0.5", "--save-every", "3"]
+    train("--out", tmp_path / "whole", *flags, "--steps", 6)
+    train("--out", tmp_path / "parts", *flags, "--steps", 3)
+    train("--out", tmp_path / "parts", *flags, "--steps", 6)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert ((tmp_path / "whole" / "model.safetensors").read_bytes()
+            == (tmp_path / "parts" / "model.safetensors").read_bytes())
+
+
+def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
+    out = tmp_path / "pretrain"
+    process = subprocess.Popen([sys.executable, "train.py", "--out", str(out), "--data", small_tar, "--steps", "9999",
+                                *QUICK, "--save-every", "9999"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 3):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saved; the same command goes on" in said
+    assert len(list(out.glob("step_*"))) == 1
+
+    train("--stage", "instruct", "--init", out, "--out", tmp_path / "instruct", "--data", small_tar, "--steps", 2,
+          *QUICK, "--sample-every", "2")
+    made = {p.name for p in (tmp_path / "instruct").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "train.json", "log.jsonl", "loss.png",
+            "samples_2.png", "step_2"} <= made
+    assert json.loads((tmp_path / "instruct" / "train.json").read_text())["text_weight"] == 1.0
+
+
+@pytest.mark.parametrize("flags, status, message", [
+    (["--stage", "nonsense"], 2, "invalid choice: 'nonsense'"),
+    (["--stepz", "3"], 2, "unknown argument --stepz; did you mean --steps?"),
+    (["--steps", "0"], 2, "--steps must be at least 1, got 0"),
+    (["--steps", "many"], 2, "invalid int value: 'many'"),
+    (["--text-dropout", "1.5"], 2, "--text-dropout must be from 0 to 1, got 1.5"),
+    (["--init", "nowhere"], 1, "nowhere: expected a checkpoint folder, found nothing"),
+    (["--data", "nowhere.tar"], 1, "nowhere.tar: no such tar file"),
+    (["--preset", "sd3-medium"], 1, "needs a VAE's latents"),
+])
+def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar):
+    done = train(*(["--data", small_tar] if "--data" not in flags else []), "--out", tmp_path / "x", *flags,
+                 expect=status)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_a_folder_with_nothing_to_resume_is_refused(small_tar, tmp_path):
+    (tmp_path / "log.jsonl").write_text("")
+    done = train("--out", tmp_path, "--data", small_tar, "--steps", 1, *QUICK, expect=1)
+    assert "no complete step_* folder to resume from" in done.stderr and len(done.stderr.splitlines()) == 1
+    train("--out", tmp_path, "--data", small_tar, "--steps", 1, *QUICK, "--fresh")

@@ -1,0 +1,414 @@
+"""Train the dual diffusion transformer: one loop, two losses, L = L_image + lambda L_text.
+
+    python train.py --preset emoji --stage pretrain                     # from scratch: pictures and captions
+    python train.py --preset emoji --stage instruct --init out/pretrain # then questions with answers
+    torchrun --standalone --nproc_per_node=2 train.py --stage pretrain  # the same lines, sharded by FSDP2
+
+A run lives in --out (out/STAGE unless given): log.jsonl, loss.png, samples_*.png, step_*/ to resume from, and
+model.safetensors + config.json + tokenizer.json, the EMA weights that sample.py reads.  Run the same command
+again and it goes on from the newest step_* folder; Ctrl-C and SIGTERM save first.
+
+The stages of the paper on its own data, from SD3's weights, are not here yet: this trains the end-to-end
+variant (GPT-2's tokenizer, own embedding table) on the emoji set, with `Pixels` as latents.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import checkpoint
+import data
+import flow
+import mask_diffusion
+import sample
+from data import UserError
+from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
+
+
+@dataclass
+class TrainConfig:
+    stage: str = "pretrain"         # pretrain: captions; instruct: half captions, half questions with answers
+    preset: str = "emoji"           # sizes of the model, a name of model.PRESETS; --init brings its own
+    init: str = ""                  # checkpoint folder to start from; empty: from scratch
+    out: str = ""                   # folder of the run; empty: out/STAGE
+    data: str = str(data.EMOJI_TAR) # the emoji tar
+    pixels: int = 32                # pictures are resized to this
+    steps: int = 3000               # updates
+    batch: int = 64                 # pictures in the image loss, and as many in the text loss, over all processes
+    lr: float = 1.2e-3              # peak learning rate
+    schedule: str = "constant"      # after warm-up: constant, or linear down to zero
+    warmup: int = 200               # steps of linear warm-up
+    weight_decay: float = 1e-2      # AdamW's
+    text_weight: float = 0.2        # lambda
+    text_dropout: float = 0.1       # share of pictures drawn from the empty prompt, for guidance
+    text_length: int = 24           # tokens of a text, padding included
+    vocabulary: str = "used"        # used: GPT-2's tokens that the texts use; full: all 50257
+    clip: float = 2.0               # largest gradient norm
+    ema: float = 0.999              # decay of the averaged weights
+    seed: int = 0                   # of weights, order, noise, times and masks
+    dtype: str = "bfloat16"         # of matrix products: bfloat16 or float32; weights stay float32
+    device: str = "auto"            # auto, cpu or cuda
+    compile: bool = False           # torch.compile each block (needs a C++ compiler on a CPU)
+    log_every: int = 20             # steps between lines
+    save_every: int = 250           # steps between checkpoints
+    sample_every: int = 500         # steps between pictures of samples; 0: never
+    fresh: bool = False             # start over in a folder that holds a run, instead of going on
+
+
+STAGES = {  # what differs from the defaults above; the paper's lambda is 0.2, then 1.0
+    "pretrain": dict(),
+    "instruct": dict(steps=1200, schedule="linear", warmup=50, text_weight=1.0),
+}
+
+
+def parse(argv: list[str] | None = None) -> TrainConfig:
+    """The command line as a TrainConfig: dataclass defaults, then the stage's, then the flags."""
+    parser = data.Parser(__doc__)
+    for field in fields(TrainConfig):
+        name, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        if kind is bool:
+            parser.add_argument(name, action="store_true", default=None)
+        else:
+            choices = dict(stage=list(STAGES), preset=list(PRESETS), schedule=["constant", "linear"],
+                           vocabulary=["used", "full"], dtype=["float32", "bfloat16"],
+                           device=["auto", "cpu", "cuda"]).get(field.name)
+            parser.add_argument(name, type=kind, choices=choices, default=None,
+                                help=f"default {field.default}" if field.default != "" else None)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    config = TrainConfig(**(STAGES[given.get("stage", "pretrain")] | given))
+    for name in ("pixels", "steps", "batch", "text_length", "log_every", "save_every"):
+        if getattr(config, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    for name, low, high in (("text_dropout", 0, 1), ("ema", 0, 1), ("lr", 0, 1), ("clip", 0, float("inf")),
+                            ("text_weight", 0, float("inf")), ("warmup", 0, float("inf"))):
+        if not low <= getattr(config, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, got {getattr(config, name)}")
+    return replace(config, out=config.out or f"out/{config.stage}")
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+def start_processes(config: TrainConfig) -> tuple[int, int, torch.device]:
+    """(rank, world, device); a process group only under torchrun."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    kind = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1, torch.device(kind)
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def shard(model: nn.ModuleDict, dtype: torch.dtype) -> None:
+    """FSDP2: each block, then each root.  Gradients and optimizer state are sharded (ZeRO-2, the paper's);
+    master weights and reductions are float32."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None,
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model["mmdit"].blocks:
+        fully_shard(block, mp_policy=policy, reshard_after_forward=False)
+    for part in model.values():
+        fully_shard(part, mp_policy=policy, reshard_after_forward=False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def total(x: Tensor, world: int) -> Tensor:
+    """The mean over processes."""
+    if world > 1:
+        dist.all_reduce(x)
+    return x / world
+
+
+# ----------------------------------------------------------------------------------------------------- data
+
+def order(seed: int, name: str, size: int, step: int, batch: int) -> list[int]:
+    """The samples of one step: positions [step B, (step + 1) B) of an endless run of shuffled epochs.
+
+    A function of its arguments alone, so that a resumed run, or another number of processes, sees the same.
+    """
+    picked = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, at = divmod(position, size)
+        if not picked or at == 0:
+            shuffled = torch.randperm(size, generator=seeded(seed, name, epoch))
+        picked.append(int(shuffled[at]))
+    return picked
+
+
+def seeded(*key) -> torch.Generator:
+    return torch.Generator().manual_seed(int(data.fraction(repr(key)) * 2**53))
+
+
+def text_sample(tokenizer: data.Tokenizer, record: dict, stage: str, length: int,
+                generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """ids (L,) and frozen (L,), True at the prompt: a caption, or in `instruct` every other time a question."""
+    pick = torch.rand(2, generator=generator).tolist()
+    prompt, answer = [], record["caption"]
+    if stage == "instruct" and pick[0] < 0.5:
+        asked = record["questions"][int(pick[1] * len(record["questions"]))]
+        prompt, answer = tokenizer.pieces(data.question_prompt(asked["question"])), asked["answer"]
+    ids = tokenizer.fit(prompt + tokenizer.pieces(answer), length)
+    return ids, torch.arange(length) < len(prompt)
+
+
+# -------------------------------------------------------------------------------------------- the run's folder
+
+def newest_step(out: Path) -> Path | None:
+    """The newest complete step_* folder of a run."""
+    done = [p for p in out.glob("step_*") if (p / ".metadata").exists()]
+    return max(done, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+
+
+def save_step(out: Path, step: int, model: nn.ModuleDict, optimizer, ema: dict, rank: int, world: int) -> None:
+    """Everything a resume needs, written beside and renamed when whole; the newest two are kept."""
+    weights, state = get_state_dict(model, optimizer)
+    temporary = out / f".tmp_step_{step}"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if world > 1:
+        dist.barrier()
+    dcp.save({"model": weights, "optimizer": state, "ema": ema}, checkpoint_id=temporary, no_dist=world == 1)
+    if rank == 0 and not (out / f"step_{step}").exists():
+        temporary.rename(out / f"step_{step}")
+        done = sorted(out.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+        for old in done[:-2]:
+            shutil.rmtree(old)
+    if world > 1:
+        dist.barrier()
+
+
+def load_step(folder: Path, model: nn.ModuleDict, optimizer, ema: dict, world: int) -> int:
+    weights, state = get_state_dict(model, optimizer)
+    held = {"model": weights, "optimizer": state, "ema": ema}
+    try:
+        dcp.load(held, checkpoint_id=folder, no_dist=world == 1)
+    except (dcp.api.CheckpointException, RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{folder}: can't be resumed from ({reason}); delete it to go on from the one before")
+    set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
+    return int(folder.name.removeprefix("step_"))
+
+
+def draw_losses(rows: list[dict], path: Path, size: tuple[int, int] = (720, 360)) -> None:
+    """Both losses over steps on log axes of their own, left the image loss (blue), right the text loss (red)."""
+    picture = Image.new("RGB", size, "white")
+    pen, (width, height), margin = ImageDraw.Draw(picture), size, 50
+    for key, colour, side in (("image_loss", (40, 90, 200), "left"), ("text_loss", (200, 60, 40), "right")):
+        values = torch.tensor([row[key] for row in rows]).clamp(min=1e-4).log10()
+        low, high = float(values.min()), float(values.max())
+        spread = max(high - low, 1e-3)
+        at = lambda i, v: (margin + (width - 2 * margin) * rows[i]["step"] / max(rows[-1]["step"], 1),
+                           height - margin - (height - 2 * margin) * (float(v) - low) / spread)
+        pen.line([at(i, v) for i, v in enumerate(values)], fill=colour, width=2)
+        for value, y in ((low, height - margin), (high, margin)):
+            pen.text((4 if side == "left" else width - margin + 4, y - 6), f"{10 ** value:.3g}", fill=colour)
+        pen.text((margin if side == "left" else width - 140, 12), key.replace("_", " "), fill=colour)
+    pen.rectangle((margin, margin, width - margin, height - margin), outline=(180, 180, 180))
+    pen.text((width // 2 - 40, height - 30), f"{rows[-1]['step']} steps", fill="black")
+    picture.save(path)
+
+
+# ----------------------------------------------------------------------------------------------------- train
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(argv)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # dcp says so at world size 1
+    rank, world, device = start_processes(config)
+    out, dtype = Path(config.out), getattr(torch, config.dtype)
+    if config.batch % world:
+        raise UserError(f"--batch {config.batch} does not divide over {world} processes")
+    B = config.batch // world
+    mine = slice(rank * B, (rank + 1) * B)                       # this process's rows of a global batch
+
+    # data
+    records, pictures = data.load_emoji(Path(config.data), config.pixels)
+    seen = [i for i, r in enumerate(records) if r["split"] == "train"]
+    held = [i for i, r in enumerate(records) if r["split"] != "train"]
+    if not seen:
+        raise UserError(f"{config.data}: no sample of this tar is in the split \"train\"")
+
+    # model: from a checkpoint, or a preset with the tokenizer's vocabulary
+    if config.init:
+        mmdit, embedding = checkpoint.load_mmdit(config.init), checkpoint.load_embedding(config.init)
+        keep = checkpoint.read_json(Path(config.init) / "tokenizer.json").get("keep")
+        if config.text_length > mmdit.config.text_length:
+            raise UserError(f"--text-length {config.text_length}: {config.init} was trained with at most "
+                            f"{mmdit.config.text_length}")
+    else:
+        keep = data.gpt2_subset(data.emoji_texts(records)) if config.vocabulary == "used" else None
+        sizes = PRESETS[config.preset] | dict(vocab_size=data.gpt2_tokenizer(keep).vocab_size,
+                                              text_length=config.text_length)
+        if sizes.get("channels") != 3:
+            raise UserError(f"--preset {config.preset} needs a VAE's latents; this trainer has pixels: use emoji")
+        torch.manual_seed(config.seed)
+        mmdit = MMDiT(MMDiTConfig(**sizes))
+        embedding = TokenEmbedding(sizes["vocab_size"], sizes["text_length"], sizes["text_width"])
+    tokenizer, sizes = data.gpt2_tokenizer(keep), mmdit.config
+    model = nn.ModuleDict(dict(mmdit=mmdit, embedding=embedding)).to(device).train()
+    mmdit.null_image.requires_grad_(False)                       # both stages have pictures: it would never learn
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64                # image, text, and last-block variants
+        for block in mmdit.blocks:
+            block.compile()
+    if world > 1:
+        shard(model, dtype)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    # the run's folder
+    step, begun = 0, newest_step(out)
+    if begun is None and (out / "log.jsonl").exists() and not config.fresh:
+        raise UserError(f"{out}: holds a log and no complete step_* folder to resume from; "
+                        f"use --fresh to start over, or another --out")
+    if begun is not None and not config.fresh:
+        step = load_step(begun, model, optimizer, ema, world)
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if config.fresh:
+            for old in out.glob("step_*"):
+                shutil.rmtree(old)
+            (out / "log.jsonl").unlink(missing_ok=True)
+        (out / "train.json").write_text(json.dumps(asdict(config) | dict(world=world, torch=torch.__version__),
+                                                   indent=1) + "\n")
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count / 1e6:.2f} M parameters, {len(seen)} pictures to learn, {len(held)} held out, "
+              f"vocabulary {tokenizer.vocab_size}, {world} process(es), {device}, from step {step}", flush=True)
+    rows = []
+    if step and (out / "log.jsonl").exists():
+        rows = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["step"] <= step]
+    log = open(out / "log.jsonl", "w") if rank == 0 else None
+    for row in rows if log else []:
+        log.write(json.dumps(row) + "\n")
+
+    stop = []                                                    # a signal asks; the end of a step obeys
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stop.append(number))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # measured on a CPU: flash attention's backward took a third of the step, plain products a tenth
+    kernels = [SDPBackend.MATH] + [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] * (device.type == "cuda")
+    empty = tokenizer.encode("", config.text_length)
+    scale = lambda indices: pictures[indices].to(device).float() / 127.5 - 1     # (B, 3, P, P) in [-1, 1]
+    clean, started, first, sums = torch.zeros(1, device=device), time.time(), step, torch.zeros(3, device=device)
+
+    def save() -> None:
+        save_step(out, step, model, optimizer, ema, rank, world)
+        averaged = {name: whole(tensor) for name, tensor in ema.items()}         # collective: all processes
+        if rank == 0:
+            checkpoint.save(out, averaged, sizes, keep, dtype=torch.float16, pixels=config.pixels, step=step,
+                            text_length=config.text_length, stage=config.stage)
+
+    while step < config.steps:
+        # 1. learning rate
+        lr = config.lr * min(1, (step + 1) / max(config.warmup, 1))
+        if config.schedule == "linear":
+            lr *= max(0.0, 1 - max(0, step - config.warmup) / max(config.steps - config.warmup, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # 2. the image loss: noised pictures, clean captions, now and then none
+        draws = seeded(config.seed, config.stage, "draws", step)                 # one set for the global batch
+        indices = [seen[i] for i in order(config.seed, "image" + config.stage, len(seen), step, config.batch)]
+        t, noise = flow.draw((config.batch, 3, config.pixels, config.pixels), draws)
+        dropped = torch.rand(config.batch, generator=draws) < config.text_dropout
+        ids = torch.stack([empty if dropped[i] else tokenizer.encode(records[k]["caption"], config.text_length)
+                           for i, k in enumerate(indices)])[mine].to(device)
+        with autocast, sdpa_kernel(kernels):
+            velocity = lambda x_t, t: model["mmdit"](x_t, model["embedding"](ids), t, need="velocity")[0]
+            image_loss = flow.loss(velocity, scale(indices[mine]), t=t[mine], noise=noise[mine])
+            image_loss.backward()
+
+        # 3. the text loss: clean pictures, masked captions or answers
+        indices = [seen[i] for i in order(config.seed, "text" + config.stage, len(seen), step, config.batch)]
+        t, uniform = mask_diffusion.draw((config.batch, config.text_length), draws)
+        texts, frozen = map(torch.stack, zip(*(text_sample(tokenizer, records[k], config.stage, config.text_length,
+                                                           draws) for k in indices)))
+        tokens = float((~frozen).sum()) / world                  # the sum over processes is the global mean
+        with autocast, sdpa_kernel(kernels):
+            images = scale(indices[mine])
+            logits = lambda masked: model["mmdit"](images, model["embedding"](masked), clean, need="logits")[1]
+            text_loss = mask_diffusion.loss(logits, texts[mine].to(device), tokenizer.mask_id,
+                                            frozen[mine].to(device), t=t[mine], uniform=uniform[mine], tokens=tokens)
+            (config.text_weight * text_loss).backward()
+
+        # 4. clip, step, average
+        norm = whole(nn.utils.clip_grad_norm_(learning, config.clip))
+        sums += torch.stack([image_loss.detach(), text_loss.detach(), norm])
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(config.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_([local(e) for e in ema.values()],
+                             [local(p.detach()) for p in model.parameters()], 1 - decay)
+        step += 1
+
+        # 5. log, stop, save, draw
+        last = step == config.steps
+        if step % config.log_every == 0 or last or step <= 5:
+            span = step - (rows[-1]["step"] if rows else 0)
+            means = total(sums / span, world).tolist()
+            sums.zero_()
+            if not all(map(torch.isfinite, torch.tensor(means))):
+                raise UserError(f"step {step}: the loss is not finite (image {means[0]}, text {means[1]}); "
+                                f"go on from {newest_step(out)} with a smaller --lr")
+            elapsed = time.time() - started
+            rate = (step - first) / elapsed
+            rows.append(dict(step=step, image_loss=means[0], text_loss=means[1], grad_norm=means[2], lr=lr,
+                             seconds=round(elapsed, 1), samples_per_s=round(2 * config.batch * rate, 1)))
+            if rank == 0:
+                log.write(json.dumps(rows[-1]) + "\n")
+                log.flush()
+                left = (config.steps - step) / rate
+                print(f"step {step}/{config.steps}  image {means[0]:.4f}  text {means[1]:.4f}  "
+                      f"grad {means[2]:.2f}  {2 * config.batch * rate:.0f} samples/s  {left / 60:.1f} min left",
+                      flush=True)
+        asked = torch.tensor(float(bool(stop)), device=device)
+        stopping = bool(total(asked, world) > 0)
+        drawing = config.sample_every and (step % config.sample_every == 0 or last) and not stopping
+        if step % config.save_every == 0 or last or stopping or drawing:         # samples are drawn from what is saved
+            save()
+            if rank == 0:
+                draw_losses(rows, out / "loss.png")
+        if rank == 0 and drawing:
+            page = sample.page(sample.Sampler(out), [records[i]["caption"] for i in seen[:6] + held[:2]],
+                               [records[i]["caption"] for i in held[:8]], scale(held[:8]).cpu())
+            page.save(out / f"samples_{step}.png")
+        if stopping:
+            if rank == 0:
+                print(f"stopped at step {step}, saved; the same command goes on from here", flush=True)
+            break
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
