@@ -41,7 +41,9 @@ class Sampler:
         self.mmdit = checkpoint.load_mmdit(path, dtype).to(device)
         self.embedding = checkpoint.load_embedding(path, dtype).to(device)
         self.vae = checkpoint.load_vae(path)
-        self.pixels, self.length = config["pixels"], config["mmdit"].text_length
+        self.pixels, self.length = config.get("pixels"), config["mmdit"].text_length
+        if not isinstance(self.pixels, int) or self.pixels < 1:
+            raise UserError(f"{path}: config.json says \"pixels\": {self.pixels!r}, expected the side of a picture")
         if self.tokenizer.vocab_size != config["mmdit"].vocab_size:
             raise UserError(f"{path}: tokenizer.json has {self.tokenizer.vocab_size} tokens, "
                             f"config.json {config['mmdit'].vocab_size}")
@@ -182,9 +184,13 @@ def text_frame(tokenizer: data.Tokenizer, ids: Tensor, step: int, steps: int) ->
     return page
 
 
-def save_gif(frames: list[Image.Image], path: Path) -> None:
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[120] * (len(frames) - 1) + [2000])
+def write_picture(path: Path, *frames: Image.Image) -> None:
+    """One picture, or several as an animation that rests on the last."""
+    motion = dict(save_all=True, append_images=frames[1:], loop=0, duration=[120] * (len(frames) - 1) + [2000])
+    try:
+        frames[0].save(path, **(motion if len(frames) > 1 else {}))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error})")
 
 
 def parse(argv: list[str] | None = None):
@@ -230,7 +236,7 @@ def parse(argv: list[str] | None = None):
             parser.error(f"{path}: the folder {path.parent} does not exist")
         if path == args.trajectory and path.suffix != ".gif":
             parser.error(f"--trajectory {path}: expected a name that ends in .gif")
-        if path == args.out and path.suffix.lower() not in Image.registered_extensions():
+        if path == args.out and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
             parser.error(f"--out {path}: expected a picture's name, such as {path.stem}.png")
     return args
 
@@ -251,24 +257,24 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"{flag} has {count} tokens, this model reads {sampler.length - 1}; shorten it")
         drawn = sampler.draw([args.prompt] * args.n, args.negative_prompt, args.steps or 28, args.guidance, args.seed,
                              args.shift, states)
-        grid(drawn).save(args.out)
+        write_picture(args.out, grid(drawn))
         print(args.out)
         if states:
-            save_gif([grid(sampler.vae.decode(state)) for state in states], args.trajectory)
+            write_picture(args.trajectory, *[grid(sampler.vae.decode(state)) for state in states])
         return
 
     pixels = data.to_tensor(data.fit_picture(image, sampler.pixels))
-    how = dict(temperature=args.temperature, seed=args.seed, trajectory=states)
+    steps = args.steps or (128 if args.question is None else 32)
+    how = dict(steps=steps, temperature=args.temperature, seed=args.seed, trajectory=states)
     if args.text is not None:
-        print(sampler.infill(pixels, args.text, steps=args.steps or 128, **how))
+        print(sampler.infill(pixels, args.text, **how))
     else:
         if args.max_tokens is not None and args.max_tokens > sampler.length:
             raise UserError(f"--max-tokens {args.max_tokens}: this model writes at most {sampler.length} tokens")
-        steps = args.steps or (128 if args.question is None else 32)
-        print(sampler.write(pixels[None], args.question, args.max_tokens, steps=steps, **how)[0])
+        print(sampler.write(pixels[None], args.question, args.max_tokens, **how)[0])
     if states:
-        save_gif([text_frame(sampler.tokenizer, ids[0], int(step[0]), args.steps or (32 if args.question else 128))
-                  for step, ids in states], args.trajectory)
+        write_picture(args.trajectory, *[text_frame(sampler.tokenizer, ids[0], int(step[0]), steps)
+                                         for step, ids in states])
 
 
 if __name__ == "__main__":

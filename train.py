@@ -26,7 +26,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -43,20 +45,22 @@ from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 
 @dataclass
 class TrainConfig:
-    stage: str = "pretrain"         # pretrain: captions; instruct: half captions, half questions with answers
+    stage: str = "pretrain"         # pretrain: captions; instruct: captions, and questions with answers
     preset: str = "emoji"           # sizes of the model, a name of model.PRESETS; --init brings its own
     init: str = ""                  # checkpoint folder to start from; empty: from scratch
     out: str = ""                   # folder of the run; empty: out/STAGE
     data: str = str(data.EMOJI_TAR) # the emoji tar
     pixels: int = 32                # pictures are resized to this
-    steps: int = 3000               # updates
+    steps: int = 1200               # updates
     batch: int = 64                 # pictures in the image loss, and as many in the text loss, over all processes
     lr: float = 1.2e-3              # peak learning rate
     schedule: str = "constant"      # after warm-up: constant, or linear down to zero
     warmup: int = 200               # steps of linear warm-up
-    weight_decay: float = 1e-2      # AdamW's
+    optimizer: str = "adamw"        # adamw; or muon for the blocks' matrices (arXiv 2502.16982), adamw for the rest
+    weight_decay: float = 1e-2      # of either
     text_weight: float = 0.2        # lambda
     text_dropout: float = 0.1       # share of pictures drawn from the empty prompt, for guidance
+    question_share: float = 0.3     # of the texts in `instruct`; the others are captions
     text_length: int = 24           # tokens of a text, padding included
     vocabulary: str = "used"        # used: GPT-2's tokens that the texts use; full: all 50257
     clip: float = 2.0               # largest gradient norm
@@ -71,9 +75,10 @@ class TrainConfig:
     fresh: bool = False             # start over in a folder that holds a run, instead of going on
 
 
-STAGES = {  # what differs from the defaults above; the paper's lambda is 0.2, then 1.0
+STAGES = {  # what differs from the defaults above (the paper's lambda is 0.2, then 1.0 in instruction tuning)
     "pretrain": dict(),
-    "instruct": dict(steps=1200, schedule="linear", warmup=50, text_weight=1.0),
+    # The rate falls to zero here, so the average is short: a long one would lag behind the weights.
+    "instruct": dict(steps=2100, optimizer="muon", lr=2.5e-3, schedule="linear", warmup=50, text_weight=0.5, ema=0.995),
 }
 
 
@@ -86,7 +91,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
             parser.add_argument(name, action="store_true", default=None)
         else:
             choices = dict(stage=list(STAGES), preset=list(PRESETS), schedule=["constant", "linear"],
-                           vocabulary=["used", "full"], dtype=["float32", "bfloat16"],
+                           vocabulary=["used", "full"], dtype=["float32", "bfloat16"], optimizer=["adamw", "muon"],
                            device=["auto", "cpu", "cuda"]).get(field.name)
             parser.add_argument(name, type=kind, choices=choices, default=None,
                                 help=f"default {field.default}" if field.default != "" else None)
@@ -95,7 +100,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     for name in ("pixels", "steps", "batch", "text_length", "log_every", "save_every"):
         if getattr(config, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    for name, low, high in (("text_dropout", 0, 1), ("ema", 0, 1), ("lr", 0, 1), ("clip", 0, float("inf")),
+    for name, low, high in (("text_dropout", 0, 1), ("question_share", 0, 1), ("ema", 0, 1), ("lr", 0, 1), ("clip", 0, float("inf")),
                             ("text_weight", 0, float("inf")), ("warmup", 0, float("inf"))):
         if not low <= getattr(config, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, got {getattr(config, name)}")
@@ -164,12 +169,12 @@ def seeded(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int(data.fraction(repr(key)) * 2**53))
 
 
-def text_sample(tokenizer: data.Tokenizer, record: dict, stage: str, length: int,
+def text_sample(tokenizer: data.Tokenizer, record: dict, questions: float, length: int,
                 generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """ids (L,) and frozen (L,), True at the prompt: a caption, or in `instruct` every other time a question."""
+    """ids (L,) and frozen (L,), True at the prompt: a caption or, with probability `questions`, a question."""
     pick = torch.rand(2, generator=generator).tolist()
     prompt, answer = [], record["caption"]
-    if stage == "instruct" and pick[0] < 0.5:
+    if pick[0] < questions:
         asked = record["questions"][int(pick[1] * len(record["questions"]))]
         prompt, answer = tokenizer.pieces(data.question_prompt(asked["question"])), asked["answer"]
     ids = tokenizer.fit(prompt + tokenizer.pieces(answer), length)
@@ -184,9 +189,20 @@ def newest_step(out: Path) -> Path | None:
     return max(done, key=lambda p: int(p.name.removeprefix("step_")), default=None)
 
 
-def save_step(out: Path, step: int, model: nn.ModuleDict, optimizer, ema: dict, rank: int, world: int) -> None:
+def read_log(path: Path, until: int) -> list[dict]:
+    """The rows of a log up to a step; a last line that was cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return [row for row in rows if row["step"] <= until]
+
+
+def save_step(out: Path, step: int, model: nn.ModuleDict, optimizers: list, ema: dict, rank: int, world: int) -> None:
     """Everything a resume needs, written beside and renamed when whole; the newest two are kept."""
-    weights, state = get_state_dict(model, optimizer)
+    weights, state = get_state_dict(model, optimizers)
     temporary = out / f".tmp_step_{step}"
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -202,15 +218,15 @@ def save_step(out: Path, step: int, model: nn.ModuleDict, optimizer, ema: dict, 
         dist.barrier()
 
 
-def load_step(folder: Path, model: nn.ModuleDict, optimizer, ema: dict, world: int) -> int:
-    weights, state = get_state_dict(model, optimizer)
+def load_step(folder: Path, model: nn.ModuleDict, optimizers: list, ema: dict, world: int) -> int:
+    weights, state = get_state_dict(model, optimizers)
     held = {"model": weights, "optimizer": state, "ema": ema}
     try:
         dcp.load(held, checkpoint_id=folder, no_dist=world == 1)
-    except (dcp.api.CheckpointException, RuntimeError, OSError, ValueError) as error:
+    except (CheckpointException, RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder}: can't be resumed from ({reason}); delete it to go on from the one before")
-    set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
+    set_state_dict(model, optimizers, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
     return int(folder.name.removeprefix("step_"))
 
 
@@ -269,6 +285,9 @@ def main(argv: list[str] | None = None) -> None:
         mmdit = MMDiT(MMDiTConfig(**sizes))
         embedding = TokenEmbedding(sizes["vocab_size"], sizes["text_length"], sizes["text_width"])
     tokenizer, sizes = data.gpt2_tokenizer(keep), mmdit.config
+    if config.pixels % sizes.patch or config.pixels > sizes.patch * sizes.position_size:
+        raise UserError(f"--pixels {config.pixels}: expected a multiple of the patch, {sizes.patch}, up to "
+                        f"{sizes.patch * sizes.position_size}, this model's position table")
     model = nn.ModuleDict(dict(mmdit=mmdit, embedding=embedding)).to(device).train()
     mmdit.null_image.requires_grad_(False)                       # both stages have pictures: it would never learn
     if config.compile:
@@ -278,7 +297,12 @@ def main(argv: list[str] | None = None) -> None:
     if world > 1:
         shard(model, dtype)
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    matrices = {p for p in mmdit.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"}
+    optimizers = [torch.optim.AdamW([p for p in learning if p not in matrices], lr=config.lr,
+                                    weight_decay=config.weight_decay, fused=True)]
+    if matrices:                                                 # scaled so that AdamW's learning rate fits
+        optimizers.append(torch.optim.Muon([p for p in learning if p in matrices], lr=config.lr,
+                                           weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     # the run's folder
@@ -287,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{out}: holds a log and no complete step_* folder to resume from; "
                         f"use --fresh to start over, or another --out")
     if begun is not None and not config.fresh:
-        step = load_step(begun, model, optimizer, ema, world)
+        step = load_step(begun, model, optimizers, ema, world)
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -301,12 +325,12 @@ def main(argv: list[str] | None = None) -> None:
         count = sum(p.numel() for p in model.parameters())
         print(f"{count / 1e6:.2f} M parameters, {len(seen)} pictures to learn, {len(held)} held out, "
               f"vocabulary {tokenizer.vocab_size}, {world} process(es), {device}, from step {step}", flush=True)
-    rows = []
-    if step and (out / "log.jsonl").exists():
-        rows = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["step"] <= step]
-    log = open(out / "log.jsonl", "w") if rank == 0 else None
-    for row in rows if log else []:
-        log.write(json.dumps(row) + "\n")
+    rows = read_log(out / "log.jsonl", step) if step else []     # without what came after the checkpoint
+    if rank == 0:
+        temporary = out / ".log.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(out / "log.jsonl")
+    before = rows[-1]["seconds"] if rows else 0.0
 
     stop = []                                                    # a signal asks; the end of a step obeys
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -316,21 +340,28 @@ def main(argv: list[str] | None = None) -> None:
     kernels = [SDPBackend.MATH] + [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] * (device.type == "cuda")
     empty = tokenizer.encode("", config.text_length)
     scale = lambda indices: pictures[indices].to(device).float() / 127.5 - 1     # (B, 3, P, P) in [-1, 1]
-    clean, started, first, sums = torch.zeros(1, device=device), time.time(), step, torch.zeros(3, device=device)
+    clean, started, first = torch.zeros(1, device=device), time.time(), step
+    sums, summed = torch.zeros(3, device=device), 0              # losses and gradient norm since the last line
 
     def save() -> None:
-        save_step(out, step, model, optimizer, ema, rank, world)
         averaged = {name: whole(tensor) for name, tensor in ema.items()}         # collective: all processes
-        if rank == 0:
-            checkpoint.save(out, averaged, sizes, keep, dtype=torch.float16, pixels=config.pixels, step=step,
-                            text_length=config.text_length, stage=config.stage)
+        try:
+            save_step(out, step, model, optimizers, ema, rank, world)
+            if rank == 0:
+                checkpoint.save(out, averaged, sizes, keep, dtype=torch.float16, pixels=config.pixels, step=step,
+                                text_length=config.text_length, stage=config.stage)
+                draw_losses(rows, out / "loss.png")
+        except (CheckpointException, SafetensorError, OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"{out}: step {step} could not be saved ({reason}); what was saved before is intact "
+                            f"({newest_step(out)}); make room and give the same command again")
 
     while step < config.steps:
         # 1. learning rate
         lr = config.lr * min(1, (step + 1) / max(config.warmup, 1))
         if config.schedule == "linear":
             lr *= max(0.0, 1 - max(0, step - config.warmup) / max(config.steps - config.warmup, 1))
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr
 
         # 2. the image loss: noised pictures, clean captions, now and then none
@@ -348,8 +379,9 @@ def main(argv: list[str] | None = None) -> None:
         # 3. the text loss: clean pictures, masked captions or answers
         indices = [seen[i] for i in order(config.seed, "text" + config.stage, len(seen), step, config.batch)]
         t, uniform = mask_diffusion.draw((config.batch, config.text_length), draws)
-        texts, frozen = map(torch.stack, zip(*(text_sample(tokenizer, records[k], config.stage, config.text_length,
-                                                           draws) for k in indices)))
+        share = config.question_share if config.stage == "instruct" else 0.0
+        texts, frozen = map(torch.stack, zip(*(text_sample(tokenizer, records[k], share, config.text_length, draws)
+                                               for k in indices)))
         tokens = float((~frozen).sum()) / world                  # the sum over processes is the global mean
         with autocast, sdpa_kernel(kernels):
             images = scale(indices[mine])
@@ -360,9 +392,10 @@ def main(argv: list[str] | None = None) -> None:
 
         # 4. clip, step, average
         norm = whole(nn.utils.clip_grad_norm_(learning, config.clip))
-        sums += torch.stack([image_loss.detach(), text_loss.detach(), norm])
-        optimizer.step()
-        optimizer.zero_grad()
+        sums, summed = sums + torch.stack([image_loss.detach(), text_loss.detach(), norm]), summed + 1
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         decay = min(config.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_([local(e) for e in ema.values()],
                              [local(p.detach()) for p in model.parameters()], 1 - decay)
@@ -371,19 +404,17 @@ def main(argv: list[str] | None = None) -> None:
         # 5. log, stop, save, draw
         last = step == config.steps
         if step % config.log_every == 0 or last or step <= 5:
-            span = step - (rows[-1]["step"] if rows else 0)
-            means = total(sums / span, world).tolist()
-            sums.zero_()
+            means, sums, summed = total(sums / summed, world).tolist(), torch.zeros_like(sums), 0
             if not all(map(torch.isfinite, torch.tensor(means))):
                 raise UserError(f"step {step}: the loss is not finite (image {means[0]}, text {means[1]}); "
                                 f"go on from {newest_step(out)} with a smaller --lr")
             elapsed = time.time() - started
             rate = (step - first) / elapsed
             rows.append(dict(step=step, image_loss=means[0], text_loss=means[1], grad_norm=means[2], lr=lr,
-                             seconds=round(elapsed, 1), samples_per_s=round(2 * config.batch * rate, 1)))
+                             seconds=round(before + elapsed, 1), samples_per_s=round(2 * config.batch * rate, 1)))
             if rank == 0:
-                log.write(json.dumps(rows[-1]) + "\n")
-                log.flush()
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(rows[-1]) + "\n")
                 left = (config.steps - step) / rate
                 print(f"step {step}/{config.steps}  image {means[0]:.4f}  text {means[1]:.4f}  "
                       f"grad {means[2]:.2f}  {2 * config.batch * rate:.0f} samples/s  {left / 60:.1f} min left",
@@ -393,11 +424,10 @@ def main(argv: list[str] | None = None) -> None:
         drawing = config.sample_every and (step % config.sample_every == 0 or last) and not stopping
         if step % config.save_every == 0 or last or stopping or drawing:         # samples are drawn from what is saved
             save()
-            if rank == 0:
-                draw_losses(rows, out / "loss.png")
         if rank == 0 and drawing:
-            page = sample.page(sample.Sampler(out), [records[i]["caption"] for i in seen[:6] + held[:2]],
-                               [records[i]["caption"] for i in held[:8]], scale(held[:8]).cpu())
+            shown = (held or seen)[:8]
+            page = sample.page(sample.Sampler(out), [records[i]["caption"] for i in seen[:6] + shown[:2]],
+                               [records[i]["caption"] for i in shown], scale(shown).cpu())
             page.save(out / f"samples_{step}.png")
         if stopping:
             if rank == 0:

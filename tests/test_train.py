@@ -43,8 +43,9 @@ def losses(out):
             for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
 
 
-def test_two_processes_take_the_same_steps_as_one(small_tar, tmp_path):
-    flags = ["--data", small_tar, "--steps", 5, *QUICK]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_take_the_same_steps_as_one(optimizer, small_tar, tmp_path):
+    flags = ["--data", small_tar, "--steps", 5, "--optimizer", optimizer, *QUICK]
     train("--out", tmp_path / "one", *flags)
     train("--out", tmp_path / "two", *flags, processes=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -94,6 +95,7 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
     (["--text-dropout", "1.5"], 2, "--text-dropout must be from 0 to 1, got 1.5"),
     (["--init", "nowhere"], 1, "nowhere: expected a checkpoint folder, found nothing"),
     (["--data", "nowhere.tar"], 1, "nowhere.tar: no such tar file"),
+    (["--pixels", "30"], 1, "--pixels 30: expected a multiple of the patch, 4, up to 64"),
     (["--preset", "sd3-medium"], 1, "needs a VAE's latents"),
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar):
