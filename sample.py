@@ -67,11 +67,15 @@ class Sampler:
 
     @torch.inference_mode()
     def fill(self, images: Tensor, ids: Tensor, steps: int = 128, temperature: float = 0.0, seed: int = 0,
-             trajectory: list | None = None) -> Tensor:
-        """Replace every [MASK] of ids (B, L) given images (B, 3, P, P); everything else stays."""
+             order: str = "confidence", trajectory: list | None = None) -> Tensor:
+        """Replace every [MASK] of ids (B, L) given images (B, 3, P, P); everything else stays.
+
+        order: "random", the paper's walk, or "confidence", the surest token first.
+        """
         latents = self.vae.encode(images.to(self.device, self.dtype))
-        return mask_diffusion.sample(self.logits(latents), ids.to(self.device), self.tokenizer.mask_id, steps,
-                                     torch.Generator().manual_seed(seed), temperature, trajectory).cpu()
+        sampler = dict(random=mask_diffusion.sample, confidence=mask_diffusion.sample_confident)[order]
+        return sampler(self.logits(latents), ids.to(self.device), self.tokenizer.mask_id, steps,
+                       torch.Generator().manual_seed(seed), temperature, trajectory).cpu()
 
     def logits(self, latents: Tensor):
         """The text half of the model as a function of ids (B, L) alone, for clean latents."""
@@ -206,6 +210,8 @@ def parse(argv: list[str] | None = None):
     add("--guidance", type=float, default=4.0, help="classifier-free guidance (4); 1: none")
     add("--shift", type=float, default=1.0, help="shift of the noise levels (1: none; the paper's 512-pixel model: 3)")
     add("--temperature", type=float, default=0.0, help="of text; 0 takes the likeliest token (0), 1 samples the model")
+    add("--order", choices=["confidence", "random"], default="confidence", help="of unmasking: the surest token first; "
+        "or random, which with --temperature 1 is the paper's sampler")
     add("--max-tokens", type=int, help="longest caption or answer, in tokens")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("sample.png"), help="where the picture goes (sample.png)")
@@ -265,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pixels = data.to_tensor(data.fit_picture(image, sampler.pixels))
     steps = args.steps or (128 if args.question is None else 32)
-    how = dict(steps=steps, temperature=args.temperature, seed=args.seed, trajectory=states)
+    how = dict(steps=steps, temperature=args.temperature, order=args.order, seed=args.seed, trajectory=states)
     if args.text is not None:
         print(sampler.infill(pixels, args.text, **how))
     else:

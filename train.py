@@ -60,7 +60,7 @@ class TrainConfig:
     weight_decay: float = 1e-2      # of either
     text_weight: float = 0.2        # lambda
     text_dropout: float = 0.1       # share of pictures drawn from the empty prompt, for guidance
-    question_share: float = 0.3     # of the texts in `instruct`; the others are captions
+    question_share: float = 0.4     # of the texts in `instruct`; the others are captions
     text_length: int = 24           # tokens of a text, padding included
     vocabulary: str = "used"        # used: GPT-2's tokens that the texts use; full: all 50257
     clip: float = 2.0               # largest gradient norm
@@ -75,10 +75,10 @@ class TrainConfig:
     fresh: bool = False             # start over in a folder that holds a run, instead of going on
 
 
-STAGES = {  # what differs from the defaults above (the paper's lambda is 0.2, then 1.0 in instruction tuning)
+STAGES = {  # what differs from the defaults above; lambda is the paper's, 0.2 and then 1.0
     "pretrain": dict(),
     # The rate falls to zero here, so the average is short: a long one would lag behind the weights.
-    "instruct": dict(steps=2100, optimizer="muon", lr=2.5e-3, schedule="linear", warmup=50, text_weight=0.5, ema=0.995),
+    "instruct": dict(steps=3600, optimizer="muon", lr=2.5e-3, schedule="linear", warmup=50, text_weight=1.0, ema=0.995),
 }
 
 

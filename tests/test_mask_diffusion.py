@@ -104,6 +104,24 @@ def test_a_batch_costs_at_most_one_evaluation_a_masked_token():
     assert len(calls) == 3
 
 
+def test_the_surest_token_comes_first_and_every_row_is_done_in_time():
+    states, ids = [], torch.tensor([[MASK] * 3, [0, MASK, MASK], [1, 2, 3]])
+    out = mask_diffusion.sample_confident(oracle, ids, MASK, 10, trajectory=states)
+    assert len(states) == 1 + 3 and (out != MASK).all() and torch.equal(out[2], ids[2]) and out[1, 0] == 0
+    peaks = oracle(ids[:1])[..., :V].exp().amax(-1)[0]                        # of three masks, by enumeration
+    first = states[1][1][0] != MASK
+    assert first.sum() == 1 and first[peaks.argmax()]
+    for steps in (1, 2):                                                      # three masks over two evaluations: 2 + 1
+        states = []
+        mask_diffusion.sample_confident(oracle, ids, MASK, steps, trajectory=states)
+        assert len(states) == 1 + steps
+    # at temperature 1 one token alone is drawn from its distribution: 4 deviations
+    one = torch.tensor([[2, MASK, 1]]).expand(20_000, 3)
+    drawn = mask_diffusion.sample_confident(oracle, one, MASK, 1, torch.Generator().manual_seed(0), temperature=1.0)
+    share = torch.bincount(drawn[:, 1], minlength=V) / 20_000
+    assert torch.allclose(share.double(), JOINT[2, :, 1] / JOINT[2, :, 1].sum(), atol=0.015)
+
+
 def test_training_times_cover_the_unit_interval_evenly():
     for seed in range(20):
         t, _ = mask_diffusion.draw((50, 1), torch.Generator().manual_seed(seed))
@@ -124,9 +142,10 @@ def test_draws_follow_the_softmax_and_its_temperature():
 
 def test_bad_arguments_are_refused():
     ids = torch.full((1, 3), MASK)
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        mask_diffusion.sample(oracle, ids, MASK, 0)
-    with pytest.raises(ValueError, match="temperature must be 0 or more"):
-        mask_diffusion.sample(oracle, ids, MASK, 1, temperature=-1)
+    for sampler in (mask_diffusion.sample, mask_diffusion.sample_confident):
+        with pytest.raises(ValueError, match="steps must be at least 1"):
+            sampler(oracle, ids, MASK, 0)
+        with pytest.raises(ValueError, match="temperature must be 0 or more"):
+            sampler(oracle, ids, MASK, 1, temperature=-1)
     with pytest.raises(ValueError, match="together"):
         mask_diffusion.loss(oracle, ids, MASK, t=torch.ones(1))

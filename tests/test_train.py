@@ -43,15 +43,16 @@ def losses(out):
             for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_take_the_same_steps_as_one(optimizer, small_tar, tmp_path):
+# torch's Muon orthogonalizes in bfloat16, which turns a last-bit difference of a gradient into 2^-8 of an update
+@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 1e-5), ("muon", 1e-3)])
+def test_two_processes_take_the_same_steps_as_one(optimizer, tolerance, small_tar, tmp_path):
     flags = ["--data", small_tar, "--steps", 5, "--optimizer", optimizer, *QUICK]
     train("--out", tmp_path / "one", *flags)
     train("--out", tmp_path / "two", *flags, processes=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(one) == list(two) == [1, 2, 3, 4, 5]
     for step in one:
-        assert one[step] == pytest.approx(two[step], abs=1e-5)
+        assert one[step] == pytest.approx(two[step], abs=tolerance)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys() and any(k.startswith("embedding.") for k in a)
     assert json.loads((tmp_path / "two" / "train.json").read_text())["world"] == 2
