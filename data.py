@@ -131,6 +131,29 @@ def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = ASSETS / "gpt2"
     return Tokenizer(bpe, end_id=end, pad_id=end, mask_id=end + 1, vocab_size=end + 2)
 
 
+def t5_tokenizer(file: Path) -> Tokenizer:
+    """T5's tokenizer.json: </s> as end, <extra_id_0> as [MASK], and the padding token that the folder's
+    special_tokens_map.json or tokenizer_config.json names (D-DiT pads with </s>), <pad> where neither does."""
+    try:
+        bpe = BPE.from_file(str(file))
+    except Exception as error:      # tokenizers raises a bare Exception
+        raise UserError(f"{file}: not a tokenizer that can be read ({str(error).splitlines()[0]})")
+    bpe.encode_special_tokens = True                  # "</s>" in a caption is four characters
+    bpe.no_padding()
+    bpe.no_truncation()
+    pad = "<pad>"
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            named = json.loads((file.parent / name).read_text(encoding="utf-8")).get("pad_token")
+        except (OSError, ValueError, AttributeError):
+            continue
+        pad = (named.get("content") if isinstance(named, dict) else named) or pad
+    ids = {token: bpe.token_to_id(token) for token in ("</s>", pad, "<extra_id_0>")}
+    if absent := [token for token, i in ids.items() if i is None]:
+        raise UserError(f"{file}: has no {' and no '.join(absent)}, expected T5 v1.1's tokenizer")
+    return Tokenizer(bpe, ids["</s>"], ids[pad], ids["<extra_id_0>"], bpe.get_vocab_size(with_added_tokens=True))
+
+
 def gpt2_subset(texts: list[str]) -> list[int]:
     """The GPT-2 ids that the texts use, those they are merged from, and the 256 bytes, in ascending order."""
     full = gpt2_tokenizer()

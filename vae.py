@@ -1,17 +1,22 @@
 """The latent interface: pictures in [-1, 1] on one side, what the transformer diffuses on the other.
 
-`Pixels` is the identity, for models small enough to work on pixels.  Stable Diffusion 3's autoencoder, behind
-the same two calls, is not here yet.
+`AutoencoderKL` is Stable Diffusion 3's autoencoder (arXiv 2403.03206): 8 pixels a side become one latent of 16
+channels.  Its shift and scale, z = (mean - 0.0609) * 1.5305, are applied here and nowhere else.  `Pixels` is the
+identity behind the same two calls, for models small enough to work on pixels.
 
-Shapes: B batch, P pixels a side.
+Shapes: B batch, H and W picture height and width, C channels inside, h = H/8, w = W/8.
 """
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class Pixels:
-    """Latents are the pixels: (B, 3, P, P) in [-1, 1] both ways."""
+    """Latents are the pixels: (B, 3, H, W) in [-1, 1] both ways."""
 
     factor = 1      # pixels per latent, along a side
     channels = 3
@@ -22,3 +27,149 @@ class Pixels:
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
+
+
+@dataclass
+class VAEConfig:
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level; each but the last halves the side
+    blocks: int = 2             # residual blocks a level in the encoder; the decoder has one more
+    latent: int = 16            # channels of a latent
+    groups: int = 32            # of GroupNorm
+    scale: float = 1.5305       # of latents, after
+    shift: float = 0.0609       # the shift
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm at eps 1e-6, as in every Stable Diffusion autoencoder (torch's default is 1e-5)."""
+
+    def __init__(self, groups: int, channels: int):
+        super().__init__(groups, channels, eps=1e-6)
+
+
+def activate(norm: GroupNorm, x: Tensor) -> Tensor:
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())    # at 1024 pixels one copy is half a gigabyte
+
+
+class ResBlock(nn.Module):
+    def __init__(self, inner: int, outer: int, groups: int):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, inner)
+        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
+        self.norm2 = GroupNorm(groups, outer)
+        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
+        self.shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(activate(self.norm1, x))
+        return self.conv2(activate(self.norm2, y)) + self.shortcut(x)
+
+
+class Attention(nn.Module):
+    """One head over all positions of the smallest level."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, h, w = x.shape
+        y = self.norm(x).flatten(2).transpose(1, 2).unsqueeze(1)                  # (B, 1, hw, C)
+        y = F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
+        return x + self.out(y)[:, 0].transpose(1, 2).view(B, C, h, w)
+
+
+class Level(nn.Module):
+    """Residual blocks, then a change of size: to half ("down"), to twice ("up"), or none."""
+
+    def __init__(self, inner: int, outer: int, blocks: int, groups: int, change: str):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(inner if i == 0 else outer, outer, groups) for i in range(blocks))
+        self.change = change
+        self.resample = nn.Identity() if change == "none" else nn.Conv2d(
+            outer, outer, 3, stride=2 if change == "down" else 1, padding=0 if change == "down" else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        if self.change == "down":
+            x = F.pad(x, (0, 1, 0, 1))                                            # right and bottom only
+        elif self.change == "up":
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups, last = config.widths, config.groups, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(Level(widths[max(i - 1, 0)], width, config.blocks, groups,
+                                        "down" if i < last else "none") for i, width in enumerate(widths))
+        self.mid_1 = ResBlock(widths[-1], widths[-1], groups)
+        self.attention = Attention(widths[-1], groups)
+        self.mid_2 = ResBlock(widths[-1], widths[-1], groups)
+        self.norm = GroupNorm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)                                                       # (B, C, H, W)
+        for level in self.down:
+            x = level(x)                                                          # ends at (B, C, h, w)
+        x = self.mid_2(self.attention(self.mid_1(x)))
+        return self.conv_out(activate(self.norm, x))                                # (B, 32, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups, last = config.widths[::-1], config.groups, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
+        self.mid_1 = ResBlock(widths[0], widths[0], groups)
+        self.attention = Attention(widths[0], groups)
+        self.mid_2 = ResBlock(widths[0], widths[0], groups)
+        self.up = nn.ModuleList(Level(widths[max(i - 1, 0)], width, config.blocks + 1, groups,
+                                      "up" if i < last else "none") for i, width in enumerate(widths))
+        self.norm = GroupNorm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_2(self.attention(self.mid_1(self.conv_in(z))))               # (B, C, h, w)
+        for level in self.up:
+            x = level(x)                                                          # ends at (B, C, H, W)
+        return self.conv_out(activate(self.norm, x))
+
+
+class AutoencoderKL(nn.Module):
+    """encode and decode, one picture at a time: a batch takes no more memory than its largest picture."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.factor = 2 ** (len(config.widths) - 1)
+        self.channels = config.latent
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) in [-1, 1] -> mean and log variance, (B, 16, h, w) each, as the encoder gives them."""
+        return torch.cat([self.encoder(image) for image in images.split(1)]).chunk(2, dim=1)
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1], sides multiples of 8 -> shifted and scaled latents (B, 16, h, w).
+
+        The posterior's mean, or a draw from it with a generator (the published code draws, for captions too).
+        Raises ValueError for sides that are no multiples of 8.
+        """
+        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise ValueError(f"a picture of {images.shape[2]}x{images.shape[3]} is not a multiple of {self.factor}")
+        z, logvar = self.posterior(images)
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator, device=generator.device)
+            z = z + (0.5 * logvar.float().clamp(-30, 20)).exp().to(z.dtype) * noise.to(z)
+        return (z - self.config.shift) * self.config.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 16, h, w) -> pictures (B, 3, H, W), not clipped."""
+        z = latents / self.config.scale + self.config.shift
+        return torch.cat([self.decoder(one) for one in z.split(1)])

@@ -1,0 +1,110 @@
+"""The T5 v1.1 encoder (arXiv 1910.10683, 2002.05202), which gives D-DiT its text embeddings.
+
+What differs from the usual transformer: RMSNorm without a mean or a bias, no bias anywhere, no 1/sqrt(head) in
+attention, a gated tanh-GELU, and positions as one learned bias a head on the attention logits, shared by all
+blocks, by bucketed distance.  No attention mask: padding is read like any other token, as D-DiT was trained.
+
+Shapes: B batch, L tokens, E width, H heads, K size of a head.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class T5Config:
+    vocab_size: int = 32128     # rows of the table, more than the tokenizer's 32100
+    width: int = 4096           # E
+    depth: int = 24             # blocks
+    heads: int = 64             # H
+    head: int = 64              # K
+    hidden: int = 10240         # of the MLP
+    buckets: int = 32           # of distance, half of them for each direction
+    distance: int = 128         # beyond which all distances share the last bucket
+    eps: float = 1e-6           # of RMSNorm
+
+
+def buckets(length: int, number: int, distance: int) -> Tensor:
+    """The bucket of key minus query, (L, L) int64: exact up to a quarter of the number, then logarithmic.
+
+    Keys behind the query (positive) take the upper half.
+    """
+    at = torch.arange(length)
+    offset = at[None] - at[:, None]                                               # (L, L), key - query
+    half, exact, far = number // 2, number // 4, offset.abs()
+    # float32, as published: on the border of two buckets float64 may round to the other one
+    scaled = torch.log(far.clamp(min=1).float() / exact) / math.log(distance / exact) * (half - exact)
+    bucket = torch.where(far < exact, far, (exact + scaled.long()).clamp(max=half - 1))
+    return bucket + half * (offset > 0)
+
+
+class RMSNorm(nn.Module):
+    """float32 in, weight's dtype out: the residual stream stays float32 whatever the weights are."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(self.weight.dtype) * self.weight
+
+
+class T5Block(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        inner = config.heads * config.head
+        self.heads = config.heads
+        self.attention_norm = RMSNorm(config.width, config.eps)
+        self.q, self.k, self.v = (nn.Linear(config.width, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, config.width, bias=False)
+        self.mlp_norm = RMSNorm(config.width, config.eps)
+        self.wi_0 = nn.Linear(config.width, config.hidden, bias=False)
+        self.wi_1 = nn.Linear(config.width, config.hidden, bias=False)
+        self.wo = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, L, E) float32, bias (1, H, L, L) -> (B, L, E) float32."""
+        y = self.attention_norm(x)
+        q, k, v = (part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)     # (B, H, L, K)
+        x = x + self.o(y.transpose(1, 2).flatten(2)).float()
+        y = self.mlp_norm(x)
+        gate, value = F.gelu(self.wi_0(y), approximate="tanh"), self.wi_1(y)      # (B, L, hidden) each
+        if gate.dtype == torch.float16:    # T5-XXL's MLP goes over 65504, float16's largest number
+            return x + F.linear(gate.float() * value.float(), self.wo.weight.float())
+        return x + self.wo(gate * value).float()
+
+
+class T5Encoder(nn.Module):
+    """ids (B, L) int64 -> states (B, L, E) in the weights' dtype."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.position_bias = nn.Embedding(config.buckets, config.heads)
+        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.depth))
+        self.final_norm = RMSNorm(config.width, config.eps)
+
+    @torch.no_grad()
+    def set_embedding(self, token: int, vector: Tensor) -> None:
+        """Replace one row of the table: the aligned [MASK] embedding, the only part of T5 that D-DiT trains.
+
+        Raises ValueError when the vector (E,) has another length.
+        """
+        if tuple(vector.shape) != (self.config.width,):
+            raise ValueError(f"an embedding of {tuple(vector.shape)}, this T5 has a width of {self.config.width}")
+        self.embed.weight[token] = vector.to(self.embed.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        bucket = buckets(ids.shape[1], self.config.buckets, self.config.distance).to(ids.device)
+        bias = self.position_bias(bucket).permute(2, 0, 1)[None]                  # (1, H, L, L)
+        x = self.embed(ids).float()                                               # (B, L, E)
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.final_norm(x)
