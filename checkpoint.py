@@ -75,7 +75,7 @@ VAE_FOLDER = [
     (".blocks.", ".resnets."), (".shortcut.", ".conv_shortcut."), ("coder.norm.", "coder.conv_norm_out."),
 ]
 T5_NAMES = [
-    ("position_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."), ("embed.", "shared."),
+    ("position_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
     ("blocks.", "encoder.block."), (".attention_norm.", ".layer.0.layer_norm."), (".mlp_norm.", ".layer.1.layer_norm."),
     (".q.", ".layer.0.SelfAttention.q."), (".k.", ".layer.0.SelfAttention.k."), (".v.", ".layer.0.SelfAttention.v."),
     (".o.", ".layer.0.SelfAttention.o."), (".wi_0.", ".layer.1.DenseReluDense.wi_0."),
@@ -242,6 +242,13 @@ def is_ours(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").exists() and read_json(path / "config.json").get("format") == FORMAT
 
 
+def looks_ours(path: Path) -> bool:
+    """A folder that isn't one of the published layouts is read as ours, so that its mistakes are told as ours."""
+    if not path.is_dir() or (path / "transformer").is_dir() or not (path / "config.json").exists():
+        return False
+    return "_class_name" not in read_json(path / "config.json")
+
+
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of a part's folder: those that an index names, or the only one.
 
@@ -385,6 +392,16 @@ def mmdit_entries(model: MMDiT, table: list[tuple[str, str]], from_sd3: bool) ->
     return entries
 
 
+def read_sizes(path: str | Path, vocab_size: int = 32100) -> tuple[str, MMDiTConfig]:
+    """What the transformer in a path is, from file headers alone: ("ours", "D-DiT" or "SD3", its sizes)."""
+    path = Path(path)
+    if looks_ours(path):
+        return "ours", read_config(path)["mmdit"]
+    tensors, config, naming = find(path, "transformer")
+    kind = "D-DiT" if "text_proj_out.weight" in tensors else "SD3"
+    return kind, mmdit_config(tensors, config, naming, vocab_size)
+
+
 def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size: int = 32100) -> MMDiT:
     """The transformer of any layout, in eval mode, on the CPU.
 
@@ -392,8 +409,7 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size:
     stored in `dtype` stay mapped to the file: it must not be written to.  Raises UserError.
     """
     path = Path(path)
-    if path.is_dir() and (path / "config.json").exists() and not (path / "transformer").is_dir() and (
-            is_ours(path) or "_class_name" not in read_json(path / "config.json")):
+    if looks_ours(path):
         config, file = read_config(path)["mmdit"], path / "model.safetensors"
         model = build(lambda: MMDiT(config), path / "config.json")
         tensors = Tensors([file], "mmdit.")
@@ -441,6 +457,24 @@ def vae_config(tensors: Tensors, config: dict | None, naming: str) -> VAEConfig:
                      float(c.get("scaling_factor") or VAEConfig.scale), float(c.get("shift_factor", VAEConfig.shift) or 0))
 
 
+def vae_entries(vae: AutoencoderKL, naming: str) -> dict[str, Entry]:
+    """Where each parameter of an autoencoder is found in the naming of the "file" or of the "folder"."""
+    entries = {}
+    for name, parameter in vae.named_parameters():
+        shape, table = tuple(parameter.shape), VAE_FOLDER
+        if naming == "file":     # 1x1 convolutions in attention, and up levels numbered from the largest picture
+            table = VAE_FILE + [(".resample.", f".{name.split('.')[1]}sample.conv.")]
+            shape += (1, 1) if ".attention." in name and len(shape) == 2 else ()
+        else:
+            table = VAE_FOLDER + [(".resample.", f".{name.split('.')[1]}samplers.0.conv.")]
+        keys, _ = rename(name, table)
+        if naming == "file" and keys[0].startswith("decoder.up."):
+            at = int(name.split(".")[2])
+            keys = [keys[0].replace(f".up.{at}.", f".up.{len(vae.config.widths) - 1 - at}.")]
+        entries[name] = Entry(keys, shape)
+    return entries
+
+
 def t5_config(tensors: Tensors, config: dict | None, naming: str = "file") -> T5Config:
     """Sizes of a T5 encoder: from config.json where it says them, otherwise from the shapes."""
     c, where = config or {}, tensors.files[0]
@@ -465,6 +499,12 @@ def t5_table(tensors: Tensors) -> str:
     return next((key for key in ("shared.weight", "encoder.embed_tokens.weight") if key in tensors), "shared.weight")
 
 
+def t5_entries(t5: T5Encoder, table: str) -> dict[str, Entry]:
+    """Where each parameter of T5 is found; `table` is what the file calls the token table."""
+    return {name: Entry([table] if name == "embed.weight" else rename(name, T5_NAMES)[0], tuple(p.shape))
+            for name, p in t5.named_parameters()}
+
+
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL | Pixels:
     """What turns pictures into latents and back, in eval mode.  Raises UserError."""
     if is_ours(Path(path)):
@@ -476,20 +516,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
     tensors, config, naming = find(path, "vae")
     sizes, where = vae_config(tensors, config, naming), tensors.files[0]
     vae = build(lambda: AutoencoderKL(sizes), where)
-    entries = {}
-    for name, parameter in vae.named_parameters():
-        shape, table = tuple(parameter.shape), VAE_FOLDER
-        if naming == "file":     # 1x1 convolutions in attention, and up levels numbered from the largest picture
-            table = VAE_FILE + [(".resample.", f".{name.split('.')[1]}sample.conv.")]
-            shape += (1, 1) if ".attention." in name and len(shape) == 2 else ()
-        else:
-            table = VAE_FOLDER + [(".resample.", f".{name.split('.')[1]}samplers.0.conv.")]
-        keys, _ = rename(name, table)
-        if naming == "file" and keys[0].startswith("decoder.up."):
-            at = int(name.split(".")[2])
-            keys = [keys[0].replace(f".up.{at}.", f".up.{len(sizes.widths) - 1 - at}.")]
-        entries[name] = Entry(keys, shape)
-    fill(vae, tensors, entries, dtype)
+    fill(vae, tensors, vae_entries(vae, naming), dtype)
     return vae.eval()
 
 
@@ -501,13 +528,10 @@ def load_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
     where, table = tensors.files[0], t5_table(tensors)
     sizes = t5_config(tensors, config)
     t5 = build(lambda: T5Encoder(sizes), where)
-    names = [(ours, table if ours == "embed." else theirs) for ours, theirs in T5_NAMES]
-    entries = {name: Entry([table] if name == "embed.weight" else rename(name, names)[0], tuple(p.shape))
-               for name, p in t5.named_parameters()}
     twin = "encoder.embed_tokens.weight"
     if table != twin and twin in tensors and not torch.equal(tensors.read(table), tensors.read(twin)):
         raise UserError(f"{where}: shared.weight and {twin} differ, expected one table under two names")
-    fill(t5, tensors, entries, dtype, DECODER + ((twin,) if table != twin else ()))
+    fill(t5, tensors, t5_entries(t5, table), dtype, DECODER + ((twin,) if table != twin else ()))
     return t5.eval()
 
 

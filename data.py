@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -63,13 +64,24 @@ class Tokenizer:
     Special tokens are never read out of text: "[MASK]" in a caption is six characters like any others.
     """
 
-    def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int):
+    def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int, specials: str = ""):
         self.bpe, self.end_id, self.pad_id, self.mask_id = bpe, end_id, pad_id, mask_id
-        self.vocab_size = vocab_size
+        self.vocab_size, self.specials = vocab_size, specials
 
     def pieces(self, text: str) -> list[int]:
         """The bare ids of a text, no end token, no padding."""
+        if self.specials:       # a regular expression: T5's vocabulary holds "</s>" like any word, so it is pried apart
+            text = re.sub(self.specials, r"< \1>", text)
         return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def continuation(self, text: str) -> list[int]:
+        """As `pieces`, of a text that goes on where another token ended: T5's tokenizer would put a space there."""
+        ids = self.pieces(text)
+        first = self.bpe.id_to_token(ids[0]) if ids else ""
+        if text.startswith(" ") or not first.startswith("\u2581"):
+            return ids
+        bare = self.bpe.token_to_id(first[1:])
+        return ids[1:] if first == "\u2581" else ids if bare is None else [bare] + ids[1:]
 
     def encode(self, text: str, length: int) -> Tensor:
         """(length,) int64: the text, the end token, padding.  Too long a text is cut, with a warning on stderr."""
@@ -138,7 +150,6 @@ def t5_tokenizer(file: Path) -> Tokenizer:
         bpe = BPE.from_file(str(file))
     except Exception as error:      # tokenizers raises a bare Exception
         raise UserError(f"{file}: not a tokenizer that can be read ({str(error).splitlines()[0]})")
-    bpe.encode_special_tokens = True                  # "</s>" in a caption is four characters
     bpe.no_padding()
     bpe.no_truncation()
     pad = "<pad>"
@@ -151,7 +162,8 @@ def t5_tokenizer(file: Path) -> Tokenizer:
     ids = {token: bpe.token_to_id(token) for token in ("</s>", pad, "<extra_id_0>")}
     if absent := [token for token, i in ids.items() if i is None]:
         raise UserError(f"{file}: has no {' and no '.join(absent)}, expected T5 v1.1's tokenizer")
-    return Tokenizer(bpe, ids["</s>"], ids[pad], ids["<extra_id_0>"], bpe.get_vocab_size(with_added_tokens=True))
+    return Tokenizer(bpe, ids["</s>"], ids[pad], ids["<extra_id_0>"], bpe.get_vocab_size(with_added_tokens=True),
+                     r"<(/s|pad|unk|extra_id_\d+)>")
 
 
 def gpt2_subset(texts: list[str]) -> list[int]:
@@ -191,12 +203,13 @@ def read_picture(source: Path | bytes) -> Image.Image:
     return picture
 
 
-def fit_picture(picture: Image.Image, pixels: int) -> Image.Image:
-    """The shorter side resized to `pixels` (bicubic), then the centre square."""
-    scale = pixels / min(picture.size)
-    size = [max(pixels, round(side * scale)) for side in picture.size]
-    left, top = (size[0] - pixels) // 2, (size[1] - pixels) // 2
-    return picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + pixels, top + pixels))
+def fit_picture(picture: Image.Image, height: int, width: int | None = None) -> Image.Image:
+    """Resized (bicubic) until it just covers height x width, a square of `height` without a width; then the centre."""
+    target = (width or height, height)
+    scale = max(to / side for to, side in zip(target, picture.size))
+    size = [max(to, round(side * scale)) for to, side in zip(target, picture.size)]
+    left, top = (size[0] - target[0]) // 2, (size[1] - target[1]) // 2
+    return picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + target[0], top + target[1]))
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         if not path.parent.is_dir():
             parser.error(f"{path}: the folder {path.parent} does not exist")
     sampler = Sampler(args.checkpoint, args.device)
-    records, pictures = data.load_emoji(args.data, sampler.pixels)
+    records, pictures = data.load_emoji(args.data, sampler.height)
     pictures = pictures.float() / 127.5 - 1
     if args.page:
         shown = [[i for i, r in enumerate(records) if r["split"] == split][:16] for split in ("train", "tone", "style")]

@@ -95,7 +95,7 @@ def test_shipped_weights_read_and_draw_what_they_were_trained_on(sampler, emoji)
 
 def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_the_drawing(sampler):
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    text = sampler.embedding(sampler.tokenizer.encode("red apple, noto style", sampler.length)[None])
+    text = sampler.text(sampler.tokenizer.encode("red apple, noto style", sampler.length)[None])
     with torch.inference_mode():
         alone = flow.euler(lambda x, t: sampler.mmdit(x, text, t)[0], noise, flow.sigmas(4, 1.0)).clamp(-1, 1)
     how = dict(steps=4, seed=0)
@@ -109,8 +109,8 @@ def test_bfloat16_stays_close_to_float32(sampler):
     half = Sampler(dtype=torch.bfloat16)
     x, ids = torch.randn(2, 3, 32, 32), torch.randint(0, 1000, (2, 24))
     with torch.inference_mode():
-        full = sampler.mmdit(x, sampler.embedding(ids), torch.tensor([0.5]))
-        low = half.mmdit(x.bfloat16(), half.embedding(ids), torch.tensor([0.5]))
+        full = sampler.mmdit(x, sampler.text(ids), torch.tensor([0.5]))
+        low = half.mmdit(x.bfloat16(), half.text(ids), torch.tensor([0.5]))
     for a, b in zip(full, low):
         assert float((a - b.float()).norm() / a.norm()) < 5e-2      # bf16 has 8 bits: 0.4 % a rounding
 
@@ -160,7 +160,7 @@ def broken(tmp_path, change):
      "not a whole safetensors file"),
     (lambda f, t, c: t.__delitem__("mmdit.img_in.weight"), "mmdit.img_in.weight is missing"),
     (lambda f, t, c: t.update({"mmdit.more": torch.zeros(1)}), "mmdit.more is not a part of this model"),
-    (lambda f, t, c: c["mmdit"].update(patch=8), "mmdit.img_in.weight is (192, 48), config.json asks for (192, 192)"),
+    (lambda f, t, c: c["mmdit"].update(patch=8), "mmdit.img_in.weight is (192, 48), this model's sizes ask for (192, 192)"),
     (lambda f, t, c: c["mmdit"].update(width=190), "no model has these sizes"),
     (lambda f, t, c: c["mmdit"].update(depht=3), "unknown sizes depht"),
     (lambda f, t, c: c.update(format="other"), "found 'other'"),
@@ -178,7 +178,7 @@ def test_broken_checkpoints_are_refused_by_name(change, message, tmp_path):
 
 def test_a_saved_checkpoint_loads_bit_for_bit(sampler, tmp_path):
     tensors = {f"mmdit.{k}": v for k, v in sampler.mmdit.named_parameters()}
-    tensors |= {f"embedding.{k}": v for k, v in sampler.embedding.named_parameters()}
+    tensors |= {f"embedding.{k}": v for k, v in sampler.text.named_parameters()}
     keep = checkpoint.read_json(DEFAULT / "tokenizer.json")["keep"]
     checkpoint.save(tmp_path, tensors, sampler.mmdit.config, keep, pixels=32)
     again = Sampler(tmp_path)
