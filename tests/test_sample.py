@@ -125,7 +125,7 @@ def test_bfloat16_stays_close_to_float32(sampler):
     (["--prompt", "a", "--promt", "b"], 2, "unknown argument --promt; did you mean --prompt?"),
     (["--prompt", "a", "--out", "nowhere/a.png"], 2, "the folder nowhere does not exist"),
     (["--prompt", "a", "--out", "a.xyz"], 2, "expected a picture's name"),
-    (["--prompt", "a", "--checkpoint", "nowhere"], 1, "nowhere: expected a checkpoint folder, found nothing"),
+    (["--prompt", "a", "--checkpoint", "nowhere"], 1, "nowhere: expected a checkpoint, a folder or a .safetensors file, found nothing"),
     (["--prompt", "a", "--question", "b"], 2, "--question and --text need --image"),
     (["--image", "nowhere.png"], 1, "nowhere.png: no such picture file"),
     (["--image", "README.md"], 1, "README.md: not a picture that can be read"),

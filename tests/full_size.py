@@ -1,0 +1,120 @@
+"""The published weights at full size, as random numbers: memory of drawing and captioning, time of loading.
+
+    python tests/full_size.py make FOLDER         # 14 GB: the D-DiT release, T5-XXL and the autoencoder in float16
+    python tests/full_size.py memory FOLDER       # peak memory of two steps of each, in bfloat16
+    python tests/full_size.py load FOLDER         # time to load the transformer against reading the same bytes
+
+Not part of the test run.  `memory` reports what the kernel counts as the process's largest resident set, which is
+what `/usr/bin/time -v` prints.
+"""
+
+import gzip
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+FIXTURES = Path(__file__).parent / "fixtures"
+PARTS = {"transformer": "dual_diff_release.transformer", "vae": "sd3_diffusers.vae", "text_encoder": "t5_xxl.text_encoder"}
+
+
+def write(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A safetensors file of float16 noise, scaled by fan-in, a tensor at a time: no more memory than the largest."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        header[name] = dict(dtype="F16", shape=shape, data_offsets=[at, at + 2 * math.prod(shape)])
+        at += 2 * math.prod(shape)
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started, done = time.time(), 0
+    noise = torch.randn(2**24)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            count, fan = math.prod(shape), math.prod(shape[1:]) or 1
+            scale = 1 / fan**0.5 if len(shape) > 1 else 0.02
+            if "norm" in name and name.endswith("weight") and len(shape) == 1:
+                tensor = torch.ones(count)
+            else:
+                tensor = noise.repeat(count // len(noise) + 1)[:count] * scale
+            file.write(tensor.half().numpy().tobytes())
+            done += 2 * count
+            rate = done / (time.time() - started)
+            print(f"\r{path.name}: {done / 1e9:.1f} of {at / 1e9:.1f} GB, {(at - done) / rate:.0f} s left  ", end="", flush=True)
+    print()
+
+
+def make(folder: Path) -> None:
+    full = json.loads(gzip.decompress((FIXTURES / "full_size_keys.json.gz").read_bytes()))
+    for part, entry in PARTS.items():
+        shapes = full[entry]
+        if part == "text_encoder":
+            shapes = {name: shape for name, shape in shapes.items() if name != "encoder.embed_tokens.weight"}
+        write(folder / part / "model.safetensors", shapes)
+    # a tokenizer of the real size: the fixture's words, then filler up to <extra_id_0> as 32099
+    shutil.copytree(FIXTURES / "release" / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    vocab, added = content["model"]["vocab"], content["added_tokens"]
+    words = [piece for piece in vocab if not piece[0].startswith("<extra_id_")]
+    extra = [piece for piece in vocab if piece[0].startswith("<extra_id_")]
+    words += [[f"\u2581filler{i}", -20.0] for i in range(32100 - len(words) - len(extra))]
+    content["model"]["vocab"] = words + extra
+    at = {piece[0]: i for i, piece in enumerate(words + extra)}
+    for token in added:
+        token["id"] = at[token["content"]]
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+
+
+def memory(folder: Path) -> None:
+    Image.new("RGB", (300, 256), (180, 60, 60)).save(folder / "red.png")
+    sides = ["--height", "256", "--width", "256", "--steps", "2", "--dtype", "bfloat16"]
+    for name, flags in (("draw", ["--prompt", "a red cat on a house", "--out", folder / "out.png"]),
+                        ("caption", ["--image", folder / "red.png"])):
+        started = time.time()
+        command = [sys.executable, "sample.py", "--checkpoint", folder, *flags, *sides]
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        print(f"{name}: exit status {os.waitstatus_to_exitcode(status)}, peak {usage.ru_maxrss * 1024 / 1e9:.2f} GB, "
+              f"{time.time() - started:.0f} s", flush=True)
+
+
+def load(folder: Path, repeats: int = 5) -> None:
+    import checkpoint
+    file = folder / "transformer" / "model.safetensors"
+
+    def read() -> None:
+        buffer = torch.empty(file.stat().st_size, dtype=torch.uint8)
+        with open(file, "rb", buffering=0) as stream:
+            view, at = memoryview(buffer.numpy()), 0
+            while at < len(view):
+                at += stream.readinto(view[at:at + 2**28])
+    jobs = {"read": read, "float16, as stored": lambda: checkpoint.load_mmdit(folder, torch.float16),
+            "bfloat16": lambda: checkpoint.load_mmdit(folder, torch.bfloat16),
+            "float32": lambda: checkpoint.load_mmdit(folder, torch.float32)}
+    times = {name: [] for name in jobs}
+    read()                                                   # the page cache holds the file from here on
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            times[name].append(time.perf_counter() - started)
+    base = statistics.median(times["read"])
+    for name, values in times.items():
+        print(f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f}), "
+              f"{statistics.median(values) / base:.2f} times reading")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in ("make", "memory", "load"):
+        sys.exit(__doc__)
+    globals()[sys.argv[1]](Path(sys.argv[2]))
