@@ -5,10 +5,14 @@
     python sample.py --image apple.png --question "What kind of thing is this?"
     python sample.py --image apple.png --text "red [MASK], [MASK] style"    # fills the masks, changes nothing else
 
-Without --checkpoint the weights in assets/emoji are used; they were trained by train.py.  The same seed gives
-the same result.  --trajectory FILE.gif shows the picture forming, or the text being unmasked.
+Without --checkpoint the weights in assets/emoji are used; they were trained by train.py.  With it, any layout that
+checkpoint.py reads, D-DiT's releases and SD3 among them:
 
-Shapes: B batch, L tokens, P pixels a side.
+    python sample.py --checkpoint dual_diff_sd3_512_base --prompt "a red fox" --height 512 --width 768
+
+The same seed gives the same result.  --trajectory FILE.gif shows the picture forming, or the text being unmasked.
+
+Shapes: B batch, L tokens, E width of text states, H and W height and width in pixels.
 """
 
 import itertools
@@ -89,7 +93,7 @@ class Sampler:
                 encoder.set_embedding(self.tokenizer.mask_id, vector)
             return encoder
 
-        def load_vae():       # float32: it is small, and bfloat16 costs a visible bit of contrast
+        def load_vae():       # float32: it is one percent of the whole
             autoencoder = checkpoint.load_vae(vae or path)
             if autoencoder.channels != sizes.channels:
                 raise UserError(f"{vae or path}: latents of {autoencoder.channels} channels, "
@@ -171,16 +175,18 @@ class Sampler:
         return z
 
     @torch.inference_mode()
-    def fill(self, images: Tensor, ids: Tensor, steps: int = 128, temperature: float | None = None, seed: int = 0,
-             order: str | None = None, posterior: str = "mean", trajectory: list | None = None) -> Tensor:
-        """Replace every [MASK] of ids (B, L) given images (B, 3, H, W); everything else stays.
+    def fill(self, images: Tensor | None, ids: Tensor, steps: int = 128, temperature: float | None = None, seed: int = 0,
+             order: str | None = None, posterior: str = "mean", trajectory: list | None = None,
+             latents: Tensor | None = None) -> Tensor:
+        """Replace every [MASK] of ids (B, L) given images (B, 3, H, W), or their latents; everything else stays.
 
         order: "random", the paper's walk, or "confidence", the surest token first.  posterior: what the
         autoencoder gives, "mean" or a "draw" as in the published code.
         """
         if self.kind == "SD3":
             raise UserError("this checkpoint is SD3's, which has no text head: it draws (--prompt), and reads nothing")
-        latents = self.latents(images, seed if posterior == "draw" else None)
+        if latents is None:
+            latents = self.latents(images, seed if posterior == "draw" else None)
         sampler = dict(random=mask_diffusion.sample, confidence=mask_diffusion.sample_confident)[
             self.defaults["order"] if order is None else order]
         calls = min(steps, int((ids == self.tokenizer.mask_id).sum(1).max()))
@@ -195,7 +201,7 @@ class Sampler:
 
     def write(self, images: Tensor, question: str | list[str] | None = None, max_tokens: int | None = None,
               **how) -> list[str]:
-        """A caption for each picture (B, 3, P, P); with a question (or one for each), its answer."""
+        """A caption for each picture (B, 3, H, W); with a question (or one for each), its answer."""
         questions = question if isinstance(question, list) else [question] * len(images)
         ids = torch.stack([self.canvas(q, max_tokens) for q in questions])       # (B, L)
         starts = [0 if q is None else len(self.tokenizer.pieces(data.question_prompt(q))) for q in questions]
@@ -212,8 +218,9 @@ class Sampler:
         return torch.tensor(prompt + [self.tokenizer.mask_id] * masks + [self.tokenizer.pad_id] * (room - masks))
 
     @torch.inference_mode()
-    def infill(self, image: Tensor, text: str, trajectory: list | None = None, **how) -> str:
-        """Fill the [MASK]s of a text about one picture (3, P, P).
+    def infill(self, image: Tensor, text: str, trajectory: list | None = None, posterior: str = "mean", seed: int = 0,
+               **how) -> str:
+        """Fill the [MASK]s of a text about one picture (3, H, W).
 
         A [MASK] stands for one to three tokens (it takes the space before it along, as GPT-2's tokens do).  All
         ways to cut up to two masks into tokens are filled as one batch, and the one that the model finds most
@@ -232,9 +239,11 @@ class Sampler:
                 rows.append(self.tokenizer.fit(ids, self.length))
         if not rows:
             raise UserError(f"--text has {sum(map(len, parts)) + masks} tokens, expected at most {self.length - 1}")
-        filled = self.fill(image.expand(len(rows), -1, -1, -1), torch.stack(rows), trajectory=trajectory, **how)
+        latents = self.latents(image[None], seed if posterior == "draw" else None)
+        filled = self.fill(None, torch.stack(rows), latents=latents.expand(len(rows), -1, -1, -1), seed=seed,
+                           trajectory=trajectory, **how)
         levels = 64 if self.keep else 16
-        latents = self.latents(image[None]).expand(levels, -1, -1, -1) if len(filled) > 1 else None
+        latents = latents.expand(levels, -1, -1, -1)
         bounds = [mask_diffusion.loss(self.logits(latents), row.expand(levels, -1).to(self.device),
                                       self.tokenizer.mask_id, generator=torch.Generator().manual_seed(0))
                   for row in filled] if len(filled) > 1 else [0]
@@ -253,7 +262,7 @@ def enlarge(picture: Image.Image, least: int = 256) -> Image.Image:
 
 
 def grid(images: Tensor) -> Image.Image:
-    """(B, 3, P, P) -> one picture, as square as B allows."""
+    """(B, 3, H, W) -> one picture, as square as B allows."""
     tiles = [enlarge(data.to_picture(image)) for image in images]
     columns = math.ceil(math.sqrt(len(tiles)))
     (width, height), gap = tiles[0].size, 8 if len(tiles) > 1 else 0
@@ -265,7 +274,7 @@ def grid(images: Tensor) -> Image.Image:
 
 
 def page(sampler: Sampler, prompts: list[str], captions: list[str], images: Tensor, seed: int = 0) -> Image.Image:
-    """Two columns: prompts with what is drawn for them, and images (B, 3, P, P) with the caption that is written,
+    """Two columns: prompts with what is drawn for them, and images (B, 3, H, W) with the caption that is written,
     above the true one."""
     rows = max(len(prompts), len(captions))
     sheet = Image.new("RGB", (1000, rows * 104), "white")
