@@ -59,51 +59,53 @@ def nearest(drawn: Tensor, pictures: Tensor) -> list[int]:
     return torch.cdist(drawn.flatten(1), pictures.flatten(1)).argmin(1).tolist()
 
 
-def emoji(sampler: Sampler, records: list[dict], pictures: Tensor, split: str, seed: int, limit: int,
-          prompts: int, guidance: float, steps: int) -> dict[str, float]:
-    """Every figure of one split, in percent.  pictures: (n, 3, P, P) in [-1, 1]."""
-    pool = [i for i, r in enumerate(records) if r["split"] == split]              # the tar is in random order
-    if not pool:
-        raise UserError(f"no picture of the emoji tar is in the split \"{split}\"")
-    shown, figures, started = pool[:limit], {}, time.time()
+def reading(sampler: Sampler, records: list[dict], pictures: Tensor, split: str, limit: int) -> dict[str, float]:
+    """Captions and answers about one split's pictures, in percent.  pictures: (n, 3, P, P) in [-1, 1].
 
-    right = []
+    The likeliest token at the surest place is no matter of chance, so that this needs no seeds.
+    """
+    shown = [i for i, r in enumerate(records) if r["split"] == split][:limit]      # the tar is in random order
+    if not shown:
+        raise UserError(f"no picture of the emoji tar is in the split \"{split}\"")
+    figures, right, started = {}, [], time.time()
     for batch in progress(f"{split}, captions", shown, started):
-        said = sampler.write(pictures[batch], seed=seed)
+        said = sampler.write(pictures[batch])
         right += [text == records[i]["caption"] for text, i in zip(said, batch)]
     figures["caption"] = 100 * statistics.mean(right)
 
     asked = [(i, q) for i in shown for q in records[i]["questions"]]
     answers, started = defaultdict(list), time.time()
     for batch in progress(f"{split}, answers", asked, started):
-        said = sampler.write(pictures[[i for i, _ in batch]], [q["question"] for _, q in batch], steps=32, seed=seed)
+        said = sampler.write(pictures[[i for i, _ in batch]], [q["question"] for _, q in batch], steps=32)
         for text, (_, q) in zip(said, batch):
             answers[q["type"]].append((text, q["answer"]))
     for kind, pairs in answers.items():
         figures[f"answer: {kind}"] = 100 * statistics.mean(said == true for said, true in pairs)
-    figures |= {f"POPE {name}": value for name, value in pope(*zip(*answers["yes/no"])).items()}
+    return figures | {f"POPE {name}": value for name, value in pope(*zip(*answers["yes/no"])).items()}
 
-    results, started = defaultdict(list), time.time()
-    for batch in progress(f"{split}, drawings", pool[:prompts], started):
-        drawn = sampler.draw([records[i]["caption"] for i in batch], seed=seed * 1000 + len(results["emoji"]),
-                             guidance=guidance, steps=steps)
-        read = sampler.write(drawn, seed=seed)
-        for i, found, text in zip(batch, nearest(drawn, pictures), read):
+
+def drawing(sampler: Sampler, records: list[dict], pictures: Tensor, split: str, seed: int, prompts: int,
+            how: dict) -> dict[str, float]:
+    """Drawings of one split's captions, in percent; `how` goes to Sampler.draw."""
+    pool, results, started = [i for i, r in enumerate(records) if r["split"] == split], defaultdict(list), time.time()
+    for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts], started):
+        drawn = sampler.draw([records[i]["caption"] for i in batch], seed=seed * 1000 + len(results["emoji"]), **how)
+        for i, found, text in zip(batch, nearest(drawn, pictures), sampler.write(drawn)):
             results["emoji"].append(records[found]["emoji"] == records[i]["emoji"])
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])
-    return figures | {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items()}
+    return {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items()}
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Splits as columns, figures as rows: mean over seeds, and the spread from least to most when there are several."""
+    """Splits as columns, figures as rows: mean over seeds, and from least to most where they differ."""
     names = list(next(iter(results.values()))[0])
     lines = ["| % | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
     for name in names:
         cells = []
         for runs in results.values():
             values = [run[name] for run in runs]
-            spread = f" ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else ""
+            spread = f" ({min(values):.1f}–{max(values):.1f})" if min(values) < max(values) else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -115,10 +117,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT)
     parser.add_argument("--data", type=Path, default=data.EMOJI_TAR)
     parser.add_argument("--splits", nargs="+", choices=["train", "tone", "style"], default=["train", "tone", "style"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--limit", type=int, default=400, help="pictures a split that are captioned and asked about")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the drawings; reading is not random")
+    parser.add_argument("--limit", type=int, default=200, help="pictures a split that are captioned and asked about")
     parser.add_argument("--prompts", type=int, default=200, help="prompts a split that are drawn")
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, help="of drawings (sample.py's default)")
+    parser.add_argument("--shift", type=float, help="of drawings (sample.py's default)")
     parser.add_argument("--steps", type=int, default=28, help="Euler steps of a drawing")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--page", type=Path, help="measure nothing: draw a picture of results on held-out samples")
@@ -127,6 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("limit", "prompts", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("guidance", "shift"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
+            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     for path in filter(None, (args.json, args.page)):
@@ -141,8 +147,11 @@ def main(argv: list[str] | None = None) -> None:
         page(sampler, [records[i]["caption"] for i in drawn], [records[i]["caption"] for i in read],
              pictures[read]).save(args.page)
         return
-    results = {split: [emoji(sampler, records, pictures, split, seed, args.limit, args.prompts, args.guidance,
-                             args.steps) for seed in args.seeds] for split in args.splits}
+    how = dict(guidance=args.guidance, shift=args.shift, steps=args.steps)
+    results = {}
+    for split in args.splits:
+        read = reading(sampler, records, pictures, split, args.limit)
+        results[split] = [read | drawing(sampler, records, pictures, split, seed, args.prompts, how) for seed in args.seeds]
     print(table(results))
     if args.json:
         named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

@@ -1,6 +1,6 @@
 """The published weights at full size, as random numbers: memory of drawing and captioning, time of loading.
 
-    python tests/full_size.py make FOLDER         # 14 GB: the D-DiT release, T5-XXL and the autoencoder in float16
+    python tests/full_size.py make FOLDER         # 18 GB: a D-DiT release with T5-XXL, and an SD3 file, in float16
     python tests/full_size.py memory FOLDER       # peak memory of two steps of each, in bfloat16
     python tests/full_size.py load FOLDER         # time to load the transformer against reading the same bytes
 
@@ -61,6 +61,8 @@ def make(folder: Path) -> None:
         if part == "text_encoder":
             shapes = {name: shape for name, shape in shapes.items() if name != "encoder.embed_tokens.weight"}
         write(folder / part / "model.safetensors", shapes)
+    write(folder / "sd3_medium.safetensors", {name: shape for name, shape in full["sd3_medium_single_file"].items()
+                                              if name.startswith(("model.diffusion_model.", "first_stage_model."))})
     # a tokenizer of the real size: the fixture's words, then filler up to <extra_id_0> as 32099
     shutil.copytree(FIXTURES / "release" / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
@@ -89,29 +91,31 @@ def memory(folder: Path) -> None:
 
 
 def load(folder: Path, repeats: int = 5) -> None:
+    """Reading is of the bytes that loading needs: all that the file holds of the transformer."""
     import checkpoint
-    file = folder / "transformer" / "model.safetensors"
+    for path, what in ((folder / "sd3_medium.safetensors", "SD3, one file"), (folder, "D-DiT release")):
+        tensors = checkpoint.find(path, "transformer")[0]
+        size, file = 2 * sum(map(math.prod, tensors.shape.values())), tensors.files[0]
 
-    def read() -> None:
-        buffer = torch.empty(file.stat().st_size, dtype=torch.uint8)
-        with open(file, "rb", buffering=0) as stream:
-            view, at = memoryview(buffer.numpy()), 0
-            while at < len(view):
-                at += stream.readinto(view[at:at + 2**28])
-    jobs = {"read": read, "float16, as stored": lambda: checkpoint.load_mmdit(folder, torch.float16),
-            "bfloat16": lambda: checkpoint.load_mmdit(folder, torch.bfloat16),
-            "float32": lambda: checkpoint.load_mmdit(folder, torch.float32)}
-    times = {name: [] for name in jobs}
-    read()                                                   # the page cache holds the file from here on
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            started = time.perf_counter()
-            job()
-            times[name].append(time.perf_counter() - started)
-    base = statistics.median(times["read"])
-    for name, values in times.items():
-        print(f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f}), "
-              f"{statistics.median(values) / base:.2f} times reading")
+        def read() -> None:
+            buffer = torch.empty(size, dtype=torch.uint8)
+            with open(file, "rb", buffering=0) as stream:
+                view, at = memoryview(buffer.numpy()), 0
+                while at < size:
+                    at += stream.readinto(view[at:at + 2**28])
+        jobs = {"read": read} | {name: lambda dtype=getattr(torch, name): checkpoint.load_mmdit(path, dtype)
+                                 for name in ("float16", "bfloat16", "float32")}
+        times = {name: [] for name in jobs}
+        read()                                               # the page cache holds the file from here on
+        for _ in range(repeats):
+            for name, job in jobs.items():
+                started = time.perf_counter()
+                job()
+                times[name].append(time.perf_counter() - started)
+        base = statistics.median(times["read"])
+        for name, values in times.items():
+            print(f"{what}, {name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f}), "
+                  f"{statistics.median(values) / base:.2f} times reading", flush=True)
 
 
 if __name__ == "__main__":
