@@ -70,15 +70,16 @@ VAE_FILE = [
 ]
 VAE_FOLDER = [
     (".mid_1.", ".mid_block.resnets.0."), (".mid_2.", ".mid_block.resnets.1."),
-    (".attention.norm.", ".mid_block.attentions.0.group_norm."), (".attention.out.", ".mid_block.attentions.0.to_out.0."),
+    (".attention.norm.", ".mid_block.attentions.0.group_norm."),
+    (".attention.out.", ".mid_block.attentions.0.to_out.0."),
     (".attention.", ".mid_block.attentions.0.to_"), (".down.", ".down_blocks."), (".up.", ".up_blocks."),
     (".blocks.", ".resnets."), (".shortcut.", ".conv_shortcut."), ("coder.norm.", "coder.conv_norm_out."),
 ]
 T5_NAMES = [
     ("position_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
-    ("blocks.", "encoder.block."), (".attention_norm.", ".layer.0.layer_norm."), (".mlp_norm.", ".layer.1.layer_norm."),
-    (".q.", ".layer.0.SelfAttention.q."), (".k.", ".layer.0.SelfAttention.k."), (".v.", ".layer.0.SelfAttention.v."),
-    (".o.", ".layer.0.SelfAttention.o."), (".wi_0.", ".layer.1.DenseReluDense.wi_0."),
+    ("blocks.", "encoder.block."), (".attention_norm.", ".layer.0.layer_norm."),
+    (".mlp_norm.", ".layer.1.layer_norm."), (".q.", ".layer.0.SelfAttention.q."),
+    (".k.", ".layer.0.SelfAttention.k."), (".v.", ".layer.0.SelfAttention.v."), (".o.", ".layer.0.SelfAttention.o."), (".wi_0.", ".layer.1.DenseReluDense.wi_0."),
     (".wi_1.", ".layer.1.DenseReluDense.wi_1."), (".wo.", ".layer.1.DenseReluDense.wo."),
     ("final_norm.", "encoder.final_layer_norm."),
 ]
@@ -202,8 +203,8 @@ def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: 
             elif tensors.shape[key] != entry.shape:
                 problems.append(f"{tensors.file[key].name}: {tensors.prefix}{key} is {tensors.shape[key]}, "
                                 f"this model's sizes ask for {entry.shape}")
-    problems += [f"{file.name}: {tensors.prefix}{key} is not a part of this model" for key, file in tensors.file.items()
-                 if key not in used and not key.startswith(ignore or ("\0",))]
+    problems += [f"{file.name}: {tensors.prefix}{key} is not a part of this model"
+                 for key, file in tensors.file.items() if key not in used and not key.startswith(ignore or ("\0",))]
     if not problems:
         wanted, state = module.state_dict() | dict(module.named_buffers()), {}
         for name, entry in entries.items():
@@ -230,7 +231,8 @@ def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: 
 
 SUBFOLDERS = dict(transformer=["transformer"], vae=["vae"], t5=["text_encoder_3", "text_encoder"],
                   tokenizer=["tokenizer_3", "tokenizer"])
-PREFIXES = dict(transformer="model.diffusion_model.", vae="first_stage_model.", t5="text_encoders.t5xxl.transformer.")
+PREFIXES = dict(transformer="model.diffusion_model.", vae="first_stage_model.",
+                t5="text_encoders.t5xxl.transformer.")
 SIGNS = dict(  # a tensor that tells each part, in each naming
     transformer=dict(file="joint_blocks.0.x_block.attn.qkv.weight", folder="transformer_blocks.0.attn.to_q.weight"),
     vae=dict(file="decoder.mid.attn_1.q.weight", folder="decoder.mid_block.attentions.0.to_q.weight"),
@@ -238,8 +240,13 @@ SIGNS = dict(  # a tensor that tells each part, in each naming
 TITLES = dict(transformer="SD3 or D-DiT transformer", vae="SD3 autoencoder", t5="T5 encoder")
 
 
+def listing(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+
+
 def is_ours(path: Path) -> bool:
-    return path.is_dir() and (path / "config.json").exists() and read_json(path / "config.json").get("format") == FORMAT
+    config = path / "config.json"
+    return path.is_dir() and config.exists() and read_json(config).get("format") == FORMAT
 
 
 def looks_ours(path: Path) -> bool:
@@ -266,7 +273,7 @@ def shards(folder: Path) -> list[Path]:
         raise UserError(f"{lacking}; download it again")
     files = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
     if not files:
-        raise UserError(f"{folder}: expected .safetensors files, found {', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'}")
+        raise UserError(f"{folder}: expected .safetensors files, found {listing(folder)}")
     plain = [f for f in files if f.name in ("model.safetensors", "diffusion_pytorch_model.safetensors")]
     if len(files) > 1 and not plain:
         raise UserError(f"{folder}: {len(files)} safetensors files and no index that says which belong together")
@@ -285,8 +292,8 @@ def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
     if path.is_dir():
         folder = next((path / name for name in SUBFOLDERS[part] if (path / name).is_dir()), path)
         if folder == path and not any(path.glob("*.safetensors*")):
-            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            raise UserError(f"{path}: expected a folder {' or '.join(SUBFOLDERS[part])} with safetensors files, found {found}")
+            raise UserError(f"{path}: expected a folder {' or '.join(SUBFOLDERS[part])} with safetensors files, "
+                            f"found {listing(path)}")
         files = shards(folder)
         config = read_json(folder / "config.json") if (folder / "config.json").exists() else None
     else:
@@ -330,7 +337,8 @@ def read_config(path: str | Path) -> dict:
         raise UserError(f"{path / 'config.json'}: expected \"format\": \"{FORMAT}\", found {config.get('format')!r}")
     known = {f.name for f in fields(MMDiTConfig)}
     if unknown := sorted(set(config["mmdit"]) - known):
-        raise UserError(f"{path / 'config.json'}: unknown sizes {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise UserError(f"{path / 'config.json'}: unknown sizes {', '.join(unknown)}; "
+                        f"known are {', '.join(sorted(known))}")
     return config | {"mmdit": MMDiTConfig(**config["mmdit"])}
 
 
@@ -343,7 +351,8 @@ def mmdit_config(tensors: Tensors, config: dict | None, naming: str, vocab_size:
     patch_in = "x_embedder.proj.weight" if naming == "file" else "pos_embed.proj.weight"
     table, block = ("pos_embed", "joint_blocks.{}.x_block.attn.qkv.weight") if naming == "file" else (
         "pos_embed.pos_embed", "transformer_blocks.{}.attn.to_q.weight")
-    qk_norm = "joint_blocks.0.x_block.attn.ln_q.weight" if naming == "file" else "transformer_blocks.0.attn.norm_q.weight"
+    qk_norm = ("joint_blocks.0.x_block.attn.ln_q.weight" if naming == "file" else
+               "transformer_blocks.0.attn.norm_q.weight") in tensors
     head = whole_number(c, "attention_head_dim", 64, where)                       # 64 in every published model
     heads = whole_number(c, "num_attention_heads", max(1, tensors.size(patch_in, 0) // head), where)
     patch = whole_number(c, "patch_size", tensors.size(patch_in, 2), where)
@@ -351,16 +360,18 @@ def mmdit_config(tensors: Tensors, config: dict | None, naming: str, vocab_size:
     if config:
         base = max(1, whole_number(c, "sample_size", 64 * patch, where) // patch)
     else:   # the table's second position is at base / size, and its first entry is the sine of that
-        base = max(1, round(side * math.asin(float(tensors.read(table).view(-1, tensors.size(table, 2))[1, 0].float().clamp(-1, 1)))))
+        second = float(tensors.read(table).flatten()[tensors.size(table, 2)])
+        base = max(1, round(side * math.asin(min(1, max(-1, second)))))
     if "text_proj_out.weight" in tensors:
         vocab_size = whole_number(c, "vocab_size", tensors.size("text_proj_out.weight", 0), where)
     nulls = tensors.size("null_image_embd", 1) if "null_image_embd" in tensors else 8
     return MMDiTConfig(
-        depth=whole_number(c, "num_layers", tensors.count(block), where), heads=heads, width=heads * head, patch=patch,
+        depth=whole_number(c, "num_layers", tensors.count(block), where),
+        heads=heads, width=heads * head, patch=patch,
         channels=whole_number(c, "in_channels", tensors.size(patch_in, 1), where), position_size=side,
         position_base=base, vocab_size=vocab_size, null_tokens=nulls,
         text_width=whole_number(c, "joint_attention_dim", tensors.size("context_embedder.weight", 1), where),
-        qk_norm=c["qk_norm"] is not None if "qk_norm" in c else qk_norm in tensors)
+        qk_norm=c["qk_norm"] is not None if "qk_norm" in c else qk_norm)
 
 
 def mmdit_entries(model: MMDiT, table: list[tuple[str, str]], from_sd3: bool) -> dict[str, Entry]:
@@ -446,15 +457,17 @@ def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32) -> Toke
 def vae_config(tensors: Tensors, config: dict | None, naming: str) -> VAEConfig:
     """Sizes of an autoencoder: from config.json where it says them, otherwise from the shapes, and SD3's scale."""
     c, where = config or {}, tensors.files[0]
-    level, block = (("encoder.down.{}.block.0.conv1.weight", "encoder.down.0.block.{}.conv1.weight") if naming == "file"
-                    else ("encoder.down_blocks.{}.resnets.0.conv1.weight", "encoder.down_blocks.0.resnets.{}.conv1.weight"))
+    pattern = "encoder.down.{}.block.{}.conv1.weight" if naming == "file" else "encoder.down_blocks.{}.resnets.{}.conv1.weight"
+    level, block = pattern.format("{}", 0), pattern.format(0, "{}")
     widths = c.get("block_out_channels", [tensors.size(level.format(i), 0) for i in range(tensors.count(level))])
     if not isinstance(widths, list) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
-        raise UserError(f"{where.parent / 'config.json'}: \"block_out_channels\" is {widths!r}, expected whole numbers")
+        raise UserError(f"{where.parent / 'config.json'}: \"block_out_channels\" is {widths!r}, "
+                        f"expected whole numbers")
     return VAEConfig(tuple(widths), whole_number(c, "layers_per_block", tensors.count(block), where),
                      whole_number(c, "latent_channels", tensors.size("decoder.conv_in.weight", 1), where),
                      whole_number(c, "norm_num_groups", VAEConfig.groups, where),
-                     float(c.get("scaling_factor") or VAEConfig.scale), float(c.get("shift_factor", VAEConfig.shift) or 0))
+                     float(c.get("scaling_factor") or VAEConfig.scale),
+                     float(c.get("shift_factor", VAEConfig.shift) or 0))
 
 
 def vae_entries(vae: AutoencoderKL, naming: str) -> dict[str, Entry]:
@@ -488,7 +501,8 @@ def t5_config(tensors: Tensors, config: dict | None, naming: str = "file") -> T5
                     whole_number(c, "d_model", tensors.size(table, 1), where),
                     whole_number(c, "num_layers", tensors.count("encoder.block.{}.layer.0.layer_norm.weight"), where),
                     heads, whole_number(c, "d_kv", max(1, tensors.size(attention + "q.weight", 0) // heads), where),
-                    whole_number(c, "d_ff", tensors.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0), where),
+                    whole_number(c, "d_ff",
+                                 tensors.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0), where),
                     whole_number(c, "relative_attention_num_buckets", tensors.size(bias, 0), where),
                     whole_number(c, "relative_attention_max_distance", T5Config.distance, where),
                     float(c.get("layer_norm_epsilon", T5Config.eps)))
@@ -553,8 +567,8 @@ def load_mask_embedding(path: str | Path) -> Tensor:
             raise UserError(f"{path}: not a file of one tensor ({str(error).splitlines()[0]})")
         found = list(held.values()) if isinstance(held, dict) else [held]
     if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].numel() != max(found[0].shape, default=0):
-        raise UserError(f"{path}: expected one vector, the [MASK] embedding, found "
-                        f"{', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in found[:4])}")
+        shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in found[:4]]
+        raise UserError(f"{path}: expected one vector, the [MASK] embedding, found {', '.join(shapes)}")
     if not finite(found[0]):
         raise UserError(f"{path}: the [MASK] embedding holds NaN or infinity")
     return found[0].detach().flatten()
@@ -569,16 +583,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         folder = next((path / name for name in SUBFOLDERS["tokenizer"] if (path / name).is_dir()), path)
         path = folder / "tokenizer.json"
         if not path.exists() and not is_ours(folder):
-            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{folder}: expected tokenizer.json, found {found}; fetch tokenizer.json of T5 v1.1 XXL, "
-                            f"or of the tokenizer_3 folder of Stable Diffusion 3")
+            raise UserError(f"{folder}: expected tokenizer.json, found {listing(folder)}; fetch tokenizer.json of "
+                            f"T5 v1.1 XXL, or of the tokenizer_3 folder of Stable Diffusion 3")
     elif path.suffix == ".safetensors":
         raise UserError(f"{path}: a safetensors file has no tokenizer; name a folder or a tokenizer.json")
     content = read_json(path)
     if "model" in content:
         return t5_tokenizer(path)
     if content.get("tokenizer") != "gpt2":
-        raise UserError(f"{path}: expected \"tokenizer\": \"gpt2\" or T5's tokenizer.json, found {content.get('tokenizer')!r}")
+        raise UserError(f"{path}: expected \"tokenizer\": \"gpt2\" or T5's tokenizer.json, "
+                        f"found {content.get('tokenizer')!r}")
     return gpt2_tokenizer(content.get("keep"))
 
 

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     pictures = pictures.float() / 127.5 - 1
     if args.page:
         shown = [[i for i, r in enumerate(records) if r["split"] == split][:16] for split in ("train", "tone", "style")]
-        drawn, read = shown[0][:5] + shown[1][:3], shown[1][3:8] + shown[2][:3]
+        drawn, read = shown[0][:2] + shown[1][:6], shown[1][6:11] + shown[2][:3]
         page(sampler, [records[i]["caption"] for i in drawn], [records[i]["caption"] for i in read],
              pictures[read]).save(args.page)
         return
@@ -154,7 +154,9 @@ def main(argv: list[str] | None = None) -> None:
         results[split] = [read | drawing(sampler, records, pictures, split, seed, args.prompts, how) for seed in args.seeds]
     print(table(results))
     if args.json:
-        named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        here = Path(__file__).parent                         # no folder of this machine's in a file to be shared
+        named = {k: str(v.relative_to(here) if v.is_relative_to(here) else v) if isinstance(v, Path) else v
+                 for k, v in vars(args).items()}
         args.json.write_text(json.dumps(dict(arguments=named, results=results), indent=1) + "\n")
 
 

@@ -36,8 +36,10 @@ DEFAULT = Path(__file__).parent / "assets" / "emoji"
 MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
 
 
-def watched(function, total: int, what: str):
-    """The function, saying on stderr every five seconds how far it is; silent when all is done sooner."""
+def watched(function, total: int, what: str, large: bool):
+    """The function, and for a large model a line on stderr every five seconds of how far it is."""
+    if not large:
+        return function
     state = dict(calls=0, said=time.time(), started=time.time())
 
     def call(*args):
@@ -160,7 +162,8 @@ class Sampler:
         velocity = lambda x, t: self.mmdit(x.to(self.dtype), condition, t, need="velocity")[0].float()
         if guidance != 1:
             velocity = flow.guide(velocity, guidance)
-        latents = flow.euler(watched(velocity, steps, "drawing"), noise, flow.sigmas(steps, shift), trajectory)
+        velocity = watched(velocity, steps, "drawing", not self.keep)
+        latents = flow.euler(velocity, noise, flow.sigmas(steps, shift), trajectory)
         self.hold("vae")
         if trajectory is not None:
             trajectory[:] = [self.vae.decode(state).float().cpu() for state in trajectory]
@@ -175,8 +178,8 @@ class Sampler:
         return z
 
     @torch.inference_mode()
-    def fill(self, images: Tensor | None, ids: Tensor, steps: int = 128, temperature: float | None = None, seed: int = 0,
-             order: str | None = None, posterior: str = "mean", trajectory: list | None = None,
+    def fill(self, images: Tensor | None, ids: Tensor, steps: int = 128, temperature: float | None = None,
+             seed: int = 0, order: str | None = None, posterior: str = "mean", trajectory: list | None = None,
              latents: Tensor | None = None) -> Tensor:
         """Replace every [MASK] of ids (B, L) given images (B, 3, H, W), or their latents; everything else stays.
 
@@ -184,15 +187,16 @@ class Sampler:
         autoencoder gives, "mean" or a "draw" as in the published code.
         """
         if self.kind == "SD3":
-            raise UserError("this checkpoint is SD3's, which has no text head: it draws (--prompt), and reads nothing")
+            raise UserError("this checkpoint is SD3's, which has no text head: it draws (--prompt) and reads nothing")
         if latents is None:
             latents = self.latents(images, seed if posterior == "draw" else None)
         sampler = dict(random=mask_diffusion.sample, confidence=mask_diffusion.sample_confident)[
             self.defaults["order"] if order is None else order]
+        temperature = self.defaults["temperature"] if temperature is None else temperature
         calls = min(steps, int((ids == self.tokenizer.mask_id).sum(1).max()))
-        return sampler(watched(self.logits(latents), calls, "reading"), ids.to(self.device), self.tokenizer.mask_id, steps,
-                       torch.Generator().manual_seed(seed),
-                       self.defaults["temperature"] if temperature is None else temperature, trajectory).cpu()
+        logits = watched(self.logits(latents), calls, "reading", not self.keep)
+        return sampler(logits, ids.to(self.device), self.tokenizer.mask_id, steps,
+                       torch.Generator().manual_seed(seed), temperature, trajectory).cpu()
 
     def logits(self, latents: Tensor):
         """The text half of the model as a function of ids (B, L) alone, for clean latents."""
@@ -333,8 +337,8 @@ def parse(argv: list[str] | None = None):
     add("--guidance", type=float, help="classifier-free guidance; 1: none (4; published weights: 7)")
     add("--shift", type=float, help="shift of the noise levels; 1: none (1; published weights: 3)")
     add("--temperature", type=float, help="of text; 0 takes the likeliest token, 1 samples (0; published weights: 1)")
-    add("--order", choices=["confidence", "random"], help="of unmasking: the surest token first; or random, which with "
-        "--temperature 1 is the paper's sampler (confidence; published weights: random)")
+    add("--order", choices=["confidence", "random"], help="of unmasking: the surest token first; or random, which "
+        "with --temperature 1 is the paper's sampler (confidence; published weights: random)")
     add("--posterior", choices=["mean", "draw"], default="mean", help="what the autoencoder makes of --image (mean)")
     add("--max-tokens", type=int, help="longest caption or answer, in tokens")
     add("--seed", type=int, default=0)
@@ -342,7 +346,7 @@ def parse(argv: list[str] | None = None):
     add("--trajectory", type=Path, help="a .gif of the picture forming, or of the text being unmasked")
     add("--checkpoint", type=Path, default=DEFAULT, help="a checkpoint folder (the shipped emoji weights)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the transformer and T5 (float32; published weights: bfloat16)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of transformer and T5 (float32; published weights: bfloat16)")
     add("--height", type=int, help="of the picture, in pixels (as trained; published weights: 512)")
     add("--width", type=int, help="of the picture, in pixels")
     add("--length", type=int, help="tokens of a text (as trained; published weights: 256, with --question 128)")
