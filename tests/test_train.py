@@ -94,7 +94,7 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
     (["--steps", "0"], 2, "--steps must be at least 1, got 0"),
     (["--steps", "many"], 2, "invalid int value: 'many'"),
     (["--text-dropout", "1.5"], 2, "--text-dropout must be from 0 to 1, got 1.5"),
-    (["--init", "nowhere"], 1, "nowhere: expected a checkpoint folder, found nothing"),
+    (["--init", "nowhere"], 1, "nowhere: expected a checkpoint, a folder or a .safetensors file, found nothing"),
     (["--data", "nowhere.tar"], 1, "nowhere.tar: no such tar file"),
     (["--pixels", "30"], 1, "--pixels 30: expected a multiple of the patch, 4, up to 64"),
     (["--preset", "sd3-medium"], 1, "needs a VAE's latents"),
