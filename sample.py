@@ -418,6 +418,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--max-tokens {args.max_tokens}: this model writes at most {sampler.length} tokens")
         print(sampler.write(pixels[None], args.question, args.max_tokens, **how)[0])
     if states:
+        steps = steps if (args.order or sampler.defaults["order"]) == "random" else int(states[-1][0][0])
         write_picture(args.trajectory, *[text_frame(sampler.tokenizer, ids[0], int(step[0]), steps)
                                          for step, ids in states])
 
