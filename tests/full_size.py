@@ -63,17 +63,12 @@ def make(folder: Path) -> None:
         write(folder / part / "model.safetensors", shapes)
     write(folder / "sd3_medium.safetensors", {name: shape for name, shape in full["sd3_medium_single_file"].items()
                                               if name.startswith(("model.diffusion_model.", "first_stage_model."))})
-    # a tokenizer of the real size: the fixture's words, then filler up to <extra_id_0> as 32099
+    # a tokenizer of the real size: filler after the fixture's words, so that <extra_id_0> moves from 109 to 32099
     shutil.copytree(FIXTURES / "release" / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
-    vocab, added = content["model"]["vocab"], content["added_tokens"]
-    words = [piece for piece in vocab if not piece[0].startswith("<extra_id_")]
-    extra = [piece for piece in vocab if piece[0].startswith("<extra_id_")]
-    words += [[f"\u2581filler{i}", -20.0] for i in range(32100 - len(words) - len(extra))]
-    content["model"]["vocab"] = words + extra
-    at = {piece[0]: i for i, piece in enumerate(words + extra)}
-    for token in added:
-        token["id"] = at[token["content"]]
+    content["model"]["vocab"] += [[f"\u2581filler{i}", -20.0] for i in range(32100 - 110)]
+    for token in content["added_tokens"]:
+        token["id"] += 32100 - 110 if token["content"].startswith("<extra_id_") else 0
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
 
 
