@@ -140,8 +140,8 @@ class Stream(nn.Module):
     def attention_input(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, D = x.shape
         x = modulate(F.layer_norm(x, (D,), eps=1e-6), shift, scale)
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q), self.k_norm(k), v                                  # each (B, H, T, D/H)
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).unbind(2)
+        return self.q_norm(q), self.k_norm(k), v                                  # each (B, T, H, D/H)
 
     def finish(self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
                mlp_gate: Tensor) -> Tensor:
@@ -170,13 +170,13 @@ class Block(nn.Module):
         # (shift, scale) of the attention are used here; gate, shift, scale, gate of what follows in finish
         streams = zip(self.img.attention_input(img, img_shift, img_scale),
                       self.txt.attention_input(txt, txt_shift, txt_scale))
-        q, k, v = (torch.cat(pair, dim=2) for pair in streams)                    # (B, H, N + L, D/H)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, N + L, D)
-        img_y, txt_y = y.split([N, L], dim=1)
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in streams)    # (B, H, N + L, D/H)
+        rows = dict(both=slice(None), velocity=slice(N), logits=slice(N, None))[need]
+        y = F.scaled_dot_product_attention(q[:, :, rows], k, v).transpose(1, 2).flatten(2)    # (B, N + L or less, D)
         if need != "logits":
-            img = self.img.finish(img, img_y, *img_mod)
+            img = self.img.finish(img, y[:, :N], *img_mod)
         if need != "velocity":
-            txt = self.txt.finish(txt, txt_y, *txt_mod)
+            txt = self.txt.finish(txt, y[:, -L:], *txt_mod)
         return img, txt
 
 

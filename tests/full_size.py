@@ -2,6 +2,7 @@
 
     python tests/full_size.py make FOLDER         # 18 GB: a D-DiT release with T5-XXL, and an SD3 file, in float16
     python tests/full_size.py memory FOLDER       # peak memory of two steps of each, in bfloat16
+    python tests/full_size.py decode FOLDER       # the autoencoder's decoder at 1024x1024, float32
     python tests/full_size.py load FOLDER         # time to load the transformer against reading the same bytes
 
 Not part of the test run.  `memory` reports what the kernel counts as the process's largest resident set, which is
@@ -12,6 +13,7 @@ import gzip
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -85,6 +87,15 @@ def memory(folder: Path) -> None:
               f"{time.time() - started:.0f} s", flush=True)
 
 
+def decode(folder: Path) -> None:
+    import checkpoint
+    vae, started = checkpoint.load_vae(folder), time.time()
+    with torch.inference_mode():
+        image = vae.decode(torch.randn(1, 16, 128, 128))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"{tuple(image.shape)}: {time.time() - started:.0f} s, peak {peak:.2f} GB")
+
+
 def load(folder: Path, repeats: int = 5) -> None:
     """Reading is of the bytes that loading needs: all that the file holds of the transformer."""
     import checkpoint
@@ -114,6 +125,6 @@ def load(folder: Path, repeats: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("make", "memory", "load"):
+    if len(sys.argv) != 3 or sys.argv[1] not in ("make", "memory", "decode", "load"):
         sys.exit(__doc__)
     globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -118,6 +118,36 @@ def test_t5_survives_what_overflows_in_half_precision():
     assert (low.float() - full).norm() / full.norm() < 2e-2
 
 
+TABLE, TWIN = "shared.weight", "encoder.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("prefix, names", [("", [TABLE]), ("", [TWIN]), ("", [TABLE, TWIN]),
+                                           ("text_encoders.t5xxl.transformer.", [TABLE])])
+@torch.inference_mode()
+def test_t5_files_in_float8_under_every_name_of_their_table(prefix, names, tmp_path, expected):
+    stored = load_file(RELEASE / "text_encoder" / "model.safetensors")
+    table = stored.pop(TABLE, None) if TABLE in stored else stored[TWIN]
+    stored.pop(TWIN, None)
+    stored |= {name: table.clone() for name in names}
+    small = {prefix + name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored.items()}
+    save_file(small | {"decoder.block.0.x": torch.zeros(1), "other": torch.zeros(1)} if prefix else small,
+              tmp_path / "t5.safetensors")
+    t5 = load_t5(tmp_path / "t5.safetensors", torch.bfloat16)
+    assert t5.config == load_t5(RELEASE).config and t5.embed.weight.dtype == torch.bfloat16
+    assert torch.equal(t5.embed.weight, table.to(torch.float8_e4m3fn).to(torch.bfloat16))
+    # float8 keeps 4 bits of a number: the states stay near, and far from those of any other weights
+    states = t5(expected["t5.ids"]).float()
+    assert (states - expected["t5.hidden"]).norm() / expected["t5.hidden"].norm() < 0.2
+
+
+def test_t5_with_two_different_tables_is_refused(tmp_path):
+    stored = load_file(RELEASE / "text_encoder" / "model.safetensors")
+    stored |= {TABLE: torch.zeros(120, 64), TWIN: torch.ones(120, 64)}
+    save_file(stored, tmp_path / "t5.safetensors")
+    with pytest.raises(UserError, match="differ, expected one table under two names"):
+        load_t5(tmp_path / "t5.safetensors")
+
+
 def test_t5_buckets_are_exact_nearby_and_logarithmic_beyond():
     b = buckets(300, 32, 128)
     assert b[0, :8].tolist() == [0] + [16 + i for i in range(1, 8)]          # keys behind the query
