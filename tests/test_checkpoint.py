@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import flow
+import sample
 from checkpoint import load_mmdit, load_t5, load_tokenizer, load_vae
 from data import UserError
 from model import MMDiT
@@ -251,12 +252,12 @@ def test_stored_dtype_is_mapped_and_others_are_converted():
 
 
 def test_inspect_names_layout_parts_and_sizes():
-    done = run("checkpoint.py", "inspect", RELEASE)
-    assert "D-DiT transformer: 72 tensors, 1.4 M values, F16, 2 file(s)" in done.stdout
-    assert "vocab_size 110" in done.stdout and "T5 encoder: 30 tensors" in done.stdout
-    done = run("checkpoint.py", "inspect", SD3_FILE)
-    assert "SD3 transformer" in done.stdout and "widths (32, 64)" in done.stdout and "F8_E4M3" in done.stdout
-    assert "depth 6" in run("checkpoint.py", "inspect", ROOT / "assets" / "emoji").stdout
+    said = run("checkpoint.py", "inspect", RELEASE).stdout
+    assert "D-DiT transformer: 72 tensors, 1.4 M values, F16, 2 file(s)" in said
+    assert "vocab_size 110" in said and "T5 encoder: 30 tensors" in said
+    said = checkpoint.inspect(SD3_FILE)
+    assert "SD3 transformer" in said and "widths (32, 64)" in said and "F8_E4M3" in said
+    assert "depth 6" in checkpoint.inspect(ROOT / "assets" / "emoji")
 
 
 # ---------------------------------------------------------------------------------------------- the tokenizer
@@ -296,23 +297,27 @@ def run(*flags, expect=0):
 def test_every_layout_draws(path, parts, tmp_path):
     from PIL import Image
     side = ["--height", "32", "--width", "16"] if path != RELEASE else ["--height", "48", "--width", "32"]
-    flags = ["sample.py", "--checkpoint", path, *parts, "--prompt", "a red cat", *SMALL, *side]
-    run(*flags, "--out", tmp_path / "a.png")
-    run(*flags, "--out", tmp_path / "b.png", "--seed", "0", "--dtype", "bfloat16")
+    flags = ["--checkpoint", path, *parts, "--prompt", "a red cat", *SMALL, *side]
+    sample.main([*map(str, flags), "--out", str(tmp_path / "a.png")])
+    sample.main([*map(str, flags), "--out", str(tmp_path / "b.png"), "--seed", "0", "--dtype", "bfloat16"])
     a, b = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
     assert a.width / a.height == int(side[3]) / int(side[1]) and a.tobytes() == b.tobytes()
 
 
-def test_the_release_captions_answers_and_fills_in(tmp_path):
+def test_the_release_captions_answers_and_fills_in(tmp_path, capsys):
     from PIL import Image
     Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "red.png")
-    flags = ["sample.py", "--checkpoint", RELEASE, "--vae", SD3_FILE, "--image", tmp_path / "red.png", *SMALL]
-    first, again = run(*flags).stdout, run(*flags, "--seed", "0").stdout
-    assert first == again != run(*flags, "--seed", "1").stdout
+    flags = ["--checkpoint", RELEASE, "--vae", SD3_FILE, "--image", tmp_path / "red.png", *SMALL]
+
+    def said(*more):
+        sample.main(list(map(str, [*flags, *more])))
+        return capsys.readouterr().out
+    first, again = run("sample.py", *flags).stdout, said("--seed", "0")
+    assert first == again != said("--seed", "1")
     torch.save(torch.zeros(64), tmp_path / "mask.pth")
-    assert run(*flags, "--mask-embedding", tmp_path / "mask.pth").stdout != first
-    run(*flags, "--question", "what is this?", "--posterior", "draw")
-    filled = run(*flags, "--text", "a [MASK], red cat.").stdout
+    assert said("--mask-embedding", tmp_path / "mask.pth") != first
+    said("--question", "what is this?", "--posterior", "draw")
+    filled = said("--text", "a [MASK], red cat.")
     assert filled.startswith("a") and filled.endswith(", red cat.\n")
 
 
@@ -431,5 +436,6 @@ def test_a_folder_without_a_tokenizer_says_what_to_fetch(tmp_path):
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message):
     defaults = ["--checkpoint", RELEASE, "--vae", SD3_FILE, "--prompt", "a cat", "--height", "32", "--width", "32"]
-    done = run("sample.py", *defaults, *flags, expect=status)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    with pytest.raises(UserError) as error:                  # the last lines of sample.py print it and exit with 1
+        sample.main([*map(str, defaults), *map(str, flags)])
+    assert status == 1 and message in str(error.value) and len(str(error.value).splitlines()) == 1

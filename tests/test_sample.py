@@ -16,6 +16,7 @@ import checkpoint
 import data
 import evaluate
 import flow
+import sample
 from sample import DEFAULT, Sampler
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,17 @@ def run(*flags, expect=0):
     done = subprocess.run([sys.executable, "sample.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == expect, done.stderr
     return done
+
+
+def mistake(main, flags, capsys):
+    """(exit status, what stderr shows) of a program called with these flags, as its last lines would have it."""
+    try:
+        main(list(map(str, flags)))
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+    except data.UserError as error:
+        return 1, f"error: {error}\n"
+    return 0, ""
 
 
 def test_one_command_draws_a_picture_and_the_same_seed_draws_it_again(tmp_path):
@@ -134,9 +146,16 @@ def test_bfloat16_stays_close_to_float32(sampler):
     (["--image", "APPLE", "--question", "why " * 40], 1, "leaves no room for an answer"),
     (["--image", "APPLE", "--max-tokens", "99"], 1, "writes at most 24 tokens"),
 ])
-def test_mistakes_get_one_line_and_a_status(flags, status, message, apple):
-    done = run(*[apple if flag == "APPLE" else flag for flag in flags], expect=status)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_mistakes_get_one_line_and_a_status(flags, status, message, apple, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, said = mistake(sample.main, [apple if flag == "APPLE" else flag for flag in flags], capsys)
+    assert code == status and message in said and len(said.splitlines()) == 1
+
+
+def test_the_program_prints_a_mistake_and_no_traceback(apple):
+    for flags, status in ((["--prompt", "a", "--steps", "0"], 2), (["--image", "nowhere.png"], 1)):
+        done = run(*flags, expect=status)
+        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
