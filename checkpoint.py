@@ -79,7 +79,8 @@ T5_NAMES = [
     ("position_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
     ("blocks.", "encoder.block."), (".attention_norm.", ".layer.0.layer_norm."),
     (".mlp_norm.", ".layer.1.layer_norm."), (".q.", ".layer.0.SelfAttention.q."),
-    (".k.", ".layer.0.SelfAttention.k."), (".v.", ".layer.0.SelfAttention.v."), (".o.", ".layer.0.SelfAttention.o."), (".wi_0.", ".layer.1.DenseReluDense.wi_0."),
+    (".k.", ".layer.0.SelfAttention.k."), (".v.", ".layer.0.SelfAttention.v."),
+    (".o.", ".layer.0.SelfAttention.o."), (".wi_0.", ".layer.1.DenseReluDense.wi_0."),
     (".wi_1.", ".layer.1.DenseReluDense.wi_1."), (".wo.", ".layer.1.DenseReluDense.wo."),
     ("final_norm.", "encoder.final_layer_norm."),
 ]
@@ -206,7 +207,8 @@ def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: 
     problems += [f"{file.name}: {tensors.prefix}{key} is not a part of this model"
                  for key, file in tensors.file.items() if key not in used and not key.startswith(ignore or ("\0",))]
     if not problems:
-        wanted, state = module.state_dict() | dict(module.named_buffers()), {}
+        buffers, state = dict(module.named_buffers()), {}
+        wanted = module.state_dict() | buffers
         for name, entry in entries.items():
             parts = [tensors.read(key, dtype) for key in entry.keys]
             problems += [f"{tensors.file[key].name}: {tensors.prefix}{key} holds NaN or infinity"
@@ -221,9 +223,8 @@ def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: 
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(f"{tensors.files[0].parent}/{'; '.join(sorted(problems)[:4])}{more}")
-    for name in list(state):
-        if name in dict(module.named_buffers()):
-            setattr(module, name, state.pop(name))
+    for name in buffers.keys() & state.keys():
+        setattr(module, name, state.pop(name))
     module.load_state_dict(state, assign=True)
 
 
@@ -238,6 +239,11 @@ SIGNS = dict(  # a tensor that tells each part, in each naming
     vae=dict(file="decoder.mid.attn_1.q.weight", folder="decoder.mid_block.attentions.0.to_q.weight"),
     t5=dict(file="encoder.block.0.layer.0.SelfAttention.q.weight"))
 TITLES = dict(transformer="SD3 or D-DiT transformer", vae="SD3 autoencoder", t5="T5 encoder")
+
+
+def part_folder(path: Path, part: str) -> Path:
+    """The folder of a part inside a checkpoint, or the path itself where there is none."""
+    return next((path / name for name in SUBFOLDERS[part] if (path / name).is_dir()), path)
 
 
 def listing(folder: Path) -> str:
@@ -290,7 +296,7 @@ def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
         raise UserError(f"{path}: expected a checkpoint, a folder or a .safetensors file, found nothing")
     config = None
     if path.is_dir():
-        folder = next((path / name for name in SUBFOLDERS[part] if (path / name).is_dir()), path)
+        folder = part_folder(path, part)
         if folder == path and not any(path.glob("*.safetensors*")):
             raise UserError(f"{path}: expected a folder {' or '.join(SUBFOLDERS[part])} with safetensors files, "
                             f"found {listing(path)}")
@@ -457,7 +463,8 @@ def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32) -> Toke
 def vae_config(tensors: Tensors, config: dict | None, naming: str) -> VAEConfig:
     """Sizes of an autoencoder: from config.json where it says them, otherwise from the shapes, and SD3's scale."""
     c, where = config or {}, tensors.files[0]
-    pattern = "encoder.down.{}.block.{}.conv1.weight" if naming == "file" else "encoder.down_blocks.{}.resnets.{}.conv1.weight"
+    pattern = ("encoder.down.{}.block.{}.conv1.weight" if naming == "file" else
+               "encoder.down_blocks.{}.resnets.{}.conv1.weight")
     level, block = pattern.format("{}", 0), pattern.format(0, "{}")
     widths = c.get("block_out_channels", [tensors.size(level.format(i), 0) for i in range(tensors.count(level))])
     if not isinstance(widths, list) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
@@ -474,12 +481,12 @@ def vae_entries(vae: AutoencoderKL, naming: str) -> dict[str, Entry]:
     """Where each parameter of an autoencoder is found in the naming of the "file" or of the "folder"."""
     entries = {}
     for name, parameter in vae.named_parameters():
-        shape, table = tuple(parameter.shape), VAE_FOLDER
+        shape, way = tuple(parameter.shape), name.split(".")[1]                   # "down" or "up", where there is one
         if naming == "file":     # 1x1 convolutions in attention, and up levels numbered from the largest picture
-            table = VAE_FILE + [(".resample.", f".{name.split('.')[1]}sample.conv.")]
+            table = VAE_FILE + [(".resample.", f".{way}sample.conv.")]
             shape += (1, 1) if ".attention." in name and len(shape) == 2 else ()
         else:
-            table = VAE_FOLDER + [(".resample.", f".{name.split('.')[1]}samplers.0.conv.")]
+            table = VAE_FOLDER + [(".resample.", f".{way}samplers.0.conv.")]
         keys, _ = rename(name, table)
         if naming == "file" and keys[0].startswith("decoder.up."):
             at = int(name.split(".")[2])
@@ -580,7 +587,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return gpt2_tokenizer()
     path = Path(path)
     if path.is_dir():
-        folder = next((path / name for name in SUBFOLDERS["tokenizer"] if (path / name).is_dir()), path)
+        folder = part_folder(path, "tokenizer")
         path = folder / "tokenizer.json"
         if not path.exists() and not is_ours(folder):
             raise UserError(f"{folder}: expected tokenizer.json, found {listing(folder)}; fetch tokenizer.json of "
@@ -630,16 +637,13 @@ def export_release(source: Path, target: Path, tokenizer: Path | None = None) ->
     dtype = dict(F16=torch.float16, BF16=torch.bfloat16).get(stored, torch.float32)
     model = load_mmdit(source, dtype)
     c = model.config
-    state = {}
-    for name, tensor in [*model.named_parameters(), ("positions", model.positions)]:
-        keys, swap = rename(name, RELEASE)
-        entry = mmdit_entries(model, RELEASE, False)[name] if name in ("positions", "img_in.weight") else None
-        tensor = tensor.detach()
-        if swap:
+    state, held = {}, dict(model.named_parameters()) | {"positions": model.positions}
+    for name, entry in mmdit_entries(model, RELEASE, False).items():
+        tensor = held[name].detach()
+        if entry.swap:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        if entry is not None:
-            tensor = tensor.reshape(entry.shape)
-        state |= {key: part.contiguous() for key, part in zip(keys, tensor.chunk(len(keys)))}
+        parts = tensor.chunk(len(entry.keys))
+        state |= {key: part.reshape(entry.shape).contiguous() for key, part in zip(entry.keys, parts)}
     for part in ("transformer", "scheduler", "tokenizer"):
         (target / part).mkdir(parents=True, exist_ok=True)
     save_file(state, target / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
@@ -655,7 +659,7 @@ def export_release(source: Path, target: Path, tokenizer: Path | None = None) ->
         _class_name="DualDiffSD3Pipeline", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
         text_encoder=["transformers", "T5EncoderModel"], tokenizer=["transformers", "T5TokenizerFast"],
         transformer=["sd3_modules.sd3_model", "SD3JointModelFlexible"], vae=["diffusers", "AutoencoderKL"]))
-    origin = tokenizer or next((source / name for name in SUBFOLDERS["tokenizer"] if (source / name).is_dir()), source)
+    origin = tokenizer or part_folder(source, "tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model"):
         if origin.is_dir() and (origin / name).exists():
             shutil.copyfile(origin / name, target / "tokenizer" / name)

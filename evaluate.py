@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     results = {}
     for split in args.splits:
         read = reading(sampler, records, pictures, split, args.limit)
-        results[split] = [read | drawing(sampler, records, pictures, split, seed, args.prompts, how) for seed in args.seeds]
+        results[split] = [read | drawing(sampler, records, pictures, split, seed, args.prompts, how)
+                          for seed in args.seeds]
     print(table(results))
     if args.json:
         here = Path(__file__).parent                         # no folder of this machine's in a file to be shared

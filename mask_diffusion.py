@@ -65,6 +65,13 @@ def forbid(logits: Tensor, mask_id: int) -> Tensor:
     return logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), float("-inf"))
 
 
+def check(steps: int, temperature: float) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+
+
 def sample(logits_fn: LogitsFn, ids: Tensor, mask_id: int, steps: int,
            generator: torch.Generator | None = None, temperature: float = 1.0,
            trajectory: list | None = None) -> Tensor:
@@ -82,10 +89,7 @@ def sample(logits_fn: LogitsFn, ids: Tensor, mask_id: int, steps: int,
     (step (B,), ids (B, L)): the state after each evaluation, and the step of the walk each row has reached.
     Raises ValueError below one step or for a negative temperature.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    check(steps, temperature)
     ids, device = ids.clone(), ids.device
     never = steps + 1
     draw_device = generator.device if generator is not None else device
@@ -113,10 +117,7 @@ def sample_confident(logits_fn: LogitsFn, ids: Tensor, mask_id: int, steps: int,
     Not a draw from the model's joint distribution: it favours likely texts.  With temperature 0 that is what one
     wants, while a random order then fixes tokens whose neighbours are not decided yet.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    check(steps, temperature)
     ids, step = ids.clone(), 0
     if trajectory is not None:
         trajectory.append((torch.zeros(len(ids), dtype=torch.long, device=ids.device), ids.clone()))

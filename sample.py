@@ -116,8 +116,8 @@ class Sampler:
         self.parts = {}
         pixels = checkpoint.read_config(path).get("pixels") if self.kind == "ours" else 512
         self.height, self.width = height or pixels, width or pixels
-        factor = 1 if self.kind == "ours" and sizes.channels == 3 else 8
-        unit = sizes.patch * factor
+        self.factor = 1 if sizes.channels == 3 else 8                            # pixels per latent, along a side
+        unit = sizes.patch * self.factor
         for name, side in (("height", self.height), ("width", self.width)):
             if not isinstance(side, int) or side < 1 or side % unit or side > unit * sizes.position_size:
                 raise UserError(f"{path}: a picture's {name} of {side!r}, expected a multiple of {unit} up to "
@@ -155,8 +155,7 @@ class Sampler:
         text, null = encode(prompts), encode([negative]).expand(len(prompts), -1, -1)   # (B, L, E)
         self.hold("mmdit")
         generator = torch.Generator().manual_seed(seed)
-        factor = 1 if self.mmdit.config.channels == 3 else 8
-        shape = (len(prompts), self.mmdit.config.channels, self.height // factor, self.width // factor)
+        shape = (len(prompts), self.mmdit.config.channels, self.height // self.factor, self.width // self.factor)
         noise = torch.randn(shape, generator=generator).to(self.device)          # the walk stays in float32
         condition = text if guidance == 1 else torch.cat([text, null])           # (B or 2B, L, E)
         velocity = lambda x, t: self.mmdit(x.to(self.dtype), condition, t, need="velocity")[0].float()

@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         for level in self.down:
             x = level(x)                                                          # ends at (B, C, h, w)
         x = self.mid_2(self.attention(self.mid_1(x)))
-        return self.conv_out(activate(self.norm, x))                                # (B, 32, h, w)
+        return self.conv_out(activate(self.norm, x))                              # (B, 32, h, w)
 
 
 class Decoder(nn.Module):

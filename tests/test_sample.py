@@ -49,17 +49,6 @@ def run(*flags, expect=0):
     return done
 
 
-def mistake(main, flags, capsys):
-    """(exit status, what stderr shows) of a program called with these flags, as its last lines would have it."""
-    try:
-        main(list(map(str, flags)))
-    except SystemExit as stop:
-        return stop.code, capsys.readouterr().err
-    except data.UserError as error:
-        return 1, f"error: {error}\n"
-    return 0, ""
-
-
 def test_one_command_draws_a_picture_and_the_same_seed_draws_it_again(tmp_path):
     started = time.time()
     run("--prompt", "red apple, noto style", "--out", tmp_path / "a.png", "--trajectory", tmp_path / "a.gif")
@@ -146,9 +135,9 @@ def test_bfloat16_stays_close_to_float32(sampler):
     (["--image", "APPLE", "--question", "why " * 40], 1, "leaves no room for an answer"),
     (["--image", "APPLE", "--max-tokens", "99"], 1, "writes at most 24 tokens"),
 ])
-def test_mistakes_get_one_line_and_a_status(flags, status, message, apple, capsys, monkeypatch):
+def test_mistakes_get_one_line_and_a_status(flags, status, message, apple, mistake, monkeypatch):
     monkeypatch.chdir(ROOT)
-    code, said = mistake(sample.main, [apple if flag == "APPLE" else flag for flag in flags], capsys)
+    code, said = mistake(sample.main, [apple if flag == "APPLE" else flag for flag in flags])
     assert code == status and message in said and len(said.splitlines()) == 1
 
 

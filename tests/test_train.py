@@ -100,14 +100,9 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
     (["--pixels", "30"], 1, "--pixels 30: expected a multiple of the patch, 4, up to 64"),
     (["--preset", "sd3-medium"], 1, "needs a VAE's latents"),
 ])
-def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar, capsys):
+def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar, mistake):
     flags = [*(["--data", small_tar] if "--data" not in flags else []), "--out", tmp_path / "x", *flags]
-    try:
-        train_main(list(map(str, flags)))
-    except SystemExit as stop:
-        code, said = stop.code, capsys.readouterr().err
-    except data.UserError as error:                          # the last lines of train.py print it and exit with 1
-        code, said = 1, f"error: {error}\n"
+    code, said = mistake(train_main, flags)
     assert code == status and message in said and len(said.splitlines()) == 1
 
 
