@@ -629,10 +629,13 @@ def export_release(source: Path, target: Path, tokenizer: Path | None = None) ->
     loads it; its vae/ and text_encoder/ come from the release or from SD3.  Raises UserError."""
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target}: expected a new folder, found one that is not empty")
-    if is_ours(source) and read_config(source)["mmdit"].text_length:
+    ours = read_config(source)["mmdit"] if is_ours(source) else None
+    if ours and ours.predicts != "velocity":
+        raise UserError(f"{source}: its image head predicts {ours.predicts}; the release layout's is a velocity")
+    if ours and ours.text_length:
         raise UserError(f"{source}: its text comes from a token embedding of its own, which the release layout, "
                         f"made for T5, has no place for")
-    tensors = Tensors([source / "model.safetensors"], "mmdit.") if is_ours(source) else find(source, "transformer")[0]
+    tensors = Tensors([source / "model.safetensors"], "mmdit.") if ours else find(source, "transformer")[0]
     stored = Counter(tensors.dtype.values()).most_common(1)[0][0]
     dtype = dict(F16=torch.float16, BF16=torch.bfloat16).get(stored, torch.float32)
     model = load_mmdit(source, dtype)

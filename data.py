@@ -1,25 +1,16 @@
-"""Tokenizers, tar shards in WebDataset layout, and the emoji set.
+"""Tokenizers, pictures, and tar shards in WebDataset layout.
 
-    python data.py emoji            # rebuild assets/emoji.tar.gz from two npm packages (needs npm, 140 MB)
-
-The emoji set is 7,572 pictures: every emoji of Unicode 16 in the style of Google (Noto) and of Twitter
-(Twemoji), with one caption each and questions with known answers from Unicode's metadata.
-
-Shapes: B batch, L tokens, n pictures, P pixels a side.
+Shapes: L tokens, P pixels a side.
 """
 
 import argparse
 import difflib
-import gzip
 import hashlib
 import io
 import json
 import re
-import subprocess
 import sys
 import tarfile
-import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Iterator
 
@@ -31,7 +22,6 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
-EMOJI_TAR = ASSETS / "emoji.tar.gz"
 
 
 class UserError(Exception):
@@ -185,6 +175,11 @@ def question_prompt(question: str) -> str:
     return f"Q: {question} A: "
 
 
+def fraction(text: str) -> float:
+    """A text's hash as a number in [0, 1): the same on every machine, so splits never move."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
 # ---------------------------------------------------------------------------------------------- pictures
 
 def read_picture(source: Path | bytes) -> Image.Image:
@@ -249,169 +244,3 @@ def read_tar(path: Path) -> Iterator[dict]:
         raise UserError(f"{path}: not a whole tar file ({error}); fetch or build it again")
     if sample:
         yield sample
-
-
-# ---------------------------------------------------------------------------------------------- the emoji set
-
-STYLES = {"noto": "google", "twemoji": "twitter"}       # our word in captions: the npm package's and folder's
-TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
-NOUNS = {                                               # a kind of thing, and how a yes/no question names it
-    "smileys & emotion": "a smiley", "people & body": "a person or a body part",
-    "animals & nature": "an animal or a plant", "food & drink": "food or drink",
-    "travel & places": "a place or a vehicle", "activities": "an activity", "objects": "an object",
-    "symbols": "a symbol", "flags": "a flag", "component": "a skin tone swatch",
-}
-
-
-def fraction(text: str) -> float:
-    """A text's hash as a number in [0, 1): the same on every machine, so splits never move."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def emoji_names(entries: list[dict]) -> dict[str, str]:
-    """A short, natural and unique name for every base emoji, by its codepoints.
-
-    Unicode's name in lower case, "sign" and "symbol" at its end and colons taken out, "X flag" as "flag of X".
-    Where two emoji would share a name, the data set's own short name is used.
-    """
-    def plain(name: str) -> str:
-        if name.endswith(" Flag"):
-            return "flag of " + name.removesuffix(" Flag")
-        head, colon, tail = name.lower().partition(": ")
-        *first, last = tail.split(", ")
-        if colon and head in ("family", "kiss", "couple with heart"):
-            return f"{head} of {', '.join(first)} and {last}"
-        return f"{head} with {tail}" if colon and head in ("man", "woman", "person") else name.lower().replace(":", "")
-
-    short = {e["unified"]: plain(e["name"]).removesuffix(" sign").removesuffix(" symbol") for e in entries}
-    taken = Counter(list(short.values()) + [plain(e["name"]) for e in entries
-                                            if short[e["unified"]] != plain(e["name"])])
-    names = {e["unified"]: short[e["unified"]] if taken[short[e["unified"]]] == 1 else plain(e["name"])
-             for e in entries}
-    taken = Counter(names.values())
-    return {e["unified"]: names[e["unified"]] if taken[names[e["unified"]]] == 1
-            else e["short_name"].replace("_", " ").replace("-", " ") for e in entries}
-
-
-def emoji_records(entries: list[dict]) -> list[dict]:
-    """One record a picture: key, image file, style, caption, metadata, questions with answers, split."""
-    names = emoji_names(entries)
-    records = []
-    for entry in entries:
-        variants = {"": entry} | entry.get("skin_variations", {})
-        for tone_code, variant in variants.items():
-            tones = list(dict.fromkeys(TONES[code] for code in tone_code.split("-") if code))
-            tone = " and ".join(tones) or "none"
-            words = [names[entry["unified"]]] + [f"{tone} skin tone{'s' * (len(tones) > 1)}"] * bool(tones)
-            for style, package in STYLES.items():
-                if not variant[f"has_img_{package}"]:
-                    continue
-                records.append(dict(
-                    key=f"{Path(variant['image']).stem}-{style}", image=variant["image"], style=style,
-                    emoji=entry["unified"], name=names[entry["unified"]], tone=tone,
-                    kind=entry["category"].lower(), group=entry["subcategory"].replace("-", " "),
-                    caption=", ".join(words + [f"{style} style"])))
-    for record in records:
-        record["questions"] = emoji_questions(record)
-        held_style = sorted(STYLES)[fraction("which style of " + record["emoji"]) < 0.5]
-        if fraction("style of " + record["emoji"]) < 0.05 and record["style"] == held_style:
-            record["split"] = "style"
-        elif record["tone"] != "none" and fraction("tone of " + record["key"]) < 0.10:
-            record["split"] = "tone"
-        else:
-            record["split"] = "train"
-    return records
-
-
-def emoji_questions(record: dict) -> list[dict]:
-    """Questions with known answers; one yes and one no for each picture, so that always-yes scores a half."""
-    others = [kind for kind in NOUNS if kind != record["kind"]]
-    other = others[int(fraction("not " + record["key"]) * len(others))]
-    return [dict(type="kind", question="What kind of thing is this?", answer=record["kind"]),
-            dict(type="group", question="Which group does it belong to?", answer=record["group"]),
-            dict(type="tone", question="What is the skin tone?", answer=record["tone"]),
-            dict(type="style", question="Which style is it drawn in?", answer=record["style"]),
-            dict(type="yes/no", question=f"Is this {NOUNS[record['kind']]}?", answer="yes"),
-            dict(type="yes/no", question=f"Is this {NOUNS[other]}?", answer="no")]
-
-
-def build_emoji(out: Path = EMOJI_TAR) -> None:
-    """Write the emoji tar, bit for bit the same each time, from the two npm packages (`npm pack`)."""
-    with tempfile.TemporaryDirectory() as folder:
-        packages = {style: f"emoji-datasource-{package}@16.0.0" for style, package in STYLES.items()}
-        print("fetching " + " and ".join(packages.values()), flush=True)
-        try:
-            subprocess.run(["npm", "pack", "--silent", *packages.values()], cwd=folder, check=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        except FileNotFoundError:
-            raise UserError("npm was not found: install Node.js, or use the assets/emoji.tar.gz that is committed")
-        except subprocess.CalledProcessError as error:
-            reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"npm pack failed ({reason}): is the npm registry within reach?")
-        pictures, entries = {}, []
-        for style, package in STYLES.items():
-            wanted = f"package/img/{package}/64/"
-            with tarfile.open(Path(folder) / f"emoji-datasource-{package}-16.0.0.tgz") as tar:
-                for member in tar:
-                    if member.name.startswith(wanted):
-                        pictures[style, member.name.removeprefix(wanted)] = tar.extractfile(member).read()
-                    elif member.name == "package/emoji.json":
-                        entries = json.load(tar.extractfile(member))
-    records = sorted(emoji_records(entries), key=lambda r: hashlib.sha256(r["key"].encode()).digest())
-    if len({r["caption"] for r in records}) != len(records):
-        raise RuntimeError("two pictures share a caption")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    with open(temporary, "wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed, \
-            tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for n, record in enumerate(records, 1):
-            picture = io.BytesIO()
-            image = record.pop("image")
-            read_picture(pictures[record["style"], image]).save(picture, "WEBP", lossless=True, quality=75, method=4)
-            text = json.dumps(record, ensure_ascii=False, indent=1).encode()
-            for extension, content in (("webp", picture.getvalue()), ("json", text)):
-                member = tarfile.TarInfo(f"{record['key']}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-            if n % 500 == 0 or n == len(records):
-                print(f"\r{n}/{len(records)} pictures", end="", flush=True)
-    temporary.replace(out)
-    counts = Counter(r["split"] for r in records)
-    print(f"\n{out}: {out.stat().st_size / 2**20:.1f} MiB, splits {dict(counts)}")
-
-
-def load_emoji(path: Path = EMOJI_TAR, pixels: int = 32) -> tuple[list[dict], Tensor]:
-    """Every record of the emoji tar, and the pictures as uint8 (n, 3, P, P)."""
-    records, pictures = [], []
-    for sample in read_tar(path):
-        try:
-            record, picture = json.loads(sample["json"]), sample["webp"]
-            record["caption"], record["questions"], record["split"]
-        except (KeyError, ValueError):
-            raise UserError(f"{path}: sample {sample['__key__']} lacks a webp picture or a caption, questions and split")
-        records.append(record)
-        pictures.append(np.array(fit_picture(read_picture(picture), pixels)))
-    if not records:
-        raise UserError(f"{path}: no samples in this tar")
-    return records, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-
-
-def emoji_texts(records: list[dict]) -> list[str]:
-    """Every text of the emoji set, in the pieces in which it is tokenized."""
-    return [r["caption"] for r in records] + [
-        text for r in records for q in r["questions"] for text in (question_prompt(q["question"]), q["answer"])]
-
-
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("what", choices=["emoji"], help="emoji: rebuild the emoji tar from npm")
-    parser.add_argument("--out", type=Path, default=EMOJI_TAR)
-    args = parser.parse_args()
-    build_emoji(args.out)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -7,8 +7,8 @@
 in that style; `style`: an emoji never seen in that style),
 
     caption     the caption written for a picture is the true one, word for word
-    answers     the answer written to a question is the true one, by type of question; yes/no also the way POPE
-                reports it (arXiv 2305.10355), "yes" being the positive class
+    answers     the answer written to a question is the true one, by type of question, one phrasing of each; all
+                yes/no also the way POPE reports it (arXiv 2305.10355), "yes" being the positive class
     drawing     a prompt is drawn, and the nearest picture of the whole set by pixel distance has the right emoji
                 ("emoji"), or is the very picture asked for ("exact"); and the caption that the model then writes
                 for its own drawing is the prompt ("read back")
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import data
+import emoji
 from data import UserError
 from sample import DEFAULT, Sampler, page
 
@@ -59,6 +60,12 @@ def nearest(drawn: Tensor, pictures: Tensor) -> list[int]:
     return torch.cdist(drawn.flatten(1), pictures.flatten(1)).argmin(1).tolist()
 
 
+def one_of_each(record: dict) -> list[dict]:
+    """Of a picture's questions one for each type and answer, in a phrasing that its key decides."""
+    shuffled = sorted(record["questions"], key=lambda q: data.fraction(f"{record['key']} {q['question']}"))
+    return list({(q["type"], q["answer"]): q for q in shuffled}.values())
+
+
 def reading(sampler: Sampler, records: list[dict], pictures: Tensor, split: str, limit: int) -> dict[str, float]:
     """Captions and answers about one split's pictures, in percent.  pictures: (n, 3, P, P) in [-1, 1].
 
@@ -73,7 +80,7 @@ def reading(sampler: Sampler, records: list[dict], pictures: Tensor, split: str,
         right += [text == records[i]["caption"] for text, i in zip(said, batch)]
     figures["caption"] = 100 * statistics.mean(right)
 
-    asked = [(i, q) for i in shown for q in records[i]["questions"]]
+    asked = [(i, q) for i in shown for q in one_of_each(records[i])]
     answers, started = defaultdict(list), time.time()
     for batch in progress(f"{split}, answers", asked, started):
         said = sampler.write(pictures[[i for i, _ in batch]], [q["question"] for _, q in batch], steps=32)
@@ -81,7 +88,8 @@ def reading(sampler: Sampler, records: list[dict], pictures: Tensor, split: str,
             answers[q["type"]].append((text, q["answer"]))
     for kind, pairs in answers.items():
         figures[f"answer: {kind}"] = 100 * statistics.mean(said == true for said, true in pairs)
-    return figures | {f"POPE {name}": value for name, value in pope(*zip(*answers["yes/no"])).items()}
+    pairs = [pair for kind in answers if kind.startswith("yes/no") for pair in answers[kind]]
+    return figures | {f"POPE {name}": value for name, value in pope(*zip(*pairs)).items()}
 
 
 def drawing(sampler: Sampler, records: list[dict], pictures: Tensor, split: str, seed: int, prompts: int,
@@ -115,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = data.Parser(__doc__)
     parser.add_argument("what", choices=["emoji"])
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT)
-    parser.add_argument("--data", type=Path, default=data.EMOJI_TAR)
+    parser.add_argument("--data", type=Path, default=emoji.TAR)
     parser.add_argument("--splits", nargs="+", choices=["train", "tone", "style"], default=["train", "tone", "style"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the drawings; reading is not random")
     parser.add_argument("--limit", type=int, default=200, help="pictures a split that are captioned and asked about")
@@ -139,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         if not path.parent.is_dir():
             parser.error(f"{path}: the folder {path.parent} does not exist")
     sampler = Sampler(args.checkpoint, args.device)
-    records, pictures = data.load_emoji(args.data, sampler.height)
+    records, pictures = emoji.load(args.data, sampler.height)
     pictures = pictures.float() / 127.5 - 1
     if args.page:
         shown = [[i for i, r in enumerate(records) if r["split"] == split][:16] for split in ("train", "tone", "style")]

@@ -17,15 +17,22 @@ from torch import Tensor
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
-def draw(shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def shifted(t: Tensor | float, shift: float) -> Tensor | float:
+    """Times moved towards noise, s' = shift s / (1 + (shift - 1) s): the logit grows by log(shift)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def draw(shape: tuple[int, ...], generator: torch.Generator | None = None,
+         shift: float = 1.0) -> tuple[Tensor, Tensor]:
     """The random part of the loss: times t (B,) in (0, 1) and noise of the given shape (B, ...).
 
     t = sigmoid(N(0, 1)), SD3's logit-normal: most of the effort goes to the middle, where the velocity is
-    hardest to tell.  Drawn apart from the loss so that a batch split over processes keeps one set of draws.
+    hardest to tell.  A shift above 1 moves them towards noise, where what is in a picture is decided (2: the
+    middle from 0.5 to 0.67).  Drawn apart from the loss so that a batch split over processes keeps its draws.
     """
     device = generator.device if generator is not None else None
     t = torch.sigmoid(torch.randn(shape[0], generator=generator, device=device))  # (B,)
-    return t, torch.randn(shape, generator=generator, device=device)
+    return shifted(t, shift), torch.randn(shape, generator=generator, device=device)
 
 
 def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
@@ -48,16 +55,14 @@ def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None
 def sigmas(steps: int, shift: float = 3.0) -> Tensor:
     """Noise levels of an Euler walk, (steps + 1,) float32, from 1 down to 0.
 
-    The shift s' = shift s / (1 + (shift - 1) s) spends more steps at high noise, which large pictures need.
-    The grid ends at the shifted 1/1000 and is shifted as a whole, so its last level is shifted twice: the
-    published scheduler does so, and released weights are sampled with it.  Raises ValueError below one step.
+    The shift spends more steps at high noise, which large pictures need.  The grid ends at the shifted 1/1000
+    and is shifted as a whole, its last level twice: the published scheduler does so, and released weights are
+    sampled with it.  Raises ValueError below one step.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    shifted = lambda s: shift * s / (1 + (shift - 1) * s)
-    low = shifted(torch.tensor(1e-3, dtype=torch.float64))
-    grid = torch.linspace(1, float(low), steps, dtype=torch.float64)
-    return torch.cat([shifted(grid), torch.zeros(1, dtype=torch.float64)]).float()
+    grid = torch.linspace(1, shifted(1e-3, shift), steps, dtype=torch.float64)
+    return torch.cat([shifted(grid, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
 def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor, trajectory: list | None = None) -> Tensor:

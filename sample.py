@@ -158,7 +158,7 @@ class Sampler:
         shape = (len(prompts), self.mmdit.config.channels, self.height // self.factor, self.width // self.factor)
         noise = torch.randn(shape, generator=generator).to(self.device)          # the walk stays in float32
         condition = text if guidance == 1 else torch.cat([text, null])           # (B or 2B, L, E)
-        velocity = lambda x, t: self.mmdit(x.to(self.dtype), condition, t, need="velocity")[0].float()
+        velocity = lambda x, t: self.mmdit(x, condition, t, need="velocity")[0].float()
         if guidance != 1:
             velocity = flow.guide(velocity, guidance)
         velocity = watched(velocity, steps, "drawing", not self.keep)

@@ -2,6 +2,7 @@
 
     python train.py --preset emoji --stage pretrain                     # from scratch: pictures and captions
     python train.py --preset emoji --stage instruct --init out/pretrain # then questions with answers
+    bash runs/emoji.sh                                                  # both: the recipe of the emoji weights
     torchrun --standalone --nproc_per_node=2 train.py --stage pretrain  # the same lines, sharded by FSDP2
 
 A run lives in --out (out/STAGE unless given): log.jsonl, loss.png, samples_*.png, step_*/ to resume from, and
@@ -13,6 +14,7 @@ variant (GPT-2's tokenizer, own embedding table) on the emoji set, with `Pixels`
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import data
+import emoji
 import flow
 import mask_diffusion
 import sample
@@ -49,19 +52,23 @@ class TrainConfig:
     preset: str = "emoji"           # sizes of the model, a name of model.PRESETS; --init brings its own
     init: str = ""                  # checkpoint folder to start from; empty: from scratch
     out: str = ""                   # folder of the run; empty: out/STAGE
-    data: str = str(data.EMOJI_TAR) # the emoji tar
-    pixels: int = 32                # pictures are resized to this
-    steps: int = 1200               # updates
-    batch: int = 64                 # pictures in the image loss, and as many in the text loss, over all processes
+    data: str = str(emoji.TAR)      # the emoji tar
+    pixels: int = 0                 # pictures are resized to this; 0: as the preset, or --init, has it
+    steps: int = 4000               # updates
+    image_batch: int = 96           # pictures in the image loss of one update, over all processes
+    text_batch: int = 48            # texts in the text loss
     lr: float = 1.2e-3              # peak learning rate
-    schedule: str = "constant"      # after warm-up: constant, or linear down to zero
     warmup: int = 200               # steps of linear warm-up
+    schedule: str = "constant"      # after warm-up; linear: down to zero over the last --decay-steps
+    decay_steps: int = 0            # 0: all steps after warm-up
+    decay_from: int = 0             # when time is up: go down from this step, which ends the run early
     optimizer: str = "adamw"        # adamw; or muon for the blocks' matrices (arXiv 2502.16982), adamw for the rest
     weight_decay: float = 1e-2      # of either
+    time_shift: float = 2.0         # of the image loss's times towards noise; 1: SD3's and the paper's, unmoved
     text_weight: float = 0.2        # lambda
     text_dropout: float = 0.1       # share of pictures drawn from the empty prompt, for guidance
     question_share: float = 0.4     # of the texts in `instruct`; the others are captions
-    text_length: int = 24           # tokens of a text, padding included
+    text_length: int = 0            # tokens of a text, padding included; 0: as in the preset or --init
     vocabulary: str = "used"        # used: GPT-2's tokens that the texts use; full: all 50257
     clip: float = 2.0               # largest gradient norm
     ema: float = 0.999              # decay of the averaged weights
@@ -75,10 +82,10 @@ class TrainConfig:
     fresh: bool = False             # start over in a folder that holds a run, instead of going on
 
 
+PIXELS = {"emoji": 64, "e2e-1.1b": 256, "sd3-medium": 256}       # side of the pictures that a preset starts on
 STAGES = {  # what differs from the defaults above; lambda is the paper's, 0.2 and then 1.0
-    "pretrain": dict(),
-    # The rate falls to zero here, so the average is short: a long one would lag behind the weights.
-    "instruct": dict(steps=3600, optimizer="muon", lr=2.5e-3, schedule="linear", warmup=50, text_weight=1.0, ema=0.995),
+    "pretrain": dict(optimizer="muon", lr=2.5e-3, warmup=50),
+    "instruct": dict(optimizer="muon", lr=2.5e-3, warmup=50, schedule="linear", text_weight=1.0),
 }
 
 
@@ -97,14 +104,29 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
                                 help=f"default {field.default}" if field.default != "" else None)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     config = TrainConfig(**(STAGES[given.get("stage", "pretrain")] | given))
-    for name in ("pixels", "steps", "batch", "text_length", "log_every", "save_every"):
-        if getattr(config, name) < 1:
+    for name in ("pixels", "steps", "image_batch", "text_batch", "text_length", "decay_steps", "decay_from",
+                 "log_every", "save_every"):
+        if name in given and given[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    for name, low, high in (("text_dropout", 0, 1), ("question_share", 0, 1), ("ema", 0, 1), ("lr", 0, 1), ("clip", 0, float("inf")),
-                            ("text_weight", 0, float("inf")), ("warmup", 0, float("inf"))):
+    for name, low, high in (("text_dropout", 0, 1), ("question_share", 0, 1), ("ema", 0, 1), ("lr", 0, 1),
+                            ("clip", 0, math.inf), ("text_weight", 0, math.inf), ("warmup", 0, math.inf),
+                            ("time_shift", 1e-3, 1e3)):
         if not low <= getattr(config, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, got {getattr(config, name)}")
-    return replace(config, out=config.out or f"out/{config.stage}")
+    if config.decay_steps and config.schedule == "constant":
+        parser.error("--decay-steps needs --schedule linear")
+    if config.decay_from and not config.decay_steps:
+        parser.error("--decay-from needs --decay-steps: how long the rate takes to fall to zero")
+    steps = config.decay_from + config.decay_steps if config.decay_from else config.steps
+    return replace(config, out=config.out or f"out/{config.stage}", steps=steps)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then constant; a linear schedule then falls to zero, which a step after the last would have."""
+    rate = config.lr * min(1, (step + 1) / max(config.warmup, 1))
+    if config.schedule == "linear":
+        rate *= min(1, (config.steps - step) / (config.decay_steps or max(config.steps - config.warmup, 1)))
+    return rate
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -151,17 +173,21 @@ def total(x: Tensor, world: int) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------- data
 
-def order(seed: int, name: str, size: int, step: int, batch: int) -> list[int]:
+def order(seed: int, name: str, groups: list[list[int]], step: int, batch: int) -> list[int]:
     """The samples of one step: positions [step B, (step + 1) B) of an endless run of shuffled epochs.
 
-    A function of its arguments alone, so that a resumed run, or another number of processes, sees the same.
+    An epoch takes one sample of every group, which one drawn anew each time (`emoji.fair`).  A function of its
+    arguments alone, so that a resumed run, or another number of processes, sees the same.
     """
     picked = []
     for position in range(step * batch, (step + 1) * batch):
-        epoch, at = divmod(position, size)
+        epoch, at = divmod(position, len(groups))
         if not picked or at == 0:
-            shuffled = torch.randperm(size, generator=seeded(seed, name, epoch))
-        picked.append(int(shuffled[at]))
+            generator = seeded(seed, name, epoch)
+            shuffled = torch.randperm(len(groups), generator=generator)
+            member = torch.rand(len(groups), generator=generator)
+        group = groups[int(shuffled[at])]
+        picked.append(group[int(float(member[at]) * len(group))])
     return picked
 
 
@@ -251,45 +277,52 @@ def draw_losses(rows: list[dict], path: Path, size: tuple[int, int] = (720, 360)
 
 # ----------------------------------------------------------------------------------------------------- train
 
+def prepare(config: TrainConfig) -> tuple[TrainConfig, nn.ModuleDict, list[int] | None, list[dict], Tensor]:
+    """(config with its sizes, model, the tokenizer's keep list, records, pictures): from a checkpoint, or from a
+    preset with the vocabulary of the set's texts."""
+    if config.init:
+        mmdit, embedding = checkpoint.load_mmdit(config.init), checkpoint.load_embedding(config.init)
+        keep = checkpoint.read_json(Path(config.init) / "tokenizer.json").get("keep")
+        sizes, pixels = mmdit.config, checkpoint.read_config(config.init).get("pixels")
+        if config.text_length > sizes.text_length:
+            raise UserError(f"--text-length {config.text_length}: {config.init} was trained with at most "
+                            f"{sizes.text_length}")
+    else:
+        sizes, pixels = MMDiTConfig(**PRESETS[config.preset]), PIXELS[config.preset]
+        if sizes.channels != 3:
+            raise UserError(f"--preset {config.preset} needs a VAE's latents; this trainer has pixels: use emoji")
+    config = replace(config, pixels=config.pixels or pixels, text_length=config.text_length or sizes.text_length)
+    if config.pixels % sizes.patch or config.pixels > sizes.patch * sizes.position_size:
+        raise UserError(f"--pixels {config.pixels}: expected a multiple of the patch, {sizes.patch}, up to "
+                        f"{sizes.patch * sizes.position_size}, this model's position table")
+    records, pictures = emoji.load(Path(config.data), config.pixels)
+    if not config.init:
+        keep = data.gpt2_subset(emoji.texts(records)) if config.vocabulary == "used" else None
+        sizes = replace(sizes, vocab_size=data.gpt2_tokenizer(keep).vocab_size, text_length=config.text_length)
+        torch.manual_seed(config.seed)
+        mmdit = MMDiT(sizes)
+        embedding = TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
+    mmdit.null_image.requires_grad_(False)                       # both stages have pictures: it would never learn
+    return config, nn.ModuleDict(dict(mmdit=mmdit, embedding=embedding)).train(), keep, records, pictures
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # dcp says so at world size 1
     rank, world, device = start_processes(config)
     out, dtype = Path(config.out), getattr(torch, config.dtype)
-    if config.batch % world:
-        raise UserError(f"--batch {config.batch} does not divide over {world} processes")
-    B = config.batch // world
-    mine = slice(rank * B, (rank + 1) * B)                       # this process's rows of a global batch
-
-    # data
-    records, pictures = data.load_emoji(Path(config.data), config.pixels)
-    seen = [i for i, r in enumerate(records) if r["split"] == "train"]
-    held = [i for i, r in enumerate(records) if r["split"] != "train"]
-    if not seen:
+    for name in ("image_batch", "text_batch"):
+        if getattr(config, name) % world:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} does not divide over "
+                            f"{world} processes")
+    image_rows, text_rows = (slice(rank * n // world, (rank + 1) * n // world)   # this process's, of global batches
+                             for n in (config.image_batch, config.text_batch))
+    config, model, keep, records, pictures = prepare(config)
+    tokenizer, mmdit = data.gpt2_tokenizer(keep), model["mmdit"]
+    model.to(device)
+    groups, held = emoji.fair(records), [i for i, r in enumerate(records) if r["split"] != "train"]
+    if not groups:
         raise UserError(f"{config.data}: no sample of this tar is in the split \"train\"")
-
-    # model: from a checkpoint, or a preset with the tokenizer's vocabulary
-    if config.init:
-        mmdit, embedding = checkpoint.load_mmdit(config.init), checkpoint.load_embedding(config.init)
-        keep = checkpoint.read_json(Path(config.init) / "tokenizer.json").get("keep")
-        if config.text_length > mmdit.config.text_length:
-            raise UserError(f"--text-length {config.text_length}: {config.init} was trained with at most "
-                            f"{mmdit.config.text_length}")
-    else:
-        keep = data.gpt2_subset(data.emoji_texts(records)) if config.vocabulary == "used" else None
-        sizes = PRESETS[config.preset] | dict(vocab_size=data.gpt2_tokenizer(keep).vocab_size,
-                                              text_length=config.text_length)
-        if sizes.get("channels") != 3:
-            raise UserError(f"--preset {config.preset} needs a VAE's latents; this trainer has pixels: use emoji")
-        torch.manual_seed(config.seed)
-        mmdit = MMDiT(MMDiTConfig(**sizes))
-        embedding = TokenEmbedding(sizes["vocab_size"], sizes["text_length"], sizes["text_width"])
-    tokenizer, sizes = data.gpt2_tokenizer(keep), mmdit.config
-    if config.pixels % sizes.patch or config.pixels > sizes.patch * sizes.position_size:
-        raise UserError(f"--pixels {config.pixels}: expected a multiple of the patch, {sizes.patch}, up to "
-                        f"{sizes.patch * sizes.position_size}, this model's position table")
-    model = nn.ModuleDict(dict(mmdit=mmdit, embedding=embedding)).to(device).train()
-    mmdit.null_image.requires_grad_(False)                       # both stages have pictures: it would never learn
     if config.compile:
         torch._dynamo.config.recompile_limit = 64                # image, text, and last-block variants
         for block in mmdit.blocks:
@@ -323,7 +356,8 @@ def main(argv: list[str] | None = None) -> None:
         (out / "train.json").write_text(json.dumps(asdict(config) | dict(world=world, torch=torch.__version__),
                                                    indent=1) + "\n")
         count = sum(p.numel() for p in model.parameters())
-        print(f"{count / 1e6:.2f} M parameters, {len(seen)} pictures to learn, {len(held)} held out, "
+        print(f"{count / 1e6:.2f} M parameters, "
+              f"{len(records) - len(held)} pictures to learn, {len(groups)} an epoch, {len(held)} held out, "
               f"vocabulary {tokenizer.vocab_size}, {world} process(es), {device}, from step {step}", flush=True)
     rows = read_log(out / "log.jsonl", step) if step else []     # without what came after the checkpoint
     if rank == 0:
@@ -341,57 +375,65 @@ def main(argv: list[str] | None = None) -> None:
     empty = tokenizer.encode("", config.text_length)
     scale = lambda indices: pictures[indices].to(device).float() / 127.5 - 1     # (B, 3, P, P) in [-1, 1]
     clean, started, first = torch.zeros(1, device=device), time.time(), step
+    samples = config.image_batch + config.text_batch
     sums, summed = torch.zeros(3, device=device), 0              # losses and gradient norm since the last line
 
-    def save() -> None:
+    def save(resumable: bool = True) -> None:
         averaged = {name: whole(tensor) for name, tensor in ema.items()}         # collective: all processes
         try:
-            save_step(out, step, model, optimizers, ema, rank, world)
+            if resumable:
+                save_step(out, step, model, optimizers, ema, rank, world)
             if rank == 0:
-                checkpoint.save(out, averaged, sizes, keep, dtype=torch.float16, pixels=config.pixels, step=step,
-                                text_length=config.text_length, stage=config.stage)
+                checkpoint.save(out, averaged, mmdit.config, keep, dtype=torch.float16, pixels=config.pixels,
+                                step=step, text_length=config.text_length, stage=config.stage)
                 draw_losses(rows, out / "loss.png")
         except (CheckpointException, SafetensorError, OSError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"{out}: step {step} could not be saved ({reason}); what was saved before is intact "
                             f"({newest_step(out)}); make room and give the same command again")
 
+    if step >= config.steps:                                     # a kill may have come between the last two files
+        save(resumable=False)
+        if rank == 0:
+            print(f"{out}: has its {config.steps} steps; with more --steps it goes on", flush=True)
     while step < config.steps:
         # 1. learning rate
-        lr = config.lr * min(1, (step + 1) / max(config.warmup, 1))
-        if config.schedule == "linear":
-            lr *= max(0.0, 1 - max(0, step - config.warmup) / max(config.steps - config.warmup, 1))
+        lr = learning_rate(step, config)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr
 
         # 2. the image loss: noised pictures, clean captions, now and then none
         draws = seeded(config.seed, config.stage, "draws", step)                 # one set for the global batch
-        indices = [seen[i] for i in order(config.seed, "image" + config.stage, len(seen), step, config.batch)]
-        t, noise = flow.draw((config.batch, 3, config.pixels, config.pixels), draws)
-        dropped = torch.rand(config.batch, generator=draws) < config.text_dropout
+        indices = order(config.seed, "image" + config.stage, groups, step, config.image_batch)
+        t, noise = flow.draw((len(indices), 3, config.pixels, config.pixels), draws, config.time_shift)
+        dropped = torch.rand(len(indices), generator=draws) < config.text_dropout
         ids = torch.stack([empty if dropped[i] else tokenizer.encode(records[k]["caption"], config.text_length)
-                           for i, k in enumerate(indices)])[mine].to(device)
+                           for i, k in enumerate(indices)])[image_rows].to(device)
         with autocast, sdpa_kernel(kernels):
             velocity = lambda x_t, t: model["mmdit"](x_t, model["embedding"](ids), t, need="velocity")[0]
-            image_loss = flow.loss(velocity, scale(indices[mine]), t=t[mine], noise=noise[mine])
+            image_loss = flow.loss(velocity, scale(indices[image_rows]), t=t[image_rows], noise=noise[image_rows])
             image_loss.backward()
 
         # 3. the text loss: clean pictures, masked captions or answers
-        indices = [seen[i] for i in order(config.seed, "text" + config.stage, len(seen), step, config.batch)]
-        t, uniform = mask_diffusion.draw((config.batch, config.text_length), draws)
+        indices = order(config.seed, "text" + config.stage, groups, step, config.text_batch)
+        t, uniform = mask_diffusion.draw((len(indices), config.text_length), draws)
         share = config.question_share if config.stage == "instruct" else 0.0
         texts, frozen = map(torch.stack, zip(*(text_sample(tokenizer, records[k], share, config.text_length, draws)
                                                for k in indices)))
         tokens = float((~frozen).sum()) / world                  # the sum over processes is the global mean
         with autocast, sdpa_kernel(kernels):
-            images = scale(indices[mine])
+            images = scale(indices[text_rows])
             logits = lambda masked: model["mmdit"](images, model["embedding"](masked), clean, need="logits")[1]
-            text_loss = mask_diffusion.loss(logits, texts[mine].to(device), tokenizer.mask_id,
-                                            frozen[mine].to(device), t=t[mine], uniform=uniform[mine], tokens=tokens)
+            text_loss = mask_diffusion.loss(
+                logits, texts[text_rows].to(device), tokenizer.mask_id, frozen[text_rows].to(device), t=t[text_rows],
+                uniform=uniform[text_rows], tokens=tokens)
             (config.text_weight * text_loss).backward()
 
         # 4. clip, step, average
         norm = whole(nn.utils.clip_grad_norm_(learning, config.clip))
+        if not norm.isfinite():                                  # before anything is spoilt
+            raise UserError(f"step {step + 1}: the gradient is not finite (loss {float(image_loss.detach()):.4g}, "
+                            f"{float(text_loss.detach()):.4g}); go on from {newest_step(out)} with a smaller --lr")
         sums, summed = sums + torch.stack([image_loss.detach(), text_loss.detach(), norm]), summed + 1
         for optimizer in optimizers:
             optimizer.step()
@@ -405,19 +447,16 @@ def main(argv: list[str] | None = None) -> None:
         last = step == config.steps
         if step % config.log_every == 0 or last or step <= 5:
             means, sums, summed = total(sums / summed, world).tolist(), torch.zeros_like(sums), 0
-            if not all(map(torch.isfinite, torch.tensor(means))):
-                raise UserError(f"step {step}: the loss is not finite (image {means[0]}, text {means[1]}); "
-                                f"go on from {newest_step(out)} with a smaller --lr")
             elapsed = time.time() - started
             rate = (step - first) / elapsed
             rows.append(dict(step=step, image_loss=means[0], text_loss=means[1], grad_norm=means[2], lr=lr,
-                             seconds=round(before + elapsed, 1), samples_per_s=round(2 * config.batch * rate, 1)))
+                             seconds=round(before + elapsed, 1), samples_per_s=round(samples * rate, 1)))
             if rank == 0:
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(rows[-1]) + "\n")
                 left = (config.steps - step) / rate
                 print(f"step {step}/{config.steps}  image {means[0]:.4f}  text {means[1]:.4f}  "
-                      f"grad {means[2]:.2f}  {2 * config.batch * rate:.0f} samples/s  {left / 60:.1f} min left",
+                      f"grad {means[2]:.2f}  {samples * rate:.0f} samples/s  {left / 60:.1f} min left",
                       flush=True)
         asked = torch.tensor(float(bool(stop)), device=device)
         stopping = bool(total(asked, world) > 0)
@@ -425,8 +464,9 @@ def main(argv: list[str] | None = None) -> None:
         if step % config.save_every == 0 or last or stopping or drawing:         # samples are drawn from what is saved
             save()
         if rank == 0 and drawing:
-            shown = (held or seen)[:8]
-            page = sample.page(sample.Sampler(out), [records[i]["caption"] for i in seen[:6] + shown[:2]],
+            known = [i for i, r in enumerate(records) if r["split"] == "train"]
+            shown = (held or known)[:8]
+            page = sample.page(sample.Sampler(out), [records[i]["caption"] for i in known[:6] + shown[:2]],
                                [records[i]["caption"] for i in shown], scale(shown).cpu())
             page.save(out / f"samples_{step}.png")
         if stopping:

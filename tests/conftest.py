@@ -2,7 +2,14 @@
 
 import pytest
 
+import emoji
 from data import UserError
+
+
+@pytest.fixture(scope="session")
+def emoji_set():
+    """(records, pictures (7572, 3, 64, 64) uint8) of the whole set."""
+    return emoji.load()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,20 @@ def test_a_run_of_ours_from_published_weights_keeps_its_position_table(release, 
     checkpoint.export_release(tmp_path / "run", tmp_path / "out", RELEASE / "tokenizer")
     for a, b in zip(release.state_dict().values(), load_mmdit(tmp_path / "out").state_dict().values()):
         assert torch.equal(a, b)
+
+
+def test_a_model_that_predicts_data_is_saved_shown_and_not_exported(release, tmp_path):
+    config = replace(release.config, predicts="data")
+    checkpoint.save(tmp_path / "run", {f"mmdit.{k}": v for k, v in release.named_parameters()}, config, None)
+    assert load_mmdit(tmp_path / "run").config.predicts == "data" and "predicts data" in checkpoint.inspect(tmp_path / "run")
+    with pytest.raises(UserError, match="its image head predicts data; the release layout's is a velocity"):
+        checkpoint.export_release(tmp_path / "run", tmp_path / "out")
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    written["mmdit"]["predicts"] = "noise"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match="config.json: .*predicts is 'noise', expected \"velocity\" or \"data\""):
+        load_mmdit(tmp_path / "run")
+    assert load_mmdit(ROOT / "assets" / "emoji").config.predicts == "velocity"      # from before there was a choice
 
 
 def test_stored_dtype_is_mapped_and_others_are_converted():

@@ -1,14 +1,14 @@
-"""data.py: GPT-2's tokenizer, the tar reader, the emoji set."""
+"""data.py: GPT-2's tokenizer, pictures, the tar reader."""
 
 import random
 import tarfile
-from collections import Counter, defaultdict
 
 import pytest
 import torch
 from PIL import Image
 
 import data
+import emoji
 
 # ids by the npm package gpt-3-encoder 1.1.4, an implementation of its own
 KNOWN = {
@@ -31,19 +31,14 @@ def gpt2():
     return data.gpt2_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def emoji():
-    return data.load_emoji()
-
-
 def test_known_sentences_have_their_gpt2_ids(gpt2):
     for text, ids in KNOWN.items():
         assert gpt2.pieces(text) == ids
     assert (gpt2.end_id, gpt2.pad_id, gpt2.mask_id, gpt2.vocab_size) == (50256, 50256, 50257, 50258)
 
 
-def test_a_thousand_random_unicode_strings_survive_a_round_trip(gpt2, emoji):
-    subset = data.gpt2_tokenizer(data.gpt2_subset(data.emoji_texts(emoji[0][:500])))
+def test_a_thousand_random_unicode_strings_survive_a_round_trip(gpt2, emoji_set):
+    subset = data.gpt2_tokenizer(data.gpt2_subset(emoji.texts(emoji_set[0][:500])))
     draw = random.Random(0)
     ranges = [(32, 126), (0, 0x2FF), (0x300, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
     for _ in range(1000):
@@ -66,8 +61,8 @@ def test_encoding_ends_pads_and_warns_of_what_is_cut(gpt2, capsys):
     assert gpt2.decode(torch.tensor([15496, 50257, 50256, 995])) == "Hello[MASK]"
 
 
-def test_a_subset_cuts_its_own_texts_up_as_gpt2_does(gpt2, emoji):
-    texts = data.emoji_texts(emoji[0])
+def test_a_subset_cuts_its_own_texts_up_as_gpt2_does(gpt2, emoji_set):
+    texts = emoji.texts(emoji_set[0])
     keep = data.gpt2_subset(texts)
     subset = data.gpt2_tokenizer(keep)
     assert len(keep) < 5000 and subset.vocab_size == len(keep) + 2
@@ -79,45 +74,13 @@ def test_a_subset_cuts_its_own_texts_up_as_gpt2_does(gpt2, emoji):
         data.gpt2_tokenizer(list(range(256)) + [50000])
 
 
-def test_the_emoji_set_is_whole_with_a_caption_of_its_own_for_each_picture(emoji):
-    records, pictures = emoji
-    assert len(records) == 7572 and pictures.shape == (7572, 3, 32, 32) and pictures.dtype == torch.uint8
-    assert len({r["caption"] for r in records}) == 7572 == len({r["key"] for r in records})
-    captions = {r["caption"]: r for r in records}
-    assert captions["waving hand, medium-dark skin tone, noto style"]["kind"] == "people & body"
-    assert "red apple, noto style" in captions and "red apple, twemoji style" in captions
-    assert all(r["caption"] == " ".join(r["caption"].split()) for r in records)
-
-
-def test_questions_have_known_answers_and_yes_is_as_frequent_as_no(emoji):
-    asked = Counter((q["type"], q["answer"]) for r in emoji[0] for q in r["questions"])
-    assert asked["yes/no", "yes"] == asked["yes/no", "no"] == 7572
-    assert {t for t, _ in asked} == {"kind", "group", "tone", "style", "yes/no"}
-    assert {a for t, a in asked if t == "kind"} == set(data.NOUNS)
-
-
-def test_splits_hold_out_what_they_say(emoji):
-    records = emoji[0]
-    split = defaultdict(list)
-    for r in records:
-        split[r["split"]].append(r)
-    assert {k: len(v) for k, v in split.items()} == {"train": 7025, "tone": 358, "style": 189}
-    seen = {(r["emoji"], r["style"]) for r in split["train"]}
-    tones = {r["tone"] for r in split["train"]}
-    for r in split["tone"]:          # the emoji was seen in this style in other tones, the tone on other emoji
-        assert (r["emoji"], r["style"]) in seen and r["tone"] in tones and r["tone"] != "none"
-    other = {"noto": "twemoji", "twemoji": "noto"}
-    for r in split["style"]:         # the emoji was seen in the other style only
-        assert (r["emoji"], r["style"]) not in seen and (r["emoji"], other[r["style"]]) in seen
-
-
 def test_a_tar_is_read_sample_by_sample_and_a_cut_one_is_refused(tmp_path):
-    with tarfile.open(data.EMOJI_TAR) as tar:
+    with tarfile.open(emoji.TAR) as tar:
         names = [tar.next().name for _ in range(4)]
-    first, second = list(zip(range(2), data.read_tar(data.EMOJI_TAR)))
+    first, second = list(zip(range(2), data.read_tar(emoji.TAR)))
     assert [first[1]["__key__"], second[1]["__key__"]] == [names[0].split(".")[0], names[2].split(".")[0]]
     assert set(first[1]) == {"__key__", "webp", "json"}
-    whole = data.EMOJI_TAR.read_bytes()
+    whole = emoji.TAR.read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(data.UserError, match="cut.tar.gz: not a whole tar file"):
         list(data.read_tar(tmp_path / "cut.tar.gz"))
@@ -142,10 +105,3 @@ def test_any_picture_is_read_transparent_parts_white(tmp_path):
         data.read_picture(tmp_path / "c.png")
     with pytest.raises(data.UserError, match="no such picture"):
         data.read_picture(tmp_path / "d.png")
-
-
-def test_without_npm_the_emoji_set_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(data.UserError, match="npm was not found: install Node.js"):
-        data.build_emoji(tmp_path / "emoji.tar.gz")
-    assert not (tmp_path / "emoji.tar.gz").exists()

@@ -1,9 +1,12 @@
 """flow.py against a Gaussian, whose velocity, flow map and least loss are known in closed form."""
 
+import math
+
 import pytest
 import torch
 
 import flow
+from model import T_FLOOR, velocity_to
 
 MEAN = torch.tensor([0.7, -1.2], dtype=torch.float64)
 VARIANCE = torch.tensor([0.25, 2.0], dtype=torch.float64)     # of x, per axis
@@ -38,6 +41,17 @@ def test_euler_error_falls_like_one_over_the_steps():
         assert 1.8 < coarse / fine < 2.2
 
 
+def test_drawing_from_the_predicted_data_is_drawing_from_the_velocity():
+    noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    predicted = lambda x, t: velocity_to(x - t.view(-1, 1) * velocity(x, t), x, t, T_FLOOR["draw"])
+    for steps, shift in ((28, 1.0), (28, 3.0), (400, 1.0)):
+        sigmas = flow.sigmas(steps, shift).double()
+        assert torch.allclose(flow.euler(predicted, noise, sigmas), flow.euler(velocity, noise, sigmas), atol=1e-9)
+    exact = MEAN + VARIANCE.sqrt() * noise
+    errors = [(flow.euler(predicted, noise, flow.sigmas(n, 1.0).double()) - exact).abs().mean() for n in (50, 100, 200)]
+    assert errors[0] / errors[1] > 1.8 and errors[1] / errors[2] > 1.8
+
+
 def test_loss_is_least_at_the_true_velocity_and_equals_the_conditional_variance_there():
     x = draw_data(200_000)
     at = lambda v: float(flow.loss(v, x, torch.Generator().manual_seed(3)))
@@ -70,9 +84,10 @@ def test_guidance_is_the_published_combination_in_one_evaluation():
 
 
 def test_times_are_logit_normal_and_a_split_batch_keeps_its_draws():
-    t, noise = flow.draw((100_000, 1), torch.Generator().manual_seed(0))
-    logit = torch.logit(t.double())
-    assert abs(logit.mean()) < 0.02 and abs(logit.std() - 1) < 0.02       # 6 and 9 deviations
+    for shift in (1.0, 2.0):
+        t, noise = flow.draw((100_000, 1), torch.Generator().manual_seed(0), shift)
+        logit = torch.logit(t.double())
+        assert abs(logit.mean() - math.log(shift)) < 0.02 and abs(logit.std() - 1) < 0.02     # 6 and 9 deviations
     x = torch.randn(8, 3)
     t, noise = flow.draw((8, 3), torch.Generator().manual_seed(0))
     v = lambda x, t: x * t[:, None]

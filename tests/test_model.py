@@ -5,9 +5,11 @@ import time
 import pytest
 import torch
 
+import data
+import emoji
 import flow
 import mask_diffusion
-from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding, position_table, timestep_embedding
+from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding, position_table, timestep_embedding, velocity_to
 
 TINY = MMDiTConfig(depth=2, heads=2, width=32, patch=2, channels=3, position_size=8, position_base=8, text_width=16,
                    vocab_size=50, qk_norm=True, text_length=6)
@@ -141,24 +143,69 @@ def test_a_new_model_starts_at_velocity_zero_and_qk_norm_changes_it():
     assert not torch.allclose(plain(x, text, t)[0], normed(x, text, t)[0], atol=1e-3)
 
 
-def test_a_tiny_model_learns_eight_pictures_and_captions_by_heart():
+def test_predicted_data_gives_the_velocity_that_leads_to_it():
+    g = torch.Generator().manual_seed(0)
+    x, noise = torch.rand(1000, 3, 4, 4, generator=g) * 2 - 1, torch.randn(1000, 3, 4, 4, generator=g)
+    t = torch.rand(1000, generator=g) * 0.95 + 0.05
+    x_t = lambda t: (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * noise
+    assert torch.allclose(velocity_to(x, x_t(t), t, 0.05), noise - x, atol=1e-5, rtol=0)   # 2^-24 * 4 / 0.05 = 5e-6
+    assert flow.loss(lambda x_t, t: velocity_to(x, x_t, t, 0.05), x, t=t, noise=noise) < 1e-10
+    low = torch.tensor([0.02])                                # under the floor the same direction, shorter
+    assert torch.allclose(velocity_to(x, x_t(low), low, 0.05), 0.4 * (noise - x), atol=1e-5)
+    assert velocity_to(x, x_t(low).bfloat16(), low.bfloat16(), 0.05).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_model_that_predicts_data_differs_in_the_last_line_alone():
+    (x, text, t), model, other = inputs(), tiny(), tiny(predicts="data")
+    t[0] = 0.02
+    data, logits = model(x, text, t)
+    assert torch.equal(other.train()(x, text, t)[0], velocity_to(data, x, t, 0.05))
+    assert torch.equal(other.eval()(x, text, t)[0], velocity_to(data, x, t, 0.001))
+    assert torch.equal(other(x, text, t)[1], logits)
+    shared, each = other(x, text, torch.tensor([0.3])), other(x, text, torch.full((3,), 0.3))
+    assert torch.allclose(shared[0], each[0], atol=1e-5)
+    half = other.bfloat16()(x, text.bfloat16(), t)[0]         # latents stay float32: only x itself is rounded
+    exact = tiny(predicts="data").eval()(x, text, t)[0]
+    assert half.dtype == torch.float32 and (half - exact).norm() < 0.02 * exact.norm()
+    with pytest.raises(ValueError, match='predicts is \'noise\', expected "velocity" or "data"'):
+        tiny(predicts="noise")
+
+
+def eight_emoji():
+    """The first eight pictures of the emoji set: (8, 3, 64, 64) in [-1, 1]."""
+    return torch.stack([data.to_tensor(data.fit_picture(data.read_picture(sample["webp"]), 64))
+                        for _, sample in zip(range(8), data.read_tar(emoji.TAR))])
+
+
+# a velocity at 8x8 pixels, and the emoji preset's prediction of 64x64 in patches of 8; `copies` of each picture a step
+@pytest.mark.parametrize("make, changes, shift, rate, steps, copies", [
+    (lambda: torch.randn(8, 3, 8, 8).sign(), dict(width=64), 1.0, 3e-3, 500, 1),
+    (eight_emoji, dict(width=192, patch=8, predicts="data"), 2.0, 2e-3, 400, 2)], ids=["velocity", "data"])
+def test_a_tiny_model_learns_eight_pictures_and_captions_by_heart(make, changes, shift, rate, steps, copies):
     started = time.time()
     torch.manual_seed(0)
-    config = MMDiTConfig(**(vars(TINY) | dict(width=64, depth=2, heads=4, text_width=64, vocab_size=20)))
+    config = MMDiTConfig(**(vars(TINY) | dict(depth=2, heads=4, text_width=64, vocab_size=20) | changes))
     model, embedding = MMDiT(config), TokenEmbedding(20, 6, 64)
-    x = torch.randn(8, 3, 8, 8).sign()
-    ids = torch.randint(0, 18, (8, 6))
-    optimizer = torch.optim.AdamW([*model.parameters(), *embedding.parameters()], lr=3e-3, fused=True)
-    for step in range(500):
-        image = flow.loss(lambda x, t: model(x, embedding(ids), t, need="velocity")[0], x)
+    x, ids = make(), torch.randint(0, 18, (8, 6))
+    many = x.repeat(copies, 1, 1, 1)
+    optimizer = torch.optim.AdamW([*model.parameters(), *embedding.parameters()], lr=rate, fused=True)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        t, noise = flow.draw(tuple(many.shape), shift=shift)
+        velocity = lambda x, t: model(x, embedding(ids.repeat(copies, 1)), t, need="velocity")[0]
+        image = flow.loss(velocity, many, t=t, noise=noise)
         text = mask_diffusion.loss(lambda i: model(x, embedding(i), torch.zeros(1), need="logits")[1], ids, 19)
         (image + text).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
+        model.eval()
         logits = lambda i: model(x, embedding(i), torch.zeros(1))[1]
         written = mask_diffusion.sample(logits, torch.full((8, 6), 19), 19, 6, torch.Generator().manual_seed(0), 0.0)
         assert (written == ids).float().mean() > 0.95
-        drawn = flow.euler(lambda x, t: model(x, embedding(ids), t)[0], torch.randn(8, 3, 8, 8), flow.sigmas(20, 1.0))
-        assert torch.cdist(drawn.flatten(1), x.flatten(1)).argmin(1).tolist() == list(range(8))
+        drawn = flow.euler(lambda x, t: model(x, embedding(ids), t)[0], torch.randn_like(x), flow.sigmas(20, shift))
+        distances = torch.cdist(drawn.flatten(1), x.flatten(1))
+        assert distances.argmin(1).tolist() == list(range(8))
+        assert distances.diag().mean() < 0.5 * torch.pdist(x.flatten(1)).mean()     # no mixture of several
     assert time.time() - started < 60

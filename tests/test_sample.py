@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import data
+import emoji
 import evaluate
 import flow
 import sample
@@ -28,15 +29,15 @@ def sampler():
 
 
 @pytest.fixture(scope="module")
-def emoji():
-    records, pictures = data.load_emoji()
+def emoji_32(sampler):
+    records, pictures = emoji.load(pixels=sampler.height)
     return records, pictures.float() / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
 def apple(tmp_path_factory):
     """The set's own red apple, as a file."""
-    for sample in data.read_tar(data.EMOJI_TAR):
+    for sample in data.read_tar(emoji.TAR):
         if json.loads(sample["json"])["caption"] == "red apple, noto style":
             path = tmp_path_factory.mktemp("apple") / "apple.webp"
             path.write_bytes(sample["webp"])
@@ -73,8 +74,8 @@ def test_a_picture_is_captioned_and_answered_and_completed(apple, tmp_path):
     assert short == "red\n"
 
 
-def test_infilling_changes_masked_tokens_only(sampler, emoji):
-    records, pictures = emoji
+def test_infilling_changes_masked_tokens_only(sampler, emoji_32):
+    records, pictures = emoji_32
     g = torch.Generator().manual_seed(0)
     ids = torch.stack([sampler.tokenizer.encode(r["caption"], sampler.length) for r in records[:128]])
     masked = torch.where(torch.rand(ids.shape, generator=g) < 0.5, sampler.tokenizer.mask_id, ids)
@@ -83,9 +84,9 @@ def test_infilling_changes_masked_tokens_only(sampler, emoji):
     assert torch.equal(filled[kept], ids[kept]) and (filled != sampler.tokenizer.mask_id).all()
 
 
-def test_shipped_weights_read_and_draw_what_they_were_trained_on(sampler, emoji):
+def test_shipped_weights_read_and_draw_what_they_were_trained_on(sampler, emoji_32):
     """A coarse guard that the right weights are shipped; evaluate.py has the figures."""
-    records, pictures = emoji
+    records, pictures = emoji_32
     shown = [i for i, r in enumerate(records) if r["split"] == "train"][:64]
     said = sampler.write(pictures[shown])
     assert sum(text == records[i]["caption"] for text, i in zip(said, shown)) >= 32

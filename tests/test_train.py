@@ -1,7 +1,9 @@
 """train.py as a program: one process and two, stop and resume, both stages, and mistakes at the command line."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,18 +14,21 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import data
+import checkpoint
+import emoji
+import flow
+from train import learning_rate, parse
 from train import main as train_main
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--batch", "4", "--dtype", "float32", "--log-every", "1", "--sample-every", "0", "--warmup", "2"]
+QUICK = ["--image-batch", "4", "--text-batch", "2", "--dtype", "float32", "--log-every", "1", "--sample-every", "0", "--warmup", "2"]
 
 
 @pytest.fixture(scope="module")
 def small_tar(tmp_path_factory):
     """The first 60 samples of the emoji set."""
     path = tmp_path_factory.mktemp("data") / "small.tar"
-    with tarfile.open(data.EMOJI_TAR) as whole, tarfile.open(path, "w") as small:
+    with tarfile.open(emoji.TAR) as whole, tarfile.open(path, "w") as small:
         for _ in range(120):
             member = whole.next()
             small.addfile(member, whole.extractfile(member))
@@ -89,6 +94,60 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
     assert json.loads((tmp_path / "instruct" / "train.json").read_text())["text_weight"] == 1.0
 
 
+def test_the_rate_warms_up_stays_and_falls_to_zero():
+    rates = lambda *flags: [round(learning_rate(step, config), 6) for config in [parse(["--lr", "1", *flags])]
+                            for step in range(config.steps)]
+    assert rates("--steps", "6", "--warmup", "4") == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert rates("--steps", "6", "--warmup", "2", "--schedule", "linear") == [0.5, 1, 1, 0.75, 0.5, 0.25]
+    falling = ["--warmup", "2", "--schedule", "linear", "--decay-steps", "4"]
+    assert rates("--steps", "8", *falling) == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert rates("--steps", "99", *falling, "--decay-from", "2") == [0.5, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_a_run_whose_time_is_up_ends_early_and_a_finished_one_writes_its_weights_again(small_tar, tmp_path):
+    flags = ["--data", small_tar, "--out", tmp_path, *QUICK, "--save-every", "2", "--schedule", "linear",
+             "--decay-steps", "2", "--lr", "1e-3"]
+    train(*flags, "--steps", 2)
+    train(*flags, "--steps", 90, "--decay-from", 3)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and rows[-1]["lr"] == pytest.approx(1e-3 / 2)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()                # as a kill between the last two files leaves it
+    said = train(*flags, "--steps", 5).stdout
+    assert "has its 5 steps" in said and (tmp_path / "model.safetensors").read_bytes() == weights
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(small_tar, tmp_path, monkeypatch, mistake):
+    flags = ["--data", small_tar, "--out", tmp_path, *QUICK, "--save-every", "1", "--log-every", "9", "--steps", "5"]
+    calls, loss = [], flow.loss
+    monkeypatch.setattr(flow, "loss", lambda *a, **k: calls.append(0) or loss(*a, **k) * (1, 1, math.nan)[len(calls) - 1])
+    code, said = mistake(train_main, flags)
+    assert code == 1 and "step 3: the gradient is not finite (loss nan" in said and "step_2 with a smaller --lr" in said
+    assert {p.name for p in tmp_path.glob("step_*")} == {"step_1", "step_2"}
+
+
+def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_path):
+    """runs/emoji.sh with a stand-in for python that notes how it was called, and ends a stage or not."""
+    (tmp_path / "runs").mkdir()
+    shutil.copy(ROOT / "runs" / "emoji.sh", tmp_path / "runs")
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$@" >>called\n[ -f stop ] || { mkdir -p out/$3; cat done >out/$3/config.json; }\n')
+    stub.chmod(0o755)
+    checkpoint.write_json(tmp_path / "done", dict(mmdit=dict(depth=6), step=5000, stage="pretrain"))
+    call = lambda *flags: subprocess.run(["bash", "runs/emoji.sh", *flags], cwd=tmp_path, env=os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}"}).returncode
+    stages = lambda: [line.split()[2] for line in (tmp_path / "called").read_text().splitlines()]
+    (tmp_path / "stop").touch()
+    assert call() == 1 and stages() == ["pretrain"]
+    (tmp_path / "stop").unlink()
+    assert call() == 0 and stages() == ["pretrain", "pretrain", "instruct"]
+    assert call("--decay-from", "7000") == 0 and stages()[3:] == ["instruct"]
+    for line in (tmp_path / "called").read_text().splitlines():
+        parse(line.split()[1:])                              # flags that train.py takes
+    assert "--decay-from 7000" in line
+
+
 @pytest.mark.parametrize("flags, status, message", [
     (["--stage", "nonsense"], 2, "invalid choice: 'nonsense'"),
     (["--stepz", "3"], 2, "unknown argument --stepz; did you mean --steps?"),
@@ -97,7 +156,11 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
     (["--text-dropout", "1.5"], 2, "--text-dropout must be from 0 to 1, got 1.5"),
     (["--init", "nowhere"], 1, "nowhere: expected a checkpoint, a folder or a .safetensors file, found nothing"),
     (["--data", "nowhere.tar"], 1, "nowhere.tar: no such tar file"),
-    (["--pixels", "30"], 1, "--pixels 30: expected a multiple of the patch, 4, up to 64"),
+    (["--pixels", "30"], 1, "--pixels 30: expected a multiple of the patch, 8, up to 128"),
+    (["--pixels", "0"], 2, "--pixels must be at least 1, got 0"),
+    (["--time-shift", "0"], 2, "--time-shift must be from 0.001 to 1000.0, got 0.0"),
+    (["--decay-steps", "5"], 2, "--decay-steps needs --schedule linear"),
+    (["--schedule", "linear", "--decay-from", "5"], 2, "--decay-from needs --decay-steps"),
     (["--preset", "sd3-medium"], 1, "needs a VAE's latents"),
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar, mistake):
