@@ -6,13 +6,16 @@ Google (Noto) and Twitter (Twemoji), with one caption each and questions that Un
 Shapes: n pictures, P pixels a side.
 """
 
+import cli
+
+cli.interruptible(__name__)
+
 import gzip
 import hashlib
 import io
 import json
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
@@ -23,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import ASSETS, Parser, UserError, fit_picture, fraction, question_prompt, read_picture, read_tar
+from cli import UserError
+from data import fit_picture, fraction, question_prompt, read_picture, read_tar
 
-TAR = ASSETS / "emoji.tar.gz"
+TAR = Path(__file__).parent / "assets" / "emoji.tar.gz"
 STYLES = {"noto": "google", "twemoji": "twitter"}       # our word in captions: the npm package's and folder's
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark",
          "1F3FF": "dark"}
@@ -292,13 +296,10 @@ def texts(records: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=TAR)
     build(parser.parse_args().out)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

@@ -3,19 +3,24 @@
     python evaluate.py emoji                                    # the shipped weights, one seed
     python evaluate.py emoji --checkpoint out/instruct --seeds 0 1 2 --json results.json
 
-`emoji`: for the pictures trained on and the two held-out splits (`tone`: an emoji in a skin tone not seen on it
-in that style; `style`: an emoji never seen in that style),
+`emoji`: for the pictures trained on and the two held-out splits (`tone`: an emoji in a skin tone not seen on
+it in that style; `style`: an emoji never seen in that style),
 
     caption     the caption written for a picture is the true one, word for word
-    answers     the answer written to a question is the true one, by type of question, one phrasing of each; all
-                yes/no also the way POPE reports it (arXiv 2305.10355), "yes" being the positive class
-    drawing     a prompt is drawn, and the nearest picture of the whole set by pixel distance has the right emoji
-                ("emoji"), or is the very picture asked for ("exact"); and the caption that the model then writes
-                for its own drawing is the prompt ("read back")
+    answers     the answer written to a question is the true one, by type of question, one phrasing of each;
+                all yes/no also the way POPE reports it (arXiv 2305.10355), "yes" being the positive class
+    drawing     a prompt is drawn, and the nearest picture of the whole set by pixel distance has the right
+                emoji ("emoji"), or is the very picture asked for ("exact"); and the caption that the model
+                then writes for its own drawing is the prompt ("read back")
 
 Shapes: B batch, n pictures, P pixels a side.
 """
 
+import cli
+
+cli.interruptible(__name__)
+
+import argparse
 import json
 import statistics
 import sys
@@ -28,10 +33,13 @@ from torch import Tensor
 
 import data
 import emoji
-from data import UserError
-from sample import DEFAULT, Sampler, page
+import sample
+import show
+from cli import UserError
+from parts import EMOJI, Parts
 
 BATCH = 64
+SPLITS = ["train", "tone", "style"]
 
 
 def progress(what: str, items: list, started: float):
@@ -45,7 +53,7 @@ def progress(what: str, items: list, started: float):
 
 
 def pope(said: list[str], true: list[str]) -> dict[str, float]:
-    """POPE's five figures for yes/no answers, in percent; an answer that is neither counts as no and as wrong."""
+    """POPE's five figures for yes/no answers, in percent; an answer that is neither counts as a wrong no."""
     pairs = list(zip(said, true))
     hit = sum(s == t == "yes" for s, t in pairs)
     claimed, positive = sum(s == "yes" for s in said), sum(t == "yes" for t in true)
@@ -66,24 +74,25 @@ def one_of_each(record: dict) -> list[dict]:
     return list({(q["type"], q["answer"]): q for q in shuffled}.values())
 
 
-def reading(sampler: Sampler, records: list[dict], pictures: Tensor, split: str, limit: int) -> dict[str, float]:
+def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, limit: int) -> dict[str, float]:
     """Captions and answers about one split's pictures, in percent.  pictures: (n, 3, P, P) in [-1, 1].
 
     The likeliest token at the surest place is no matter of chance, so that this needs no seeds.
     """
-    shown = [i for i, r in enumerate(records) if r["split"] == split][:limit]      # the tar is in random order
+    shown = [i for i, r in enumerate(records) if r["split"] == split][:limit]     # the tar is in random order
     if not shown:
         raise UserError(f"no picture of the emoji tar is in the split \"{split}\"")
     figures, right, started = {}, [], time.time()
     for batch in progress(f"{split}, captions", shown, started):
-        said = sampler.write(pictures[batch])
+        said = sample.write(parts, pictures[batch])
         right += [text == records[i]["caption"] for text, i in zip(said, batch)]
     figures["caption"] = 100 * statistics.mean(right)
 
     asked = [(i, q) for i in shown for q in one_of_each(records[i])]
     answers, started = defaultdict(list), time.time()
     for batch in progress(f"{split}, answers", asked, started):
-        said = sampler.write(pictures[[i for i, _ in batch]], [q["question"] for _, q in batch], steps=32)
+        said = sample.write(parts, pictures[[i for i, _ in batch]], [q["question"] for _, q in batch],
+                            steps=sample.STEPS["answer"])
         for text, (_, q) in zip(said, batch):
             answers[q["type"]].append((text, q["answer"]))
     for kind, pairs in answers.items():
@@ -92,13 +101,14 @@ def reading(sampler: Sampler, records: list[dict], pictures: Tensor, split: str,
     return figures | {f"POPE {name}": value for name, value in pope(*zip(*pairs)).items()}
 
 
-def drawing(sampler: Sampler, records: list[dict], pictures: Tensor, split: str, seed: int, prompts: int,
+def drawing(parts: Parts, records: list[dict], pictures: Tensor, split: str, seed: int, prompts: int,
             how: dict) -> dict[str, float]:
-    """Drawings of one split's captions, in percent; `how` goes to Sampler.draw."""
-    pool, results, started = [i for i, r in enumerate(records) if r["split"] == split], defaultdict(list), time.time()
-    for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts], started):
-        drawn = sampler.draw([records[i]["caption"] for i in batch], seed=seed * 1000 + len(results["emoji"]), **how)
-        for i, found, text in zip(batch, nearest(drawn, pictures), sampler.write(drawn)):
+    """Drawings of one split's captions, in percent; `how` goes to sample.draw."""
+    pool, results = [i for i, r in enumerate(records) if r["split"] == split], defaultdict(list)
+    for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts], time.time()):
+        captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
+        drawn = sample.draw(parts, captions, seed=start, **how)
+        for i, found, text in zip(batch, nearest(drawn, pictures), sample.write(parts, drawn)):
             results["emoji"].append(records[found]["emoji"] == records[i]["emoji"])
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])
@@ -119,60 +129,59 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = data.Parser(__doc__)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser, above = cli.Parser(__doc__), dict(type=cli.number(float, 1e-3), metavar="X")
+    count = lambda default, text: dict(type=cli.number(int, 1), default=default, help=f"{text} ({default})")
     parser.add_argument("what", choices=["emoji"])
-    parser.add_argument("--checkpoint", type=Path, default=DEFAULT)
-    parser.add_argument("--data", type=Path, default=emoji.TAR)
-    parser.add_argument("--splits", nargs="+", choices=["train", "tone", "style"], default=["train", "tone", "style"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the drawings; reading is not random")
-    parser.add_argument("--limit", type=int, default=200, help="pictures a split that are captioned and asked about")
-    parser.add_argument("--prompts", type=int, default=200, help="prompts a split that are drawn")
-    parser.add_argument("--guidance", type=float, help="of drawings (sample.py's default)")
-    parser.add_argument("--shift", type=float, help="of drawings (sample.py's default)")
-    parser.add_argument("--steps", type=int, default=28, help="Euler steps of a drawing")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--page", type=Path, help="measure nothing: draw a picture of results on held-out samples")
+    parser.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
+    parser.add_argument("--data", type=Path, default=emoji.TAR, help="the emoji tar")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
+    parser.add_argument("--seeds", nargs="+", type=cli.number(int, 0, 2**50), default=[0],
+                        help="of the drawings; reading is not random (0)")
+    parser.add_argument("--limit", **count(200, "pictures a split that are captioned and asked about"))
+    parser.add_argument("--prompts", **count(200, "prompts a split that are drawn"))
+    parser.add_argument("--guidance", **above, help="of drawings (sample.py's default)")
+    parser.add_argument("--shift", **above, help="of drawings (sample.py's default)")
+    parser.add_argument("--steps", **count(sample.STEPS["draw"], "Euler steps of a drawing"))
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
+    parser.add_argument("--page", type=Path, help="measure nothing: a picture of results on held-out samples")
     parser.add_argument("--json", type=Path, help="also write every figure of every seed here")
     args = parser.parse_args(argv)
-    for name in ("limit", "prompts", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("guidance", "shift"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
-            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     for path in filter(None, (args.json, args.page)):
         if not path.parent.is_dir():
             parser.error(f"{path}: the folder {path.parent} does not exist")
-    sampler = Sampler(args.checkpoint, args.device)
-    records, pictures = emoji.load(args.data, sampler.height)
+    return args
+
+
+def write_page(parts: Parts, records: list[dict], pictures: Tensor, path: Path) -> None:
+    """Drawings of prompts that were learnt and held out, and captions of pictures that were held out."""
+    train, tone, style = [[i for i, r in enumerate(records) if r["split"] == split][:11] for split in SPLITS]
+    drawn, read = train[:2] + tone[:6], tone[6:] + style[:3]
+    captions = lambda indices: [records[i]["caption"] for i in indices]
+    show.write_picture(path, sample.results(parts, captions(drawn), captions(read), pictures[read]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    parts = Parts(args.checkpoint, cli.device(args.device))
+    records, pictures = emoji.load(args.data, parts.height)
     pictures = pictures.float() / 127.5 - 1
     if args.page:
-        shown = [[i for i, r in enumerate(records) if r["split"] == split][:16] for split in ("train", "tone", "style")]
-        drawn, read = shown[0][:2] + shown[1][:6], shown[1][6:11] + shown[2][:3]
-        page(sampler, [records[i]["caption"] for i in drawn], [records[i]["caption"] for i in read],
-             pictures[read]).save(args.page)
+        write_page(parts, records, pictures, args.page)
         return
     how = dict(guidance=args.guidance, shift=args.shift, steps=args.steps)
     results = {}
     for split in args.splits:
-        read = reading(sampler, records, pictures, split, args.limit)
-        results[split] = [read | drawing(sampler, records, pictures, split, seed, args.prompts, how)
+        read = reading(parts, records, pictures, split, args.limit)
+        results[split] = [read | drawing(parts, records, pictures, split, seed, args.prompts, how)
                           for seed in args.seeds]
     print(table(results))
     if args.json:
-        here = Path(__file__).parent                         # no folder of this machine's in a file to be shared
+        here = Path(__file__).parent                      # no folder of this machine's in a file to be shared
         named = {k: str(v.relative_to(here) if v.is_relative_to(here) else v) if isinstance(v, Path) else v
                  for k, v in vars(args).items()}
         args.json.write_text(json.dumps(dict(arguments=named, results=results), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
+    cli.run(main)

@@ -35,21 +35,32 @@ def draw(shape: tuple[int, ...], generator: torch.Generator | None = None,
     return shifted(t, shift), torch.randn(shape, generator=generator, device=device)
 
 
-def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
-         t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-    """Mean over batch and pixels of |v(x_t, t) - (e - x)|^2, a scalar in float32.
+def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
+           t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+    """Mean over pixels of |v(x_t, t) - (e - x)|^2 for each sample, (B,), in float32 whatever x is.
 
     x: clean latents (B, C, h, w).  t (B,) and noise (B, C, h, w) are drawn by `draw` unless both are given.
     Raises ValueError when only one of them is.
     """
     if (t is None) != (noise is None):
-        raise ValueError("flow.loss takes t and noise together, or neither")
+        raise ValueError("flow takes t and noise together, or neither")
     if t is None:
         t, noise = draw(tuple(x.shape), generator)
-    t, noise = t.to(x), noise.to(x)
+    x, t, noise = precise(x), precise(t).to(x.device), precise(noise).to(x.device)
     tt = t.view(-1, *[1] * (x.ndim - 1))                                          # (B, 1, 1, 1)
-    x_t = (1 - tt) * x + tt * noise
-    return (velocity(x_t, t).float() - (noise - x).float()).square().mean()
+    v = velocity((1 - tt) * x + tt * noise, t)
+    return (v.to(x.dtype) - (noise - x)).square().flatten(1).mean(1)
+
+
+def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
+         t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+    """The mean over the batch of `errors`, a scalar: L_image."""
+    return errors(velocity, x, generator, t, noise).mean()
+
+
+def precise(x: Tensor) -> Tensor:
+    """float32 at least: bf16 would make the time 0.501 0.5, and the target off by 2^-9 of itself."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sigmas(steps: int, shift: float = 3.0) -> Tensor:
@@ -68,11 +79,12 @@ def sigmas(steps: int, shift: float = 3.0) -> Tensor:
 def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor, trajectory: list | None = None) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1]; returns x of noise's shape.
 
-    `velocity` gets t as a tensor of shape (1,): one time for the whole batch.  `trajectory`, when given, is
-    filled with the predicted clean picture x - t v of every step and then the result.
+    `velocity` gets t as a tensor of shape (1,): one time for the whole batch.  The walk is in float32 at
+    least. `trajectory`, when given, is filled with the predicted clean picture x - t v of every step and then
+    the result.
     """
-    x = noise
-    for t, s in zip(sigmas[:-1].to(x), sigmas[1:].to(x)):
+    x, sigmas = precise(noise), precise(sigmas).to(noise.device)
+    for t, s in zip(sigmas[:-1], sigmas[1:]):
         v = velocity(x, t.view(1)).to(x)
         if trajectory is not None:
             trajectory.append(x - t * v)

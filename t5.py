@@ -1,8 +1,9 @@
 """The T5 v1.1 encoder (arXiv 1910.10683, 2002.05202), which gives D-DiT its text embeddings.
 
-What differs from the usual transformer: RMSNorm without a mean or a bias, no bias anywhere, no 1/sqrt(head) in
-attention, a gated tanh-GELU, and positions as one learned bias a head on the attention logits, shared by all
-blocks, by bucketed distance.  No attention mask: padding is read like any other token, as D-DiT was trained.
+What differs from the usual transformer: RMSNorm without a mean or a bias, no bias anywhere, no 1/sqrt(head)
+in attention, a gated tanh-GELU, and positions as one learned bias a head on the attention logits, shared by
+all blocks, by bucketed distance.  No attention mask: padding is read like any other token, as D-DiT was
+trained.
 
 Shapes: B batch, L tokens, E width, H heads, K size of a head.
 """
@@ -70,7 +71,8 @@ class T5Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, L, E) float32, bias (1, H, L, L) -> (B, L, E) float32."""
         y = self.attention_norm(x)
-        q, k, v = (part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        heads = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, H, L, K)
+        q, k, v = heads(self.q(y)), heads(self.k(y)), heads(self.v(y))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)     # (B, H, L, K)
         x = x + self.o(y.transpose(1, 2).flatten(2)).float()
         y = self.mlp_norm(x)
@@ -98,7 +100,7 @@ class T5Encoder(nn.Module):
         Raises ValueError when the vector (E,) has another length.
         """
         if tuple(vector.shape) != (self.config.width,):
-            raise ValueError(f"an embedding of {tuple(vector.shape)}, this T5 has a width of {self.config.width}")
+            raise ValueError(f"an embedding of {tuple(vector.shape)}, T5's width is {self.config.width}")
         self.embed.weight[token] = vector.to(self.embed.weight)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The latent interface: pictures in [-1, 1] on one side, what the transformer diffuses on the other.
 
-`AutoencoderKL` is Stable Diffusion 3's autoencoder (arXiv 2403.03206): 8 pixels a side become one latent of 16
-channels.  Its shift and scale, z = (mean - 0.0609) * 1.5305, are applied here and nowhere else.  `Pixels` is the
-identity behind the same two calls, for models small enough to work on pixels.
+`AutoencoderKL` is Stable Diffusion 3's autoencoder (arXiv 2403.03206): 8 pixels a side become one latent of
+16 channels.  Its shift and scale, z = (mean - 0.0609) * 1.5305, are applied here and nowhere else.  `Pixels`
+is the identity behind the same two calls, for models small enough to work on pixels.
 
 Shapes: B batch, H and W picture height and width, C channels inside, h = H/8, w = W/8.
 """
@@ -31,7 +31,7 @@ class Pixels:
 
 @dataclass
 class VAEConfig:
-    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level; each but the last halves the side
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of a level; each but the last halves the side
     blocks: int = 2             # residual blocks a level in the encoder; the decoder has one more
     latent: int = 16            # channels of a latent
     groups: int = 32            # of GroupNorm
@@ -47,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def activate(norm: GroupNorm, x: Tensor) -> Tensor:
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())    # at 1024 pixels one copy is half a gigabyte
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())   # at 1024 pixels one copy is half a gigabyte
 
 
 class ResBlock(nn.Module):
@@ -84,7 +84,7 @@ class Level(nn.Module):
 
     def __init__(self, inner: int, outer: int, blocks: int, groups: int, change: str):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(inner if i == 0 else outer, outer, groups) for i in range(blocks))
+        self.blocks = nn.ModuleList(ResBlock(outer if i else inner, outer, groups) for i in range(blocks))
         self.change = change
         self.resample = nn.Identity() if change == "none" else nn.Conv2d(
             outer, outer, 3, stride=2 if change == "down" else 1, padding=0 if change == "down" else 1)
@@ -152,7 +152,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) in [-1, 1] -> mean and log variance, (B, 16, h, w) each, as the encoder gives them."""
+        """images (B, 3, H, W) in [-1, 1] -> mean and log variance, (B, 16, h, w) each, unscaled."""
         return torch.cat([self.encoder(image) for image in images.split(1)]).chunk(2, dim=1)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -162,7 +162,7 @@ class AutoencoderKL(nn.Module):
         Raises ValueError for sides that are no multiples of 8.
         """
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
-            raise ValueError(f"a picture of {images.shape[2]}x{images.shape[3]} is not a multiple of {self.factor}")
+            raise ValueError(f"a picture of {tuple(images.shape[2:])} is not a multiple of {self.factor}")
         z, logvar = self.posterior(images)
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=generator.device)

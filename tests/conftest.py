@@ -3,7 +3,7 @@
 import pytest
 
 import emoji
-from data import UserError
+from cli import UserError
 
 
 @pytest.fixture(scope="session")

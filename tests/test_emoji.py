@@ -10,8 +10,10 @@ import torch
 
 import data
 import emoji
+import tokenizer
+from cli import UserError
+from data import shuffled
 from model import PRESETS
-from train import order
 
 # what must begin the kind or the group for a noun to be right; man, woman and child go by the name
 WHERE = {"a person": "person", "a hand": "hand", "a face": "face|cat face|monkey face", "an animal": "animal ",
@@ -91,7 +93,7 @@ def test_rivals_are_names_that_nobody_would_give_to_the_same_emoji():
 
 
 def test_every_text_fits_the_text_length_of_the_preset(emoji_set):
-    gpt2 = data.gpt2_tokenizer()
+    gpt2 = tokenizer.gpt2_tokenizer()
     length = max(len(gpt2.pieces(data.question_prompt(q["question"]))) + len(gpt2.pieces(q["answer"])) + 1
                  for r in emoji_set[0] for q in r["questions"])
     captions = max(len(gpt2.pieces(r["caption"])) + 1 for r in emoji_set[0])
@@ -104,12 +106,12 @@ def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_of
     wanted = {(r["emoji"], r["style"]) for r in records if r["split"] == "train"}
     counts = defaultdict(Counter)
     for epoch in range(200):
-        picked = order(0, "image", groups, epoch, len(groups))
+        picked = shuffled(0, "image", groups, epoch, len(groups))
         assert Counter((records[i]["emoji"], records[i]["style"]) for i in picked) == Counter(wanted)
         assert all(records[i]["split"] == "train" for i in picked)
         for i in picked:
             counts[records[i]["emoji"], records[i]["style"]][i] += 1
-    assert order(0, "image", groups, 0, 50) != order(0, "image", groups, 1, 50) != order(1, "image", groups, 1, 50)
+    assert shuffled(0, "image", groups, 0, 50) != shuffled(0, "image", groups, 1, 50) != shuffled(1, "image", groups, 1, 50)
     six = [group for group in groups if len(group) == 6]                         # no tone of these is held out
     tones = Counter({tone: sum(counts[records[g[0]]["emoji"], records[g[0]]["style"]][i] for g in six for i in g
                                if records[i]["tone"] == tone) for tone in ("none", *emoji.TONES.values())})
@@ -119,15 +121,15 @@ def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_of
 
 def test_a_position_does_not_depend_on_how_the_epoch_is_cut_into_steps():
     groups = [[0], [1, 2, 3], [4], [5, 6], [7]]
-    whole = order(3, "text", groups, 0, 60)
-    assert [i for step in range(15) for i in order(3, "text", groups, step, 4)] == whole
-    assert [i for step in range(10) for i in order(3, "text", groups, step, 6)] == whole
+    whole = shuffled(3, "text", groups, 0, 60)
+    assert [i for step in range(15) for i in shuffled(3, "text", groups, step, 4)] == whole
+    assert [i for step in range(10) for i in shuffled(3, "text", groups, step, 6)] == whole
     assert set(whole) == set(range(8))
 
 
 def test_without_npm_the_emoji_set_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(data.UserError, match="npm was not found: install Node.js"):
+    with pytest.raises(UserError, match="npm was not found: install Node.js"):
         emoji.build(tmp_path / "emoji.tar.gz")
     assert not (tmp_path / "emoji.tar.gz").exists()
 
@@ -138,5 +140,5 @@ def test_a_tar_of_something_else_is_refused(tmp_path):
             member = tarfile.TarInfo(f"one.{extension}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    with pytest.raises(data.UserError, match="sample one lacks 'key, name, emoji.*expected a webp picture and a json"):
+    with pytest.raises(UserError, match="sample one lacks 'key, name, emoji.*expected a webp picture and a json"):
         emoji.load(tmp_path / "other.tar")

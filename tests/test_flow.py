@@ -64,6 +64,21 @@ def test_loss_is_least_at_the_true_velocity_and_equals_the_conditional_variance_
         assert at(lambda x, t: velocity(x, t) + change(x, t)) > best
 
 
+def test_errors_are_one_a_sample_in_float32_and_bf16_latents_keep_their_times():
+    x, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    t, seen = torch.tensor([0.501, 0.999, 0.2503, 0.7331]), []
+    target = lambda x_t, t: seen.append((t, x_t.dtype)) or torch.zeros_like(x_t)
+    for latents in (x, x.bfloat16()):
+        found = flow.errors(target, latents, t=t, noise=noise)
+        true = (noise - latents.float()).square().mean((1, 2, 3))
+        assert found.dtype == torch.float32 and torch.allclose(found, true, rtol=1e-6)
+        assert torch.equal(seen[-1][0], t)                   # 0.501 would be 0.5 in bf16
+        assert flow.loss(target, latents, t=t, noise=noise) == found.mean()
+    seen.clear()
+    flow.euler(target, x.bfloat16(), flow.sigmas(28))
+    assert torch.equal(torch.cat([t for t, _ in seen]), flow.sigmas(28)[:-1])
+
+
 def test_sigmas_are_the_published_schedulers():
     # printed by the release's scheduler (shift 3)
     assert flow.sigmas(4, 3.0).tolist() == pytest.approx([1.0, 0.857692, 0.602151, 0.008929, 0.0], abs=1e-6)

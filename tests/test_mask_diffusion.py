@@ -94,30 +94,49 @@ def test_sampling_changes_masked_tokens_only():
         assert torch.equal(before[before != MASK], after[before != MASK])     # once revealed, for good
 
 
-def test_a_batch_costs_at_most_one_evaluation_a_masked_token():
-    calls = []
+def test_a_batch_costs_at_most_one_evaluation_a_masked_token_and_rows_that_are_done_cost_none():
+    whole, rows = [], []
+    masked = torch.full((500, 3), MASK)
+    masked[100:, 1:], masked[300:] = 2, torch.tensor([3, 1, 0])
+    how = dict(mask_id=MASK, steps=1000, temperature=0)
+    for order in mask_diffusion.ORDERS:
+        whole.clear(), rows.clear()
+        a = mask_diffusion.sample(lambda ids: whole.append(len(ids)) or oracle(ids), masked, order=order,
+                                  generator=torch.Generator().manual_seed(0), **how)
+        b = mask_diffusion.sample(lambda ids, live: rows.append(live) or oracle(ids), masked, order=order,
+                                  generator=torch.Generator().manual_seed(0), by_row=True, **how)
+        assert whole == [500] * 3 and torch.equal(a, b)
+        assert [len(live) for live in rows] == [300, 100, 100] and rows[1].tolist() == list(range(100))
 
-    def count(ids):
-        calls.append(1)
-        return oracle(ids)
-    mask_diffusion.sample(count, torch.full((500, 3), MASK), MASK, 1000, torch.Generator().manual_seed(0))
-    assert len(calls) == 3
+
+def test_every_token_may_come_first_in_the_random_order():
+    first = torch.zeros(3)
+    walk = mask_diffusion.walk(oracle, torch.full((6000, 3), MASK), MASK, 10_000, torch.Generator().manual_seed(0))
+    (step, before), (_, after) = next(walk), next(walk)
+    assert not step.any() and (before == MASK).all()
+    first = (after != MASK).float().sum(0)
+    assert torch.allclose(first / 6000, torch.full((3,), 1 / 3), atol=0.025)     # 4 deviations
+    # and in 4 steps half of the tokens are there after two of them: each token's step is uniform
+    ids, half = torch.full((20_000, 3), MASK), None
+    for step, state in mask_diffusion.walk(oracle, ids, MASK, 4, torch.Generator().manual_seed(1)):
+        half = state if half is None else torch.where((step <= 2)[:, None], state, half)
+    assert float((half != MASK).float().mean()) == pytest.approx(0.5, abs=0.012)  # 4 deviations of independent steps
 
 
 def test_the_surest_token_comes_first_and_every_row_is_done_in_time():
     states, ids = [], torch.tensor([[MASK] * 3, [0, MASK, MASK], [1, 2, 3]])
-    out = mask_diffusion.sample_confident(oracle, ids, MASK, 10, trajectory=states)
+    out = mask_diffusion.sample(oracle, ids, MASK, 10, temperature=0, trajectory=states, order="confidence")
     assert len(states) == 1 + 3 and (out != MASK).all() and torch.equal(out[2], ids[2]) and out[1, 0] == 0
     peaks = oracle(ids[:1])[..., :V].exp().amax(-1)[0]                        # of three masks, by enumeration
     first = states[1][1][0] != MASK
     assert first.sum() == 1 and first[peaks.argmax()]
     for steps in (1, 2):                                                      # three masks over two evaluations: 2 + 1
         states = []
-        mask_diffusion.sample_confident(oracle, ids, MASK, steps, trajectory=states)
+        mask_diffusion.sample(oracle, ids, MASK, steps, temperature=0, trajectory=states, order="confidence")
         assert len(states) == 1 + steps
     # at temperature 1 one token alone is drawn from its distribution: 4 deviations
     one = torch.tensor([[2, MASK, 1]]).expand(20_000, 3)
-    drawn = mask_diffusion.sample_confident(oracle, one, MASK, 1, torch.Generator().manual_seed(0), temperature=1.0)
+    drawn = mask_diffusion.sample(oracle, one, MASK, 1, torch.Generator().manual_seed(0), temperature=1.0, order="confidence")
     share = torch.bincount(drawn[:, 1], minlength=V) / 20_000
     assert torch.allclose(share.double(), JOINT[2, :, 1] / JOINT[2, :, 1].sum(), atol=0.015)
 
@@ -125,10 +144,12 @@ def test_the_surest_token_comes_first_and_every_row_is_done_in_time():
 def test_training_times_cover_the_unit_interval_evenly():
     for seed in range(20):
         t, _ = mask_diffusion.draw((50, 1), torch.Generator().manual_seed(seed))
-        assert t.min() > 0 and t.max() <= 1
+        assert 0 < t.min() and t.max() <= 1
         unit = (t - mask_diffusion.T_MIN) / (1 - mask_diffusion.T_MIN)
         gaps = unit.sort().values.diff()
         assert torch.allclose(gaps, torch.full((49,), 1 / 50), atol=1e-5)     # exactly 1/B apart
+    t, _ = mask_diffusion.draw((100_000, 1), torch.Generator().manual_seed(0))
+    assert 0.001 <= t.min() < 0.0011 and t.max() > 0.9999
 
 
 def test_draws_follow_the_softmax_and_its_temperature():
@@ -140,12 +161,22 @@ def test_draws_follow_the_softmax_and_its_temperature():
     assert mask_diffusion.categorical(logits, 0.0).tolist() == [2]
 
 
+def test_draws_are_made_in_float64_whatever_the_network_computes_in():
+    """float32 uniform numbers end at 1 - 2^-24: Gumbel noise over 17 never comes, and unlikely tokens neither."""
+    logits = torch.randn(1, 2000, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids, generator = torch.full((1, 2000), 49), torch.Generator().manual_seed(1)
+    found = mask_diffusion.sample(lambda ids: logits, ids, 49, 1, generator, temperature=0.7)
+    generator.manual_seed(1)
+    torch.randint(1, 2, ids.shape, generator=generator)
+    gumbel = -(-torch.rand(2000, 50, generator=generator, dtype=torch.float64).log()).log()
+    assert torch.equal(found[0], (logits[0].double() / 0.7 + gumbel)[:, :49].argmax(-1))
+
+
 def test_bad_arguments_are_refused():
     ids = torch.full((1, 3), MASK)
-    for sampler in (mask_diffusion.sample, mask_diffusion.sample_confident):
-        with pytest.raises(ValueError, match="steps must be at least 1"):
-            sampler(oracle, ids, MASK, 0)
-        with pytest.raises(ValueError, match="temperature must be 0 or more"):
-            sampler(oracle, ids, MASK, 1, temperature=-1)
+    for how, message in ((dict(steps=0), "steps must be at least 1"), (dict(steps=1, order="sideways"), "sideways"),
+                         (dict(steps=1, temperature=-1), "temperature must be 0 or more")):
+        with pytest.raises(ValueError, match=message):
+            mask_diffusion.sample(oracle, ids, MASK, **how)
     with pytest.raises(ValueError, match="together"):
         mask_diffusion.loss(oracle, ids, MASK, t=torch.ones(1))

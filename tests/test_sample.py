@@ -17,30 +17,32 @@ import data
 import emoji
 import evaluate
 import flow
+import mask_diffusion
 import sample
-from sample import DEFAULT, Sampler
+from cli import UserError
+from parts import EMOJI, Parts
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def sampler():
-    return Sampler()
+def parts():
+    return Parts()
 
 
 @pytest.fixture(scope="module")
-def emoji_32(sampler):
-    records, pictures = emoji.load(pixels=sampler.height)
+def emoji_32(parts):
+    records, pictures = emoji.load(pixels=parts.height)
     return records, pictures.float() / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
 def apple(tmp_path_factory):
     """The set's own red apple, as a file."""
-    for sample in data.read_tar(emoji.TAR):
-        if json.loads(sample["json"])["caption"] == "red apple, noto style":
+    for found in data.read_tar(emoji.TAR):
+        if json.loads(found["json"])["caption"] == "red apple, noto style":
             path = tmp_path_factory.mktemp("apple") / "apple.webp"
-            path.write_bytes(sample["webp"])
+            path.write_bytes(found["webp"])
             return path
 
 
@@ -74,44 +76,78 @@ def test_a_picture_is_captioned_and_answered_and_completed(apple, tmp_path):
     assert short == "red\n"
 
 
-def test_infilling_changes_masked_tokens_only(sampler, emoji_32):
+def test_infilling_changes_masked_tokens_only(parts, emoji_32):
     records, pictures = emoji_32
     g = torch.Generator().manual_seed(0)
-    ids = torch.stack([sampler.tokenizer.encode(r["caption"], sampler.length) for r in records[:128]])
-    masked = torch.where(torch.rand(ids.shape, generator=g) < 0.5, sampler.tokenizer.mask_id, ids)
-    filled = sampler.fill(pictures[:128], masked, steps=4, temperature=1.0)
-    kept = masked != sampler.tokenizer.mask_id
-    assert torch.equal(filled[kept], ids[kept]) and (filled != sampler.tokenizer.mask_id).all()
+    ids = torch.stack([parts.tokenizer.encode(r["caption"], parts.length) for r in records[:128]])
+    masked = torch.where(torch.rand(ids.shape, generator=g) < 0.5, parts.tokenizer.mask_id, ids)
+    filled = sample.fill(parts, pictures[:128], masked, steps=4, temperature=1.0)
+    kept = masked != parts.tokenizer.mask_id
+    assert torch.equal(filled[kept], ids[kept]) and (filled != parts.tokenizer.mask_id).all()
 
 
-def test_shipped_weights_read_and_draw_what_they_were_trained_on(sampler, emoji_32):
+def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_32):
     """A coarse guard that the right weights are shipped; evaluate.py has the figures."""
     records, pictures = emoji_32
     shown = [i for i, r in enumerate(records) if r["split"] == "train"][:64]
-    said = sampler.write(pictures[shown])
+    said = sample.write(parts, pictures[shown])
     assert sum(text == records[i]["caption"] for text, i in zip(said, shown)) >= 32
-    drawn = sampler.draw([records[i]["caption"] for i in shown[:32]], steps=20)
+    drawn = sample.draw(parts, [records[i]["caption"] for i in shown[:32]], steps=20)
     found = evaluate.nearest(drawn, pictures)
     assert sum(records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, shown)) >= 8
 
 
-def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_the_drawing(sampler):
+def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_the_drawing(parts):
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    text = sampler.text(sampler.tokenizer.encode("red apple, noto style", sampler.length)[None])
+    text = parts.text(parts.tokenizer.encode("red apple, noto style", parts.length)[None])
     with torch.inference_mode():
-        alone = flow.euler(lambda x, t: sampler.mmdit(x, text, t)[0], noise, flow.sigmas(4, 1.0)).clamp(-1, 1)
+        alone = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise, flow.sigmas(4, 1.0)).clamp(-1, 1)
     how = dict(steps=4, seed=0)
-    drawn = sampler.draw(["red apple, noto style"], guidance=1, **how)
+    drawn = sample.draw(parts, ["red apple, noto style"], guidance=1, **how)
     assert torch.allclose(drawn, alone, atol=1e-4)
-    plain, pushed = (sampler.draw(["red apple, noto style"], negative=n, **how) for n in ("", "flag of Brazil"))
+    plain, pushed = (sample.draw(parts, ["red apple, noto style"], negative=n, **how) for n in ("", "flag of Brazil"))
     assert (plain - pushed).abs().max() > 0.01
 
 
-def test_bfloat16_stays_close_to_float32(sampler):
-    half = Sampler(dtype=torch.bfloat16)
+def test_the_shift_of_the_noise_levels_is_used(parts):
+    noise = torch.randn(1, 3, parts.height, parts.width, generator=torch.Generator().manual_seed(5))
+    text = parts.text(parts.tokenizer.encode("red apple, noto style", parts.length)[None])
+    with torch.inference_mode():
+        true = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise, flow.sigmas(3, 4.0)).clamp(-1, 1)
+    drawn = sample.draw(parts, ["red apple, noto style"], steps=3, seed=5, guidance=1, shift=4.0)
+    assert torch.allclose(drawn, true, atol=1e-4)
+
+
+def test_the_order_of_unmasking_is_the_one_asked_for(parts, emoji_32, monkeypatch):
+    """Each order's result is that of `mask_diffusion.sample`, and the default is the surest token first."""
+    _, pictures = emoji_32
+    ids = sample.canvas(parts).expand(8, -1)
+    with torch.inference_mode():
+        true = {order: mask_diffusion.sample(sample.logits(parts, pictures[:8]), ids, parts.tokenizer.mask_id, 6,
+                                             torch.Generator().manual_seed(3), 1.0, None, order, True)
+                for order in mask_diffusion.ORDERS}
+    assert not torch.equal(true["random"], true["confidence"])
+    for given, order in (("random", "random"), ("confidence", "confidence"), (None, "confidence")):
+        found = sample.fill(parts, pictures[:8], ids, 6, 1.0, 3, given)
+        assert torch.equal(found, true[order])
+
+
+def test_the_likeliest_cut_of_the_masks_is_kept(parts, emoji_32, monkeypatch):
+    """"[MASK] apple" about a red apple: one token for the mask; whichever place that cut has among the others."""
+    records, pictures = emoji_32
+    picture = pictures[[r["caption"] for r in records].index("red apple, noto style")]
+    cuts = sample.cuts
+    for order in (slice(None), slice(None, None, -1)):
+        rows = cuts(parts, "[MASK] apple, noto style")[list(range(3))[order]]
+        monkeypatch.setattr(sample, "cuts", lambda parts, text: rows)
+        assert sample.infill(parts, picture, "[MASK] apple, noto style") == "red apple, noto style"
+
+
+def test_bfloat16_stays_close_to_float32(parts):
+    half = Parts(dtype=torch.bfloat16)
     x, ids = torch.randn(2, 3, 32, 32), torch.randint(0, 1000, (2, 24))
     with torch.inference_mode():
-        full = sampler.mmdit(x, sampler.text(ids), torch.tensor([0.5]))
+        full = parts.mmdit(x, parts.text(ids), torch.tensor([0.5]))
         low = half.mmdit(x.bfloat16(), half.text(ids), torch.tensor([0.5]))
     for a, b in zip(full, low):
         assert float((a - b.float()).norm() / a.norm()) < 5e-2      # bf16 has 8 bits: 0.4 % a rounding
@@ -120,21 +156,21 @@ def test_bfloat16_stays_close_to_float32(sampler):
 @pytest.mark.parametrize("flags, status, message", [
     ([], 2, "give --prompt TEXT to draw, or --image FILE"),
     (["--prompt", " "], 2, "--prompt is empty"),
-    (["--prompt", "apple " * 200], 1, "--prompt has 201 tokens, this model reads 23"),
-    (["--prompt", "a", "--steps", "0"], 2, "--steps must be at least 1, got 0"),
-    (["--prompt", "a", "--n", "0"], 2, "--n must be at least 1, got 0"),
+    (["--prompt", "apple " * 200], 1, "--prompt has 201 tokens, expected at most 23; shorten it"),
+    (["--prompt", "a", "--steps", "0"], 2, "--steps: expected a whole number, at least 1, got '0'"),
+    (["--prompt", "a", "--n", "0"], 2, "--n: expected a whole number, at least 1, got '0'"),
     (["--prompt", "a", "--dtype", "float8"], 2, "invalid choice: 'float8'"),
     (["--prompt", "a", "--promt", "b"], 2, "unknown argument --promt; did you mean --prompt?"),
     (["--prompt", "a", "--out", "nowhere/a.png"], 2, "the folder nowhere does not exist"),
     (["--prompt", "a", "--out", "a.xyz"], 2, "expected a picture's name"),
     (["--prompt", "a", "--checkpoint", "nowhere"], 1, "nowhere: expected a checkpoint, a folder or a .safetensors file, found nothing"),
-    (["--prompt", "a", "--question", "b"], 2, "--question and --text need --image"),
+    (["--prompt", "a", "--question", "b"], 2, "--question changes nothing without --image"),
     (["--image", "nowhere.png"], 1, "nowhere.png: no such picture file"),
     (["--image", "README.md"], 1, "README.md: not a picture that can be read"),
     (["--image", "APPLE", "--text", "no gap"], 2, "--text holds no [MASK]"),
     (["--image", "APPLE", "--text", "very " * 40 + "[MASK]"], 1, "expected at most 23"),
     (["--image", "APPLE", "--question", "why " * 40], 1, "leaves no room for an answer"),
-    (["--image", "APPLE", "--max-tokens", "99"], 1, "writes at most 24 tokens"),
+    (["--image", "APPLE", "--max-tokens", "99"], 1, "--max-tokens 99: expected at most 24"),
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message, apple, mistake, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -155,7 +191,7 @@ def test_asking_for_a_gpu_that_is_not_there(apple):
 
 def broken(tmp_path, change):
     """A copy of the shipped checkpoint, spoilt by change(folder, tensors, config)."""
-    folder = Path(shutil.copytree(DEFAULT, tmp_path / "checkpoint"))
+    folder = Path(shutil.copytree(EMOJI, tmp_path / "checkpoint"))
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     if change(folder, tensors, config) is None:
         save_file(tensors, folder / "model.safetensors")
@@ -180,20 +216,20 @@ def broken(tmp_path, change):
 ])
 def test_broken_checkpoints_are_refused_by_name(change, message, tmp_path):
     folder = broken(tmp_path, change)
-    with pytest.raises(data.UserError) as error:
-        Sampler(folder)
+    with pytest.raises(UserError) as error:
+        Parts(folder)
     assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_saved_checkpoint_loads_bit_for_bit(sampler, tmp_path):
-    tensors = {f"mmdit.{k}": v for k, v in sampler.mmdit.named_parameters()}
-    tensors |= {f"embedding.{k}": v for k, v in sampler.text.named_parameters()}
-    keep = checkpoint.read_json(DEFAULT / "tokenizer.json")["keep"]
-    checkpoint.save(tmp_path, tensors, sampler.mmdit.config, keep, pixels=32)
-    again = Sampler(tmp_path)
-    for a, b in zip(sampler.mmdit.state_dict().items(), again.mmdit.state_dict().items()):
+def test_a_saved_checkpoint_loads_bit_for_bit(parts, tmp_path):
+    tensors = {f"mmdit.{k}": v for k, v in parts.mmdit.named_parameters()}
+    tensors |= {f"embedding.{k}": v for k, v in parts.text.named_parameters()}
+    keep = checkpoint.read_json(EMOJI / "tokenizer.json")["keep"]
+    checkpoint.save(tmp_path, tensors, parts.mmdit.config, keep, pixels=32)
+    again = Parts(tmp_path)
+    for a, b in zip(parts.mmdit.state_dict().items(), again.mmdit.state_dict().items()):
         assert a[0] == b[0] and torch.equal(a[1], b[1])
-    assert (DEFAULT / "model.safetensors").stat().st_size <= 24 * 2**20
+    assert (EMOJI / "model.safetensors").stat().st_size <= 24 * 2**20
 
 
 def test_pope_figures_from_a_hand_made_confusion_table():

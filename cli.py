@@ -1,0 +1,132 @@
+"""The command line's manners, the same for every program.
+
+    import cli
+    cli.interruptible(__name__)     # before torch is imported: Ctrl-C then, too, is one line
+    ...
+    if __name__ == "__main__":
+        cli.run(main)
+
+A program that can't go on says so in one line on stderr and exits with status 1, or 2 for flags it can't
+take.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+from typing import Any, Callable
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend; `run` prints it as one line and exits with 1."""
+
+
+def value(default: Any, low: float | None = None, high: float | None = None, choices: list | None = None):
+    """A dataclass field that is also a flag: its default, and the range or choices that `Parser` checks."""
+    return dataclasses.field(default=default, metadata=dict(low=low, high=high, choices=choices))
+
+
+def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
+    """What argparse reads a number with: an int or a float from low to high, never nan nor infinity."""
+    def read(text: str) -> float:
+        wanted = "a whole number" if kind is int else "a number"
+        if low is not None:
+            wanted += f" from {low} to {high}" if high is not None else f", at least {low}"
+        try:
+            got = kind(text)
+            if math.isfinite(got) and (low is None or got >= low) and (high is None or got <= high):
+                return got
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    return read
+
+
+def flag(name: str) -> str:
+    """"text_batch" -> "--text-batch"."""
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the closest flag for an unknown one, takes no abbreviation and ends in one line."""
+
+    def __init__(self, doc: str, **more):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **more)
+
+    def add_fields(self, config: type, defaults: dict) -> None:
+        """A flag for each field of a dataclass, left out of the result when it isn't given.  Its help is the
+        comment behind the field; `defaults` are those that the chosen stage has instead of the class's."""
+        comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
+        for field in dataclasses.fields(config):
+            default = defaults.get(field.name, field.default)
+            how = dict(default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%") + (
+                "" if default in ("", False) else f" ({default})"))
+            limits = dict(field.metadata)
+            choices = limits.pop("choices", None)
+            if isinstance(field.default, bool):
+                how |= dict(action="store_true")
+            elif isinstance(field.default, str):
+                how |= dict(choices=choices, metavar=None if choices else "TEXT")
+            else:
+                how |= dict(type=number(type(field.default), **limits), metavar="N")
+            self.add_argument(flag(field.name), **how)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            self.error(f"unknown argument {name}; {f'did you mean {close[0]}?' if close else 'see --help'}")
+        for name, text in vars(parsed).items():
+            if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+                self.error(f"{flag(name)} is no text in this terminal's encoding: {ascii(text)}")
+        return parsed
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+
+
+def device(name: str) -> str:
+    """"cpu" or "cuda" for a --device of auto, cpu or cuda.  Raises UserError where there is no GPU."""
+    import torch                                                 # here, so that the rest is loaded in no time
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def interruptible(name: str) -> None:
+    """For a program's first lines, with its __name__: Ctrl-C while it imports is one line, status 130."""
+    def stop(number, frame):
+        sys.stderr.write("stopped\n")
+        os._exit(130)
+    if name == "__main__":
+        signal.signal(signal.SIGINT, stop)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a program and end as it should: a mistake, a file that can't be opened and Ctrl-C (status 130) in
+    one line, a closed pipe in silence.  What the terminal's encoding lacks is printed as \\N{SNOWMAN}."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="namereplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
+    except BrokenPipeError:                                    # python would complain once more while it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")

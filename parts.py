@@ -1,0 +1,106 @@
+"""The models of one checkpoint of any layout: tokenizer, text encoder, transformer, autoencoder.
+
+    parts = Parts("assets/emoji")
+    parts.hold("text", "mmdit")             # have these in memory; then parts.text(ids), parts.mmdit(...)
+
+Shapes: B batch, L tokens, E width of text states.
+"""
+
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from cli import UserError
+
+EMOJI = Path(__file__).parent / "assets" / "emoji"      # the shipped weights
+# how each family of weights is sampled unless told otherwise; the published ones as published
+OWN = dict(guidance=4.0, shift=1.0, temperature=0.0, order="confidence")
+PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random")
+
+
+def require(*conditions: tuple[bool, str]) -> None:
+    """Raise UserError with the message of the first condition that does not hold."""
+    for holds, message in conditions:
+        if not holds:
+            raise UserError(message)
+
+
+class Parts:
+    """The parts that a checkpoint lacks are named: vae, t5, tokenizer (paths of any layout), mask_embedding
+    (the aligned [MASK] vector).  keep: all parts stay in memory once loaded; otherwise, which is the default
+    for the published weights, only those that the moment needs, so that a drawing takes the memory of its
+    largest part. height, width: of pictures, in pixels.  length: positions of a text.  Raises UserError where
+    parts don't fit.
+    """
+
+    def __init__(self, path: str | Path = EMOJI, device: str = "cpu", dtype: torch.dtype | None = None, *,
+                 vae: Path | None = None, t5: Path | None = None, tokenizer: Path | None = None,
+                 mask_embedding: Path | None = None, height: int | None = None, width: int | None = None,
+                 length: int | None = None, keep: bool | None = None):
+        self.family, self.sizes = checkpoint.read_sizes(path)
+        self.paths = dict(text=t5 or path, mmdit=path, vae=vae or path)
+        self.own = self.sizes.text_length > 0                             # the end-to-end variant's embedding
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.float32 if self.family == "ours" else torch.bfloat16)
+        self.keep = self.family == "ours" if keep is None else keep
+        self.defaults = OWN if self.own else PUBLISHED
+        self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
+        self.length = length or self.sizes.text_length or 256
+        self.answer_length = length or self.sizes.text_length or 128
+        self.vector = checkpoint.load_mask_embedding(mask_embedding) if mask_embedding else None
+        pixels = checkpoint.read_config(path).get("pixels") if self.family == "ours" else 512
+        self.height, self.width = height or pixels, width or pixels
+        self.factor = 1 if self.sizes.channels == 3 else 8                   # pixels per latent, along a side
+        unit, heads, tokens = self.sizes.patch * self.factor, self.sizes.vocab_size, self.tokenizer.vocab_size
+        most = unit * self.sizes.position_size
+        fits = lambda side: isinstance(side, int) and 0 < side <= most and side % unit == 0
+        expected = f"expected a multiple of {unit} up to {most}"
+        row = 0 if self.vector is None else len(self.vector)
+        require(
+            (not self.own or self.length <= self.sizes.text_length,
+             f"{path}: texts of {self.length} tokens, its embedding has {self.sizes.text_length} positions"),
+            (self.family == "SD3" or heads == tokens,
+             f"{path}: the tokenizer has {tokens} tokens, the model's text head {heads}"),
+            (not mask_embedding or not self.own,
+             "--mask-embedding is a row of T5's table; this checkpoint has an embedding of its own"),
+            (row in (0, self.sizes.text_width),
+             f"{mask_embedding}: a [MASK] embedding of {row} numbers, this T5 has {self.sizes.text_width}"),
+            (fits(self.height), f"{path}: a picture's height of {self.height!r}, {expected}"),
+            (fits(self.width), f"{path}: a picture's width of {self.width!r}, {expected}"))
+        for part, name in [] if self.own else [("vae", "vae"), ("t5", "text")]:   # before minutes of loading
+            try:
+                checkpoint.find(self.paths[name], part)
+            except UserError as error:
+                raise UserError(f"{error}; name the right one with --{part}")
+        if self.keep:
+            self.hold("text", "mmdit", "vae")
+
+    def load_text(self):
+        if self.own:
+            return checkpoint.load_embedding(self.paths["text"], self.dtype)
+        encoder = checkpoint.load_t5(self.paths["text"], self.dtype)
+        require((encoder.config.width == self.sizes.text_width, f"{self.paths['text']}: T5 gives "
+                 f"{encoder.config.width} numbers a token, the transformer reads {self.sizes.text_width}"))
+        if self.vector is not None:
+            encoder.set_embedding(self.tokenizer.mask_id, self.vector)
+        return encoder
+
+    def load_mmdit(self):
+        return checkpoint.load_mmdit(self.paths["mmdit"], self.dtype)
+
+    def load_vae(self):
+        autoencoder = checkpoint.load_vae(self.paths["vae"])      # in float32: it is one percent of the whole
+        require((autoencoder.channels == self.sizes.channels, f"{self.paths['vae']}: latents of "
+                 f"{autoencoder.channels} channels, the transformer has {self.sizes.channels}"))
+        return autoencoder
+
+    def hold(self, *names: str) -> None:
+        """Have these of text, mmdit and vae in memory; unless all are kept, free the others first."""
+        for name in ("text", "mmdit", "vae"):
+            if name not in names and not self.keep:
+                self.__dict__.pop(name, None)
+        for name in names:
+            if name not in self.__dict__:
+                part = getattr(self, f"load_{name}")()
+                setattr(self, name, part.to(self.device) if isinstance(part, torch.nn.Module) else part)

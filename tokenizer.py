@@ -1,0 +1,142 @@
+"""Text <-> ids: GPT-2's byte-level BPE, whole or cut to a small vocabulary, and T5's tokenizer, each with
+[MASK].
+
+Shapes: L tokens.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from cli import UserError
+
+MERGES = Path(__file__).parent / "assets" / "gpt2" / "merges.txt"
+
+
+class Tokenizer:
+    """Text <-> ids, with an end token, a padding token and [MASK].
+
+    Special tokens are never read out of text: "[MASK]" in a caption is six characters like any others.
+    """
+
+    def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int, specials: str = ""):
+        self.bpe, self.end_id, self.pad_id, self.mask_id = bpe, end_id, pad_id, mask_id
+        self.vocab_size, self.specials = vocab_size, specials
+
+    def pieces(self, text: str) -> list[int]:
+        """The bare ids of a text, no end token, no padding."""
+        if self.specials:       # a pattern: T5's vocabulary holds "</s>" like any word, so it is pried apart
+            text = re.sub(self.specials, r"< \1>", text)
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def continuation(self, text: str) -> list[int]:
+        """As `pieces`, of a text that goes on where a token ended: T5's tokenizer would put a space there."""
+        ids = self.pieces(text)
+        first = self.bpe.id_to_token(ids[0]) if ids else ""
+        if text.startswith(" ") or not first.startswith("\u2581"):
+            return ids
+        bare = self.bpe.token_to_id(first[1:])
+        return ids[1:] if first == "\u2581" else ids if bare is None else [bare] + ids[1:]
+
+    def encode(self, text: str, length: int) -> Tensor:
+        """(length,) int64: the text, the end token, padding.  Too long a text is cut, with a warning."""
+        return self.fit(self.pieces(text), length)
+
+    def fit(self, ids: list[int], length: int) -> Tensor:
+        """Ids to (length,): end token and padding added, or cut, with a warning on stderr of what is lost."""
+        if len(ids) > length - 1:
+            kept, cut = self.decode(ids[:length - 1]), self.decode(ids[length - 1:])
+            shown = cut if len(cut) <= 60 else cut[:57] + "..."
+            print(f"warning: {len(ids)} tokens, room for {length - 1}: kept up to {kept[-20:]!r}, "
+                  f"cut off {shown!r}", file=sys.stderr)
+            ids = ids[:length - 1]
+        return torch.tensor(ids + [self.end_id] + [self.pad_id] * (length - len(ids) - 1))
+
+    def decode(self, ids: Tensor | list[int]) -> str:
+        """The text up to the first end token; a [MASK] that is left reads "[MASK]"."""
+        text, run = "", []
+        for i in list(map(int, ids)) + [self.end_id]:
+            if i in (self.end_id, self.pad_id, self.mask_id):
+                text, run = text + self.bpe.decode(run), []
+                if i != self.mask_id:
+                    return text
+                text += "[MASK]"
+            else:
+                run.append(i)
+
+
+def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES) -> Tokenizer:
+    """GPT-2's byte-level BPE, <|endoftext|> as end and padding, and [MASK] as one id more (50257).
+
+    keep: GPT-2 ids to keep, renumbered in their order, for a small model's small head; it must hold the 256
+    bytes and, for each id, the two ids it is merged from (`gpt2_subset` makes such a list).  Text made of
+    kept tokens is cut up exactly as GPT-2 does; any other text falls into smaller pieces, down to bytes.
+    """
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")[1:]
+    except OSError as error:
+        raise UserError(f"{merges}: GPT-2's merges can't be read ({error.strerror}); restore it from git")
+    pairs = [tuple(line.split(" ")) for line in lines if line]
+    # GPT-2's order: printable bytes first, then the rest moved up to 256 and on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = letters + ["".join(pair) for pair in pairs]
+    if len(tokens) != 50256:
+        raise UserError(f"{merges}: {len(pairs)} merges, expected 50000; restore the file from git")
+    if keep is not None:
+        if keep != sorted(set(keep)) or keep[:256] != list(range(256)) or keep[-1] >= len(tokens):
+            raise UserError("a tokenizer's keep list must be ascending GPT-2 ids that start with 256 bytes")
+        tokens = [tokens[i] for i in keep]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = [pair for pair in pairs if "".join(pair) in vocab]
+    if any(part not in vocab for pair in pairs for part in pair):
+        raise UserError("a tokenizer's keep list holds a token without the two it is merged from")
+    bpe = BPE(models.BPE(vocab=vocab, merges=pairs))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    end = len(tokens)
+    return Tokenizer(bpe, end_id=end, pad_id=end, mask_id=end + 1, vocab_size=end + 2)
+
+
+def t5_tokenizer(file: Path) -> Tokenizer:
+    """T5's tokenizer.json: </s> as end, <extra_id_0> as [MASK], and the padding token that the folder's
+    special_tokens_map.json or tokenizer_config.json names (D-DiT pads with </s>), <pad> where neither
+    does."""
+    try:
+        bpe = BPE.from_file(str(file))
+    except Exception as error:      # tokenizers raises a bare Exception
+        raise UserError(f"{file}: not a tokenizer that can be read ({str(error).splitlines()[0]})")
+    bpe.no_padding()
+    bpe.no_truncation()
+    pad = "<pad>"
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            named = json.loads((file.parent / name).read_text(encoding="utf-8")).get("pad_token")
+        except (OSError, ValueError, AttributeError):
+            continue
+        pad = (named.get("content") if isinstance(named, dict) else named) or pad
+    ids = {token: bpe.token_to_id(token) for token in ("</s>", pad, "<extra_id_0>")}
+    if absent := [token for token, i in ids.items() if i is None]:
+        raise UserError(f"{file}: has no {' and no '.join(absent)}, expected T5 v1.1's tokenizer")
+    return Tokenizer(bpe, ids["</s>"], ids[pad], ids["<extra_id_0>"],
+                     bpe.get_vocab_size(with_added_tokens=True), r"<(/s|pad|unk|extra_id_\d+)>")
+
+
+def gpt2_subset(texts: list[str]) -> list[int]:
+    """The GPT-2 ids that the texts use, those they are merged from, and the 256 bytes, in ascending order."""
+    full = gpt2_tokenizer()
+    parts = {}
+    for left, right in json.loads(full.bpe.to_str())["model"]["merges"]:
+        parts[full.bpe.token_to_id(left + right)] = [full.bpe.token_to_id(left), full.bpe.token_to_id(right)]
+    wanted, todo = set(range(256)), {i for text in texts for i in full.pieces(text)}
+    while todo:
+        i = todo.pop()
+        wanted.add(i)
+        todo |= set(parts.get(i, [])) - wanted
+    return sorted(wanted)
