@@ -18,7 +18,6 @@ Reading is strict: a tensor that is missing, left over, misshapen or not finite 
 """
 
 import cli
-
 cli.interruptible(__name__)
 
 import itertools
@@ -29,6 +28,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import layouts
 from cli import UserError
-from layouts import Entry, mmdit_config, t5_config, vae_config
+from layouts import Entry
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from t5 import T5Encoder
 from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
@@ -46,14 +46,11 @@ from vae import AutoencoderKL, Pixels
 FORMAT = "dual-diffusion-transformer"
 
 
-# ---------------------------------------------------------------------------------------------- reading files
-
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a checkpoint is a folder with config.json, model.safetensors "
-                        f"and tokenizer.json")
+        raise UserError(f"{path}: no such file; a checkpoint has it beside a model.safetensors")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})")
     if not isinstance(content, dict):
@@ -63,9 +60,7 @@ def read_json(path: Path) -> dict:
 
 class Tensors:
     """The tensors of one part: those under a prefix in one or several safetensors files, read one at a time.
-
-    Raises UserError for a file that is missing, no safetensors, or cut off.
-    """
+    Raises UserError for a file that is missing, no safetensors, or cut off."""
 
     def __init__(self, files: list[Path], prefix: str = ""):
         self.prefix, self.files, self.handle, self.opened, self.converted = prefix, files, None, None, 0
@@ -104,12 +99,9 @@ class Tensors:
         return next(number for number in itertools.count() if pattern.format(number) not in self.file)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """In the stored dtype (then mapped, not copied), or converted.
-
-        The pages of a mapped file that were touched count as this process's memory until it is unmapped:
-        after each gigabyte that was converted the file is opened anew, so that a conversion needs no memory
-        for both.
-        """
+        """In the stored dtype (then mapped, not copied), or converted.  The pages of a mapped file that were
+        touched count as this process's memory until it is unmapped: after each gigabyte that was converted
+        the file is opened anew, so that a conversion needs no memory for both."""
         if self.opened != self.file[name] or self.converted > 2**30:
             self.handle, self.opened, self.converted = None, None, 0
             self.handle, self.opened = self.open(self.file[name]), self.file[name]
@@ -122,41 +114,32 @@ class Tensors:
 
 def finite(tensor: Tensor) -> bool:
     """No NaN and no infinity, in one pass: both survive a minimum and a maximum."""
-    if tensor.numel() == 0:
-        return True
-    low, high = tensor.aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return tensor.numel() == 0 or all(map(math.isfinite, tensor.detach().aminmax()))
 
 
 def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: torch.dtype,
          ignore: tuple[str, ...] = ()) -> None:
     """Put tensors into a module that was built on the meta device; the entries name each of its parameters.
-
-    Raises UserError with every missing, left-over, misshapen or non-finite tensor in one message.
-    """
-    problems, used = [], set()
-    for entry in entries.values():
-        for key in entry.keys:
-            used.add(key)
-            if key not in tensors:
-                problems.append(f"{tensors.files[0].name}: {tensors.prefix}{key} is missing")
-            elif tensors.shape[key] != entry.shape:
-                problems.append(f"{tensors.file[key].name}: {tensors.prefix}{key} is {tensors.shape[key]}, "
-                                f"this model's sizes ask for {entry.shape}")
-    problems += [f"{file.name}: {tensors.prefix}{key} is not a part of this model"
-                 for key, file in tensors.file.items() if key not in used and not key.startswith(ignore)]
+    Raises UserError with every missing, left-over, misshapen or non-finite tensor in one message."""
+    where = lambda key: f"{tensors.file.get(key, tensors.files[0]).name}: {tensors.prefix}{key}"
+    shapes = {key: entry.shape for entry in entries.values() for key in entry.keys}
+    problems = [f"{where(key)} is missing" for key in shapes if key not in tensors]
+    problems += [f"{where(key)} is {tensors.shape[key]}, this model's sizes ask for {shape}"
+                 for key, shape in shapes.items() if tensors.shape.get(key, shape) != shape]
+    problems += [f"{where(key)} is not a part of this model" for key in tensors.file
+                 if key not in shapes and not key.startswith(ignore)]
     if not problems:
         buffers, state = dict(module.named_buffers()), {}
         wanted = module.state_dict() | buffers
         for name, entry in entries.items():
-            parts = [tensors.read(key, dtype) for key in entry.keys]
-            problems += [f"{tensors.file[key].name}: {tensors.prefix}{key} holds NaN or infinity"
-                         for key, part in zip(entry.keys, parts) if not finite(part)]
+            pieces = [tensors.read(key, dtype) for key in entry.keys]
+            problems += [f"{where(key)} holds NaN or infinity"
+                         for key, piece in zip(entry.keys, pieces) if not finite(piece)]
             if entry.swap:
-                parts = [half for part in parts for half in part.chunk(2)[::-1]]
+                pieces = [half for piece in pieces for half in piece.chunk(2)[::-1]]
             if entry.fresh is not None:
-                parts.append(entry.fresh.to(dtype))
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+                pieces.append(entry.fresh.to(dtype))
+            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             state[name] = whole.reshape(wanted[name].shape)
         tensors.handle = None
     if problems:
@@ -165,9 +148,6 @@ def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: 
     for name in buffers.keys() & state.keys():
         setattr(module, name, state.pop(name))
     module.load_state_dict(state, assign=True)
-
-
-# ---------------------------------------------------------------------------------------------- finding parts
 
 
 def part_folder(path: Path, part: str) -> Path:
@@ -191,14 +171,10 @@ def kind(path: Path) -> str:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a part's folder: those that an index names, or the only one.
-
-    Raises UserError when there is none, when an index names one that is missing, or when the choice is not
-    clear.
-    """
-    indexes = sorted(folder.glob("*.safetensors.index*.json"), key=lambda p: (len(p.name), p.name))
-    lacking = ""
-    for index in indexes:
+    """The safetensors files of a part's folder: those that an index names, or the only one.  Raises UserError
+    when there is none, when an index names one that is missing, or when the choice is not clear."""
+    shortest, lacking = lambda path: (len(path.name), path.name), ""
+    for index in sorted(folder.glob("*.safetensors.index*.json"), key=shortest):
         names = sorted(set(map(str, (read_json(index).get("weight_map") or {}).values())))
         absent = [name for name in names if "/" in name or not (folder / name).exists()]
         if names and not absent:
@@ -206,7 +182,7 @@ def shards(folder: Path) -> list[Path]:
         lacking = lacking or f"{folder}: {index.name} names {(absent or ['no file'])[0]}, which is missing"
     if lacking:
         raise UserError(f"{lacking}; download it again")
-    files = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
+    files = sorted(folder.glob("*.safetensors"), key=shortest)
     if not files:
         raise UserError(f"{folder}: expected .safetensors files, found {listing(folder)}")
     plain = [f for f in files if f.name in ("model.safetensors", "diffusion_pytorch_model.safetensors")]
@@ -217,22 +193,15 @@ def shards(folder: Path) -> list[Path]:
 
 def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
     """(tensors, config.json or None, naming "file" or "folder") of the transformer, vae or t5 in a path.
-
-    Raises UserError, saying what was found, when the path holds no such part.
-    """
+    Raises UserError, saying what was found, when it holds no such part."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: expected a checkpoint, a folder or a .safetensors file, found nothing")
-    config = None
-    if path.is_dir():
-        folder = part_folder(path, part)
-        if folder == path and not any(path.glob("*.safetensors*")):
-            wanted = " or ".join(layouts.SUBFOLDERS[part])
-            raise UserError(f"{path}: expected a folder {wanted} with safetensors, found {listing(path)}")
-        files = shards(folder)
-        config = read_json(folder / "config.json") if (folder / "config.json").exists() else None
-    else:
-        files = [path]
+    folder, wanted = part_folder(path, part), " or ".join(layouts.SUBFOLDERS[part])
+    if folder == path and path.is_dir() and not any(path.glob("*.safetensors*")):
+        raise UserError(f"{path}: expected a folder {wanted} with safetensors, found {listing(path)}")
+    files = shards(folder) if path.is_dir() else [path]
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     for prefix in ("", layouts.PREFIXES[part]):
         tensors = Tensors(files, prefix)
         for naming, sign in layouts.SIGNS[part].items():
@@ -243,7 +212,7 @@ def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
                     f"{', '.join(name for name, _ in begins.most_common(4)) or 'nothing, it is empty'}")
 
 
-def build(make, where: Path) -> nn.Module:
+def build(make: Callable[[], nn.Module], where: Path) -> nn.Module:
     """A module without memory; sizes that no model can have are the file's mistake."""
     try:
         with torch.device("meta"):
@@ -252,15 +221,12 @@ def build(make, where: Path) -> nn.Module:
         raise UserError(f"{where}: no model has these sizes ({error})")
 
 
-# -------------------------------------------------------------------------------------------- the transformer
-
 def read_config(path: str | Path) -> dict:
     """config.json of a folder of ours, with "mmdit" as an MMDiTConfig.  Raises UserError, naming the file."""
-    path = Path(path)
-    if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
+    if not Path(path).is_dir():
+        found = "a file" if Path(path).exists() else "nothing"
         raise UserError(f"{path}: expected a checkpoint folder, found {found}")
-    file = path / "config.json"
+    file = Path(path) / "config.json"
     config = read_json(file)
     if config.get("format") != FORMAT or not isinstance(config.get("mmdit"), dict):
         raise UserError(f"{file}: expected \"format\": \"{FORMAT}\", found {config.get('format')!r}")
@@ -277,33 +243,27 @@ def read_sizes(path: str | Path, vocab_size: int = 32100) -> tuple[str, MMDiTCon
         return "ours", read_config(path)["mmdit"]
     tensors, config, naming = find(path, "transformer")
     family = "D-DiT" if "text_proj_out.weight" in tensors else "SD3"
-    return family, mmdit_config(tensors, config, naming, vocab_size)
+    return family, layouts.mmdit_config(tensors, config, naming, vocab_size)
 
 
 def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size: int = 32100) -> MMDiT:
     """The transformer of any layout, in eval mode, on the CPU.
 
     vocab_size: rows of the new text head when the weights are SD3's (T5's tokenizer has 32100).  Tensors that
-    are stored in `dtype` stay mapped to the file: it must not be written to.  Raises UserError.
-    """
+    are stored in `dtype` stay mapped to the file: it must not be written to.  Raises UserError."""
     path = Path(path)
     if kind(path) == "ours":
-        config, file = read_config(path)["mmdit"], path / "model.safetensors"
+        config, tensors = read_config(path)["mmdit"], Tensors([path / "model.safetensors"], "mmdit.")
         model = build(lambda: MMDiT(config), path / "config.json")
-        tensors = Tensors([file], "mmdit.")
-        entries = {name: Entry([name], tuple(p.shape)) for name, p in model.named_parameters()}
         stored = "positions" in tensors     # a table that came with published weights, in their precision
-        if stored:
-            entries["positions"] = Entry(["positions"], tuple(model.positions.shape))
-        fill(model, tensors, entries, dtype)
+        fill(model, tensors, layouts.own_entries(model, *["positions"] * stored), dtype)
         if not stored:
             table = position_table(config.width, config.position_size, config.position_base)
             model.positions = table.to(dtype)
         return model.eval()
     tensors, config, naming = find(path, "transformer")
     from_sd3 = "text_proj_out.weight" not in tensors
-    sizes = mmdit_config(tensors, config, naming, vocab_size)
-    model = build(lambda: MMDiT(sizes), tensors.files[0])
+    model = build(lambda: MMDiT(layouts.mmdit_config(tensors, config, naming, vocab_size)), tensors.files[0])
     table = layouts.SD3_FILE if naming == "file" else layouts.SD3_FOLDER if from_sd3 else layouts.RELEASE
     entries = layouts.mmdit_entries(model, table, from_sd3)
     fill(model, tensors, entries, dtype, layouts.POOLED if from_sd3 else ())
@@ -316,13 +276,10 @@ def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32) -> Toke
     if not config.text_length:
         raise UserError(f"{path}: this checkpoint has no token embedding of its own (text_length is 0)")
     sizes = config.vocab_size, config.text_length, config.text_width
-    embedding = build(lambda: TokenEmbedding(*sizes), Path(path))
-    entries = {name: Entry([name], tuple(p.shape)) for name, p in embedding.named_parameters()}
-    fill(embedding, Tensors([Path(path) / "model.safetensors"], "embedding."), entries, dtype)
+    embedding = build(lambda: TokenEmbedding(*sizes), path)
+    tensors = Tensors([Path(path) / "model.safetensors"], "embedding.")
+    fill(embedding, tensors, layouts.own_entries(embedding), dtype)
     return embedding.eval()
-
-
-# ---------------------------------------------------------------------------------------------- VAE and T5
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL | Pixels:
@@ -333,8 +290,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
             raise UserError(f"{path}: \"latents\" is {latents!r}; name the file of its autoencoder")
         return Pixels()
     tensors, config, naming = find(path, "vae")
-    sizes, where = vae_config(tensors, config, naming), tensors.files[0]
-    vae = build(lambda: AutoencoderKL(sizes), where)
+    vae = build(lambda: AutoencoderKL(layouts.vae_config(tensors, config, naming)), tensors.files[0])
     fill(vae, tensors, layouts.vae_entries(vae, naming), dtype)
     return vae.eval()
 
@@ -345,37 +301,12 @@ def load_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
         raise UserError(f"{path}: no T5 encoder in it; name its file or folder")
     tensors, config, naming = find(path, "t5")
     where, table, twin = tensors.files[0], layouts.t5_table(tensors), layouts.T5_TWIN
-    t5 = build(lambda: T5Encoder(t5_config(tensors, config, naming)), where)
+    t5 = build(lambda: T5Encoder(layouts.t5_config(tensors, config, naming)), where)
     twice = table != twin and twin in tensors
     if twice and not torch.equal(tensors.read(table), tensors.read(twin)):
         raise UserError(f"{where}: {table} and {twin} differ, expected one table under two names")
     fill(t5, tensors, layouts.t5_entries(t5, table), dtype, layouts.DECODER + (twin,) * twice)
     return t5.eval()
-
-
-def load_mask_embedding(path: str | Path) -> Tensor:
-    """The aligned [MASK] embedding, one vector (E,): a .safetensors or a .pth that holds one tensor.
-
-    A .pth is unpickled with weights_only.  Raises UserError.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        tensors = Tensors([path])
-        found = [tensors.read(name) for name in tensors.file]
-    else:
-        try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file")
-        except Exception as error:      # torch raises whatever the damaged or refused pickle led to
-            raise UserError(f"{path}: not a file of one tensor ({str(error).splitlines()[0]})")
-        found = list(held.values()) if isinstance(held, dict) else [held]
-    if [isinstance(x, Tensor) and x.numel() == max(x.shape, default=0) for x in found] != [True]:
-        shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in found[:4]]
-        raise UserError(f"{path}: expected one vector, the [MASK] embedding, found {', '.join(shapes)}")
-    if not finite(found[0]):
-        raise UserError(f"{path}: the [MASK] embedding holds NaN or infinity")
-    return found[0].detach().flatten()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -399,8 +330,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                         f"found {content.get('tokenizer')!r}")
     return gpt2_tokenizer(content.get("keep"))
 
-
-# ---------------------------------------------------------------------------------------------- writing
 
 def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, keep: list[int] | None,
          dtype: torch.dtype = torch.float32, **more) -> None:
@@ -437,8 +366,8 @@ def export_release(source: Path, target: Path, tokenizer: Path | None = None) ->
     model = load_mmdit(source, dict(F16=torch.float16, BF16=torch.bfloat16).get(stored, torch.float32))
     for part in ("transformer", "scheduler", "tokenizer"):
         (target / part).mkdir(parents=True, exist_ok=True)
-    save_file(layouts.release_state(model), target / "transformer" / "diffusion_pytorch_model.safetensors",
-              metadata={"format": "pt"})
+    file = target / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(layouts.release_state(model), file, metadata={"format": "pt"})
     for name, content in layouts.release_files(model.config).items():
         write_json(target / name, content)
     origin = tokenizer or part_folder(source, "tokenizer")
@@ -450,38 +379,34 @@ def export_release(source: Path, target: Path, tokenizer: Path | None = None) ->
               f"--tokenizer", file=sys.stderr)
 
 
+def describe(title: str, tensors: Tensors, sizes) -> str:
+    """Two lines on a part: how much of what there is, and its sizes, a dataclass."""
+    count = sum(math.prod(shape) for shape in tensors.shape.values())
+    return (f"{title}: {len(tensors.file)} tensors, {count / 1e6:,.1f} M values, "
+            f"{', '.join(Counter(tensors.dtype.values()))}, {len(tensors.files)} file(s)\n    "
+            + ", ".join(f"{k} {v}" for k, v in vars(sizes).items()))
+
+
 def inspect(path: Path) -> str:
     """Layout, parts, sizes, dtypes and parameter counts, a screenful."""
-    if not path.exists():
-        raise UserError(f"{path}: expected a checkpoint, a folder or a .safetensors file, found nothing")
-    lines = []
-
-    def part(title: str, tensors: Tensors, sizes) -> None:
-        count = sum(math.prod(shape) for shape in tensors.shape.values())
-        lines.append(f"{title}: {len(tensors.file)} tensors, {count / 1e6:,.1f} M values, "
-                     f"{', '.join(Counter(tensors.dtype.values()))}, {len(tensors.files)} file(s)")
-        lines.append("    " + ", ".join(f"{k} {v}" for k, v in vars(sizes).items()))
-
     if kind(path) == "ours":
-        config = read_config(path)
-        lines.append(f"{path}: ours, latents {config.get('latents')}, step {config.get('step')}")
-        part("transformer", Tensors([path / "model.safetensors"], "mmdit."), config["mmdit"])
-        return "\n".join(lines)
-    sizes = dict(transformer=lambda *found: mmdit_config(*found, 32100), vae=vae_config, t5=t5_config)
-    absent = []
+        config, tensors = read_config(path), Tensors([path / "model.safetensors"], "mmdit.")
+        return (f"{path}: ours, latents {config.get('latents')}, step {config.get('step')}\n"
+                + describe("transformer", tensors, config["mmdit"]))
+    sizes = dict(transformer=layouts.mmdit_config, vae=layouts.vae_config, t5=layouts.t5_config)
+    lines, absent = [f"{path}:"], []
     for name in sizes:
         try:
             found = find(path, name)
         except UserError as error:
             absent.append(f"{name}: {error}")
             continue
-        title = layouts.TITLES[name]
-        if name == "transformer":
-            title = "D-DiT transformer" if "text_proj_out.weight" in found[0] else "SD3 transformer"
-        part(title, found[0], sizes[name](*found))
-    if not lines:
-        raise UserError(absent[0])
-    return "\n".join([f"{path}:"] + lines + absent)
+        family = "D-DiT" if "text_proj_out.weight" in found[0] else "SD3"
+        title = f"{family} transformer" if name == "transformer" else layouts.TITLES[name]
+        lines.append(describe(title, found[0], sizes[name](*found)))
+    if len(lines) == 1:
+        raise UserError(absent[0].removeprefix("transformer: "))
+    return "\n".join(lines + absent)
 
 
 def main() -> None:
@@ -494,11 +419,9 @@ def main() -> None:
     args = parser.parse_args()
     if (args.target is None) == (args.command == "export"):
         parser.error("export takes SRC and DST" if args.command == "export" else "inspect takes one path")
-    if args.command == "inspect":
-        print(inspect(args.source))
-    else:
+    if args.command == "export":
         export_release(args.source, args.target, args.tokenizer)
-        print(args.target)
+    print(args.target or inspect(args.source))
 
 
 if __name__ == "__main__":

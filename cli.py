@@ -6,8 +6,7 @@
     if __name__ == "__main__":
         cli.run(main)
 
-A program that can't go on says so in one line on stderr and exits with status 1, or 2 for flags it can't
-take.
+A program that can't go on says so in one line on stderr; its status is 1, or 2 for flags it can't take.
 """
 
 import argparse
@@ -34,9 +33,8 @@ def value(default: Any, low: float | None = None, high: float | None = None, cho
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
     """What argparse reads a number with: an int or a float from low to high, never nan nor infinity."""
     def read(text: str) -> float:
-        wanted = "a whole number" if kind is int else "a number"
-        if low is not None:
-            wanted += f" from {low} to {high}" if high is not None else f", at least {low}"
+        wanted = ("a whole number" if kind is int else "a number") + ("" if low is None else (
+            f" from {low} to {high}" if high is not None else f", at least {low}"))
         try:
             got = kind(text)
             if math.isfinite(got) and (low is None or got >= low) and (high is None or got <= high):
@@ -65,20 +63,20 @@ class Parser(argparse.ArgumentParser):
         comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
         for field in dataclasses.fields(config):
             default = defaults.get(field.name, field.default)
-            how = dict(default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%") + (
-                "" if default in ("", False) else f" ({default})"))
+            shown = "" if default in ("", False) else f" ({default})"
+            said = comments[field.name].replace("%", "%%") + shown
             limits = dict(field.metadata)
             choices = limits.pop("choices", None)
-            if isinstance(field.default, bool):
-                how |= dict(action="store_true")
-            elif isinstance(field.default, str):
-                how |= dict(choices=choices, metavar=None if choices else "TEXT")
+            if isinstance(default, bool):
+                how = dict(action="store_true")
+            elif isinstance(default, str):
+                how = dict(choices=choices, metavar=None if choices else "TEXT")
             else:
-                how |= dict(type=number(type(field.default), **limits), metavar="N")
-            self.add_argument(flag(field.name), **how)
+                how = dict(type=number(type(field.default), **limits), metavar="N")
+            self.add_argument(flag(field.name), default=argparse.SUPPRESS, help=said, **how)
 
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args=None):
+        parsed, unknown = self.parse_known_args(args)
         if unknown:
             name = unknown[0].split("=")[0]
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
@@ -102,11 +100,8 @@ def device(name: str) -> str:
 
 def interruptible(name: str) -> None:
     """For a program's first lines, with its __name__: Ctrl-C while it imports is one line, status 130."""
-    def stop(number, frame):
-        sys.stderr.write("stopped\n")
-        os._exit(130)
     if name == "__main__":
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped\n"), os._exit(130)))
 
 
 def run(main: Callable[[], None]) -> None:

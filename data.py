@@ -36,8 +36,7 @@ def shuffled(seed: int, name: str, groups: list[list[int]], step: int, batch: in
     """The samples of one step: positions [step B, (step + 1) B) of an endless run of shuffled epochs.
 
     An epoch takes one sample of every group, which one drawn anew each time (`emoji.fair`).  A function of
-    its arguments alone, so that a resumed run, or another number of processes, sees the same.
-    """
+    its arguments alone, so that a resumed run, or another number of processes, sees the same."""
     picked = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(position, len(groups))
@@ -90,8 +89,7 @@ def read_tar(path: Path) -> Iterator[dict]:
     """The samples of a tar in WebDataset layout, .tar or .tar.gz, in order.
 
     Files whose names agree up to the first dot of the last part are one sample: {"__key__": name, extension:
-    bytes, ...}.  Raises UserError for a file that is missing, no tar, or cut off.
-    """
+    bytes, ...}.  Raises UserError for a file that is missing, no tar, or cut off."""
     sample: dict = {}
     try:
         with tarfile.open(path, "r|*") as tar:

@@ -7,7 +7,6 @@ Shapes: n pictures, P pixels a side.
 """
 
 import cli
-
 cli.interruptible(__name__)
 
 import gzip
@@ -99,8 +98,7 @@ def short_names(entries: list[dict]) -> dict[str, str]:
     """A short, natural and unique name for every base emoji, by its codepoints.
 
     Unicode's name in lower case, "sign" and "symbol" at its end and colons taken out, "X flag" as "flag of
-    X".  Where two emoji would share a name, the data set's own short name is used.
-    """
+    X".  Where two emoji would share a name, the data set's own short name is used."""
     def plain(name: str) -> str:
         if name.endswith(" Flag"):
             return "flag of " + name.removesuffix(" Flag")
@@ -141,12 +139,9 @@ def describe(entries: list[dict]) -> list[dict]:
                     caption=", ".join(words + [f"{style} style"])))
     for record in records:
         held_style = sorted(STYLES)[fraction("which style of " + record["emoji"]) < 0.5]
-        if fraction("style of " + record["emoji"]) < 0.05 and record["style"] == held_style:
-            record["split"] = "style"
-        elif record["tone"] != "none" and fraction("tone of " + record["key"]) < 0.10:
-            record["split"] = "tone"
-        else:
-            record["split"] = "train"
+        styled = fraction("style of " + record["emoji"]) < 0.05 and record["style"] == held_style
+        toned = record["tone"] != "none" and fraction("tone of " + record["key"]) < 0.10
+        record["split"] = "style" if styled else "tone" if toned else "train"
     return records
 
 
@@ -173,8 +168,7 @@ def rivals(names: list[str]) -> dict[str, list[str]]:
     """For each name of a group the others that nobody would give to the same emoji.
 
     Two names may both be right when one has all words of the other (singer, man singer; words are compared by
-    three letters) or says less about who it is (bicyclist, man biking): such pairs are left out.
-    """
+    three letters) or says less about who it is (bicyclist, man biking): such pairs are left out."""
     words = {name: {word[:3] for word in re.findall(r"\w+", name.lower())} for name in names}
     gendered = {name: bool(re.search(r"\b(wo)?m[ae]n\b", name)) for name in names}
     return {mine: [name for name in names if gendered[name] == gendered[mine]
@@ -185,8 +179,7 @@ def ask(records: list[dict]) -> None:
     """Give each record its "questions": dicts of type, question and answer, several phrasings of each.
 
     Every answer follows from the record's name, kind, group, tone and style.  Of each picture as many
-    questions are answered yes as no, in the same phrasings, so that always-yes scores a half.
-    """
+    questions are answered yes as no, in the same phrasings, so that always-yes scores a half."""
     groups = defaultdict(set)
     for record in records:
         groups[record["kind"], record["group"]].add(record["name"])

@@ -17,7 +17,6 @@ Shapes: B batch, n pictures, P pixels a side.
 """
 
 import cli
-
 cli.interruptible(__name__)
 
 import argparse
@@ -27,6 +26,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -42,8 +42,9 @@ BATCH = 64
 SPLITS = ["train", "tone", "style"]
 
 
-def progress(what: str, items: list, started: float):
+def progress(what: str, items: list) -> Iterator[list]:
     """Batches of items, with a line on stderr of how far, how fast and how long still."""
+    started = time.time()
     for at in range(0, len(items), BATCH):
         yield items[at:at + BATCH]
         done = min(at + BATCH, len(items))
@@ -77,35 +78,33 @@ def one_of_each(record: dict) -> list[dict]:
 def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, limit: int) -> dict[str, float]:
     """Captions and answers about one split's pictures, in percent.  pictures: (n, 3, P, P) in [-1, 1].
 
-    The likeliest token at the surest place is no matter of chance, so that this needs no seeds.
-    """
+    The likeliest token at the surest place is no matter of chance, so that this needs no seeds."""
     shown = [i for i, r in enumerate(records) if r["split"] == split][:limit]     # the tar is in random order
     if not shown:
         raise UserError(f"no picture of the emoji tar is in the split \"{split}\"")
-    figures, right, started = {}, [], time.time()
-    for batch in progress(f"{split}, captions", shown, started):
+    right, answers = [], defaultdict(list)
+    for batch in progress(f"{split}, captions", shown):
         said = sample.write(parts, pictures[batch])
         right += [text == records[i]["caption"] for text, i in zip(said, batch)]
-    figures["caption"] = 100 * statistics.mean(right)
 
     asked = [(i, q) for i in shown for q in one_of_each(records[i])]
-    answers, started = defaultdict(list), time.time()
-    for batch in progress(f"{split}, answers", asked, started):
+    for batch in progress(f"{split}, answers", asked):
         said = sample.write(parts, pictures[[i for i, _ in batch]], [q["question"] for _, q in batch],
                             steps=sample.STEPS["answer"])
         for text, (_, q) in zip(said, batch):
             answers[q["type"]].append((text, q["answer"]))
-    for kind, pairs in answers.items():
-        figures[f"answer: {kind}"] = 100 * statistics.mean(said == true for said, true in pairs)
+    percent = lambda pairs: 100 * statistics.mean(said == true for said, true in pairs)
     pairs = [pair for kind in answers if kind.startswith("yes/no") for pair in answers[kind]]
-    return figures | {f"POPE {name}": value for name, value in pope(*zip(*pairs)).items()}
+    return ({"caption": 100 * statistics.mean(right)}
+            | {f"answer: {kind}": percent(pairs) for kind, pairs in answers.items()}
+            | {f"POPE {name}": value for name, value in pope(*zip(*pairs)).items()})
 
 
 def drawing(parts: Parts, records: list[dict], pictures: Tensor, split: str, seed: int, prompts: int,
             how: dict) -> dict[str, float]:
     """Drawings of one split's captions, in percent; `how` goes to sample.draw."""
     pool, results = [i for i, r in enumerate(records) if r["split"] == split], defaultdict(list)
-    for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts], time.time()):
+    for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts]):
         captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
         drawn = sample.draw(parts, captions, seed=start, **how)
         for i, found, text in zip(batch, nearest(drawn, pictures), sample.write(parts, drawn)):
@@ -117,9 +116,8 @@ def drawing(parts: Parts, records: list[dict], pictures: Tensor, split: str, see
 
 def table(results: dict[str, list[dict]]) -> str:
     """Splits as columns, figures as rows: mean over seeds, and from least to most where they differ."""
-    names = list(next(iter(results.values()))[0])
     lines = ["| % | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    for name in names:
+    for name in next(iter(results.values()))[0]:
         cells = []
         for runs in results.values():
             values = [run[name] for run in runs]

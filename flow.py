@@ -40,8 +40,7 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
     """Mean over pixels of |v(x_t, t) - (e - x)|^2 for each sample, (B,), in float32 whatever x is.
 
     x: clean latents (B, C, h, w).  t (B,) and noise (B, C, h, w) are drawn by `draw` unless both are given.
-    Raises ValueError when only one of them is.
-    """
+    Raises ValueError when only one of them is."""
     if (t is None) != (noise is None):
         raise ValueError("flow takes t and noise together, or neither")
     if t is None:
@@ -52,10 +51,9 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
     return (v.to(x.dtype) - (noise - x)).square().flatten(1).mean(1)
 
 
-def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
-         t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None, **drawn: Tensor) -> Tensor:
     """The mean over the batch of `errors`, a scalar: L_image."""
-    return errors(velocity, x, generator, t, noise).mean()
+    return errors(velocity, x, generator, **drawn).mean()
 
 
 def precise(x: Tensor) -> Tensor:
@@ -68,8 +66,7 @@ def sigmas(steps: int, shift: float = 3.0) -> Tensor:
 
     The shift spends more steps at high noise, which large pictures need.  The grid ends at the shifted 1/1000
     and is shifted as a whole, its last level twice: the published scheduler does so, and released weights are
-    sampled with it.  Raises ValueError below one step.
-    """
+    sampled with it.  Raises ValueError below one step."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     grid = torch.linspace(1, shifted(1e-3, shift), steps, dtype=torch.float64)
@@ -79,10 +76,8 @@ def sigmas(steps: int, shift: float = 3.0) -> Tensor:
 def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor, trajectory: list | None = None) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1]; returns x of noise's shape.
 
-    `velocity` gets t as a tensor of shape (1,): one time for the whole batch.  The walk is in float32 at
-    least. `trajectory`, when given, is filled with the predicted clean picture x - t v of every step and then
-    the result.
-    """
+    `velocity` gets t as a tensor of shape (1,), one time for the batch.  The walk is in float32 at least.
+    `trajectory`, when given, is filled with the predicted clean x - t v of every step, then the result."""
     x, sigmas = precise(noise), precise(sigmas).to(noise.device)
     for t, s in zip(sigmas[:-1], sigmas[1:]):
         v = velocity(x, t.view(1)).to(x)
@@ -97,8 +92,7 @@ def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor, trajectory: list | 
 def guide(velocity: Velocity, scale: float) -> Velocity:
     """Classifier-free guidance v = v_null + scale (v_text - v_null).
 
-    `velocity` must answer a doubled batch (2B, ...), the text half first; the pair is one evaluation.
-    """
+    `velocity` must answer a doubled batch (2B, ...), the text half first; the pair is one evaluation."""
     def guided(x: Tensor, t: Tensor) -> Tensor:
         v_text, v_null = velocity(torch.cat([x, x]), t).chunk(2)                  # (B, C, h, w) each
         return v_null + scale * (v_text - v_null)

@@ -1,9 +1,7 @@
-"""What published files call things: how each part is told, its sizes, and where each of our parameters is
-found.
+"""What published files call things: how each part is told, its sizes, and where our parameters are found.
 
-Nothing here reads a file: `tensors` are `checkpoint.Tensors`, the names and shapes in the files of one part,
-`config` is the part's config.json or None, `naming` is "file" (one SD3 file) or "folder" (a part's own
-folder).
+Nothing here opens a file: `tensors` are `checkpoint.Tensors`, the names and shapes in the files of one part,
+`config` is the part's config.json or None, `naming` is "file" (one SD3 file) or "folder" (the part's own).
 """
 
 import math
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cli import UserError
 from model import MMDiT, MMDiTConfig
@@ -110,7 +108,13 @@ def said(tensors, config: dict | None) -> tuple[dict, Callable[[str, int], int],
     return config, number, where
 
 
-def mmdit_config(tensors, config: dict | None, naming: str, vocab_size: int) -> MMDiTConfig:
+def own_entries(module: nn.Module, *buffers: str) -> dict[str, Entry]:
+    """A file of ours has the module's names and shapes."""
+    held = dict(module.named_parameters()) | {name: getattr(module, name) for name in buffers}
+    return {name: Entry([name], tuple(tensor.shape)) for name, tensor in held.items()}
+
+
+def mmdit_config(tensors, config: dict | None, naming: str, vocab_size: int = 32100) -> MMDiTConfig:
     """Sizes of a published transformer: from config.json where it says them, otherwise from the shapes."""
     c, number, where = said(tensors, config)
     if c.get("dual_attention_layers"):
@@ -239,8 +243,8 @@ def release_state(model: MMDiT) -> dict[str, Tensor]:
         tensor = held[name].detach()
         if entry.swap:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        parts = tensor.chunk(len(entry.keys))
-        state |= {key: part.reshape(entry.shape).contiguous() for key, part in zip(entry.keys, parts)}
+        pieces = zip(entry.keys, tensor.chunk(len(entry.keys)))
+        state |= {key: piece.reshape(entry.shape).contiguous() for key, piece in pieces}
     return state
 
 

@@ -1,8 +1,7 @@
 """Absorbing-state diffusion for text.  Time runs from t = 1 (all [MASK]) to t = 0 (clean text).
 
 Each token is [MASK] with probability t, independently (MDLM's log-linear schedule, arXiv 2406.07524: survival
-1 - t).  For that schedule the negative evidence bound is a cross-entropy at the masked positions, weighted
-1/t:
+1 - t).  The negative evidence bound is then a cross-entropy at the masked positions, weighted 1/t:
 
     -log p(x) <= E_t [ 1/t * sum_{i masked} -log p(x_i | x_t) ],   t ~ U(0, 1]
 
@@ -28,8 +27,7 @@ def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tu
     """The random part of the loss: times t (B,) in (1e-3, 1] and one uniform number per token (B, L).
 
     Times are antithetic, one uniform offset plus i/B over the batch, so every batch covers (0, 1] evenly.
-    A token is masked where its number is below its row's time.
-    """
+    A token is masked where its number is below its row's time."""
     B, device = shape[0], generator.device if generator is not None else None
     offset = torch.rand(1, generator=generator, device=device)
     t = 1 - (offset + torch.arange(B, device=device) / B) % 1                     # (B,) in (0, 1]
@@ -39,13 +37,11 @@ def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tu
 def errors(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
            generator: torch.Generator | None = None, t: Tensor | None = None,
            uniform: Tensor | None = None) -> Tensor:
-    """1/t-weighted cross-entropy of the clean token, summed over the masked positions of each row, (B,)
-    float32.
+    """1/t-weighted cross-entropy of the clean tokens, summed over each row's masked positions, (B,) float32.
 
     ids: clean tokens (B, L) int64, padding included: predicting the padding is how the end is learned.
-    frozen: (B, L) bool, True at prompt tokens, which are never masked and carry no loss. t (B,), uniform (B,
-    L): from `draw` unless both are given.  Raises ValueError when t comes without uniform.
-    """
+    frozen: (B, L) bool, True at prompt tokens, which are never masked and carry no loss.
+    t (B,), uniform (B, L): from `draw` unless both are given; ValueError when t comes without uniform."""
     if (t is None) != (uniform is None):
         raise ValueError("mask_diffusion takes t and uniform together, or neither")
     if t is None:
@@ -60,11 +56,10 @@ def errors(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None
 
 
 def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
-         generator: torch.Generator | None = None, t: Tensor | None = None,
-         uniform: Tensor | None = None) -> Tensor:
+         generator: torch.Generator | None = None, **drawn: Tensor) -> Tensor:
     """`errors` per token, masked or not, of those that are not frozen: L_text, a float32 scalar."""
     tokens = ids.numel() if frozen is None else (~frozen).sum().clamp(min=1)
-    return errors(logits_fn, ids, mask_id, frozen, generator, t, uniform).sum() / tokens
+    return errors(logits_fn, ids, mask_id, frozen, generator, **drawn).sum() / tokens
 
 
 def forbid(logits: Tensor, mask_id: int) -> Tensor:
@@ -92,8 +87,7 @@ def walk(logits_fn: Callable, ids: Tensor, mask_id: int, steps: int, generator: 
     temperature divides the logits; 0 takes the most likely token.  Draws are made in float64: float32 Gumbel
     noise quietly lowers the temperature (arXiv 2409.02908).  by_row: `logits_fn` is called with the rows that
     are not done yet, and their numbers (n,); otherwise with all ids.  Raises ValueError for steps below one,
-    a negative temperature, an order that is neither.
-    """
+    a negative temperature, an order that is neither."""
     for wrong, message in ((steps < 1, f"steps must be at least 1, got {steps}"),
                            (temperature < 0, f"temperature must be 0 or more, got {temperature}"),
                            (order not in ORDERS, f"order must be one of {', '.join(ORDERS)}, got {order!r}")):

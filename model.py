@@ -74,8 +74,7 @@ def velocity_to(data: Tensor, latents: Tensor, t: Tensor, floor: float) -> Tenso
 def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10_000.0) -> Tensor:
     """Sinusoids of 1000 t, cosine half first: t (B,) in [0, 1] -> (B, channels) float32.
 
-    Always float32: in bf16, 1000 t = 501 would become 500.
-    """
+    Always float32: in bf16, 1000 t = 501 would become 500."""
     half = channels // 2
     rates = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = 1000 * t.float()[:, None] * rates                                    # (B, channels/2)
@@ -85,8 +84,7 @@ def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10_00
 def position_table(width: int, size: int, base: int) -> Tensor:
     """Fixed 2-D sin-cos positions, (size, size, width) float32, the column's half first as in SD3.
 
-    The table's `size` positions span `base` unit steps, so that neighbours are base / size apart.
-    """
+    The table's `size` positions span `base` unit steps, so that neighbours are base / size apart."""
     quarter = width // 4
     rates = 1 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     at = torch.arange(size, dtype=torch.float64) / (size / base)
@@ -109,11 +107,8 @@ class TimeEmbedding(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """The end-to-end variant's own text encoder: a token table plus learned positions, ids (B, L) -> (B, L,
-    E).
-
-    Raises ValueError when L is over the length of the position table.
-    """
+    """The end-to-end variant's text encoder, a token table plus learned positions: ids (B, L) -> (B, L, E).
+    Raises ValueError when L is over the length of the position table."""
 
     def __init__(self, vocab_size: int, length: int, width: int):
         super().__init__()
@@ -180,8 +175,7 @@ class Block(nn.Module):
         """img (B, N, D), txt (B, L, D), vec (B or 1, D) -> the same shapes.
 
         need: "both", "velocity" or "logits": in the last block the stream that no head reads stops after its
-        keys and values (its old value is returned).
-        """
+        keys and values (its old value is returned)."""
         (N, L), vec = (img.shape[1], txt.shape[1]), F.silu(vec)
         img_shift, img_scale, *img_mod = self.img.modulation(vec).chunk(6, dim=-1)  # 6 of (B or 1, D)
         txt_shift, txt_scale, *txt_mod = self.txt.modulation(vec).chunk(6, dim=-1)
@@ -252,8 +246,7 @@ class MMDiT(nn.Module):
         learned null image stands in and velocity is None).  text: embeddings (B, L, E).  t: (B,) in [0, 1],
         the IMAGE's noise level, 0 for a clean picture; of shape (1,), one time for the whole batch, whose
         modulation is computed once.  need: "both", or "velocity" / "logits" alone; the other is then None.
-        Raises ValueError for latents the patch doesn't divide or larger than the position table.
-        """
+        Raises ValueError for latents the patch doesn't divide or larger than the position table."""
         p, C = self.config.patch, self.config.channels
         vec = self.time_in(t)                                                     # (B or 1, D)
         txt = self.txt_in(text)                                                   # (B, L, D)

@@ -9,6 +9,7 @@ Shapes: B batch, L tokens, E width of text states.
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import checkpoint
 from cli import UserError
@@ -26,13 +27,34 @@ def require(*conditions: tuple[bool, str]) -> None:
             raise UserError(message)
 
 
+def load_mask_embedding(path: str | Path) -> Tensor:
+    """The aligned [MASK] embedding, one vector (E,): a .safetensors or a .pth that holds one tensor.
+
+    A .pth is unpickled with weights_only.  Raises UserError."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors = checkpoint.Tensors([path])
+        held = {name: tensors.read(name) for name in tensors.file}
+    else:
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:      # torch raises whatever the missing, damaged or refused file led to
+            raise UserError(f"{path}: not a file of one tensor ({str(error).splitlines()[0]})")
+    found = list(held.values()) if isinstance(held, dict) else [held]
+    if [isinstance(x, Tensor) and x.numel() == max(x.shape, default=0) for x in found] != [True]:
+        shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in found[:4]]
+        raise UserError(f"{path}: expected one vector, the [MASK] embedding, found {', '.join(shapes)}")
+    if not checkpoint.finite(found[0]):
+        raise UserError(f"{path}: the [MASK] embedding holds NaN or infinity")
+    return found[0].detach().flatten()
+
+
 class Parts:
     """The parts that a checkpoint lacks are named: vae, t5, tokenizer (paths of any layout), mask_embedding
     (the aligned [MASK] vector).  keep: all parts stay in memory once loaded; otherwise, which is the default
     for the published weights, only those that the moment needs, so that a drawing takes the memory of its
     largest part. height, width: of pictures, in pixels.  length: positions of a text.  Raises UserError where
-    parts don't fit.
-    """
+    parts don't fit."""
 
     def __init__(self, path: str | Path = EMOJI, device: str = "cpu", dtype: torch.dtype | None = None, *,
                  vae: Path | None = None, t5: Path | None = None, tokenizer: Path | None = None,
@@ -48,7 +70,7 @@ class Parts:
         self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
         self.length = length or self.sizes.text_length or 256
         self.answer_length = length or self.sizes.text_length or 128
-        self.vector = checkpoint.load_mask_embedding(mask_embedding) if mask_embedding else None
+        self.vector = load_mask_embedding(mask_embedding) if mask_embedding else None
         pixels = checkpoint.read_config(path).get("pixels") if self.family == "ours" else 512
         self.height, self.width = height or pixels, width or pixels
         self.factor = 1 if self.sizes.channels == 3 else 8                   # pixels per latent, along a side
@@ -56,7 +78,7 @@ class Parts:
         most = unit * self.sizes.position_size
         fits = lambda side: isinstance(side, int) and 0 < side <= most and side % unit == 0
         expected = f"expected a multiple of {unit} up to {most}"
-        row = 0 if self.vector is None else len(self.vector)
+        row = None if self.vector is None else len(self.vector)
         require(
             (not self.own or self.length <= self.sizes.text_length,
              f"{path}: texts of {self.length} tokens, its embedding has {self.sizes.text_length} positions"),
@@ -64,7 +86,7 @@ class Parts:
              f"{path}: the tokenizer has {tokens} tokens, the model's text head {heads}"),
             (not mask_embedding or not self.own,
              "--mask-embedding is a row of T5's table; this checkpoint has an embedding of its own"),
-            (row in (0, self.sizes.text_width),
+            (row in (None, self.sizes.text_width),
              f"{mask_embedding}: a [MASK] embedding of {row} numbers, this T5 has {self.sizes.text_width}"),
             (fits(self.height), f"{path}: a picture's height of {self.height!r}, {expected}"),
             (fits(self.width), f"{path}: a picture's width of {self.width!r}, {expected}"))

@@ -34,9 +34,7 @@ def number(folder: Path) -> int:
 class Run:
     """A folder, what is trained in it, and where it stands: `step`, and the rows of the log.
 
-    about: what goes into config.json beside the sizes.  Methods are collective; process 0 alone writes and
-    prints.
-    """
+    about: what else goes into config.json.  Methods are collective; process 0 alone writes and prints."""
 
     def __init__(self, out: Path, model: nn.ModuleDict, optimizers: list, ema: dict[str, Tensor],
                  keep: list[int] | None, about: dict, rank: int, world: int):

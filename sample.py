@@ -10,14 +10,12 @@ that checkpoint.py reads, D-DiT's releases and SD3 among them:
 
     python sample.py --checkpoint dual_diff_sd3_512_base --prompt "a red fox" --height 512 --width 768
 
-The same seed gives the same result.  --trajectory FILE.gif shows the picture forming, or the text being
-unmasked.
+The same seed gives the same result.  --trajectory FILE.gif shows the picture form, or the text appear.
 
 Shapes: B batch, L tokens, E width of text states, H and W height and width in pixels.
 """
 
 import cli
-
 cli.interruptible(__name__)
 
 import argparse
@@ -42,20 +40,17 @@ STEPS = dict(draw=28, text=128, answer=32)
 
 def watched(function, evaluations: int, what: str, large: bool):
     """The function, and for a large model a line on stderr every five seconds of how far it is."""
-    if not large:
-        return function
-    state = dict(calls=0, said=time.time(), started=time.time())
+    calls, started, said = 0, time.time(), time.time()
 
     def call(*args):
-        result = function(*args)
-        state["calls"] += 1
-        if time.time() - state["said"] > 5:
-            rate = state["calls"] / (time.time() - state["started"])
-            print(f"{what}: {state['calls']}/{evaluations} evaluations, {rate:.2f}/s, "
-                  f"{max(0, evaluations - state['calls']) / rate:.0f} s left", file=sys.stderr, flush=True)
-            state["said"] = time.time()
+        nonlocal calls, said
+        result, calls = function(*args), calls + 1
+        if time.time() - said > 5:
+            rate, said = calls / (time.time() - started), time.time()
+            print(f"{what}: {calls}/{evaluations} evaluations, {rate:.2f}/s, "
+                  f"{max(0, evaluations - calls) / rate:.0f} s left", file=sys.stderr, flush=True)
         return result
-    return call
+    return call if large else function
 
 
 @torch.inference_mode()
@@ -64,8 +59,7 @@ def draw(parts: Parts, prompts: list[str], negative: str = "", steps: int = STEP
          trajectory: list | None = None) -> Tensor:
     """One picture for each prompt: (B, 3, H, W) in [-1, 1], on the CPU.
 
-    trajectory, when given, is filled with the predicted clean picture of every step, (B, 3, H, W) each.
-    """
+    trajectory, when given, is filled with the predicted clean picture of every step, (B, 3, H, W) each."""
     guidance = parts.defaults["guidance"] if guidance is None else guidance
     shift = parts.defaults["shift"] if shift is None else shift
     parts.hold("text")
@@ -108,8 +102,7 @@ def fill(parts: Parts, latents: Tensor, ids: Tensor, steps: int = STEPS["text"],
          trajectory: list | None = None) -> Tensor:
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w); everything else stays.
 
-    order: "random", the paper's walk, or "confidence", the surest token first (`mask_diffusion.walk`).
-    """
+    order: "random", the paper's walk, or "confidence", the surest token first (`mask_diffusion.walk`)."""
     temperature = parts.defaults["temperature"] if temperature is None else temperature
     evaluations = min(steps, int((ids == parts.tokenizer.mask_id).sum(1).max()))
     function = watched(logits(parts, latents), evaluations, "reading", not parts.keep)
@@ -144,12 +137,9 @@ def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = N
 
 
 def cuts(parts: Parts, text: str) -> Tensor:
-    """A text with up to two [MASK]s in every way that gives each one to three tokens, (n, L); more get one
-    each.
+    """A text with up to two [MASK]s in all ways that give each 1 to 3 tokens, (n, L); more get one each.
 
-    A [MASK] takes the space before it along, as GPT-2's tokens do.  Raises UserError when the text is too
-    long.
-    """
+    A [MASK] takes the space before it along, as GPT-2's tokens do.  Raises UserError for too long a text."""
     first, *others = text.replace(" [MASK]", "[MASK]").split("[MASK]")
     pieces = [parts.tokenizer.pieces(first)] + [parts.tokenizer.continuation(other) for other in others]
     masks, rows = len(others), []
@@ -169,10 +159,8 @@ def infill(parts: Parts, image: Tensor, text: str, posterior: str = "mean", seed
            trajectory: list | None = None, **how) -> str:
     """Fill the [MASK]s of a text about one picture (3, H, W).
 
-    All ways to cut the masks into tokens are filled as one batch, and the one that the model finds most
-    likely is kept: the bound of `mask_diffusion.loss`, averaged over 64 levels of masking (16 for large
-    models).
-    """
+    All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept: by the bound of
+    `mask_diffusion.loss`, averaged over 64 levels of masking (16 for large models)."""
     rows = cuts(parts, text)                                                      # (n, L)
     latents = encode(parts, image[None], seed if posterior == "draw" else None)
     filled = fill(parts, latents.expand(len(rows), -1, -1, -1), rows, seed=seed, trajectory=trajectory, **how)
@@ -186,11 +174,10 @@ def infill(parts: Parts, image: Tensor, text: str, posterior: str = "mean", seed
     return parts.tokenizer.decode(filled[best])
 
 
-def results(parts: Parts, prompts: list[str], captions: list[str], images: Tensor,
-            seed: int = 0) -> Image.Image:
+def results(parts: Parts, prompts: list[str], captions: list[str], images: Tensor) -> Image.Image:
     """Two columns: prompts with what is drawn for them, and images (B, 3, H, W) with the caption that is
     written, above the true one."""
-    drawn, said = draw(parts, prompts, seed=seed), write(parts, images, seed=seed)
+    drawn, said = draw(parts, prompts), write(parts, images)
     return show.page([(image, [f"drawn: {text}"]) for image, text in zip(drawn, prompts)],
                      [(image, [f"read: {text}", f"true: {true}"])
                       for image, text, true in zip(images, said, captions)])
@@ -228,10 +215,9 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     add("--trajectory", type=Path, help="a .gif of the picture forming, or of the text being unmasked")
     add("--checkpoint", type=Path, help="any layout (the shipped emoji weights)")
     add("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
-    add("--dtype", choices=["float32", "bfloat16"],
-        help="of transformer and T5 (float32; published weights: bfloat16)")
-    for name in ("--height", "--width"):
-        add(name, **count(1, "of the picture (as trained; published weights: 512)"))
+    add("--dtype", choices=["float32", "bfloat16"], help="of transformer and T5 (bfloat16 if published)")
+    add("--height", **count(1, "of the picture (as trained; published weights: 512)"))
+    add("--width", **count(1, "of the picture (as trained; published weights: 512)"))
     add("--length", **count(2, "tokens of a text (as trained; published weights: 256, with --question 128)"))
     add("--vae", type=Path, help="where the autoencoder is, if not in --checkpoint")
     add("--t5", type=Path, help="where T5 is, if not in --checkpoint")
@@ -254,18 +240,16 @@ def parse(argv: list[str] | None = None) -> dict:
     if "max_tokens" in args and "text" in args:
         parser.error("--max-tokens changes nothing with --text, which is as long as it is")
     for name, use in dict(prompt="draw", question="ask", text="fill").items():
-        if name in args and not args[name].strip():
+        if not args.get(name, "x").strip():
             parser.error(f"--{name} is empty; write what to {use}")
     if "[MASK]" not in args.get("text", "[MASK]"):
         parser.error("--text holds no [MASK]; write [MASK] where words are missing")
-    if "prompt" in args:
-        args.setdefault("out", Path("sample.png"))
     pictures = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
     for name, kinds, such in (("out", pictures, ".png"), ("trajectory", {".gif"}, ".gif")):
-        path = args.get(name)
-        if path and not path.parent.is_dir():
+        path = args.get(name, Path(f"sample{such}"))
+        if not path.parent.is_dir():
             parser.error(f"--{name} {path}: the folder {path.parent} does not exist")
-        if path and path.suffix.lower() not in kinds:
+        if path.suffix.lower() not in kinds:
             parser.error(f"--{name} {path}: expected a picture's name, such as {path.stem}{such}")
     return args
 
@@ -278,18 +262,16 @@ def main(argv: list[str] | None = None) -> None:
     dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
     parts = Parts(args.get("checkpoint", EMOJI), device, dtype,
                   **take("vae", "t5", "tokenizer", "mask_embedding", "height", "width", "length"))
-    states = [] if "trajectory" in args else None
+    states, out = [] if "trajectory" in args else None, args.get("out", Path("sample.png"))
 
     if "prompt" in args:
         for name, text in take("prompt", "negative_prompt").items():
             count, most = len(parts.tokenizer.pieces(text)), parts.length - 1
-            said = f"{cli.flag(name)} has {count} tokens, expected at most {most}; shorten it"
-            require((count <= most, said))
-        prompts, negative = [args["prompt"]] * args.get("n", 1), args.get("negative_prompt", "")
-        how = take("steps", "guidance", "seed", "shift")
-        drawn = draw(parts, prompts, negative, trajectory=states, **how)
-        show.write_picture(args["out"], show.grid(drawn))
-        print(args["out"])
+            require((count <= most, f"{cli.flag(name)} has {count} tokens, expected at most {most}; cut it"))
+        drawn = draw(parts, [args["prompt"]] * args.get("n", 1), args.get("negative_prompt", ""),
+                     trajectory=states, **take("steps", "guidance", "seed", "shift"))
+        show.write_picture(out, show.grid(drawn))
+        print(out)
         if states:
             show.write_picture(args["trajectory"], *map(show.grid, states))
         return

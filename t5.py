@@ -2,8 +2,7 @@
 
 What differs from the usual transformer: RMSNorm without a mean or a bias, no bias anywhere, no 1/sqrt(head)
 in attention, a gated tanh-GELU, and positions as one learned bias a head on the attention logits, shared by
-all blocks, by bucketed distance.  No attention mask: padding is read like any other token, as D-DiT was
-trained.
+all blocks, by bucketed distance.  No attention mask: D-DiT was trained with padding read like any token.
 
 Shapes: B batch, L tokens, E width, H heads, K size of a head.
 """
@@ -33,8 +32,7 @@ class T5Config:
 def buckets(length: int, number: int, distance: int) -> Tensor:
     """The bucket of key minus query, (L, L) int64: exact up to a quarter of the number, then logarithmic.
 
-    Keys behind the query (positive) take the upper half.
-    """
+    Keys behind the query (positive) take the upper half."""
     at = torch.arange(length)
     offset = at[None] - at[:, None]                                               # (L, L), key - query
     half, exact, far = number // 2, number // 4, offset.abs()
@@ -97,8 +95,7 @@ class T5Encoder(nn.Module):
     def set_embedding(self, token: int, vector: Tensor) -> None:
         """Replace one row of the table: the aligned [MASK] embedding, the only part of T5 that D-DiT trains.
 
-        Raises ValueError when the vector (E,) has another length.
-        """
+        Raises ValueError when the vector (E,) has another length."""
         if tuple(vector.shape) != (self.config.width,):
             raise ValueError(f"an embedding of {tuple(vector.shape)}, T5's width is {self.config.width}")
         self.embed.weight[token] = vector.to(self.embed.weight)

@@ -1,5 +1,4 @@
-"""Text <-> ids: GPT-2's byte-level BPE, whole or cut to a small vocabulary, and T5's tokenizer, each with
-[MASK].
+"""Text <-> ids: GPT-2's byte-level BPE, whole or cut to a small vocabulary, and T5's, each with [MASK].
 
 Shapes: L tokens.
 """
@@ -22,8 +21,7 @@ MERGES = Path(__file__).parent / "assets" / "gpt2" / "merges.txt"
 class Tokenizer:
     """Text <-> ids, with an end token, a padding token and [MASK].
 
-    Special tokens are never read out of text: "[MASK]" in a caption is six characters like any others.
-    """
+    Special tokens are never read out of text: "[MASK]" in a caption is six characters like any others."""
 
     def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int, specials: str = ""):
         self.bpe, self.end_id, self.pad_id, self.mask_id = bpe, end_id, pad_id, mask_id
@@ -76,8 +74,7 @@ def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES) -> Toke
 
     keep: GPT-2 ids to keep, renumbered in their order, for a small model's small head; it must hold the 256
     bytes and, for each id, the two ids it is merged from (`gpt2_subset` makes such a list).  Text made of
-    kept tokens is cut up exactly as GPT-2 does; any other text falls into smaller pieces, down to bytes.
-    """
+    kept tokens is cut up exactly as GPT-2 does; any other text falls into smaller pieces, down to bytes."""
     try:
         lines = merges.read_text(encoding="utf-8").split("\n")[1:]
     except OSError as error:
@@ -105,9 +102,8 @@ def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES) -> Toke
 
 
 def t5_tokenizer(file: Path) -> Tokenizer:
-    """T5's tokenizer.json: </s> as end, <extra_id_0> as [MASK], and the padding token that the folder's
-    special_tokens_map.json or tokenizer_config.json names (D-DiT pads with </s>), <pad> where neither
-    does."""
+    """T5's tokenizer.json: </s> as end, <extra_id_0> as [MASK], as padding what special_tokens_map.json or
+    tokenizer_config.json beside it names (D-DiT pads with </s>), otherwise <pad>."""
     try:
         bpe = BPE.from_file(str(file))
     except Exception as error:      # tokenizers raises a bare Exception
@@ -131,12 +127,12 @@ def t5_tokenizer(file: Path) -> Tokenizer:
 def gpt2_subset(texts: list[str]) -> list[int]:
     """The GPT-2 ids that the texts use, those they are merged from, and the 256 bytes, in ascending order."""
     full = gpt2_tokenizer()
-    parts = {}
+    halves = {}
     for left, right in json.loads(full.bpe.to_str())["model"]["merges"]:
-        parts[full.bpe.token_to_id(left + right)] = [full.bpe.token_to_id(left), full.bpe.token_to_id(right)]
+        halves[full.bpe.token_to_id(left + right)] = [full.bpe.token_to_id(left), full.bpe.token_to_id(right)]
     wanted, todo = set(range(256)), {i for text in texts for i in full.pieces(text)}
     while todo:
         i = todo.pop()
         wanted.add(i)
-        todo |= set(parts.get(i, [])) - wanted
+        todo |= set(halves.get(i, [])) - wanted
     return sorted(wanted)

@@ -14,7 +14,6 @@ variant (GPT-2's tokenizer, own embedding table) on the emoji set, with `Pixels`
 """
 
 import cli
-
 cli.interruptible(__name__)
 
 import signal
@@ -134,7 +133,8 @@ def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     share = config.question_share if config.stage == "instruct" else 0.0
     pairs = [text_sample(held.tokenizer, held.records[i], share, config.text_length, draws) for i in indices]
     ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
-    return held.rows(indices, ids=ids, frozen=frozen, t=t, uniform=uniform) | dict(count=int((~frozen).sum()))
+    return held.rows(indices, ids=ids, frozen=frozen, t=t, uniform=uniform) | dict(
+        count=int((~frozen).sum()), mask_id=held.tokenizer.mask_id)
 
 
 def text_sample(tokenizer: Tokenizer, record: dict, questions: float, length: int,
@@ -149,17 +149,17 @@ def text_sample(tokenizer: Tokenizer, record: dict, questions: float, length: in
     return ids, torch.arange(length) < len(prompt)
 
 
-def image_errors(model: nn.ModuleDict, batch: dict, mask_id: int) -> Tensor:
+def image_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
     """The velocity's error of each picture, (B,): the text is clean, the picture noised to t."""
     velocity = lambda x_t, t: model["mmdit"](x_t, model["embedding"](batch["ids"]), t, need="velocity")[0]
     return flow.errors(velocity, batch["images"], t=batch["t"], noise=batch["noise"])
 
 
-def text_errors(model: nn.ModuleDict, batch: dict, mask_id: int) -> Tensor:
+def text_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
     """The masked tokens' error of each text, (B,): the picture is clean, so its time is 0."""
     clean = torch.zeros(1, device=batch["images"].device)
     logits = lambda ids: model["mmdit"](batch["images"], model["embedding"](ids), clean, need="logits")[1]
-    return mask_diffusion.errors(logits, batch["ids"], mask_id, batch["frozen"],
+    return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"],
                                  t=batch["t"], uniform=batch["uniform"])
 
 
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         for weight, take, errors in sides:
             batch = take(config, held, run.step)
             with autocast, sdpa_kernel(kernels):                 # the sum over processes is the global mean
-                loss = errors(model, batch, held.tokenizer.mask_id).sum() * run.world / max(batch["count"], 1)
+                loss = errors(model, batch).sum() * run.world / max(batch["count"], 1)
                 (weight * loss).backward()
             losses.append(loss.detach())
         norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))

@@ -19,7 +19,7 @@ import flow
 import sample
 from checkpoint import load_mmdit, load_t5, load_tokenizer, load_vae
 from cli import UserError
-from parts import Parts
+from parts import Parts, load_mask_embedding
 from t5 import T5Config, T5Encoder, buckets
 
 ROOT = Path(__file__).parent.parent
@@ -281,18 +281,6 @@ def test_the_release_captions_answers_and_fills_in(tmp_path, capsys):
     assert filled.startswith("a") and filled.endswith(", red cat.\n")
 
 
-def test_parts_are_freed_when_they_are_not_needed(tmp_path):
-    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16)
-    held, names = [], ("text", "mmdit", "vae")
-    for name in names:
-        def watched(name=name, load=getattr(parts, f"load_{name}")):
-            held.append((name, [other for other in names if other in vars(parts)]))
-            return load()
-        setattr(parts, f"load_{name}", watched)
-    sample.draw(parts, ["a red cat"], steps=2)
-    assert held == [("text", []), ("mmdit", []), ("vae", [])]
-
-
 # ---------------------------------------------------------------------------------------------- what can be wrong
 
 def spoilt(tmp_path, change):
@@ -356,7 +344,7 @@ def test_pickles_are_refused_unread(tmp_path):
         with pytest.raises(UserError, match="may be a pickle"):
             load_mmdit(tmp_path / name)
     with pytest.raises(UserError, match="not a file of one tensor"):
-        checkpoint.load_mask_embedding(tmp_path / "model.pth")
+        load_mask_embedding(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -374,9 +362,9 @@ def test_a_mask_embedding_of_any_usual_shape_is_read(tmp_path):
     vector = torch.randn(64)
     for content in (vector, vector[None], {"weight": vector}, torch.nn.Parameter(vector)):
         torch.save(content, tmp_path / "mask.pth")
-        assert torch.equal(checkpoint.load_mask_embedding(tmp_path / "mask.pth"), vector)
+        assert torch.equal(load_mask_embedding(tmp_path / "mask.pth"), vector)
     save_file({"x": vector}, tmp_path / "mask.safetensors")
-    assert torch.equal(checkpoint.load_mask_embedding(tmp_path / "mask.safetensors"), vector)
+    assert torch.equal(load_mask_embedding(tmp_path / "mask.safetensors"), vector)
 
 
 def test_a_folder_without_a_tokenizer_says_what_to_fetch(tmp_path):

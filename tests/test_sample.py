@@ -156,7 +156,7 @@ def test_bfloat16_stays_close_to_float32(parts):
 @pytest.mark.parametrize("flags, status, message", [
     ([], 2, "give --prompt TEXT to draw, or --image FILE"),
     (["--prompt", " "], 2, "--prompt is empty"),
-    (["--prompt", "apple " * 200], 1, "--prompt has 201 tokens, expected at most 23; shorten it"),
+    (["--prompt", "apple " * 200], 1, "--prompt has 201 tokens, expected at most 23; cut it"),
     (["--prompt", "a", "--steps", "0"], 2, "--steps: expected a whole number, at least 1, got '0'"),
     (["--prompt", "a", "--n", "0"], 2, "--n: expected a whole number, at least 1, got '0'"),
     (["--prompt", "a", "--dtype", "float8"], 2, "invalid choice: 'float8'"),

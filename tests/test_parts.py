@@ -1,0 +1,57 @@
+"""parts.py: the models of one checkpoint, held when they are needed, that fit together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+from cli import UserError
+from parts import Parts, require
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RELEASE, SD3_FILE = FIXTURES / "release", FIXTURES / "sd3.safetensors"
+
+
+def test_the_first_condition_that_does_not_hold_is_said():
+    require((True, "a"), (1 == 1, "b"))
+    with pytest.raises(UserError, match="^b$"):
+        require((True, "a"), (False, "b"), (False, "c"))
+
+
+def test_parts_are_freed_when_they_are_not_needed():
+    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16)
+    held, names = [], ("text", "mmdit", "vae")
+    for name in names:
+        def watched(name=name, load=getattr(parts, f"load_{name}")):
+            held.append((name, [other for other in names if other in vars(parts)]))
+            return load()
+        setattr(parts, f"load_{name}", watched)
+    sample.draw(parts, ["a red cat"], steps=2)
+    assert held == [("text", []), ("mmdit", []), ("vae", [])]
+
+
+def test_the_posterior_is_drawn_from_when_asked_for():
+    """The published code draws, for captions too; the draw is the seed's, and the default is the mean."""
+    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16, keep=True)
+    image, generators, encode = torch.rand(1, 3, 32, 32) * 2 - 1, [], parts.vae.encode
+    parts.vae.encode = lambda images, generator=None: generators.append(generator) or encode(images, generator)
+    for how in (dict(), dict(posterior="mean"), dict(posterior="draw")):
+        sample.write(parts, image, seed=7, steps=1, **how)
+        sample.infill(parts, image[0], "a [MASK]", seed=7, steps=1, **how)
+    assert [generator and generator.initial_seed() for generator in generators] == [None] * 4 + [7] * 2
+    mean, drawn = sample.encode(parts, image), sample.encode(parts, image, 7)
+    assert torch.equal(drawn, sample.encode(parts, image, 7)) and not torch.equal(mean, drawn)
+
+
+def test_parts_of_other_sizes_are_refused_before_they_are_loaded(monkeypatch):
+    for change, message in ((dict(vocab_size=90), "the tokenizer has 110 tokens, the model's text head 90"),
+                            (dict(position_size=1), "a picture's height of 32, expected a multiple of 16 up to 16")):
+        with monkeypatch.context() as patch:
+            family, sizes = checkpoint.read_sizes(RELEASE)
+            for name, value in change.items():
+                setattr(sizes, name, value)
+            patch.setattr(checkpoint, "read_sizes", lambda path: (family, sizes))
+            with pytest.raises(UserError, match=message):
+                Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16)
