@@ -20,7 +20,6 @@ Reading is strict: a tensor that is missing, left over, misshapen or not finite 
 import cli
 cli.interruptible(__name__)
 
-import itertools
 import json
 import math
 import shutil
@@ -31,8 +30,6 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import layouts
@@ -40,6 +37,7 @@ from cli import UserError
 from layouts import Entry
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from t5 import T5Encoder
+from tensors import NAMES, Tensors, finite, write_tensors
 from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
 from vae import AutoencoderKL, Pixels
 
@@ -56,65 +54,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-class Tensors:
-    """The tensors of one part: those under a prefix in one or several safetensors files, read one at a time.
-    Raises UserError for a file that is missing, no safetensors, or cut off."""
-
-    def __init__(self, files: list[Path], prefix: str = ""):
-        self.prefix, self.files, self.handle, self.opened, self.converted = prefix, files, None, None, 0
-        self.file, self.shape, self.dtype = {}, {}, {}
-        for file in files:
-            with self.open(file) as tensors:
-                for key in tensors.keys():
-                    if key.startswith(prefix):
-                        part, name = tensors.get_slice(key), key.removeprefix(prefix)
-                        self.file[name], self.shape[name] = file, tuple(part.get_shape())
-                        self.dtype[name] = part.get_dtype()
-
-    @staticmethod
-    def open(file: Path):
-        if file.suffix != ".safetensors":
-            raise UserError(f"{file}: expected .safetensors; a {file.suffix or 'file without suffix'} may be "
-                            f"a pickle, which can run code; convert it first")
-        try:
-            return safe_open(file, framework="pt")
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.file
-
-    def size(self, name: str, axis: int) -> int:
-        """Raises UserError when the tensor isn't there or has fewer axes."""
-        if name not in self.file or len(self.shape[name]) <= axis:
-            raise UserError(f"{self.files[0]}: {self.prefix}{name} is missing, so the sizes can't be read")
-        return self.shape[name][axis]
-
-    def count(self, pattern: str) -> int:
-        """How many of pattern.format(0), pattern.format(1), ... there are."""
-        return next(number for number in itertools.count() if pattern.format(number) not in self.file)
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """In the stored dtype (then mapped, not copied), or converted.  The pages of a mapped file that were
-        touched count as this process's memory until it is unmapped: after each gigabyte that was converted
-        the file is opened anew, so that a conversion needs no memory for both."""
-        if self.opened != self.file[name] or self.converted > 2**30:
-            self.handle, self.opened, self.converted = None, None, 0
-            self.handle, self.opened = self.open(self.file[name]), self.file[name]
-        tensor = self.handle.get_tensor(self.prefix + name)
-        if dtype in (None, tensor.dtype):
-            return tensor
-        self.converted += tensor.nbytes
-        return tensor.to(dtype)
-
-
-def finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity, in one pass: both survive a minimum and a maximum."""
-    return tensor.numel() == 0 or all(map(math.isfinite, tensor.detach().aminmax()))
 
 
 def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: torch.dtype,
@@ -246,14 +185,21 @@ def read_sizes(path: str | Path, vocab_size: int = 32100) -> tuple[str, MMDiTCon
     return family, layouts.mmdit_config(tensors, config, naming, vocab_size)
 
 
-def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size: int = 32100) -> MMDiT:
+def own_weights(path: str | Path, training: bool) -> Path:
+    """The averaged weights of a folder of ours or, to train on, the float32 ones that a run leaves."""
+    weights = Path(path) / "weights.safetensors"
+    return weights if training and weights.exists() else Path(path) / "model.safetensors"
+
+
+def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size: int = 32100,
+               training: bool = False) -> MMDiT:
     """The transformer of any layout, in eval mode, on the CPU.
 
     vocab_size: rows of the new text head when the weights are SD3's (T5's tokenizer has 32100).  Tensors that
     are stored in `dtype` stay mapped to the file: it must not be written to.  Raises UserError."""
     path = Path(path)
     if kind(path) == "ours":
-        config, tensors = read_config(path)["mmdit"], Tensors([path / "model.safetensors"], "mmdit.")
+        config, tensors = read_config(path)["mmdit"], Tensors([own_weights(path, training)], "mmdit.")
         model = build(lambda: MMDiT(config), path / "config.json")
         stored = "positions" in tensors     # a table that came with published weights, in their precision
         fill(model, tensors, layouts.own_entries(model, *["positions"] * stored), dtype)
@@ -270,14 +216,15 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size:
     return model.eval()
 
 
-def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32) -> TokenEmbedding:
+def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32,
+                   training: bool = False) -> TokenEmbedding:
     """The end-to-end variant's token embedding, in eval mode.  Raises UserError where text comes from T5."""
     config = read_config(path)["mmdit"]
     if not config.text_length:
         raise UserError(f"{path}: this checkpoint has no token embedding of its own (text_length is 0)")
     sizes = config.vocab_size, config.text_length, config.text_width
     embedding = build(lambda: TokenEmbedding(*sizes), path)
-    tensors = Tensors([Path(path) / "model.safetensors"], "embedding.")
+    tensors = Tensors([own_weights(path, training)], "embedding.")
     fill(embedding, tensors, layouts.own_entries(embedding), dtype)
     return embedding.eval()
 
@@ -332,23 +279,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, keep: list[int] | None,
-         dtype: torch.dtype = torch.float32, **more) -> None:
+         dtype: torch.dtype = torch.float32, gather: Callable[[Tensor], Tensor] = Tensor.detach,
+         **more) -> None:
     """Write a checkpoint folder of ours; `more` goes into config.json.  Each file is replaced whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    config = {"format": FORMAT, "mmdit": asdict(mmdit), "latents": "pixels"} | more
-    tokens = json.dumps({"tokenizer": "gpt2", "keep": keep}) + "\n"
-    writers = {"model.safetensors": lambda to: save_file(tensors, to),
-               "config.json": lambda to: write_json(to, config),
-               "tokenizer.json": lambda to: to.write_text(tokens)}
-    for name, write in writers.items():
-        temporary = folder / f".{name}.tmp"
-        write(temporary)
-        temporary.replace(folder / name)
+    write_tensors(folder / "model.safetensors", tensors, dtype, gather)
+    write_json(folder / "config.json", {"format": FORMAT, "mmdit": asdict(mmdit), "latents": "pixels"} | more)
+    write_json(folder / "tokenizer.json", {"tokenizer": "gpt2", "keep": keep}, indent=None)
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def write_json(path: Path, content: dict, indent: int | None = 1) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def export_release(source: Path, target: Path, tokenizer: Path | None = None) -> None:
@@ -363,11 +306,12 @@ def export_release(source: Path, target: Path, tokenizer: Path | None = None) ->
         raise UserError(f"{source}: its text comes from a token embedding; the release layout is made for T5")
     tensors = Tensors([source / "model.safetensors"], "mmdit.") if ours else find(source, "transformer")[0]
     stored = Counter(tensors.dtype.values()).most_common(1)[0][0]
-    model = load_mmdit(source, dict(F16=torch.float16, BF16=torch.bfloat16).get(stored, torch.float32))
+    dtype = next((dtype for dtype, name in NAMES.items() if name == stored), torch.float32)
+    model = load_mmdit(source, dtype)
     for part in ("transformer", "scheduler", "tokenizer"):
         (target / part).mkdir(parents=True, exist_ok=True)
     file = target / "transformer" / "diffusion_pytorch_model.safetensors"
-    save_file(layouts.release_state(model), file, metadata={"format": "pt"})
+    write_tensors(file, layouts.release_state(model), dtype)
     for name, content in layouts.release_files(model.config).items():
         write_json(target / name, content)
     origin = tokenizer or part_folder(source, "tokenizer")

@@ -7,7 +7,7 @@ import hashlib
 import io
 import tarfile
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -32,16 +32,16 @@ def seeded(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int(fraction(repr(key)) * 2**53))
 
 
-def shuffled(seed: int, name: str, groups: list[list[int]], step: int, batch: int) -> list[int]:
-    """The samples of one step: positions [step B, (step + 1) B) of an endless run of shuffled epochs.
+def shuffled(key: str, groups: list[list[int]], positions: Iterable[int]) -> list[int]:
+    """The samples at these positions of an endless run of shuffled epochs; `key` says which run.
 
     An epoch takes one sample of every group, which one drawn anew each time (`emoji.fair`).  A function of
     its arguments alone, so that a resumed run, or another number of processes, sees the same."""
-    picked = []
-    for position in range(step * batch, (step + 1) * batch):
+    picked, drawn = [], None
+    for position in positions:
         epoch, at = divmod(position, len(groups))
-        if not picked or at == 0:
-            generator = seeded(seed, name, epoch)
+        if epoch != drawn:
+            generator, drawn = seeded(key, epoch), epoch
             places = torch.randperm(len(groups), generator=generator)
             member = torch.rand(len(groups), generator=generator)
         group = groups[int(places[at])]

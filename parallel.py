@@ -5,14 +5,26 @@ own rows of a global batch.  Every function here is collective: all processes ca
 """
 
 import os
+import re
+import sys
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import cli
+from cli import UserError
+
+
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
@@ -20,26 +32,47 @@ def start(device: str) -> tuple[int, int, torch.device]:
     kind = cli.device(device)
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, torch.device(kind)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     place = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), place
+    host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=host)
+    # torchrun keeps its store over restarts: without a prefix an attempt would find the addresses of the dead
+    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=attempt, rank=rank,
+                            world_size=world)
+    return rank, world, place
 
 
-def end(world: int) -> None:
-    if world > 1:
-        dist.destroy_process_group()
+def shard(model: nn.ModuleDict, dtype: torch.dtype, mode: str) -> None:
+    """FSDP2: each block and the text head, then each root.  Master weights, reductions, text head: float32.
 
-
-def shard(model: nn.ModuleDict, dtype: torch.dtype) -> None:
-    """FSDP2: each block and the text head, then each root.  Gradients and optimizer state are sharded
-    (ZeRO-2, the paper's); master weights, reductions and the text head are float32."""
+    mode: "zero2" shards gradients and optimizer state (the paper's), "zero3" parameters too, "hsdp" as zero2
+    within a machine (or within halves of one) with a copy in each, "none" nothing: a copy in each process."""
+    world, local_world = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    inner = dict(none=1, hsdp=local_world if local_world < world else world // 2).get(mode)
+    mesh = inner and init_device_mesh(next(model.parameters()).device.type, (world // inner, inner),
+                                      mesh_dim_names=("replicate", "shard"))
     policy = lambda kept: MixedPrecisionPolicy(param_dtype=None if kept == torch.float32 else kept,
                                                reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(model["mmdit"].txt_out, mp_policy=policy(torch.float32), reshard_after_forward=False)
+    wrap = lambda part, kept: fully_shard(part, mesh=mesh, mp_policy=policy(kept),
+                                          reshard_after_forward=mode == "zero3")
+    # linear layers and reshapes return views; nothing here works on them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    wrap(model["mmdit"].txt_out, torch.float32)
     for part in [*model["mmdit"].blocks, *model.values()]:
-        fully_shard(part, mp_policy=policy(dtype), reshard_after_forward=False)
+        wrap(part, dtype)
+
+
+def last_backward(model: nn.ModuleDict, last: bool, mode: str) -> None:
+    """For each backward of a step: what both losses use, all blocks but the last and the embedding, keeps its
+    gradients whole until the last backward and, but for zero3, its parameters too: with 24 blocks 29 gathers
+    and 29 reductions, not 53.  The rest can't: FSDP2 reduces all tensors of a part, some have no gradient."""
+    for part in [*model["mmdit"].blocks[:-1], model["embedding"]]:
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(last)
+            part.set_reshard_after_backward(last or mode == "zero3")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -52,19 +85,80 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sync(world: int) -> None:
-    if world > 1:
+@contextmanager
+def averaged(model: nn.ModuleDict, ema: dict[str, Tensor]) -> Iterator[None]:
+    """While this lasts the model has its averaged weights, and draws rather than learns."""
+    pairs = [(local(p.detach()), local(ema[name])) for name, p in model.named_parameters()]
+    held = [p.clone() for p, _ in pairs]
+
+    def put(values: list[Tensor]) -> None:
+        for module in model.modules():           # whole parameters that a forward left would hide the change
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        torch._foreach_copy_([p for p, _ in pairs], values)
+    put([e for _, e in pairs])
+    model.eval()
+    try:
+        yield
+    finally:
+        put(held)
+        model.train()
+
+
+def sync() -> None:
+    if several():
         dist.barrier()
 
 
-def mean(x: Tensor, world: int) -> Tensor:
+def mean(x: Tensor) -> Tensor:
     """The mean over processes, in place."""
-    if world > 1:
+    if several():
         dist.all_reduce(x)
-    return x.div_(world)
+        x /= dist.get_world_size()
+    return x
 
 
-def agree(asked: bool, sound: bool, world: int, device: torch.device) -> tuple[bool, bool]:
-    """(asked by any process, sound on all): what all of them do next, in one exchange."""
-    votes = mean(torch.tensor([float(asked), float(not sound)], device=device), world).tolist()
-    return votes[0] > 0, votes[1] == 0
+def agree(*flags: bool, device: torch.device) -> list[bool]:
+    """Of each flag whether it is set on any process: what all of them do next, in one exchange."""
+    return [vote > 0 for vote in mean(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()]
+
+
+def first(function: Callable[[], Any]) -> Any:
+    """What `function` gives on process 0, on all of them; a UserError too."""
+    said = [None, None]
+    if not several() or dist.get_rank() == 0:
+        try:
+            said = [function(), None]
+        except UserError as error:
+            said = [None, str(error)]
+    if several():
+        dist.broadcast_object_list(said, src=0)
+    if said[1]:
+        raise UserError(said[1])
+    return said[0]
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """What ends one process ends all of them, and the first of them says why, in one line."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, RuntimeError) as error:
+        lost = isinstance(error, RuntimeError)
+        if not several() or lost and not re.search("[Cc]onnection|gloo|NCCL|peer|[Bb]roken pipe", str(error)):
+            raise
+        status, said = (130, "stopped") if isinstance(error, KeyboardInterrupt) else (1, f"error: {error}")
+        if lost:
+            said = "error: another process was lost; the same command goes on from the newest checkpoint"
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            if store.add("ended", 1) == 1:
+                sys.stderr.write(said + "\n")
+                sys.stderr.flush()
+                store.set("said", "")
+            store.wait(["said"], timedelta(seconds=5))           # torchrun ends all when the first one ends
+        except RuntimeError:                                     # torchrun has gone, and has said so
+            pass
+        os._exit(status)
+    if several():
+        dist.destroy_process_group()

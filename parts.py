@@ -98,6 +98,17 @@ class Parts:
         if self.keep:
             self.hold("text", "mmdit", "vae")
 
+    @classmethod
+    def of(cls, model: torch.nn.ModuleDict, vae, tokenizer, pixels: int, length: int,
+           device: torch.device) -> "Parts":
+        """The end-to-end variant's parts that are in memory, being trained; nothing is read."""
+        parts, mmdit = cls.__new__(cls), model["mmdit"]
+        vars(parts).update(
+            family="ours", own=True, keep=True, defaults=OWN, sizes=mmdit.config, mmdit=mmdit, vae=vae,
+            text=model["embedding"], tokenizer=tokenizer, device=device, dtype=torch.float32, height=pixels,
+            width=pixels, factor=vae.factor, length=length, answer_length=length)
+        return parts
+
     def load_text(self):
         if self.own:
             return checkpoint.load_embedding(self.paths["text"], self.dtype)

@@ -1,29 +1,43 @@
-"""A run's folder: its log, its checkpoints, and going on from the newest.
+"""A run's folder: what the run is, its checkpoints, its log, and going on from the newest.
 
-    log.jsonl, loss.png     every number, and both losses as curves
-    train.json              the configuration
-    step_*/                 all that a resume needs (torch.distributed.checkpoint); the newest two
-    model.safetensors config.json tokenizer.json        the averaged weights, that sample.py reads
+    train.json          what the run is, and the settings of its last start
+    log.jsonl           a row of numbers for each line on the screen; loss.png draws both losses
+    step_N/             all that a resume needs, in shards that any number of processes reads; the newest two
+    step_N/digests.json the SHA-256 of each file there: DCP itself would load a flipped bit without a word
+    model.safetensors config.json tokenizer.json    the averaged weights in half precision, for sample.py
+    weights.safetensors the weights themselves in float32, that --init reads
 
-What is written is written beside and renamed when it is whole.
+What is written is written beside, synced, and renamed when it is whole.
 """
 
+import fcntl
+import hashlib
 import json
+import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import checkpoint
+import cli
 import parallel
 import show
 from cli import UserError
+from tensors import write_tensors
+
+# what a run is: with another value of one of these it would be another run
+IDENTITY = ("stage", "preset", "init", "data", "vocabulary", "pixels", "text_length", "image_batch",
+            "text_batch", "optimizer", "seed")
+FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)      # CheckpointException is no Exception
+DIGESTS = "digests.json"
 
 
 def number(folder: Path) -> int:
@@ -31,97 +45,280 @@ def number(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def complete(out: Path) -> list[Path]:
+    """The whole step_* folders of a run, oldest first."""
+    whole = [p for p in out.glob("step_*") if p.name[5:].isdigit() and (p / DIGESTS).exists()]
+    return sorted(whole, key=number)
+
+
+def reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(path: str) -> str:
+    """Of a file, or of the weights that --init takes from a checkpoint folder; "" where there is none."""
+    file = checkpoint.own_weights(path, True) if Path(path).is_dir() else Path(path)
+    return sha256(file)[:16] if file.is_file() else ""
+
+
 class Run:
-    """A folder, what is trained in it, and where it stands: `step`, and the rows of the log.
+    """A folder, what is trained in it, and where it stands: `step`, log `rows`, what it `was`.
 
-    about: what else goes into config.json.  Methods are collective; process 0 alone writes and prints."""
+    settings: every flag.  Opening the folder takes its lock; UserError where it holds another run's work.
+    Methods are collective; process 0 alone writes and prints."""
 
-    def __init__(self, out: Path, model: nn.ModuleDict, optimizers: list, ema: dict[str, Tensor],
-                 keep: list[int] | None, about: dict, rank: int, world: int):
-        self.out, self.model, self.optimizers, self.ema = out, model, optimizers, ema
-        self.keep, self.about, self.rank, self.world = keep, about, rank, world
-        self.step, self.rows, self.before = 0, [], 0.0           # before: seconds that earlier processes took
+    def __init__(self, out: Path, settings: dict, rank: int, fresh: bool = False, resume_step: int = 0):
+        self.out, self.settings, self.rank, self.world = out, settings, rank, settings["world"]
+        self.group = dist.new_group(backend="gloo") if parallel.several() else None  # of the saving thread
+        self.thread, self.error, self.saved = None, "", 0
+        found = parallel.first(lambda: self.open(fresh, resume_step))
+        self.folder, self.rows, self.was, self.key = found
+        self.step = number(Path(self.folder)) if self.folder else 0
+        self.before = self.rows[-1]["seconds"] if self.rows else 0.0     # seconds that earlier processes took
 
-    def newest(self) -> Path | None:
-        """The newest complete step_* folder."""
-        done = [p for p in self.out.glob("step_*") if (p / ".metadata").exists()]
-        return max(done, key=number, default=None)
+    def open(self, fresh: bool, resume_step: int) -> tuple[str, list[dict], dict, str]:
+        """(folder to go on from or "", the log's rows until there, the settings before, the key of draws)."""
+        out, settings = self.out, self.settings
+        if settings["init"] and out.resolve() == Path(settings["init"]).resolve():
+            raise UserError(f"--out {out}: is --init's folder, its weights would be lost; use another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(out / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another run is training here now; wait for it, or use another --out")
+        settings |= {f"{name}_digest": digest(settings[name]) for name in ("init", "data")}
+        key = f"{settings['seed']} {settings['stage']} {settings['init_digest']}"
+        was = checkpoint.read_json(out / "train.json") if (out / "train.json").exists() else {}
+        held = sorted([*out.glob("*.safetensors"), *out.glob("step_*")])
+        if held and not was:
+            raise UserError(f"{out}: holds {held[0].name}, which no run made there; use another --out")
+        steps, stale = complete(out), list(out.glob(".tmp_*"))
+        if held and not steps and not stale and not fresh:
+            raise UserError(f"{out}: holds weights and no whole step_* folder to go on from; --fresh starts "
+                            f"over, another --out keeps them")
+        for left in stale:                                       # a kill came in the middle of a save
+            shutil.rmtree(left)
+        if fresh:
+            for old in held:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            return "", [], {}, key
+        if not steps:
+            return "", [], {}, key                               # that was before the first was whole
+        self.compare(was)
+        chosen = [p for p in steps if number(p) == (resume_step or number(steps[-1]))]
+        if not chosen:
+            raise UserError(f"--resume-step {resume_step}: {out} has {', '.join(p.name for p in steps)}")
+        return str(chosen[0]), read_log(out / "log.jsonl", number(chosen[0])), was, key
 
-    def begin(self, fresh: bool, config: dict) -> None:
-        """Load the newest checkpoint, if there is one, and open the log behind it.  Raises UserError."""
-        begun = self.newest()
-        if begun is None and (self.out / "log.jsonl").exists() and not fresh:
-            raise UserError(f"{self.out}: holds a log and no complete step_* folder to resume from; "
-                            f"use --fresh to start over, or another --out")
-        if begun is not None and not fresh:
-            self.load(begun)
-        parallel.sync(self.world)
-        if self.step:
-            self.rows = read_log(self.out / "log.jsonl", self.step)   # without what came after the checkpoint
-            self.before = self.rows[-1]["seconds"] if self.rows else 0.0
+    def compare(self, was: dict) -> None:
+        """Raise UserError where a flag that makes the run what it is has another value than when it began."""
+        for name in IDENTITY:
+            old, new, hashed = was.get(name), self.settings[name], f"{name}_digest"
+            if hashed in was and was[hashed] == self.settings[hashed]:
+                continue                                         # the same file, wherever it lies
+            if name in was and (old != new or hashed in was):
+                changed = " with other contents" if old == new else ""
+                raise UserError(f"{self.out}: this run began with {cli.flag(name)} {old}, not {new}{changed};"
+                                f" go on so, or start another with another --out (--init {self.out} takes "
+                                f"its weights along)")
+
+    def begin(self, model: nn.ModuleDict, optimizers: list, ema: dict[str, Tensor], keep: list[int] | None,
+              about: dict) -> None:
+        """Take what is trained, and fill it from the checkpoint to go on from.  Raises UserError.
+
+        about: what goes into config.json beside the sizes; keep: the tokenizer's list.
+        """
+        self.model, self.optimizers, self.ema, self.keep, self.about = model, optimizers, ema, keep, about
+        if self.folder:
+            self.load(Path(self.folder))
         self.started, self.first = time.time(), self.step
         self.sums, self.summed = 0, 0                            # losses and gradient norm since the last row
         if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for old in self.out.glob("step_*") if fresh else []:
-                shutil.rmtree(old)
-            checkpoint.write_json(self.out / "train.json", config)
-            temporary = self.out / ".log.jsonl.tmp"
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            temporary.replace(self.out / "log.jsonl")
+            for newer in [p for p in complete(self.out) if number(p) > self.step]:
+                newer.rename(self.out / f"left_{newer.name}")    # another future begins; that one is kept
+            if self.settings["steps"] > self.step:
+                checkpoint.write_json(self.out / "train.json", self.settings)
+            replace_text(self.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        parallel.sync()
+
+    def newest(self) -> Path | str:
+        """The newest whole checkpoint."""
+        return (complete(self.out) or ["the start"])[-1]
+
+    def state(self) -> dict:
+        weights, optimizer = get_state_dict(self.model, self.optimizers)
+        return {"model": weights, "optimizer": optimizer, "ema": self.ema}
+
+    # ------------------------------------------------------------------------------------------- checkpoints
 
     def load(self, folder: Path) -> None:
-        weights, state = get_state_dict(self.model, self.optimizers)
-        held = {"model": weights, "optimizer": state, "ema": self.ema}
+        """Whatever the processes and the sharding it was saved with; a file that was changed is named."""
+        parallel.first(lambda: self.verify(folder))
+        state = self.state()
         try:
-            dcp.load(held, checkpoint_id=folder, no_dist=self.world == 1)
-        except (CheckpointException, RuntimeError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{folder}: can't be resumed from ({reason}); delete it to go on from the last")
-        set_state_dict(self.model, self.optimizers, model_state_dict=held["model"],
-                       optim_state_dict=held["optimizer"])
-        self.step = number(folder)
+            dcp.load(state, checkpoint_id=folder, no_dist=not parallel.several())
+        except FAILURES as error:
+            raise UserError(f"{folder}: does not fit this model ({reason(error)}); it is whole, and goes on "
+                            f"with the code that wrote it")
+        set_state_dict(self.model, self.optimizers, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
 
-    def save(self, resumable: bool = True) -> None:
-        """Everything a resume needs, unless that is there, and the averaged weights.  Raises UserError."""
-        averaged = {name: parallel.whole(tensor) for name, tensor in self.ema.items()}
+    def verify(self, folder: Path) -> None:
+        digests = checkpoint.read_json(folder / DIGESTS)
+        same = lambda name: (folder / name).exists() and sha256(folder / name) == digests[name]
+        bad = [name for name in digests if not same(name)]
+        if bad:
+            older = [str(number(p)) for p in complete(self.out) if number(p) < number(folder)]
+            offer = f"--resume-step {older[-1]} takes the one before" if older else "--fresh starts over"
+            raise UserError(f"{folder / bad[0]}: damaged, its SHA-256 is not what was written; {offer}")
+
+    def save(self) -> None:
+        """The weights, and in a thread all that a resume needs, when the save before is done.  UserError."""
+        self.wait()
+        self.saved, temporary = self.step, self.out / f".tmp_step_{self.step}"
+        if parallel.first(lambda: self.prepare(temporary)):
+            try:
+                future = dcp.async_save(self.state(), checkpoint_id=temporary, process_group=self.group,
+                                        no_dist=not parallel.several())
+            except FAILURES as error:
+                raise self.failed(reason(error))
+            self.thread = threading.Thread(target=self.finish, args=(future, temporary, self.step))
+            self.thread.start()
+        self.export()
+
+    def prepare(self, temporary: Path) -> bool:
+        """Whether a step is not saved yet; then make a folder: after a kill it says that a save had begun."""
+        if (self.out / f"step_{self.step}" / DIGESTS).exists():
+            return False
         try:
-            if resumable:
-                self.save_step()
-            if self.rank == 0:
-                checkpoint.save(self.out, averaged, self.model["mmdit"].config, self.keep, torch.float16,
-                                step=self.step, **self.about)
-                show.curves(self.rows, self.out / "loss.png")
-        except (CheckpointException, SafetensorError, OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{self.out}: step {self.step} could not be saved ({reason}); what was saved "
-                            f"before is intact ({self.newest()}); make room and give the same command again")
-
-    def save_step(self) -> None:
-        weights, state = get_state_dict(self.model, self.optimizers)
-        temporary, folder = self.out / f".tmp_step_{self.step}", self.out / f"step_{self.step}"
-        if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        parallel.sync(self.world)
-        dcp.save({"model": weights, "optimizer": state, "ema": self.ema}, checkpoint_id=temporary,
-                 no_dist=self.world == 1)
-        if self.rank == 0 and not folder.exists():
+            temporary.mkdir()
+        except OSError as error:
+            raise self.failed(reason(error))
+        return True
+
+    def finish(self, future, temporary: Path, step: int) -> None:
+        """In the thread: digest what this process wrote; then process 0 makes the folder a checkpoint."""
+        problem, digests = "", {}
+        try:
+            try:
+                future.result()
+                files = [*temporary.glob(f"__{self.rank}_*"), *[temporary / ".metadata"] * (self.rank == 0)]
+                digests = {path.name: sha256(path) for path in files}
+            except FAILURES as error:
+                problem = reason(error)
+            gathered = [(digests, problem)]
+            if self.group is not None:
+                gathered = [None] * dist.get_world_size()
+                dist.all_gather_object(gathered, (digests, problem), group=self.group)
+            said = [next((problem for _, problem in gathered if problem), "")]
+            if self.rank == 0 and not said[0]:
+                digests = {name: value for some, _ in gathered for name, value in some.items()}
+                said = [self.complete(temporary, step, digests)]
+            if self.group is not None:
+                dist.broadcast_object_list(said, src=0, group=self.group)
+            self.error = said[0]
+        except FAILURES as error:                                # another process was lost
+            self.error = reason(error)
+
+    def complete(self, temporary: Path, step: int, digests: dict) -> str:
+        """Rename a folder that is whole and drop the oldest; returns what went wrong, or nothing."""
+        folder = self.out / f"step_{step}"
+        try:
+            (temporary / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+            for path in [*temporary.iterdir(), temporary]:
+                sync_file(path)
+            for old in [folder] * folder.exists() + complete(self.out)[:-1]:    # that of this step: not whole
+                gone = self.out / f".tmp_old_{old.name}"         # a step_* is never half there
+                old.rename(gone)
+                shutil.rmtree(gone)
             temporary.rename(folder)
-            for old in sorted(self.out.glob("step_*"), key=number)[:-2]:
-                shutil.rmtree(old)
-        parallel.sync(self.world)
+            sync_file(self.out)
+        except OSError as error:
+            return reason(error)
+        return ""
+
+    def wait(self) -> None:
+        """Until the save under way is done.  Raises UserError where it failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            raise self.failed(self.error)
+
+    def failed(self, why: str) -> UserError:
+        if self.rank == 0:
+            for left in [*self.out.glob(".tmp_*"), *self.out.glob(".*.tmp")]:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        held = [*self.model.parameters(), *self.ema.values()]
+        needed = 2 * sum(t.numel() * t.element_size() for t in held)     # the optimizer has as much again
+        free = shutil.disk_usage(self.out).free
+        return UserError(f"{self.out}: step {self.saved} could not be saved ({why}): it takes about "
+                         f"{needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; what was saved before "
+                         f"is intact ({self.newest()}); make room and give the same command again")
+
+    def export(self) -> None:
+        """The averaged weights in half precision, for sample.py, and the weights in float32, for --init."""
+        weights, held = dict(self.model.named_parameters()), map(parallel.local, self.ema.values())
+        most = max(float(tensor.abs().max()) for tensor in held if tensor.numel())
+        device = next(iter(weights.values())).device
+        wide, = parallel.agree(most > torch.finfo(torch.float16).max, device=device)
+        if self.rank > 0:                                        # each tensor is gathered in turn, and let go
+            for tensor in [*weights.values(), *self.ema.values()]:
+                parallel.whole(tensor)
+            return
+        try:
+            write_tensors(self.out / "weights.safetensors", weights, torch.float32, parallel.whole)
+            half = torch.bfloat16 if wide else torch.float16
+            checkpoint.save(self.out, self.ema, self.model["mmdit"].config, self.keep, half, parallel.whole,
+                            step=self.step, **self.about)
+            show.curves(self.rows, self.out / "loss.png")
+        except OSError as error:
+            raise self.failed(reason(error))
+
+    def exported(self) -> bool:
+        """Whether the weights of this step are there; on process 0."""
+        files = ("config.json", "tokenizer.json", "model.safetensors", "weights.safetensors")
+        return all((self.out / name).exists() for name in files) and (
+            checkpoint.read_json(self.out / "config.json").get("step") == self.step)
+
+    def close(self) -> None:
+        """Let the folder go; process 0 holds its lock."""
+        if self.rank == 0:
+            self.lock.close()
+
+    def end(self, steps: int) -> None:
+        """Wait for the last save, see that the weights are there, and say how to go on."""
+        self.wait()
+        if not parallel.first(self.exported):                    # a kill may have come between two files
+            self.export()
+        said = f"{self.out}: has its {steps} steps; more --steps go on, --init {self.out} starts another run"
+        if self.step < steps:
+            said = f"stopped at step {self.step}, saved; the same command goes on from here"
+        if self.rank == 0:
+            print(said, flush=True)
+
+    # --------------------------------------------------------------------------------------------------- log
 
     def note(self, losses: Tensor) -> None:
         """Add one step's (image loss, text loss, gradient norm), (3,), to the row that is due."""
         self.sums, self.summed = self.sums + losses, self.summed + 1
 
     def log(self, rate: float, samples: int, steps: int) -> None:
-        """A row of means since the last one, and a line with the pace and the time left."""
-        image, text, norm = parallel.mean(self.sums / self.summed, self.world).tolist()
-        self.sums, self.summed, elapsed = 0, 0, time.time() - self.started
+        """A row of means over the last `over` steps, and a line with the pace and the time left."""
+        image, text, norm = parallel.mean(self.sums / self.summed).tolist()
+        elapsed = time.time() - self.started
         pace, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
-        self.rows.append(dict(step=self.step, image_loss=image, text_loss=text, grad_norm=norm, lr=rate,
-                              seconds=seconds, samples_per_s=round(samples * pace, 1)))
+        self.rows.append(dict(
+            step=self.step, over=self.summed, image_loss=image, text_loss=text, grad_norm=norm, lr=rate,
+            seconds=seconds, samples_per_s=round(samples * pace, 1)))
+        self.sums, self.summed = 0, 0
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(self.rows[-1]) + "\n")
@@ -130,12 +327,28 @@ class Run:
                   f"{samples * pace:.0f} samples/s  {left:.1f} min left", flush=True)
 
 
+def sync_file(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def read_log(path: Path, until: int) -> list[dict]:
-    """The rows of a log up to a step; a last line that was cut off by a kill is left out."""
+    """The rows of a log up to a step; lines that are no rows, such as one cut off by a kill, are dropped."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return [row for row in rows if row["step"] <= until]
+            row = json.loads(line)
+            rows += [row] * (row["step"] <= until and isinstance(row["seconds"], float))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return rows

@@ -53,7 +53,7 @@ def watched(function, evaluations: int, what: str, large: bool):
     return call if large else function
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw(parts: Parts, prompts: list[str], negative: str = "", steps: int = STEPS["draw"],
          guidance: float | None = None, seed: int = 0, shift: float | None = None,
          trajectory: list | None = None) -> Tensor:
@@ -96,7 +96,7 @@ def logits(parts: Parts, latents: Tensor):
     return lambda ids, rows=slice(None): parts.mmdit(latents[rows], parts.text(ids), clean, need="logits")[1]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fill(parts: Parts, latents: Tensor, ids: Tensor, steps: int = STEPS["text"],
          temperature: float | None = None, seed: int = 0, order: str | None = None,
          trajectory: list | None = None) -> Tensor:
@@ -154,7 +154,7 @@ def cuts(parts: Parts, text: str) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def infill(parts: Parts, image: Tensor, text: str, posterior: str = "mean", seed: int = 0,
            trajectory: list | None = None, **how) -> str:
     """Fill the [MASK]s of a text about one picture (3, H, W).

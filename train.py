@@ -1,13 +1,13 @@
 """Train the dual diffusion transformer: one loop, two losses, L = L_image + lambda L_text.
 
     python train.py --preset emoji --stage pretrain                     # from scratch: pictures and captions
-    python train.py --preset emoji --stage instruct --init out/pretrain # then questions with answers
-    bash runs/emoji.sh                                                 # both: the recipe of the emoji weights
+    python train.py --stage instruct --init out/pretrain                # then questions with answers
+    bash runs/emoji.sh                                                  # both: the emoji weights' recipe
     torchrun --standalone --nproc_per_node=2 train.py --stage pretrain  # the same lines, sharded by FSDP2
 
-A run lives in --out (out/STAGE unless given): log.jsonl, loss.png, samples_*.png, step_*/ to resume from, and
-model.safetensors + config.json + tokenizer.json, the EMA weights that sample.py reads.  Run the same command
-again and it goes on from the newest step_* folder; Ctrl-C and SIGTERM save first.
+A run lives in --out (out/STAGE unless given), as run.py says: its log, its checkpoints, the averaged weights
+that sample.py reads.  Run the same command again and it goes on from the newest step_* folder, with any number
+of processes; Ctrl-C and SIGTERM save first.
 
 The stages of the paper on its own data, from SD3's weights, are not here yet: this trains the end-to-end
 variant (GPT-2's tokenizer, own embedding table) on the emoji set, with `Pixels` as latents.
@@ -18,8 +18,10 @@ cli.interruptible(__name__)
 
 import signal
 import warnings
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 from parts import Parts, require
 from run import Run
 from tokenizer import Tokenizer, gpt2_subset, gpt2_tokenizer
+from vae import Pixels
 
 
 @dataclass
@@ -73,6 +76,9 @@ class TrainConfig:
     log_every: int = value(20, low=1)               # steps between lines
     save_every: int = value(250, low=1)             # steps between checkpoints
     sample_every: int = value(500, low=0)           # steps between pictures of samples; 0: never
+    shard: str = value("zero2", choices=["zero2", "zero3", "hsdp", "none"])  # over processes: parallel.shard
+    resume_step: int = value(0, low=1)              # go on from this step_N; 0: from the newest
+    extend: bool = False                            # with more --steps: a rate that fell rises again
     fresh: bool = False                         # start over in a folder that holds a run, instead of going on
 
 
@@ -116,25 +122,29 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def image_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     """Noised pictures with clean captions, now and then with none: this process's rows of a global batch."""
-    draws = data.seeded(config.seed, config.stage, "image draws", step)
-    indices = data.shuffled(config.seed, "image" + config.stage, held.groups, step, config.image_batch)
-    t, noise = flow.draw((len(indices), 3, config.pixels, config.pixels), draws, config.time_shift)
-    dropped = (torch.rand(len(indices), generator=draws) < config.text_dropout).tolist()
+    indices, draws = held.rows(step, config.image_batch, "image")
+    shape = (1, 3, config.pixels, config.pixels)
+    t, noise = map(torch.cat, zip(*(flow.draw(shape, generator, config.time_shift) for generator in draws)))
+    dropped = [float(torch.rand((), generator=generator)) < config.text_dropout for generator in draws]
     texts = ["" if drop else held.records[i]["caption"] for i, drop in zip(indices, dropped)]
     ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    return held.rows(indices, ids=ids, t=t, noise=noise) | dict(count=len(indices))
+    return held.batch(indices, ids=ids, t=t, noise=noise) | dict(count=config.image_batch)
 
 
 def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
-    """Clean pictures with captions, or questions and answers, to be masked: this process's rows."""""
-    draws = data.seeded(config.seed, config.stage, "text draws", step)
-    indices = data.shuffled(config.seed, "text" + config.stage, held.groups, step, config.text_batch)
-    t, uniform = mask_diffusion.draw((len(indices), config.text_length), draws)
+    """Clean pictures with captions, or questions and answers, to be masked: this process's rows.
+
+    Times are antithetic over the global batch; dealt out row by row, each process has early and late ones."""
+    indices, draws = held.rows(step, config.text_batch, "text")
+    t, _ = mask_diffusion.draw((config.text_batch, 0), data.seeded(held.key, "times", step))
+    uniform = torch.stack([torch.rand(config.text_length, generator=generator) for generator in draws])
     share = config.question_share if config.stage == "instruct" else 0.0
-    pairs = [text_sample(held.tokenizer, held.records[i], share, config.text_length, draws) for i in indices]
+    pairs = [text_sample(held.tokenizer, held.records[i], share, config.text_length, generator)
+             for i, generator in zip(indices, draws)]
     ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
-    return held.rows(indices, ids=ids, frozen=frozen, t=t, uniform=uniform) | dict(
-        count=int((~frozen).sum()), mask_id=held.tokenizer.mask_id)
+    batch = held.batch(indices, ids=ids, frozen=frozen, t=t[held.rank::held.world], uniform=uniform)
+    count = parallel.mean((~batch["frozen"]).sum().float()) * held.world          # of the global batch
+    return batch | dict(count=count, mask_id=held.tokenizer.mask_id)
 
 
 def text_sample(tokenizer: Tokenizer, record: dict, questions: float, length: int,
@@ -172,16 +182,22 @@ class Held:
     records: list[dict]
     pictures: Tensor                # (n, 3, P, P) uint8
     groups: list[list[int]]         # of pictures to learn from, one of each an epoch
+    key: str                        # of all draws of this run
     rank: int
     world: int
     device: torch.device
 
-    def rows(self, indices: list[int], **tensors: Tensor) -> dict:
-        """This process's part of a batch on its device: `images` (B, 3, P, P) in [-1, 1], and the tensors."""
-        n = len(indices)
-        mine = slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
-        return dict(images=self.images(indices[mine]).to(self.device)) | {
-            name: tensor[mine].to(self.device) for name, tensor in tensors.items()}
+    def rows(self, step: int, size: int, name: str) -> tuple[list[int], list[torch.Generator]]:
+        """The pictures of this process's rows of a global batch, and a generator for each: what is drawn with
+        it depends on the run and on the row's position alone, whatever the number of processes."""
+        positions = range(step * size + self.rank, (step + 1) * size, self.world)
+        return (data.shuffled(f"{self.key} {name}", self.groups, positions),
+                [data.seeded(self.key, name, position) for position in positions])
+
+    def batch(self, indices: list[int], **tensors: Tensor) -> dict:
+        """On the device: `images` (B, 3, P, P) in [-1, 1], and the tensors."""
+        tensors["images"] = self.images(indices)
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def images(self, indices: list[int]) -> Tensor:
         return self.pictures[indices].float() / 127.5 - 1
@@ -209,7 +225,8 @@ def sizes_of(config: TrainConfig) -> tuple[TrainConfig, MMDiTConfig]:
 def build(config: TrainConfig, sizes: MMDiTConfig, records: list[dict]) -> tuple[nn.ModuleDict, list | None]:
     """The model, and the tokenizer's keep list: from --init, or new with the vocabulary of the texts."""
     if config.init:
-        mmdit, embedding = checkpoint.load_mmdit(config.init), checkpoint.load_embedding(config.init)
+        mmdit = checkpoint.load_mmdit(config.init, training=True)
+        embedding = checkpoint.load_embedding(config.init, training=True)
         keep = checkpoint.read_json(Path(config.init) / "tokenizer.json").get("keep")
     else:
         keep = gpt2_subset(emoji.texts(records)) if config.vocabulary == "used" else None
@@ -236,24 +253,51 @@ def optimizers_of(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim
     return optimizers
 
 
+def check_questions(config: TrainConfig, tokenizer: Tokenizer, records: list[dict]) -> None:
+    """Raise UserError where a question would leave no room for its answer, and for the end."""
+    questions = {q["question"] for r in records for q in r["questions"] if config.stage == "instruct"}
+    sizes = {q: len(tokenizer.pieces(data.question_prompt(q))) for q in questions}
+    longest = max(sizes, key=sizes.get, default="")
+    room, taken = config.text_length, sizes.get(longest, 0)
+    require((taken < room - 1, f"--text-length {room}: \"{longest}\" has {taken} tokens and leaves no room "
+             f"for an answer"))
+
+
+def check_extension(config: TrainConfig, run: Run) -> None:
+    """More steps after a rate that falls to zero would let it rise: refused, unless that is asked for."""
+    if not run.step or config.schedule != "linear" or config.steps <= run.was["steps"]:
+        return
+    before = replace(config, **{name: run.was[name] for name in ("steps", "lr", "warmup", "decay_steps")})
+    then, now = learning_rate(run.step, before), learning_rate(run.step, config)
+    said = f"the rate, {then:.3g} at step {run.step}, rises to {now:.3g} and falls to zero at {config.steps}"
+    end = run.was["steps"]
+    require((config.extend, f"--steps {config.steps}: this run's rate falls to zero at step {end}; with "
+             f"--extend {said}"))
+    if run.rank == 0:
+        print(f"note: {said}", flush=True)
+
+
 def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Run]:
     """Processes, data, model, optimizers and the run's folder, as far as the run has come."""
     rank, world, device = parallel.start(config.device)
     require(*((size % world == 0, f"{flag} {size} does not divide over {world} processes") for flag, size in
               (("--image-batch", config.image_batch), ("--text-batch", config.text_batch))))
     config, sizes = sizes_of(config)
+    settings = asdict(config) | dict(world=world, torch=torch.__version__)
+    run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
+    check_extension(config, run)
     records, pictures = emoji.load(Path(config.data), config.pixels)
     groups = emoji.fair(records)
     require((bool(groups), f"{config.data}: no sample of this tar is in the split \"train\""))
     model, keep = build(config, sizes, records)
+    held = Held(gpt2_tokenizer(keep), records, pictures, groups, run.key, rank, world, device)
+    check_questions(config, held.tokenizer, [records[i] for group in groups for i in group])
     model.to(device)
     if world > 1:
-        parallel.shard(model, getattr(torch, config.dtype))
+        parallel.shard(model, getattr(torch, config.dtype), config.shard)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run = Run(Path(config.out), model, optimizers_of(model, config), ema, keep, dict(
-        pixels=config.pixels, text_length=config.text_length, stage=config.stage), rank, world)
-    run.begin(config.fresh, asdict(config) | dict(world=world, torch=torch.__version__))
-    held = Held(gpt2_tokenizer(keep), records, pictures, groups, rank, world, device)
+    run.begin(model, optimizers_of(model, config), ema, keep, dict(
+        pixels=config.pixels, text_length=config.text_length, stage=config.stage))
     if rank == 0:
         learn = sum(r["split"] == "train" for r in records)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -275,23 +319,35 @@ def update(run: Run, decay: float) -> None:
                          [parallel.local(p.detach()) for p in run.model.parameters()], 1 - decay)
 
 
-def show_samples(run: Run, held: Held) -> None:
-    """Drawings and captions by the weights that were just saved; the last two prompts are held out."""
+def show_samples(config: TrainConfig, run: Run, held: Held) -> None:
+    """Drawings and captions by the averaged weights, made by all processes; the last two prompts are new."""
     split = lambda learnt: [i for i, r in enumerate(held.records) if (r["split"] == "train") == learnt]
     shown = (split(False) or split(True))[:8]
     captions = lambda indices: [held.records[i]["caption"] for i in indices]
     prompts = captions(split(True)[:6] + shown[:2])
-    results = sample.results(Parts(run.out), prompts, captions(shown), held.images(shown))
-    show.write_picture(run.out / f"samples_{run.step}.png", results)
+    parts = Parts.of(run.model, Pixels(), held.tokenizer, config.pixels, config.text_length, held.device)
+    with parallel.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"):
+        results = sample.results(parts, prompts, captions(shown), held.images(shown))
+    if run.rank == 0:
+        show.write_picture(run.out / f"samples_{run.step}.png", results)
 
 
-def main(argv: list[str] | None = None) -> None:
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # dcp says so at world size 1
-    config, held, run = set_up(parse(argv))
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """While this lasts Ctrl-C and SIGTERM ask, by a number in the list, and the next step obeys."""
+    asked = []
+    before = {name: signal.signal(name, lambda number, frame: asked.append(number))
+              for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
+    """The loop: rate, both losses, clip, agree, update, log, save, show."""
     model, device, samples = run.model, held.device, config.image_batch + config.text_batch
-    asked = []                                                   # a signal asks; the next step obeys
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: asked.append(number))
     dtype = getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     # measured on a CPU: flash attention's backward took a third of the step, plain products a tenth
@@ -299,10 +355,6 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda":
         kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     sides = ((1.0, image_batch, image_errors), (config.text_weight, text_batch, text_errors))
-    if run.step >= config.steps:                             # a kill may have come between the last two files
-        run.save(resumable=False)
-        if run.rank == 0:
-            print(f"{run.out}: has its {config.steps} steps; with more --steps it goes on", flush=True)
 
     while run.step < config.steps:
         rate = learning_rate(run.step, config)
@@ -310,14 +362,18 @@ def main(argv: list[str] | None = None) -> None:
             group["lr"] = rate
         losses = []
         for weight, take, errors in sides:
+            parallel.last_backward(model, errors is text_errors, config.shard)
             batch = take(config, held, run.step)
-            with autocast, sdpa_kernel(kernels):                 # the sum over processes is the global mean
+            with autocast, sdpa_kernel(kernels):                 # the mean over processes is the global mean
                 loss = errors(model, batch).sum() * run.world / max(batch["count"], 1)
                 (weight * loss).backward()
             losses.append(loss.detach())
         norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-        stopping, sound = parallel.agree(bool(asked), bool(norm.isfinite()), run.world, device)
-        if not sound:                                            # before anything is spoilt
+        votes = bool(asked), not norm.isfinite(), bool(run.error)
+        stopping, unsound, failed = parallel.agree(*votes, device=device)
+        if failed:
+            run.wait()                                           # says what went wrong with the save
+        if unsound:                                              # before anything is spoilt
             image, text = map(float, losses)
             raise UserError(f"step {run.step + 1}: the gradient is not finite (image loss {image:.4g}, text "
                             f"{text:.4g}); go on from {run.newest()} with a smaller --lr")
@@ -325,18 +381,25 @@ def main(argv: list[str] | None = None) -> None:
         run.step += 1
         run.note(torch.stack([*losses, norm]))
         last = run.step == config.steps
-        drawing = config.sample_every and (run.step % config.sample_every == 0 or last) and not stopping
         if run.step % config.log_every == 0 or last or run.step <= 5:
             run.log(rate, samples, config.steps)
-        if run.step % config.save_every == 0 or last or stopping or drawing:    # samples are of what is saved
+        if run.step % config.save_every == 0 or last or stopping:
             run.save()
-        if drawing and run.rank == 0:
-            show_samples(run, held)
+        if config.sample_every and (run.step % config.sample_every == 0 or last) and not stopping:
+            with autocast:
+                show_samples(config, run, held)
         if stopping:
-            if run.rank == 0:
-                print(f"stopped at step {run.step}, saved; the same command goes on from here", flush=True)
             break
-    parallel.end(run.world)
+    run.end(config.steps)
+
+
+def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # dcp says so at world size 1
+    config = parse(argv)
+    with parallel.one_voice():
+        config, held, run = set_up(config)
+        with closing(run), asked_to_stop() as asked:
+            train(config, held, run, asked)
 
 
 if __name__ == "__main__":

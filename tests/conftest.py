@@ -1,9 +1,17 @@
 """What several test files call."""
 
-import pytest
+import tarfile
+from pathlib import Path
 
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
 import emoji
 from cli import UserError
+from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
+from tokenizer import gpt2_subset
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +22,7 @@ def emoji_set():
 
 @pytest.fixture
 def mistake(capsys):
-    """(exit status, what stderr shows) of a program called with these flags, as its last lines would have it."""
+    """(exit status, what stderr shows) of a program called with these flags, as `cli.run` has it."""
     def call(main, flags):
         try:
             main(list(map(str, flags)))
@@ -24,3 +32,27 @@ def mistake(capsys):
             return 1, f"error: {error}\n"
         return 0, ""
     return call
+
+
+@pytest.fixture(scope="session")
+def small_tar(tmp_path_factory):
+    """The first 60 samples of the emoji set."""
+    path = tmp_path_factory.mktemp("data") / "small.tar"
+    with tarfile.open(emoji.TAR) as whole, tarfile.open(path, "w") as small:
+        for _ in range(120):
+            member = whole.next()
+            small.addfile(member, whole.extractfile(member))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, small_tar):
+    """A checkpoint of two narrow blocks with random weights, gates too, so that everything has a gradient."""
+    folder, generator = tmp_path_factory.mktemp("tiny"), torch.Generator().manual_seed(0)
+    keep = gpt2_subset(emoji.texts(emoji.load(Path(small_tar), 16)[0]))
+    sizes = MMDiTConfig(**PRESETS["emoji"]
+                        | dict(depth=2, heads=2, width=64, text_width=64, vocab_size=len(keep) + 2))
+    parts = nn.ModuleDict(dict(mmdit=MMDiT(sizes), embedding=TokenEmbedding(len(keep) + 2, 28, 64)))
+    weights = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in parts.named_parameters()}
+    checkpoint.save(folder, weights, sizes, keep, pixels=16)
+    return folder

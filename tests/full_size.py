@@ -1,12 +1,12 @@
 """The published weights at full size, as random numbers: memory of drawing and captioning, time of loading.
 
-    python tests/full_size.py make FOLDER         # 18 GB: a D-DiT release with T5-XXL, and an SD3 file, in float16
+    python tests/full_size.py make FOLDER         # 18 GB: a D-DiT release with T5-XXL, an SD3 file, float16
     python tests/full_size.py memory FOLDER       # peak memory of two steps of each, in bfloat16
     python tests/full_size.py decode FOLDER       # the autoencoder's decoder at 1024x1024, float32
-    python tests/full_size.py load FOLDER         # time to load the transformer against reading the same bytes
+    python tests/full_size.py load FOLDER         # time to load the transformer against reading its bytes
 
-Not part of the test run.  `memory` reports what the kernel counts as the process's largest resident set, which is
-what `/usr/bin/time -v` prints.
+Not part of the test run.  `memory` reports what the kernel counts as the process's largest resident set,
+which is what `/usr/bin/time -v` prints.
 """
 
 import gzip
@@ -27,11 +27,12 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 FIXTURES = Path(__file__).parent / "fixtures"
-PARTS = {"transformer": "dual_diff_release.transformer", "vae": "sd3_diffusers.vae", "text_encoder": "t5_xxl.text_encoder"}
+PARTS = {"transformer": "dual_diff_release.transformer", "vae": "sd3_diffusers.vae",
+         "text_encoder": "t5_xxl.text_encoder"}
 
 
 def write(path: Path, shapes: dict[str, list[int]]) -> None:
-    """A safetensors file of float16 noise, scaled by fan-in, a tensor at a time: no more memory than the largest."""
+    """A safetensors file of float16 noise, scaled by fan-in, a tensor at a time."""
     header, at = {}, 0
     for name, shape in shapes.items():
         header[name] = dict(dtype="F16", shape=shape, data_offsets=[at, at + 2 * math.prod(shape)])
@@ -52,7 +53,8 @@ def write(path: Path, shapes: dict[str, list[int]]) -> None:
             file.write(tensor.half().numpy().tobytes())
             done += 2 * count
             rate = done / (time.time() - started)
-            print(f"\r{path.name}: {done / 1e9:.1f} of {at / 1e9:.1f} GB, {(at - done) / rate:.0f} s left  ", end="", flush=True)
+            print(f"\r{path.name}: {done / 1e9:.1f} of {at / 1e9:.1f} GB, {(at - done) / rate:.0f} s left  ",
+                  end="", flush=True)
     print()
 
 
@@ -63,9 +65,11 @@ def make(folder: Path) -> None:
         if part == "text_encoder":
             shapes = {name: shape for name, shape in shapes.items() if name != "encoder.embed_tokens.weight"}
         write(folder / part / "model.safetensors", shapes)
-    write(folder / "sd3_medium.safetensors", {name: shape for name, shape in full["sd3_medium_single_file"].items()
-                                              if name.startswith(("model.diffusion_model.", "first_stage_model."))})
-    # a tokenizer of the real size: filler after the fixture's words, so that <extra_id_0> moves from 109 to 32099
+    write(folder / "sd3_medium.safetensors",
+          {name: shape for name, shape in full["sd3_medium_single_file"].items()
+                                              if name.startswith(("model.diffusion_model.",
+                                                                  "first_stage_model."))})
+    # a tokenizer of the real size: filler after the fixture's words, so that <extra_id_0> moves to 32099
     shutil.copytree(FIXTURES / "release" / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
     content["model"]["vocab"] += [[f"\u2581filler{i}", -20.0] for i in range(32100 - 110)]
@@ -83,8 +87,8 @@ def memory(folder: Path) -> None:
         command = [sys.executable, "sample.py", "--checkpoint", folder, *flags, *sides]
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
-        print(f"{name}: exit status {os.waitstatus_to_exitcode(status)}, peak {usage.ru_maxrss * 1024 / 1e9:.2f} GB, "
-              f"{time.time() - started:.0f} s", flush=True)
+        status, peak = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024 / 1e9
+        print(f"{name}: exit status {status}, peak {peak:.2f} GB, {time.time() - started:.0f} s", flush=True)
 
 
 def decode(folder: Path) -> None:
@@ -120,8 +124,9 @@ def load(folder: Path, repeats: int = 5) -> None:
                 times[name].append(time.perf_counter() - started)
         base = statistics.median(times["read"])
         for name, values in times.items():
-            print(f"{what}, {name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f}), "
-                  f"{statistics.median(values) / base:.2f} times reading", flush=True)
+            middle, low, high = statistics.median(values), min(values), max(values)
+            print(f"{what}, {name}: {middle:.2f} s ({low:.2f} to {high:.2f}), {middle / base:.2f} times "
+                  f"reading", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ APPLE = ["--image", "assets/ATTRIBUTION.md"]     # no picture: what the flags sa
 def program(body, *flags, **how):
     """A program of these lines, run as the others are."""
     code = f"import sys, cli\ndef main():\n    {body}\ncli.run(main)"
-    return subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, **how)
+    return subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True,
+                          **how)
 
 
 @pytest.mark.parametrize("body, status, said", [
@@ -51,19 +52,22 @@ def test_what_the_terminal_cannot_show_is_named():
 
 def test_a_reader_that_goes_away_is_no_mistake():
     code = "import cli\ndef main():\n    for i in range(99999): print('line', i)\ncli.run(main)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("sample.py", ["--prompt", "a", "--out", "{}/a.png"]), ("evaluate.py", ["emoji"]), ("checkpoint.py", ["inspect", "x"]),
+    ("sample.py", ["--prompt", "a", "--out", "{}/a.png"]), ("evaluate.py", ["emoji"]),
+    ("checkpoint.py", ["inspect", "x"]),
     ("train.py", ["--out", "{}/run", "--device", "cpu"]), ("emoji.py", ["--out", "{}/x.tar.gz"])])
 def test_ctrl_c_while_a_program_is_still_importing_is_one_line(name, flags, tmp_path):
     """The module `hold`, imported in torch's place, says that importing has begun, and goes on for ever."""
     (tmp_path / "torch.py").write_text("import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    process = subprocess.Popen([sys.executable, name, *(flag.format(tmp_path) for flag in flags)], cwd=ROOT, text=True,
+    process = subprocess.Popen([sys.executable, name, *(flag.format(tmp_path) for flag in flags)], cwd=ROOT,
+                               text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert process.stdout.readline() == "importing\n"
@@ -74,7 +78,8 @@ def test_ctrl_c_while_a_program_is_still_importing_is_one_line(name, flags, tmp_
 def test_ctrl_c_while_a_run_is_set_up_is_one_line(tmp_path):
     """A pipe in the tar's place: the program waits for it, with everything imported."""
     os.mkfifo(tmp_path / "data.tar")
-    process = subprocess.Popen([sys.executable, "train.py", "--data", tmp_path / "data.tar", "--out", tmp_path / "run"],
+    process = subprocess.Popen([sys.executable, "train.py", "--data", tmp_path / "data.tar", "--out",
+                                tmp_path / "run"],
                                cwd=ROOT, stderr=subprocess.PIPE, text=True)
     writer = os.open(tmp_path / "data.tar", os.O_WRONLY)     # returns when the program opens it for reading
     time.sleep(0.2)
@@ -125,15 +130,18 @@ def test_a_value_out_of_range_is_refused_by_name(flags, said, capsys):
     (train.main, ["--lr", "0"], "--lr: expected a number from 1e-12 to 1"),
     (train.main, ["--lr", "nan"], "--lr: expected a number from 1e-12 to 1"),
     (train.main, ["--question-share", "1"], "--question-share changes nothing without --stage instruct"),
-    (train.main, ["--init", "assets/emoji", "--preset", "emoji"], "--preset changes nothing without a start from scratch"),
-    (train.main, ["--init", "assets/emoji", "--vocabulary", "full"], "--vocabulary changes nothing without a start"),
+    (train.main, ["--init", "assets/emoji", "--preset", "emoji"],
+     "--preset changes nothing without a start from scratch"),
+    (train.main, ["--init", "assets/emoji", "--vocabulary", "full"],
+     "--vocabulary changes nothing without a start"),
     (sample.main, [*APPLE, "--guidance", "9"], "--guidance changes nothing without --prompt"),
     (sample.main, [*APPLE, "--n", "2"], "--n changes nothing without --prompt"),
     (sample.main, [*APPLE, "--out", "x.png"], "--out changes nothing without --prompt"),
     (sample.main, ["--prompt", "a", "--order", "random"], "--order changes nothing without --image"),
     (sample.main, ["--prompt", "a", "--posterior", "draw"], "--posterior changes nothing without --image"),
     (sample.main, ["--prompt", "a", "--temperature", "1"], "--temperature changes nothing without --image"),
-    (sample.main, [*APPLE, "--text", "a [MASK]", "--max-tokens", "3"], "--max-tokens changes nothing with --text"),
+    (sample.main, [*APPLE, "--text", "a [MASK]", "--max-tokens", "3"],
+     "--max-tokens changes nothing with --text"),
     (sample.main, ["--prompt", "a", "--guidance", "inf"], "--guidance: expected a number, at least 0.001"),
     (sample.main, ["--prompt", "a\udc80"], "--prompt is no text in this terminal's encoding: 'a\\udc80'"),
 ])

@@ -26,7 +26,8 @@ def test_a_tar_is_read_sample_by_sample_and_a_cut_one_is_refused(tmp_path):
 
 def test_an_epoch_is_a_permutation_and_differs_from_the_next_one():
     groups = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(40)]
-    epochs = [[i for step in range(5) for i in data.shuffled(0, "image", groups, 5 * epoch + step, 8)]
+    epochs = [[i for step in range(5)
+               for i in data.shuffled("run", groups, range(40 * epoch + 8 * step, 40 * epoch + 8 * step + 8))]
               for epoch in range(40)]
     places = [[i // 3 for i in epoch] for epoch in epochs]
     assert all(sorted(epoch) == list(range(40)) for epoch in places)
@@ -34,10 +35,10 @@ def test_an_epoch_is_a_permutation_and_differs_from_the_next_one():
     assert len({epoch[0] for epoch in places}) > 15          # of 40: 25 are expected, 15 or fewer once in 1e6
     members = [epoch[epoch_places.index(7)] % 3 for epoch, epoch_places in zip(epochs, places)]
     assert set(members) == {0, 1, 2}                         # one of a group, drawn anew: missed once in 4e6
-    others = [data.shuffled(seed, name, groups, 0, 40) for seed, name in ((1, "image"), (0, "text"))]
-    assert others[0] != epochs[0] != others[1] != others[0]
-    steps = [i for step in range(8) for i in data.shuffled(0, "image", groups, step, 5)]
-    assert steps == epochs[0]                                # whatever the batch
+    assert data.shuffled("another", groups, range(40)) != epochs[0]
+    for world in (1, 4):                                     # however the rows are dealt out
+        dealt = [data.shuffled("run", groups, range(rank, 40, world)) for rank in range(world)]
+        assert [i for row in zip(*dealt) for i in row] == epochs[0]
 
 
 def test_any_picture_is_read_transparent_parts_white(tmp_path):

@@ -16,10 +16,12 @@ from data import shuffled
 from model import PRESETS
 
 # what must begin the kind or the group for a noun to be right; man, woman and child go by the name
-WHERE = {"a person": "person", "a hand": "hand", "a face": "face|cat face|monkey face", "an animal": "animal ",
+WHERE = {"a person": "person", "a hand": "hand", "a face": "face|cat face|monkey face",
+         "an animal": "animal ",
          "a bird": "animal bird", "a bug": "animal bug", "a plant": "plant ", "a flower": "plant flower",
          "a fruit": "food fruit", "a vegetable": "food vegetable", "food": "food ", "a drink": "drink",
-         "clothing": "clothing", "a tool": "tool", "a musical instrument": "musical instrument", "a clock": "time",
+         "clothing": "clothing", "a tool": "tool", "a musical instrument": "musical instrument",
+         "a clock": "time",
          "a vehicle": "transport ", "a building": "place ", "a flag": "flag|country flag|subdivision flag",
          "an arrow": "arrow", "a heart": "heart"}
 WHO = {"a man": r"\bman\b", "a woman": r"\bwoman\b", "a child": r"^(boy|girl|child|baby)$"}
@@ -43,7 +45,7 @@ def test_splits_hold_out_what_they_say(emoji_set):
     assert {k: len(v) for k, v in split.items()} == {"train": 7025, "tone": 358, "style": 189}
     seen = {(r["emoji"], r["style"]) for r in split["train"]}
     tones = {r["tone"] for r in split["train"]}
-    for r in split["tone"]:          # the emoji was seen in this style in other tones, the tone on other emoji
+    for r in split["tone"]:  # the emoji was seen in this style in other tones, the tone on other emoji
         assert (r["emoji"], r["style"]) in seen and r["tone"] in tones and r["tone"] != "none"
     other = {"noto": "twemoji", "twemoji": "noto"}
     for r in split["style"]:         # the emoji was seen in the other style only
@@ -61,7 +63,8 @@ def test_every_answer_follows_from_the_metadata(emoji_set):
                 continue
             thing, = [match[1] for way in emoji.YES_NO
                       if (match := re.fullmatch(way.replace("?", r"\?").format("(.*)"), q["question"]))]
-            right = {"yes/no name": lambda: named[thing] == r["name"], "yes/no kind": lambda: kinds[thing] == r["kind"],
+            right = {"yes/no name": lambda: named[thing] == r["name"],
+                     "yes/no kind": lambda: kinds[thing] == r["kind"],
                      "yes/no sort": lambda: bool(re.search(WHO[thing], r["name"]) if thing in WHO
                                                  else re.match(WHERE[thing], r["group"]))}[q["type"]]()
             assert q["answer"] == ("yes" if right else "no"), (r["caption"], q)
@@ -70,16 +73,20 @@ def test_every_answer_follows_from_the_metadata(emoji_set):
 def test_no_picture_has_more_of_yes_than_of_no(emoji_set):
     """Nor does a phrasing, a type or a picture without questions give the answer away."""
     for r in emoji_set[0]:
-        told = [(q["type"], next(w for w in emoji.YES_NO if re.fullmatch(w[:-1].format(".*") + r"\?", q["question"])),
+        told = [(q["type"], next(w for w in emoji.YES_NO
+                                 if re.fullmatch(w[:-1].format(".*") + r"\?", q["question"])),
                  q["answer"]) for q in r["questions"] if q["type"].startswith("yes/no")]
-        yes, no = (Counter((t, way) for t, way, answer in told if answer == wanted) for wanted in ("yes", "no"))
+        yes, no = (Counter((t, way) for t, way, answer in told if answer == wanted)
+                   for wanted in ("yes", "no"))
         assert yes == no and sum(yes.values()) >= 1
     asked = Counter((q["type"], q["answer"]) for r in emoji_set[0] for q in r["questions"])
-    assert {t for t, _ in asked} == {"name", "kind", "group", "tone", "style", "yes/no name", "yes/no kind", "yes/no sort"}
+    assert {t for t, _ in asked} == {"name", "kind", "group", "tone", "style", "yes/no name", "yes/no kind",
+                                     "yes/no sort"}
 
 
 def test_a_man_is_asked_about_as_a_person_would(emoji_set):
-    asked = {(q["question"].replace("Does this show", "Is this").replace("Can you see", "Is this").replace(" here", ""),
+    asked = {(q["question"].replace("Does this show", "Is this").replace("Can you see",
+                                                                         "Is this").replace(" here", ""),
               q["answer"]) for r in emoji_set[0] if r["name"] == "man farmer" for q in r["questions"]}
     assert {("Is this a man?", "yes"), ("Is this a woman?", "no"), ("Is this a person?", "yes"),
             ("What is this?", "man farmer"), ("Is this a man farmer?", "yes")} <= asked
@@ -106,24 +113,27 @@ def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_of
     wanted = {(r["emoji"], r["style"]) for r in records if r["split"] == "train"}
     counts = defaultdict(Counter)
     for epoch in range(200):
-        picked = shuffled(0, "image", groups, epoch, len(groups))
+        picked = shuffled("run", groups, range(epoch * len(groups), (epoch + 1) * len(groups)))
         assert Counter((records[i]["emoji"], records[i]["style"]) for i in picked) == Counter(wanted)
         assert all(records[i]["split"] == "train" for i in picked)
         for i in picked:
             counts[records[i]["emoji"], records[i]["style"]][i] += 1
-    assert shuffled(0, "image", groups, 0, 50) != shuffled(0, "image", groups, 1, 50) != shuffled(1, "image", groups, 1, 50)
-    six = [group for group in groups if len(group) == 6]                         # no tone of these is held out
-    tones = Counter({tone: sum(counts[records[g[0]]["emoji"], records[g[0]]["style"]][i] for g in six for i in g
+    assert shuffled("run", groups, range(50)) != shuffled("other", groups, range(50))
+    six = [group for group in groups if len(group) == 6]  # no tone of these is held out
+    tones = Counter({tone: sum(counts[records[g[0]]["emoji"], records[g[0]]["style"]][i] for g in six
+                               for i in g
                                if records[i]["tone"] == tone) for tone in ("none", *emoji.TONES.values())})
     expected = 200 * len(six) / 6
-    assert len(six) > 100 and sum((n - expected) ** 2 / expected for n in tones.values()) < 20.5   # 5 df: p = 0.001
+    # 5 df: p = 0.001
+    assert len(six) > 100 and sum((n - expected) ** 2 / expected for n in tones.values()) < 20.5
 
 
 def test_a_position_does_not_depend_on_how_the_epoch_is_cut_into_steps():
     groups = [[0], [1, 2, 3], [4], [5, 6], [7]]
-    whole = shuffled(3, "text", groups, 0, 60)
-    assert [i for step in range(15) for i in shuffled(3, "text", groups, step, 4)] == whole
-    assert [i for step in range(10) for i in shuffled(3, "text", groups, step, 6)] == whole
+    whole = shuffled("run", groups, range(60))
+    for size in (4, 6):
+        cut = [shuffled("run", groups, range(at, at + size)) for at in range(0, 60, size)]
+        assert [i for step in cut for i in step] == whole
     assert set(whole) == set(range(8))
 
 
@@ -140,5 +150,6 @@ def test_a_tar_of_something_else_is_refused(tmp_path):
             member = tarfile.TarInfo(f"one.{extension}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    with pytest.raises(UserError, match="sample one lacks 'key, name, emoji.*expected a webp picture and a json"):
+    with pytest.raises(UserError,
+                       match="sample one lacks 'key, name, emoji.*expected a webp picture and a json"):
         emoji.load(tmp_path / "other.tar")

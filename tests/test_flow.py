@@ -27,7 +27,7 @@ def draw_data(n, seed=0):
 def test_samples_have_the_mean_and_covariance_of_the_target():
     noise = torch.randn(100_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = flow.euler(velocity, noise, flow.sigmas(400, shift=1.0).double())
-    # 100 000 draws: a mean is off by 1.4 / sqrt(1e5) = 0.0045, so 0.02 is over four deviations; Euler adds under 0.01
+    # 100 000 draws: a mean is off by 1.4 / sqrt(1e5) = 0.0045, 0.02 is over four deviations; Euler adds 0.01
     assert torch.allclose(x.mean(0), MEAN, atol=0.02)
     assert torch.allclose(x.T.cov(), torch.diag(VARIANCE), atol=0.04)
 
@@ -35,7 +35,8 @@ def test_samples_have_the_mean_and_covariance_of_the_target():
 def test_euler_error_falls_like_one_over_the_steps():
     noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     exact = MEAN + VARIANCE.sqrt() * noise                    # the flow map of a Gaussian is affine
-    errors = [(flow.euler(velocity, noise, torch.linspace(1, 0, n + 1, dtype=torch.float64)) - exact).abs().mean()
+    errors = [(flow.euler(velocity, noise,
+                          torch.linspace(1, 0, n + 1, dtype=torch.float64)) - exact).abs().mean()
               for n in (50, 100, 200, 400)]
     for coarse, fine in zip(errors, errors[1:]):
         assert 1.8 < coarse / fine < 2.2
@@ -46,9 +47,11 @@ def test_drawing_from_the_predicted_data_is_drawing_from_the_velocity():
     predicted = lambda x, t: velocity_to(x - t.view(-1, 1) * velocity(x, t), x, t, T_FLOOR["draw"])
     for steps, shift in ((28, 1.0), (28, 3.0), (400, 1.0)):
         sigmas = flow.sigmas(steps, shift).double()
-        assert torch.allclose(flow.euler(predicted, noise, sigmas), flow.euler(velocity, noise, sigmas), atol=1e-9)
+        assert torch.allclose(flow.euler(predicted, noise, sigmas), flow.euler(velocity, noise, sigmas),
+                              atol=1e-9)
     exact = MEAN + VARIANCE.sqrt() * noise
-    errors = [(flow.euler(predicted, noise, flow.sigmas(n, 1.0).double()) - exact).abs().mean() for n in (50, 100, 200)]
+    errors = [(flow.euler(predicted, noise, flow.sigmas(n, 1.0).double()) - exact).abs().mean()
+              for n in (50, 100, 200)]
     assert errors[0] / errors[1] > 1.8 and errors[1] / errors[2] > 1.8
 
 
@@ -59,8 +62,9 @@ def test_loss_is_least_at_the_true_velocity_and_equals_the_conditional_variance_
     t, _ = flow.draw((200_000, 2), torch.Generator().manual_seed(3))
     t = t.double().view(-1, 1)
     left = 1 + VARIANCE - (t - (1 - t) * VARIANCE) ** 2 / ((1 - t) ** 2 * VARIANCE + t ** 2)
-    assert best == pytest.approx(float(left.mean()), rel=0.02)      # Monte Carlo: relative deviation about 0.004
-    for change in (lambda x, t: 0.1, lambda x, t: -0.1, lambda x, t: 0.1 * x, lambda x, t: 0.1 * t.view(-1, 1)):
+    assert best == pytest.approx(float(left.mean()), rel=0.02)  # Monte Carlo: relative deviation about 0.004
+    for change in (lambda x, t: 0.1, lambda x, t: -0.1, lambda x, t: 0.1 * x, lambda x,
+                   t: 0.1 * t.view(-1, 1)):
         assert at(lambda x, t: velocity(x, t) + change(x, t)) > best
 
 
@@ -102,11 +106,13 @@ def test_times_are_logit_normal_and_a_split_batch_keeps_its_draws():
     for shift in (1.0, 2.0):
         t, noise = flow.draw((100_000, 1), torch.Generator().manual_seed(0), shift)
         logit = torch.logit(t.double())
-        assert abs(logit.mean() - math.log(shift)) < 0.02 and abs(logit.std() - 1) < 0.02     # 6 and 9 deviations
+        # 6 and 9 deviations
+        assert abs(logit.mean() - math.log(shift)) < 0.02 and abs(logit.std() - 1) < 0.02
     x = torch.randn(8, 3)
     t, noise = flow.draw((8, 3), torch.Generator().manual_seed(0))
     v = lambda x, t: x * t[:, None]
     parts = [flow.loss(v, x[i:i + 4], t=t[i:i + 4], noise=noise[i:i + 4]) for i in (0, 4)]
-    assert float(sum(parts) / 2) == pytest.approx(float(flow.loss(v, x, torch.Generator().manual_seed(0))), rel=1e-6)
+    assert float(sum(parts) / 2) == pytest.approx(float(flow.loss(v, x, torch.Generator().manual_seed(0))),
+                                                  rel=1e-6)
     with pytest.raises(ValueError, match="together"):
         flow.loss(v, x, t=t)

@@ -14,11 +14,12 @@ from model import MMDiT
 from t5 import T5Encoder
 from vae import AutoencoderKL
 
-FULL = json.loads(gzip.decompress((Path(__file__).parent / "fixtures" / "full_size_keys.json.gz").read_bytes()))
+KEYS = Path(__file__).parent / "fixtures" / "full_size_keys.json.gz"
+FULL = json.loads(gzip.decompress(KEYS.read_bytes()))
 
 
 def hollow(path, shapes):
-    """A safetensors file of float16 zeros with these tensors, at full size, that takes no room: it is sparse."""
+    """A safetensors file of float16 zeros with these tensors, at full size, sparse: it takes no room."""
     header, at = {}, 0
     for name, shape in shapes.items():
         header[name] = dict(dtype="F16", shape=shape, data_offsets=[at, at + 2 * math.prod(shape)])
@@ -45,8 +46,10 @@ def sizes_and_entries(part, tensors, config, naming):
 
 
 @pytest.mark.parametrize("entry, part", [
-    ("sd3_medium_single_file", "transformer"), ("sd3_medium_single_file", "vae"), ("sd3_medium_single_file", "t5"),
-    ("sd3_medium_diffusers.transformer", "transformer"), ("sd3_diffusers.vae", "vae"), ("t5_xxl.text_encoder", "t5"),
+    ("sd3_medium_single_file", "transformer"), ("sd3_medium_single_file", "vae"),
+    ("sd3_medium_single_file", "t5"),
+    ("sd3_medium_diffusers.transformer", "transformer"), ("sd3_diffusers.vae", "vae"),
+    ("t5_xxl.text_encoder", "t5"),
     ("dual_diff_release.transformer", "transformer")])
 def test_full_size_files_have_exactly_our_parameters_after_renaming(entry, part, tmp_path):
     if not any(layouts.SIGNS[part][naming] in key for key in FULL[entry] for naming in layouts.SIGNS[part]):
@@ -59,6 +62,8 @@ def test_full_size_files_have_exactly_our_parameters_after_renaming(entry, part,
         ignored = ()
     found = {key: shape for key, shape in tensors.shape.items() if not key.startswith(ignored)}
     assert found == {key: e.shape for e in entries.values() for key in e.keys}
-    assert set(entries) == {name for name, _ in module.named_parameters()} | ({"positions"} if part == "transformer" else set())
+    assert set(entries) == {name for name, _ in module.named_parameters()} | ({"positions"}
+                                                                              if part == "transformer"
+                                                                              else set())
     count = sum(p.numel() for p in module.parameters())
     assert count == dict(transformer=2_102_856_100, vae=83_819_683, t5=4_762_310_656)[part]

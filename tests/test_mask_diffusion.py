@@ -27,7 +27,7 @@ def oracle(ids):
 def chi_square(samples):
     cells = samples @ torch.tensor([16, 4, 1])
     seen, wanted = torch.bincount(cells, minlength=64).double(), JOINT.flatten() * len(samples)
-    big = wanted >= 5                                       # small cells are pooled into one, as the test asks
+    big = wanted >= 5  # small cells are pooled into one, as the test asks
     seen, wanted = (torch.cat([x[big], x[~big].sum()[None]]) for x in (seen, wanted))
     return float(((seen - wanted) ** 2 / wanted.clamp(min=1e-9)).sum()), len(seen) - 1
 
@@ -44,7 +44,8 @@ def test_sampler_reproduces_a_known_joint_distribution():
 
 def test_one_step_is_biased_towards_independent_tokens():
     """The check above can fail: with all tokens revealed at once the joint is lost, the marginals are not."""
-    samples = mask_diffusion.sample(oracle, torch.full((20_000, 3), MASK), MASK, 1, torch.Generator().manual_seed(1))
+    samples = mask_diffusion.sample(oracle, torch.full((20_000, 3), MASK), MASK, 1,
+                                    torch.Generator().manual_seed(1))
     statistic, freedom = chi_square(samples)
     assert statistic > 2 * freedom + 100
     marginal = torch.bincount(samples[:, 0], minlength=V) / len(samples)
@@ -77,7 +78,8 @@ def test_frozen_tokens_are_never_masked_and_carry_no_loss():
     assert value == mask_diffusion.loss(wrong_at_frozen, ids, MASK, frozen, torch.Generator().manual_seed(0))
     exact = -float(torch.log(JOINT[2, 1, 0] / JOINT[2].sum()))                # p(x2, x3 | x1), over 2 tokens
     ids = torch.tensor([2, 1, 0]).expand(400_000, 3)
-    value = mask_diffusion.loss(oracle, ids, MASK, frozen[:1].expand(400_000, 3), torch.Generator().manual_seed(1))
+    value = mask_diffusion.loss(oracle, ids, MASK, frozen[:1].expand(400_000, 3),
+                                torch.Generator().manual_seed(1))
     assert 2 * float(value) == pytest.approx(exact, rel=0.01)
 
 
@@ -111,7 +113,8 @@ def test_a_batch_costs_at_most_one_evaluation_a_masked_token_and_rows_that_are_d
 
 def test_every_token_may_come_first_in_the_random_order():
     first = torch.zeros(3)
-    walk = mask_diffusion.walk(oracle, torch.full((6000, 3), MASK), MASK, 10_000, torch.Generator().manual_seed(0))
+    walk = mask_diffusion.walk(oracle, torch.full((6000, 3), MASK), MASK, 10_000,
+                               torch.Generator().manual_seed(0))
     (step, before), (_, after) = next(walk), next(walk)
     assert not step.any() and (before == MASK).all()
     first = (after != MASK).float().sum(0)
@@ -120,7 +123,8 @@ def test_every_token_may_come_first_in_the_random_order():
     ids, half = torch.full((20_000, 3), MASK), None
     for step, state in mask_diffusion.walk(oracle, ids, MASK, 4, torch.Generator().manual_seed(1)):
         half = state if half is None else torch.where((step <= 2)[:, None], state, half)
-    assert float((half != MASK).float().mean()) == pytest.approx(0.5, abs=0.012)  # 4 deviations of independent steps
+    # 4 deviations of independent steps
+    assert float((half != MASK).float().mean()) == pytest.approx(0.5, abs=0.012)
 
 
 def test_the_surest_token_comes_first_and_every_row_is_done_in_time():
@@ -130,13 +134,14 @@ def test_the_surest_token_comes_first_and_every_row_is_done_in_time():
     peaks = oracle(ids[:1])[..., :V].exp().amax(-1)[0]                        # of three masks, by enumeration
     first = states[1][1][0] != MASK
     assert first.sum() == 1 and first[peaks.argmax()]
-    for steps in (1, 2):                                                      # three masks over two evaluations: 2 + 1
+    for steps in (1, 2):  # three masks over two evaluations: 2 + 1
         states = []
         mask_diffusion.sample(oracle, ids, MASK, steps, temperature=0, trajectory=states, order="confidence")
         assert len(states) == 1 + steps
     # at temperature 1 one token alone is drawn from its distribution: 4 deviations
     one = torch.tensor([[2, MASK, 1]]).expand(20_000, 3)
-    drawn = mask_diffusion.sample(oracle, one, MASK, 1, torch.Generator().manual_seed(0), temperature=1.0, order="confidence")
+    drawn = mask_diffusion.sample(oracle, one, MASK, 1, torch.Generator().manual_seed(0), temperature=1.0,
+                                  order="confidence")
     share = torch.bincount(drawn[:, 1], minlength=V) / 20_000
     assert torch.allclose(share.double(), JOINT[2, :, 1] / JOINT[2, :, 1].sum(), atol=0.015)
 
@@ -155,14 +160,16 @@ def test_training_times_cover_the_unit_interval_evenly():
 def test_draws_follow_the_softmax_and_its_temperature():
     logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
     for temperature in (1.0, 0.5):
-        drawn = mask_diffusion.categorical(logits.expand(100_000, 3), temperature, torch.Generator().manual_seed(0))
+        drawn = mask_diffusion.categorical(logits.expand(100_000, 3), temperature,
+                                           torch.Generator().manual_seed(0))
         share = torch.bincount(drawn, minlength=3) / 100_000
-        assert torch.allclose(share.double(), (logits[0] / temperature).softmax(0), atol=0.007)   # 4 deviations
+        # 4 deviations
+        assert torch.allclose(share.double(), (logits[0] / temperature).softmax(0), atol=0.007)
     assert mask_diffusion.categorical(logits, 0.0).tolist() == [2]
 
 
 def test_draws_are_made_in_float64_whatever_the_network_computes_in():
-    """float32 uniform numbers end at 1 - 2^-24: Gumbel noise over 17 never comes, and unlikely tokens neither."""
+    """float32 uniforms end at 1 - 2^-24: Gumbel noise over 17 never comes, nor do unlikely tokens."""
     logits = torch.randn(1, 2000, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     ids, generator = torch.full((1, 2000), 49), torch.Generator().manual_seed(1)
     found = mask_diffusion.sample(lambda ids: logits, ids, 49, 1, generator, temperature=0.7)
@@ -174,7 +181,8 @@ def test_draws_are_made_in_float64_whatever_the_network_computes_in():
 
 def test_bad_arguments_are_refused():
     ids = torch.full((1, 3), MASK)
-    for how, message in ((dict(steps=0), "steps must be at least 1"), (dict(steps=1, order="sideways"), "sideways"),
+    for how, message in ((dict(steps=0), "steps must be at least 1"),
+                         (dict(steps=1, order="sideways"), "sideways"),
                          (dict(steps=1, temperature=-1), "temperature must be 0 or more")):
         with pytest.raises(ValueError, match=message):
             mask_diffusion.sample(oracle, ids, MASK, **how)

@@ -36,7 +36,8 @@ def test_the_posterior_is_drawn_from_when_asked_for():
     """The published code draws, for captions too; the draw is the seed's, and the default is the mean."""
     parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16, keep=True)
     image, generators, encode = torch.rand(1, 3, 32, 32) * 2 - 1, [], parts.vae.encode
-    parts.vae.encode = lambda images, generator=None: generators.append(generator) or encode(images, generator)
+    parts.vae.encode = lambda images, generator=None: generators.append(generator) or encode(images,
+                                                                                             generator)
     for how in (dict(), dict(posterior="mean"), dict(posterior="draw")):
         sample.write(parts, image, seed=7, steps=1, **how)
         sample.infill(parts, image[0], "a [MASK]", seed=7, steps=1, **how)
@@ -47,7 +48,8 @@ def test_the_posterior_is_drawn_from_when_asked_for():
 
 def test_parts_of_other_sizes_are_refused_before_they_are_loaded(monkeypatch):
     for change, message in ((dict(vocab_size=90), "the tokenizer has 110 tokens, the model's text head 90"),
-                            (dict(position_size=1), "a picture's height of 32, expected a multiple of 16 up to 16")):
+                            (dict(position_size=1),
+                             "a picture's height of 32, expected a multiple of 16 up to 16")):
         with monkeypatch.context() as patch:
             family, sizes = checkpoint.read_sizes(RELEASE)
             for name, value in change.items():

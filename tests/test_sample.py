@@ -47,7 +47,8 @@ def apple(tmp_path_factory):
 
 
 def run(*flags, expect=0):
-    done = subprocess.run([sys.executable, "sample.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "sample.py", *map(str, flags)], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -55,9 +56,10 @@ def run(*flags, expect=0):
 def test_one_command_draws_a_picture_and_the_same_seed_draws_it_again(tmp_path):
     started = time.time()
     run("--prompt", "red apple, noto style", "--out", tmp_path / "a.png", "--trajectory", tmp_path / "a.gif")
-    assert time.time() - started < 15 * 2                    # the promise is 15 s; a shared machine gets twice that
+    assert time.time() - started < 15 * 2  # the promise is 15 s; a shared machine gets twice that
     run("--prompt", "red apple, noto style", "--out", tmp_path / "b.png", "--seed", "0")
-    run("--prompt", "red apple, noto style", "--out", tmp_path / "c.png", "--seed", "1", "--n", "3", "--steps", "4")
+    run("--prompt", "red apple, noto style", "--out", tmp_path / "c.png", "--seed", "1", "--n", "3",
+        "--steps", "4")
     a, b, c = (Image.open(tmp_path / f"{name}.png") for name in "abc")
     assert a.size == (256, 256) and a.tobytes() == b.tobytes()
     assert c.size == (520, 520)                              # two by two, with a gap
@@ -68,7 +70,8 @@ def test_one_command_draws_a_picture_and_the_same_seed_draws_it_again(tmp_path):
 
 def test_a_picture_is_captioned_and_answered_and_completed(apple, tmp_path):
     assert run("--image", apple).stdout == "red apple, noto style\n"
-    answer = run("--image", apple, "--question", "Which style is it drawn in?", "--trajectory", tmp_path / "q.gif")
+    answer = run("--image", apple, "--question", "Which style is it drawn in?", "--trajectory",
+                 tmp_path / "q.gif")
     assert answer.stdout == "noto\n" and Image.open(tmp_path / "q.gif").n_frames >= 2
     filled = run("--image", apple, "--text", "red [MASK], [MASK] style").stdout
     assert filled == "red apple, noto style\n"
@@ -105,7 +108,8 @@ def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_t
     how = dict(steps=4, seed=0)
     drawn = sample.draw(parts, ["red apple, noto style"], guidance=1, **how)
     assert torch.allclose(drawn, alone, atol=1e-4)
-    plain, pushed = (sample.draw(parts, ["red apple, noto style"], negative=n, **how) for n in ("", "flag of Brazil"))
+    plain, pushed = (sample.draw(parts, ["red apple, noto style"], negative=n, **how)
+                     for n in ("", "flag of Brazil"))
     assert (plain - pushed).abs().max() > 0.01
 
 
@@ -123,7 +127,8 @@ def test_the_order_of_unmasking_is_the_one_asked_for(parts, emoji_32, monkeypatc
     _, pictures = emoji_32
     ids = sample.canvas(parts).expand(8, -1)
     with torch.inference_mode():
-        true = {order: mask_diffusion.sample(sample.logits(parts, pictures[:8]), ids, parts.tokenizer.mask_id, 6,
+        true = {order: mask_diffusion.sample(sample.logits(parts, pictures[:8]), ids, parts.tokenizer.mask_id,
+                                             6,
                                              torch.Generator().manual_seed(3), 1.0, None, order, True)
                 for order in mask_diffusion.ORDERS}
     assert not torch.equal(true["random"], true["confidence"])
@@ -133,7 +138,7 @@ def test_the_order_of_unmasking_is_the_one_asked_for(parts, emoji_32, monkeypatc
 
 
 def test_the_likeliest_cut_of_the_masks_is_kept(parts, emoji_32, monkeypatch):
-    """"[MASK] apple" about a red apple: one token for the mask; whichever place that cut has among the others."""
+    """"[MASK] apple" about a red apple: one token for the mask, wherever that cut stands among the others."""
     records, pictures = emoji_32
     picture = pictures[[r["caption"] for r in records].index("red apple, noto style")]
     cuts = sample.cuts
@@ -163,7 +168,8 @@ def test_bfloat16_stays_close_to_float32(parts):
     (["--prompt", "a", "--promt", "b"], 2, "unknown argument --promt; did you mean --prompt?"),
     (["--prompt", "a", "--out", "nowhere/a.png"], 2, "the folder nowhere does not exist"),
     (["--prompt", "a", "--out", "a.xyz"], 2, "expected a picture's name"),
-    (["--prompt", "a", "--checkpoint", "nowhere"], 1, "nowhere: expected a checkpoint, a folder or a .safetensors file, found nothing"),
+    (["--prompt", "a", "--checkpoint", "nowhere"], 1,
+     "nowhere: expected a checkpoint, a folder or a .safetensors file, found nothing"),
     (["--prompt", "a", "--question", "b"], 2, "--question changes nothing without --image"),
     (["--image", "nowhere.png"], 1, "nowhere.png: no such picture file"),
     (["--image", "README.md"], 1, "README.md: not a picture that can be read"),
@@ -192,7 +198,8 @@ def test_asking_for_a_gpu_that_is_not_there(apple):
 def broken(tmp_path, change):
     """A copy of the shipped checkpoint, spoilt by change(folder, tensors, config)."""
     folder = Path(shutil.copytree(EMOJI, tmp_path / "checkpoint"))
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
     if change(folder, tensors, config) is None:
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
@@ -205,7 +212,8 @@ def broken(tmp_path, change):
      "not a whole safetensors file"),
     (lambda f, t, c: t.__delitem__("mmdit.img_in.weight"), "mmdit.img_in.weight is missing"),
     (lambda f, t, c: t.update({"mmdit.more": torch.zeros(1)}), "mmdit.more is not a part of this model"),
-    (lambda f, t, c: c["mmdit"].update(patch=8), "mmdit.img_in.weight is (192, 48), this model's sizes ask for (192, 192)"),
+    (lambda f, t, c: c["mmdit"].update(patch=8),
+     "mmdit.img_in.weight is (192, 48), this model's sizes ask for (192, 192)"),
     (lambda f, t, c: c["mmdit"].update(width=190), "no model has these sizes"),
     (lambda f, t, c: c["mmdit"].update(depht=3), "unknown sizes depht"),
     (lambda f, t, c: c.update(format="other"), "found 'other'"),
@@ -237,11 +245,13 @@ def test_pope_figures_from_a_hand_made_confusion_table():
     said = ["yes"] * 3 + ["yes"] + ["no", "perhaps"] + ["no"] * 4
     true = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
     figures = evaluate.pope(said, true)
-    assert figures == pytest.approx({"accuracy": 70, "precision": 75, "recall": 60, "F1": 200 / 3, "yes-ratio": 40})
+    assert figures == pytest.approx({"accuracy": 70, "precision": 75, "recall": 60, "F1": 200 / 3,
+                                     "yes-ratio": 40})
 
 
 def test_evaluation_of_the_emoji_set_prints_a_table_and_json(tmp_path):
-    done = subprocess.run([sys.executable, "evaluate.py", "emoji", "--splits", "tone", "--limit", "4", "--prompts", "2",
+    done = subprocess.run([sys.executable, "evaluate.py", "emoji", "--splits", "tone", "--limit", "4",
+                           "--prompts", "2",
                            "--steps", "2", "--seeds", "0", "1", "--json", str(tmp_path / "r.json")],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,9 +12,11 @@ from tokenizer import gpt2_subset, gpt2_tokenizer
 # ids by the npm package gpt-3-encoder 1.1.4, an implementation of its own
 KNOWN = {
     "Hello world": [15496, 995],
-    "The quick brown fox jumps over the lazy dog.": [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13],
+    "The quick brown fox jumps over the lazy dog.": [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290,
+                                                     13],
     "red apple, noto style": [445, 17180, 11, 407, 78, 3918],
-    "waving hand, medium-dark skin tone, twemoji style": [86, 2703, 1021, 11, 7090, 12, 21953, 4168, 8216, 11, 665,
+    "waving hand, medium-dark skin tone, twemoji style": [86, 2703, 1021, 11, 7090, 12, 21953, 4168, 8216, 11,
+                                                          665,
                                                           368, 31370, 3918],
     "Q: What kind of thing is this? A: ": [48, 25, 1867, 1611, 286, 1517, 318, 428, 30, 317, 25, 220],
     "  two  spaces\n\nand a tab\t.": [220, 734, 220, 9029, 198, 198, 392, 257, 7400, 197, 13],

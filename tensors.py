@@ -1,0 +1,92 @@
+"""Safetensors files: read strictly, one tensor at a time, and written so."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Callable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cli import UserError
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}       # of types in safetensors
+
+
+class Tensors:
+    """The tensors of one part: those under a prefix in one or several safetensors files, read one at a time.
+    Raises UserError for a file that is missing, no safetensors, or cut off."""
+
+    def __init__(self, files: list[Path], prefix: str = ""):
+        self.prefix, self.files, self.handle, self.opened, self.converted = prefix, files, None, None, 0
+        self.file, self.shape, self.dtype = {}, {}, {}
+        for file in files:
+            with self.open(file) as tensors:
+                for key in tensors.keys():
+                    if key.startswith(prefix):
+                        part, name = tensors.get_slice(key), key.removeprefix(prefix)
+                        self.file[name], self.shape[name] = file, tuple(part.get_shape())
+                        self.dtype[name] = part.get_dtype()
+
+    @staticmethod
+    def open(file: Path):
+        if file.suffix != ".safetensors":
+            raise UserError(f"{file}: expected .safetensors; a {file.suffix or 'file without suffix'} may be "
+                            f"a pickle, which can run code; convert it first")
+        try:
+            return safe_open(file, framework="pt")
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file
+
+    def size(self, name: str, axis: int) -> int:
+        """Raises UserError when the tensor isn't there or has fewer axes."""
+        if name not in self.file or len(self.shape[name]) <= axis:
+            raise UserError(f"{self.files[0]}: {self.prefix}{name} is missing, so the sizes can't be read")
+        return self.shape[name][axis]
+
+    def count(self, pattern: str) -> int:
+        """How many of pattern.format(0), pattern.format(1), ... there are."""
+        return next(number for number in itertools.count() if pattern.format(number) not in self.file)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """In the stored dtype (then mapped, not copied), or converted.  The pages of a mapped file that were
+        touched count as this process's memory until it is unmapped: after each gigabyte that was converted
+        the file is opened anew, so that a conversion needs no memory for both."""
+        if self.opened != self.file[name] or self.converted > 2**30:
+            self.handle, self.opened, self.converted = None, None, 0
+            self.handle, self.opened = self.open(self.file[name]), self.file[name]
+        tensor = self.handle.get_tensor(self.prefix + name)
+        if dtype in (None, tensor.dtype):
+            return tensor
+        self.converted += tensor.nbytes
+        return tensor.to(dtype)
+
+
+def finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity, in one pass: both survive a minimum and a maximum."""
+    return tensor.numel() == 0 or all(map(math.isfinite, tensor.detach().aminmax()))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,
+                  gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
+    """A safetensors file, one tensor after the other: `gather` makes each a whole one when its turn comes."""
+    header, at, temporary = {"__metadata__": {"format": "pt"}}, 0, path.with_name(f".{path.name}.tmp")
+    for name, tensor in tensors.items():
+        end = at + tensor.numel() * dtype.itemsize
+        header[name] = dict(dtype=NAMES[dtype], shape=list(tensor.shape), data_offsets=[at, end])
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            values = gather(tensor).detach().to("cpu", dtype).contiguous()
+            file.write(values.reshape(-1).view(torch.uint8).numpy())
+    temporary.replace(path)
