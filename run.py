@@ -253,6 +253,9 @@ class Run:
             raise self.failed(self.error)
 
     def failed(self, why: str) -> UserError:
+        """The mistake to raise; what was written of this step is taken away, so that it takes no room."""
+        if self.thread is not None:                              # it may be writing still
+            self.thread.join()
         if self.rank == 0:
             for left in [*self.out.glob(".tmp_*"), *self.out.glob(".*.tmp")]:
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=2 train.py --stage pretrain  # the same lines, sharded by FSDP2
 
 A run lives in --out (out/STAGE unless given), as run.py says: its log, its checkpoints, the averaged weights
-that sample.py reads.  Run the same command again and it goes on from the newest step_* folder, with any number
-of processes; Ctrl-C and SIGTERM save first.
+that sample.py reads.  Run the same command again and it goes on from the newest step_* folder, with any
+number of processes; Ctrl-C and SIGTERM save first.
 
 The stages of the paper on its own data, from SD3's weights, are not here yet: this trains the end-to-end
 variant (GPT-2's tokenizer, own embedding table) on the emoji set, with `Pixels` as latents.
@@ -371,8 +371,8 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
         norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         votes = bool(asked), not norm.isfinite(), bool(run.error)
         stopping, unsound, failed = parallel.agree(*votes, device=device)
-        if failed:
-            run.wait()                                           # says what went wrong with the save
+        if failed or unsound:
+            run.wait()                                           # says what went wrong with a save
         if unsound:                                              # before anything is spoilt
             image, text = map(float, losses)
             raise UserError(f"step {run.step + 1}: the gradient is not finite (image loss {image:.4g}, text "

@@ -198,9 +198,9 @@ def test_weights_too_large_for_float16_are_shared_in_bfloat16(go, tmp_path, tiny
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder that holds 24 MiB: the first two saves of the tiny model and a little."""
+    """A folder that holds 40 MiB: four saves of the tiny model, and what lies beside them."""
     (tmp_path / "disk").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", tmp_path / "disk"],
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", tmp_path / "disk"],
                              capture_output=True)
     if mounted.returncode:
         pytest.skip("this machine lets nobody mount a small disk")
