@@ -27,7 +27,10 @@ class UserError(Exception):
 
 def value(default: Any, low: float | None = None, high: float | None = None, choices: list | None = None):
     """A dataclass field that is also a flag: its default, and the range or choices that `Parser` checks."""
-    return dataclasses.field(default=default, metadata=dict(low=low, high=high, choices=choices))
+    limits = dict(low=low, high=high, choices=choices)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=limits)
+    return dataclasses.field(default=default, metadata=limits)
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
@@ -62,17 +65,21 @@ class Parser(argparse.ArgumentParser):
         comment behind the field; `defaults` are those that the chosen stage has instead of the class's."""
         comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
         for field in dataclasses.fields(config):
-            default = defaults.get(field.name, field.default)
-            shown = "" if default in ("", False) else f" ({default})"
+            own = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            default = defaults.get(field.name, own)
+            shown = " ".join(default) if isinstance(default, list) else default
+            shown = "" if shown in ("", False) else f" ({shown})"
             said = comments[field.name].replace("%", "%%") + shown
             limits = dict(field.metadata)
             choices = limits.pop("choices", None)
             if isinstance(default, bool):
                 how = dict(action="store_true")
+            elif isinstance(default, list):
+                how = dict(nargs="+", metavar="PATH")
             elif isinstance(default, str):
                 how = dict(choices=choices, metavar=None if choices else "TEXT")
             else:
-                how = dict(type=number(type(field.default), **limits), metavar="N")
+                how = dict(type=number(type(own), **limits), metavar="N")
             self.add_argument(flag(field.name), default=argparse.SUPPRESS, help=said, **how)
 
     def parse_args(self, args=None):
@@ -82,8 +89,9 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
             self.error(f"unknown argument {name}; {f'did you mean {close[0]}?' if close else 'see --help'}")
         for name, text in vars(parsed).items():
-            if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
-                self.error(f"{flag(name)} is no text in this terminal's encoding: {ascii(text)}")
+            for part in text if isinstance(text, list) else [text]:
+                if isinstance(part, str) and any("\ud800" <= c <= "\udfff" for c in part):
+                    self.error(f"{flag(name)} is no text in this terminal's encoding: {ascii(part)}")
         return parsed
 
     def error(self, message: str):

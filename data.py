@@ -1,26 +1,42 @@
-"""Pictures, and tar shards in WebDataset layout.
+"""Sources of pictures with texts: a sample at a position; mixed by weight, in an order without state.
 
-Shapes: P pixels a side.
+    python data.py show PATH[:WEIGHT] ... --out page.png   # what the trainer would see, and what is wrong
+    python data.py index SHARD.tar ...                     # where a tar's samples are; also made at first use
+
+A source is a path, told by what it is: a folder of pictures with captions, tars, a JSON list (sources.py), or
+the embedded set (emoji.py).  The sample at position i of a run is a function of (run, i) alone: there are no
+iterators, and nothing about order is stored.
+
+Shapes: n samples or positions, P pixels a side.
 """
+
+import cli
+cli.interruptible(__name__)
 
 import hashlib
 import io
-import tarfile
+import re
+from collections import Counter
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+import sources
 from cli import UserError
+
+LONGEST = 4             # sides: a picture longer than 4 to 1 is left out
 
 
 def question_prompt(question: str) -> str:
     """The paper's prompt format; the answer follows it directly."""
     return f"Q: {question} A: "
 
+
+# ------------------------------------------------------------------------------------------------------ order
 
 def fraction(text: str) -> float:
     """A text's hash as a number in [0, 1): the same on every machine, so splits never move."""
@@ -32,29 +48,57 @@ def seeded(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int(fraction(repr(key)) * 2**53))
 
 
-def shuffled(key: str, groups: list[list[int]], positions: Iterable[int]) -> list[int]:
-    """The samples at these positions of an endless run of shuffled epochs; `key` says which run.
+def permute(at: Tensor, size: int, key: str) -> Tensor:
+    """Where a random permutation of range(size) takes each place, (n,) int64 -> (n,), without storing it.
 
-    An epoch takes one sample of every group, which one drawn anew each time (`emoji.fair`).  A function of
-    its arguments alone, so that a resumed run, or another number of processes, sees the same."""
-    picked, drawn = [], None
-    for position in positions:
-        epoch, at = divmod(position, len(groups))
-        if epoch != drawn:
-            generator, drawn = seeded(key, epoch), epoch
-            places = torch.randperm(len(groups), generator=generator)
-            member = torch.rand(len(groups), generator=generator)
-        group = groups[int(places[at])]
-        picked.append(group[int(float(member[at]) * len(group))])
-    return picked
+    A Feistel network of six rounds on the smallest even number of bits that holds `size`; what falls outside
+    is sent through again until it is inside (cycle walking, Black and Rogaway 2002): four times at most, on
+    average.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low, keys = (1 << half) - 1, np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint32)[:6].tolist()
+    at, outside = at.clone(), torch.ones_like(at, dtype=torch.bool)
+    while outside.any():
+        left, right = at[outside] >> half, at[outside] & low
+        for k in keys:                                           # murmur's mixing, modulo 2^32
+            mixed = (right + k) * 0x9E3779B1 & 0xFFFFFFFF
+            mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+            left, right = right, left ^ ((mixed ^ mixed >> 13) & low)
+        at[outside] = left << half | right
+        outside = at >= size
+    return at
 
 
-def read_picture(source: Path | bytes) -> Image.Image:
+def locate(positions: Tensor, sizes: list[int], weights: list[float], key: str) -> list[tuple[int, int, int]]:
+    """(source, epoch, place in the source) of each position (n,) of an endless mix of shuffled epochs.
+
+    Source k fills its share of positions as evenly as can be: of the first p positions left to it and to the
+    sources after it, floor(p share).  That count says which epoch of the source, and where in it, a position
+    is.
+    """
+    found, todo, left = [(0, 0, 0)] * len(positions), torch.arange(len(positions)), positions
+    for k, (size, weight) in enumerate(zip(sizes, weights)):
+        share = round(weight / sum(weights[k:]) * 2**20)         # in 2^-20, so that it is exact
+        before = (left * share) >> 20
+        mine = ((left + 1) * share) >> 20 > before
+        epochs, at = before[mine] // size, before[mine] % size
+        for e in epochs.unique().tolist():
+            places = permute(at[epochs == e], size, f"{key} source {k} epoch {e}").tolist()
+            for i, place in zip(todo[mine][epochs == e].tolist(), places):
+                found[i] = (k, e, place)
+        todo, left = todo[~mine], (left - before)[~mine]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+def read_picture(source: Path | bytes, name: str = "a picture") -> Image.Image:
     """Any picture file as RGB, transparent parts on white.  Raises UserError when it can't be read."""
-    name = source if isinstance(source, Path) else "a picture"
+    name = source if isinstance(source, Path) else name
     try:
         picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
         picture.load()
+        picture = ImageOps.exif_transpose(picture)               # as the camera was held
     except FileNotFoundError:
         raise UserError(f"{name}: no such picture file")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -74,6 +118,14 @@ def fit_picture(picture: Image.Image, height: int, width: int | None = None) -> 
     return picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + target[0], top + target[1]))
 
 
+def check_picture(picture: Image.Image, name: str, least: int = 1) -> None:
+    """Raises UserError for a picture that training leaves out: too long, or a side under `least` pixels."""
+    short, long = sorted(picture.size)
+    if long > LONGEST * short or short < least:
+        raise UserError(f"{name}: a picture of {picture.width}x{picture.height}, expected at most "
+                        f"{LONGEST} to 1, and sides of at least {least}")
+
+
 def to_tensor(picture: Image.Image) -> Tensor:
     """RGB picture -> (3, P, P) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
@@ -85,28 +137,166 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
-def read_tar(path: Path) -> Iterator[dict]:
-    """The samples of a tar in WebDataset layout, .tar or .tar.gz, in order.
+# ---------------------------------------------------------------------------------------------------- mixture
 
-    Files whose names agree up to the first dot of the last part are one sample: {"__key__": name, extension:
-    bytes, ...}.  Raises UserError for a file that is missing, no tar, or cut off."""
-    sample: dict = {}
-    try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if sample and sample["__key__"] != key:
-                    yield sample
-                    sample = {}
-                sample["__key__"] = key
-                sample[extension.lower()] = tar.extractfile(member).read()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such tar file")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a whole tar file ({error}); fetch or build it again")
-    if sample:
-        yield sample
+def open_source(path: str, pixels: int):
+    """The source at a path.  Raises UserError."""
+    import emoji                # here: it reads its pictures through this file
+    return emoji.Emoji(Path(path), pixels) if emoji.is_emoji(path) else sources.of_path(path)
+
+
+def split_weight(spec: str) -> tuple[str, float]:
+    """PATH[:WEIGHT] in its parts.  Raises UserError."""
+    path, _, weight = spec.rpartition(":")
+    if not path or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
+        return spec, 1.0
+    if float(weight) <= 0:
+        raise UserError(f"{spec}: a weight of {weight}, expected PATH or PATH:WEIGHT with one above 0")
+    return path, float(weight)
+
+
+def fingerprint(spec: str) -> str:
+    """What a source is, wherever it lies: a file's contents, or names and sizes of many, and its weight."""
+    path, weight = split_weight(spec)
+    places = [Path(place) for place in sources.expand(path)]
+    files = [(file, str(file.relative_to(place))) for place in places if place.is_dir()
+             for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files += [(place, place.name) for place in places if place.is_file()]
+    if len(places) == 1 and places[0].is_file() and places[0].stat().st_size < 2**28:
+        return f"{hashlib.sha256(places[0].read_bytes()).hexdigest()[:16]}:{weight}"
+    listed = "".join(f"{name} {file.stat().st_size}\n" for file, name in files)
+    return f"{hashlib.sha256(listed.encode()).hexdigest()[:16]}:{weight}"
+
+
+class Mix:
+    """Sources mixed by weight, PATH[:WEIGHT] each, in the order that `key` gives; pictures cut to P x P.
+
+    bad: what samples were of no use, and why; seen: how many were asked for.  Raises UserError."""
+
+    def __init__(self, specs: list[str], pixels: int, key: str = ""):
+        self.pixels, self.key, self.sources, self.weights = pixels, key, [], []
+        self.bad, self.seen, self.said = [], 0, 0
+        for spec in specs:
+            path, weight = split_weight(spec)
+            self.sources.append(open_source(path, pixels))
+            self.weights.append(weight)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def take(self, positions: Iterable[int], name: str) -> list[dict]:
+        """The samples at these positions of the run's order `name`, with "picture" (3, P, P) uint8."""
+        places = locate(torch.tensor(list(positions)), list(map(len, self.sources)), self.weights,
+                        f"{self.key} {name}")
+        return [self.read(*place) for place in places]
+
+    def read(self, k: int, epoch: int, place: int) -> dict:
+        """A sample of source k; the next one stands in for one that is of no use.  UserError after 20 in a
+        row, or when over 5 % are."""
+        source = self.sources[k]
+        for at in range(place, place + 20):
+            at, self.seen = at % len(source), self.seen + 1
+            chance = fraction(f"{self.key} {k} {epoch} {at}")
+            try:
+                return self.cut(source[source.choose(at, chance) if hasattr(source, "choose") else at])
+            except UserError as error:
+                self.bad.append(str(error))
+                if len(self.bad) > 0.05 * self.seen and self.seen >= 200:
+                    break
+        raise UserError(f"{source.name}: {len(self.bad)} of {self.seen} samples are of no use, the last: "
+                        f"{self.bad[-1]}")
+
+    def newly_bad(self) -> list[str]:
+        """The bad ones since this was last asked."""
+        new, self.said = self.bad[self.said:], len(self.bad)
+        return new
+
+    def cut(self, sample: dict) -> dict:
+        if isinstance(sample["picture"], bytes):
+            picture = read_picture(sample["picture"], sample["key"])
+            check_picture(picture, sample["key"])
+            array = torch.from_numpy(np.array(fit_picture(picture, self.pixels)))
+            sample["picture"] = array.permute(2, 0, 1)
+        if not sample["captions"] and not sample.get("recaption") and not sample.get("questions"):
+            raise UserError(f"{sample['key']}: no caption and no question")
+        return sample
+
+    def texts(self) -> list[str] | None:
+        """Every text of the sources, or None where that would take reading all of them."""
+        if not all(hasattr(source, "texts") for source in self.sources):
+            return None
+        return [text for source in self.sources for text in source.texts()]
+
+    def shown(self, count: int, held: bool) -> list[dict]:
+        """Samples to look at, of the first source: learnt ones, or held-out ones where it has any."""
+        source = self.sources[0]
+        kept = getattr(source, "held", [])[:count] if held else []
+        return [self.cut(source[i]) for i in kept or range(min(count, len(source)))]
+
+
+def choose_caption(sample: dict, recaption: float, chance: float) -> str:
+    """One of a sample's captions or, for a share `recaption` of draws, the re-caption; chance: in [0, 1)."""
+    again, captions = sample.get("recaption"), sample["captions"]
+    if again and (not captions or chance < recaption):
+        return again
+    if again:
+        chance = (chance - recaption) / (1 - recaption)
+    return captions[int(chance * len(captions))]
+
+
+# --------------------------------------------------------------------------------------------------- commands
+
+def show_sources(specs: list[str], pixels: int, out: Path, look: int, tokenizer: str) -> None:
+    """A page of twelve samples as the trainer would see them; on stdout counts, and all that is wrong."""
+    import checkpoint                                            # here: these read and draw through this file
+    import show
+    mix, cut, wrong, cells = Mix(specs, pixels, "show"), checkpoint.load_tokenizer(tokenizer), Counter(), []
+    for source, weight in zip(mix.sources, mix.weights):
+        share = weight / sum(mix.weights)
+        print(f"{source.name}: {type(source).__name__}, {len(source):,} samples, {share:.1%} of the mix")
+    longest, step = 0, max(1, len(mix) // look)
+    for position in range(0, len(mix), step):
+        (k, _, place), = locate(torch.tensor([position]), list(map(len, mix.sources)), mix.weights, "show")
+        try:
+            sample = mix.cut(mix.sources[k][place])
+        except UserError as error:
+            wrong[re.sub(r"^.*?: |\d+", "", str(error))] += 1
+            print(f"wrong: {error}")
+            continue
+        texts = [text for text in (*sample["captions"], sample.get("recaption")) if text]
+        counts = [len(cut.pieces(text)) for text in texts]
+        longest = max([longest, *counts])
+        if len(cells) < 12:
+            lines = [f"{text} ({count} tokens)" for text, count in zip(texts, counts)][:2]
+            lines += [f"Q: {q['question']} A: {q['answer']}" for q in sample.get("questions") or []][:1]
+            cells.append((sample["picture"].float() / 127.5 - 1, [str(sample["key"])[-50:], *lines]))
+    if cells:
+        show.write_picture(out, show.page(cells[:6], cells[6:]))
+    print(f"looked at {len(range(0, len(mix), step)):,} samples, {sum(wrong.values()):,} of no use; the "
+          f"longest caption has {longest} tokens" + (f"; {out}" if cells else ""))
+    for what, count in wrong.most_common():
+        print(f"{count:6} {what}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("command", choices=["show", "index"])
+    parser.add_argument("paths", nargs="+", help="sources, PATH[:WEIGHT]; for index: tars")
+    parser.add_argument("--out", type=Path, default=Path("data.png"), help="show: the page (data.png)")
+    parser.add_argument("--pixels", type=cli.number(int, 8), default=256, metavar="N",
+                        help="show: a side (256)")
+    parser.add_argument("--look", type=cli.number(int, 1), default=1000, metavar="N",
+                        help="show: samples (1000)")
+    parser.add_argument("--tokenizer", default="gpt2", help="show: gpt2, or a folder with T5's (gpt2)")
+    args = parser.parse_args(argv)
+    if args.command == "show":
+        show_sources(args.paths, args.pixels, args.out, args.look, args.tokenizer)
+        return
+    for path in [path for pattern in args.paths for path in sources.expand(pattern)]:
+        if path.endswith(("gz", "tgz")):
+            raise UserError(f"{path}: a packed tar can't be read at random; gunzip it")
+        print(f"{path}: {len(sources.make_index(path)):,} samples")
+
+
+if __name__ == "__main__":
+    cli.run(main)

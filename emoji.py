@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from cli import UserError
-from data import fit_picture, fraction, question_prompt, read_picture, read_tar
+from data import fit_picture, fraction, question_prompt, read_picture
+from sources import read_tar
 
 TAR = Path(__file__).parent / "assets" / "emoji.tar.gz"
 STYLES = {"noto": "google", "twemoji": "twitter"}       # our word in captions: the npm package's and folder's
@@ -286,6 +287,41 @@ def texts(records: list[dict]) -> list[str]:
     """Every text of the emoji set, in the pieces in which it is tokenized."""
     return [r["caption"] for r in records] + [text for r in records for q in r["questions"]
                                               for text in (question_prompt(q["question"]), q["answer"])]
+
+
+def is_emoji(path: str | Path) -> bool:
+    """Whether a file is such a tar, told by its first sample."""
+    try:
+        first = next(read_tar(Path(path))) if re.search(r"\.(tar|tar\.gz|tgz)$", str(path)) else {}
+        return set(FIELDS) <= set(json.loads(first.get("json", "{}")))
+    except (UserError, ValueError, StopIteration):
+        return False                                             # said when it is read as what it is then
+
+
+class Emoji:
+    """The set as a source (data.Mix): a place is an emoji in a style, its skin tone drawn anew each epoch."""
+
+    def __init__(self, path: Path, pixels: int):
+        self.name, (self.records, self.pictures) = str(path), load(path, pixels)
+        self.groups = fair(self.records)
+        self.held = [i for i, record in enumerate(self.records) if record["split"] != "train"]
+        if not self.groups:
+            raise UserError(f"{path}: no sample of this tar is in the split \"train\"")
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def choose(self, place: int, chance: float) -> int:
+        group = self.groups[place]
+        return group[int(chance * len(group))]
+
+    def __getitem__(self, i: int) -> dict:
+        record = self.records[i]
+        return dict(key=record["key"], picture=self.pictures[i], captions=[record["caption"]],
+                    questions=record["questions"])
+
+    def texts(self) -> list[str]:
+        return texts(self.records)
 
 
 def main() -> None:

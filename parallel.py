@@ -123,6 +123,15 @@ def agree(*flags: bool, device: torch.device) -> list[bool]:
     return [vote > 0 for vote in mean(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()]
 
 
+def gather(found: list) -> list:
+    """The items of all processes' lists."""
+    lists = [found]
+    if several():
+        lists = [None] * dist.get_world_size()
+        dist.all_gather_object(lists, found)
+    return [item for part in lists for item in part]
+
+
 def first(function: Callable[[], Any]) -> Any:
     """What `function` gives on process 0, on all of them; a UserError too."""
     said = [None, None]

@@ -28,13 +28,15 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import checkpoint
 import cli
+import data
 import parallel
 import show
 from cli import UserError
 from tensors import write_tensors
 
 # what a run is: with another value of one of these it would be another run
-IDENTITY = ("stage", "preset", "init", "data", "vocabulary", "pixels", "text_length", "image_batch",
+IDENTITY = ("stage", "preset", "init", "image_data", "text_data", "vocabulary", "pixels", "text_length",
+            "image_batch",
             "text_batch", "optimizer", "seed")
 FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)      # CheckpointException is no Exception
 DIGESTS = "digests.json"
@@ -92,7 +94,9 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{out}: another run is training here now; wait for it, or use another --out")
-        settings |= {f"{name}_digest": digest(settings[name]) for name in ("init", "data")}
+        settings |= {"init_digest": digest(settings["init"])} | {
+            f"{name}_digest": [data.fingerprint(spec) for spec in settings[name]]
+            for name in ("image_data", "text_data")}
         key = f"{settings['seed']} {settings['stage']} {settings['init_digest']}"
         was = checkpoint.read_json(out / "train.json") if (out / "train.json").exists() else {}
         held = sorted([*out.glob("*.safetensors"), *out.glob("step_*")])
@@ -120,13 +124,14 @@ class Run:
         """Raise UserError where a flag that makes the run what it is has another value than when it began."""
         for name in IDENTITY:
             old, new, hashed = was.get(name), self.settings[name], f"{name}_digest"
+            shown = lambda value: " ".join(value) if isinstance(value, list) else value
             if hashed in was and was[hashed] == self.settings[hashed]:
                 continue                                         # the same file, wherever it lies
             if name in was and (old != new or hashed in was):
                 changed = " with other contents" if old == new else ""
-                raise UserError(f"{self.out}: this run began with {cli.flag(name)} {old}, not {new}{changed};"
-                                f" go on so, or start another with another --out (--init {self.out} takes "
-                                f"its weights along)")
+                said = f"{cli.flag(name)} {shown(old)}, not {shown(new)}{changed}"
+                raise UserError(f"{self.out}: this run began with {said}; go on so, or start another with "
+                                f"another --out (--init {self.out} takes its weights along)")
 
     def begin(self, model: nn.ModuleDict, optimizers: list, ema: dict[str, Tensor], keep: list[int] | None,
               about: dict) -> None:
@@ -313,15 +318,19 @@ class Run:
         """Add one step's (image loss, text loss, gradient norm), (3,), to the row that is due."""
         self.sums, self.summed = self.sums + losses, self.summed + 1
 
-    def log(self, rate: float, samples: int, steps: int) -> None:
-        """A row of means over the last `over` steps, and a line with the pace and the time left."""
+    def log(self, rate: float, samples: int, steps: int, bad: list[str]) -> None:
+        """A row of means over the last `over` steps, and a line with the pace and the time left.
+
+        bad: samples of no use since the last row; they are named in this one."""
         image, text, norm = parallel.mean(self.sums / self.summed).tolist()
         elapsed = time.time() - self.started
         pace, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
         self.rows.append(dict(
             step=self.step, over=self.summed, image_loss=image, text_loss=text, grad_norm=norm, lr=rate,
             seconds=seconds, samples_per_s=round(samples * pace, 1)))
-        self.sums, self.summed = 0, 0
+        self.sums, self.summed, bad = 0, 0, parallel.gather(bad)
+        if bad:
+            self.rows[-1] |= dict(bad_samples=len(bad), bad_names=bad[:20])
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(self.rows[-1]) + "\n")

@@ -42,7 +42,7 @@ def page(*columns: list[tuple[Tensor, list[str]]]) -> Image.Image:
         for row, (image, lines) in enumerate(cells):
             x, y = column * 500, row * 104
             sheet.paste(enlarge(data.to_picture(image), 96).resize((96, 96)), (x + 4, y + 4))
-            wrapped = [part for line in lines for part in textwrap.wrap(line, 52)]
+            wrapped = [part for line in lines for part in textwrap.wrap(line, 52)][:5]   # what has room
             for i, line in enumerate(wrapped):
                 pen.text((x + 110, y + 52 - 9 * len(wrapped) + 18 * i), line, fill="black", font=font)
     return sheet

@@ -25,7 +25,7 @@ class Tokenizer:
 
     def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int, specials: str = ""):
         self.bpe, self.end_id, self.pad_id, self.mask_id = bpe, end_id, pad_id, mask_id
-        self.vocab_size, self.specials = vocab_size, specials
+        self.vocab_size, self.specials, self.cut = vocab_size, specials, 0
 
     def pieces(self, text: str) -> list[int]:
         """The bare ids of a text, no end token, no padding."""
@@ -50,9 +50,11 @@ class Tokenizer:
         """Ids to (length,): end token and padding added, or cut, with a warning on stderr of what is lost."""
         if len(ids) > length - 1:
             kept, cut = self.decode(ids[:length - 1]), self.decode(ids[length - 1:])
-            shown = cut if len(cut) <= 60 else cut[:57] + "..."
-            print(f"warning: {len(ids)} tokens, room for {length - 1}: kept up to {kept[-20:]!r}, "
-                  f"cut off {shown!r}", file=sys.stderr)
+            shown, self.cut = cut if len(cut) <= 60 else cut[:57] + "...", self.cut + 1
+            if self.cut <= 3:
+                more = "; others are not said" if self.cut == 3 else ""
+                print(f"warning: {len(ids)} tokens, room for {length - 1}: kept up to {kept[-20:]!r}, "
+                      f"cut off {shown!r}{more}", file=sys.stderr)
             ids = ids[:length - 1]
         return torch.tensor(ids + [self.end_id] + [self.pad_id] * (length - len(ids) - 1))
 

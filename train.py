@@ -49,7 +49,9 @@ class TrainConfig:
     preset: str = value("emoji", choices=list(PRESETS))  # sizes of the model; --init brings its own
     init: str = ""                                  # checkpoint folder to start from, instead of from scratch
     out: str = ""                                   # folder of the run, instead of out/STAGE
-    data: str = str(emoji.TAR)                      # the emoji tar
+    image_data: list = value([str(emoji.TAR)])      # PATH[:WEIGHT] ... of the image loss: see data.py
+    text_data: list = value([])                     # of the text loss, if others
+    recaption: float = value(0.5, low=0, high=1)    # share of re-captions where a sample has one
     pixels: int = value(0, low=1)            # pictures are resized to this; 0: as the preset or --init has it
     steps: int = value(4000, low=1)                 # updates
     image_batch: int = value(96, low=1)         # pictures in the image loss of one update, over all processes
@@ -122,41 +124,43 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def image_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     """Noised pictures with clean captions, now and then with none: this process's rows of a global batch."""
-    indices, draws = held.rows(step, config.image_batch, "image")
+    samples, draws = held.rows(step, config.image_batch, "image")
     shape = (1, 3, config.pixels, config.pixels)
     t, noise = map(torch.cat, zip(*(flow.draw(shape, generator, config.time_shift) for generator in draws)))
-    dropped = [float(torch.rand((), generator=generator)) < config.text_dropout for generator in draws]
-    texts = ["" if drop else held.records[i]["caption"] for i, drop in zip(indices, dropped)]
+    chances = [torch.rand(2, generator=generator).tolist() for generator in draws]
+    texts = ["" if drop < config.text_dropout else data.choose_caption(sample, config.recaption, chance)
+             for sample, (drop, chance) in zip(samples, chances)]
     ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    return held.batch(indices, ids=ids, t=t, noise=noise) | dict(count=config.image_batch)
+    return held.batch(samples, ids=ids, t=t, noise=noise) | dict(count=config.image_batch)
 
 
 def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     """Clean pictures with captions, or questions and answers, to be masked: this process's rows.
 
     Times are antithetic over the global batch; dealt out row by row, each process has early and late ones."""
-    indices, draws = held.rows(step, config.text_batch, "text")
+    samples, draws = held.rows(step, config.text_batch, "text")
     t, _ = mask_diffusion.draw((config.text_batch, 0), data.seeded(held.key, "times", step))
     uniform = torch.stack([torch.rand(config.text_length, generator=generator) for generator in draws])
-    share = config.question_share if config.stage == "instruct" else 0.0
-    pairs = [text_sample(held.tokenizer, held.records[i], share, config.text_length, generator)
-             for i, generator in zip(indices, draws)]
+    pairs = [text_sample(held.tokenizer, sample, config, generator) for sample,
+             generator in zip(samples, draws)]
     ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
-    batch = held.batch(indices, ids=ids, frozen=frozen, t=t[held.rank::held.world], uniform=uniform)
+    batch = held.batch(samples, ids=ids, frozen=frozen, t=t[held.rank::held.world], uniform=uniform)
     count = parallel.mean((~batch["frozen"]).sum().float()) * held.world          # of the global batch
     return batch | dict(count=count, mask_id=held.tokenizer.mask_id)
 
 
-def text_sample(tokenizer: Tokenizer, record: dict, questions: float, length: int,
+def text_sample(tokenizer: Tokenizer, sample: dict, config: TrainConfig,
                 generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """ids (L,), and frozen (L,), True at the prompt: a caption or, with chance `questions`, a question."""
-    pick = torch.rand(2, generator=generator).tolist()
-    prompt, answer = [], record["caption"]
-    if pick[0] < questions:
-        asked = record["questions"][int(pick[1] * len(record["questions"]))]
+    """ids (L,), and frozen (L,), True at the prompt: a caption or, in `instruct`, now and then a question."""
+    ask, which = torch.rand(2, generator=generator).tolist()
+    questions, share = sample.get("questions"), config.question_share if config.stage == "instruct" else 0.0
+    if questions and (ask < share or not sample["captions"]):
+        asked = questions[int(which * len(questions))]
         prompt, answer = tokenizer.pieces(data.question_prompt(asked["question"])), asked["answer"]
-    ids = tokenizer.fit(prompt + tokenizer.pieces(answer), length)
-    return ids, torch.arange(length) < len(prompt)
+    else:
+        prompt, answer = [], data.choose_caption(sample, config.recaption, which)
+    ids = tokenizer.fit(prompt + tokenizer.pieces(answer), config.text_length)
+    return ids, torch.arange(config.text_length) < len(prompt)
 
 
 def image_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
@@ -179,28 +183,28 @@ def text_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
 class Held:
     """What batches are made of, the same on every process."""
     tokenizer: Tokenizer
-    records: list[dict]
-    pictures: Tensor                # (n, 3, P, P) uint8
-    groups: list[list[int]]         # of pictures to learn from, one of each an epoch
+    mixes: dict[str, data.Mix]      # "image" and "text"
     key: str                        # of all draws of this run
     rank: int
     world: int
     device: torch.device
 
-    def rows(self, step: int, size: int, name: str) -> tuple[list[int], list[torch.Generator]]:
-        """The pictures of this process's rows of a global batch, and a generator for each: what is drawn with
+    def rows(self, step: int, size: int, name: str) -> tuple[list[dict], list[torch.Generator]]:
+        """The samples of this process's rows of a global batch, and a generator for each: what is drawn with
         it depends on the run and on the row's position alone, whatever the number of processes."""
         positions = range(step * size + self.rank, (step + 1) * size, self.world)
-        return (data.shuffled(f"{self.key} {name}", self.groups, positions),
+        return (self.mixes[name].take(positions, name),
                 [data.seeded(self.key, name, position) for position in positions])
 
-    def batch(self, indices: list[int], **tensors: Tensor) -> dict:
+    def batch(self, samples: list[dict], **tensors: Tensor) -> dict:
         """On the device: `images` (B, 3, P, P) in [-1, 1], and the tensors."""
-        tensors["images"] = self.images(indices)
+        tensors["images"] = images_of(samples)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
-    def images(self, indices: list[int]) -> Tensor:
-        return self.pictures[indices].float() / 127.5 - 1
+
+def images_of(samples: list[dict]) -> Tensor:
+    """Pictures (B, 3, P, P) in [-1, 1]."""
+    return torch.stack([sample["picture"] for sample in samples]).float() / 127.5 - 1
 
 
 def sizes_of(config: TrainConfig) -> tuple[TrainConfig, MMDiTConfig]:
@@ -222,14 +226,15 @@ def sizes_of(config: TrainConfig) -> tuple[TrainConfig, MMDiTConfig]:
     return replace(config, pixels=pixels, text_length=length), sizes
 
 
-def build(config: TrainConfig, sizes: MMDiTConfig, records: list[dict]) -> tuple[nn.ModuleDict, list | None]:
-    """The model, and the tokenizer's keep list: from --init, or new with the vocabulary of the texts."""
+def build(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | None) -> tuple[nn.ModuleDict, list
+                                                                                     | None]:
+    """The model, and the tokenizer's keep list: from --init, or new with the texts' vocabulary, if known."""
     if config.init:
         mmdit = checkpoint.load_mmdit(config.init, training=True)
         embedding = checkpoint.load_embedding(config.init, training=True)
         keep = checkpoint.read_json(Path(config.init) / "tokenizer.json").get("keep")
     else:
-        keep = gpt2_subset(emoji.texts(records)) if config.vocabulary == "used" else None
+        keep = gpt2_subset(texts) if config.vocabulary == "used" and texts is not None else None
         sizes = replace(sizes, vocab_size=gpt2_tokenizer(keep).vocab_size, text_length=config.text_length)
         torch.manual_seed(config.seed)
         mmdit, embedding = MMDiT(sizes), TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
@@ -253,10 +258,10 @@ def optimizers_of(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim
     return optimizers
 
 
-def check_questions(config: TrainConfig, tokenizer: Tokenizer, records: list[dict]) -> None:
+def check_questions(config: TrainConfig, tokenizer: Tokenizer, texts: list[str] | None) -> None:
     """Raise UserError where a question would leave no room for its answer, and for the end."""
-    questions = {q["question"] for r in records for q in r["questions"] if config.stage == "instruct"}
-    sizes = {q: len(tokenizer.pieces(data.question_prompt(q))) for q in questions}
+    prompts = {text for text in texts or [] if text.startswith("Q: ") and config.stage == "instruct"}
+    sizes = {prompt: len(tokenizer.pieces(prompt)) for prompt in prompts}
     longest = max(sizes, key=sizes.get, default="")
     room, taken = config.text_length, sizes.get(longest, 0)
     require((taken < room - 1, f"--text-length {room}: \"{longest}\" has {taken} tokens and leaves no room "
@@ -286,12 +291,14 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Run]:
     settings = asdict(config) | dict(world=world, torch=torch.__version__)
     run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
     check_extension(config, run)
-    records, pictures = emoji.load(Path(config.data), config.pixels)
-    groups = emoji.fair(records)
-    require((bool(groups), f"{config.data}: no sample of this tar is in the split \"train\""))
-    model, keep = build(config, sizes, records)
-    held = Held(gpt2_tokenizer(keep), records, pictures, groups, run.key, rank, world, device)
-    check_questions(config, held.tokenizer, [records[i] for group in groups for i in group])
+    mix = data.Mix(config.image_data, config.pixels, run.key)
+    mixes = dict(image=mix, text=data.Mix(config.text_data, config.pixels, run.key) if config.text_data
+                 else mix)
+    texts = [mix.texts() for mix in mixes.values()]
+    texts = None if None in texts else sum(texts[:1 + bool(config.text_data)], [])
+    model, keep = build(config, sizes, texts)
+    held = Held(gpt2_tokenizer(keep), mixes, run.key, rank, world, device)
+    check_questions(config, held.tokenizer, texts)
     model.to(device)
     if world > 1:
         parallel.shard(model, getattr(torch, config.dtype), config.shard)
@@ -299,11 +306,9 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Run]:
     run.begin(model, optimizers_of(model, config), ema, keep, dict(
         pixels=config.pixels, text_length=config.text_length, stage=config.stage))
     if rank == 0:
-        learn = sum(r["split"] == "train" for r in records)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{millions:.2f} M parameters, {learn} pictures to learn, {len(groups)} an epoch, "
-              f"{len(records) - learn} held out, vocabulary {held.tokenizer.vocab_size}, "
-              f"{world} process(es), {device}, from step {run.step}", flush=True)
+        print(f"{millions:.2f} M parameters, {len(mix):,} samples an epoch, vocabulary "
+              f"{held.tokenizer.vocab_size}, {world} process(es), {device}, from step {run.step}", flush=True)
     return config, held, run
 
 
@@ -321,13 +326,12 @@ def update(run: Run, decay: float) -> None:
 
 def show_samples(config: TrainConfig, run: Run, held: Held) -> None:
     """Drawings and captions by the averaged weights, made by all processes; the last two prompts are new."""
-    split = lambda learnt: [i for i, r in enumerate(held.records) if (r["split"] == "train") == learnt]
-    shown = (split(False) or split(True))[:8]
-    captions = lambda indices: [held.records[i]["caption"] for i in indices]
-    prompts = captions(split(True)[:6] + shown[:2])
+    mix = held.mixes["image"]
+    known, kept = mix.shown(6, False), mix.shown(8, True)
+    captions = lambda samples: [data.choose_caption(sample, 0, 0) for sample in samples]
     parts = Parts.of(run.model, Pixels(), held.tokenizer, config.pixels, config.text_length, held.device)
     with parallel.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"):
-        results = sample.results(parts, prompts, captions(shown), held.images(shown))
+        results = sample.results(parts, captions(known + kept[:2]), captions(kept), images_of(kept))
     if run.rank == 0:
         show.write_picture(run.out / f"samples_{run.step}.png", results)
 
@@ -355,6 +359,7 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
     if device.type == "cuda":
         kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     sides = ((1.0, image_batch, image_errors), (config.text_weight, text_batch, text_errors))
+    mixes = {id(mix): mix for mix in held.mixes.values()}.values()               # one mixture may serve both
 
     while run.step < config.steps:
         rate = learning_rate(run.step, config)
@@ -382,7 +387,7 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
         run.note(torch.stack([*losses, norm]))
         last = run.step == config.steps
         if run.step % config.log_every == 0 or last or run.step <= 5:
-            run.log(rate, samples, config.steps)
+            run.log(rate, samples, config.steps, [name for mix in mixes for name in mix.newly_bad()])
         if run.step % config.save_every == 0 or last or stopping:
             run.save()
         if config.sample_every and (run.step % config.sample_every == 0 or last) and not stopping:

@@ -78,7 +78,7 @@ def test_ctrl_c_while_a_program_is_still_importing_is_one_line(name, flags, tmp_
 def test_ctrl_c_while_a_run_is_set_up_is_one_line(tmp_path):
     """A pipe in the tar's place: the program waits for it, with everything imported."""
     os.mkfifo(tmp_path / "data.tar")
-    process = subprocess.Popen([sys.executable, "train.py", "--data", tmp_path / "data.tar", "--out",
+    process = subprocess.Popen([sys.executable, "train.py", "--image-data", tmp_path / "data.tar", "--out",
                                 tmp_path / "run"],
                                cwd=ROOT, stderr=subprocess.PIPE, text=True)
     writer = os.open(tmp_path / "data.tar", os.O_WRONLY)     # returns when the program opens it for reading

@@ -1,6 +1,8 @@
 """data.py: pictures, the tar reader, the order of an epoch."""
 
 import tarfile
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -8,37 +10,56 @@ from PIL import Image
 
 import data
 import emoji
+import sources
 from cli import UserError
 
 def test_a_tar_is_read_sample_by_sample_and_a_cut_one_is_refused(tmp_path):
     with tarfile.open(emoji.TAR) as tar:
         names = [tar.next().name for _ in range(4)]
-    first, second = list(zip(range(2), data.read_tar(emoji.TAR)))
+    first, second = list(zip(range(2), sources.read_tar(emoji.TAR)))
     assert [first[1]["__key__"], second[1]["__key__"]] == [names[0].split(".")[0], names[2].split(".")[0]]
     assert set(first[1]) == {"__key__", "webp", "json"}
     whole = emoji.TAR.read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(UserError, match="cut.tar.gz: not a whole tar file"):
-        list(data.read_tar(tmp_path / "cut.tar.gz"))
+        list(sources.read_tar(tmp_path / "cut.tar.gz"))
     with pytest.raises(UserError, match="no such tar"):
-        list(data.read_tar(tmp_path / "none.tar"))
+        list(sources.read_tar(tmp_path / "none.tar"))
 
 
-def test_an_epoch_is_a_permutation_and_differs_from_the_next_one():
-    groups = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(40)]
-    epochs = [[i for step in range(5)
-               for i in data.shuffled("run", groups, range(40 * epoch + 8 * step, 40 * epoch + 8 * step + 8))]
-              for epoch in range(40)]
-    places = [[i // 3 for i in epoch] for epoch in epochs]
-    assert all(sorted(epoch) == list(range(40)) for epoch in places)
-    assert len({tuple(epoch) for epoch in places}) == 40
-    assert len({epoch[0] for epoch in places}) > 15          # of 40: 25 are expected, 15 or fewer once in 1e6
-    members = [epoch[epoch_places.index(7)] % 3 for epoch, epoch_places in zip(epochs, places)]
-    assert set(members) == {0, 1, 2}                         # one of a group, drawn anew: missed once in 4e6
-    assert data.shuffled("another", groups, range(40)) != epochs[0]
-    for world in (1, 4):                                     # however the rows are dealt out
-        dealt = [data.shuffled("run", groups, range(rank, 40, world)) for rank in range(world)]
-        assert [i for row in zip(*dealt) for i in row] == epochs[0]
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 7025])
+def test_an_epoch_is_a_permutation_and_differs_from_the_next_one(size):
+    epochs = [data.permute(torch.arange(size), size, f"epoch {e}").tolist() for e in range(40)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    if size > 7:
+        assert len({tuple(epoch) for epoch in epochs}) == 40
+        assert len({epoch[0] for epoch in epochs}) > 30          # of 40: a repeat or two are expected
+
+
+def test_a_billion_positions_need_no_memory_and_repeat_nothing():
+    started, n = time.process_time(), 10**9
+    found = data.permute(torch.arange(10**6), n, "run")
+    assert 10**6 / (time.process_time() - started) > 2e5  # README: over a million a second on a free core
+    assert len(found.unique()) == 10**6 and found.min() >= 0 and found.max() < n
+    bins = torch.bincount(found * 1000 // n, minlength=1000).double()
+    assert float(((bins - 1000) ** 2 / 1000).sum()) < 999 + 4 * (2 * 999) ** 0.5        # 4 deviations
+    both = torch.stack([found[:-1], found[1:]]).double()
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.004
+
+
+def test_a_mixture_has_its_shares_exactly_and_every_sample_once_an_epoch():
+    sizes, weights, n = [50, 30, 7], [5.0, 2.0, 1.0], 8000
+    found = data.locate(torch.arange(n), sizes, weights, "run")
+    counts = Counter(k for k, _, _ in found)
+    assert [abs(counts[k] - n * w / 8) <= 1 for k, w in enumerate(weights)] == [True] * 3
+    for k, size in enumerate(sizes):
+        places = [(epoch, place) for source, epoch, place in found if source == k]
+        assert places == sorted(places, key=lambda found: found[0])
+        for epoch in range(len(places) // size):
+            assert sorted(place for e, place in places if e == epoch) == list(range(size))
+    dealt = [data.locate(torch.arange(rank, n, 4), sizes, weights, "run") for rank in range(4)]
+    assert [place for row in zip(*dealt) for place in row] == found
+    assert data.locate(torch.arange(n), sizes, weights, "another") != found
 
 
 def test_any_picture_is_read_transparent_parts_white(tmp_path):

@@ -12,7 +12,6 @@ import data
 import emoji
 import tokenizer
 from cli import UserError
-from data import shuffled
 from model import PRESETS
 
 # what must begin the kind or the group for a noun to be right; man, woman and child go by the name
@@ -108,17 +107,21 @@ def test_every_text_fits_the_text_length_of_the_preset(emoji_set):
 
 
 def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_often(emoji_set):
-    records = emoji_set[0]
-    groups = emoji.fair(records)
+    mix = data.Mix([str(emoji.TAR)], 64, "run")
+    source, = mix.sources
+    records, groups = source.records, source.groups
+    at = {record["key"]: i for i, record in enumerate(records)}
     wanted = {(r["emoji"], r["style"]) for r in records if r["split"] == "train"}
     counts = defaultdict(Counter)
     for epoch in range(200):
-        picked = shuffled("run", groups, range(epoch * len(groups), (epoch + 1) * len(groups)))
+        places = range(epoch * len(groups), (epoch + 1) * len(groups))
+        picked = [at[sample["key"]] for sample in mix.take(places, "image")]
         assert Counter((records[i]["emoji"], records[i]["style"]) for i in picked) == Counter(wanted)
         assert all(records[i]["split"] == "train" for i in picked)
         for i in picked:
             counts[records[i]["emoji"], records[i]["style"]][i] += 1
-    assert shuffled("run", groups, range(50)) != shuffled("other", groups, range(50))
+    other = data.Mix([str(emoji.TAR)], 64, "other").take(range(50), "image")
+    assert [sample["key"] for sample in other] != [sample["key"] for sample in mix.take(range(50), "image")]
     six = [group for group in groups if len(group) == 6]  # no tone of these is held out
     tones = Counter({tone: sum(counts[records[g[0]]["emoji"], records[g[0]]["style"]][i] for g in six
                                for i in g
@@ -126,15 +129,6 @@ def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_of
     expected = 200 * len(six) / 6
     # 5 df: p = 0.001
     assert len(six) > 100 and sum((n - expected) ** 2 / expected for n in tones.values()) < 20.5
-
-
-def test_a_position_does_not_depend_on_how_the_epoch_is_cut_into_steps():
-    groups = [[0], [1, 2, 3], [4], [5, 6], [7]]
-    whole = shuffled("run", groups, range(60))
-    for size in (4, 6):
-        cut = [shuffled("run", groups, range(at, at + size)) for at in range(0, 60, size)]
-        assert [i for step in cut for i in step] == whole
-    assert set(whole) == set(range(8))
 
 
 def test_without_npm_the_emoji_set_says_what_to_do(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import data
 import emoji
 import flow
 import mask_diffusion
+import sources
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding, position_table, timestep_embedding, velocity_to
 
 TINY = MMDiTConfig(depth=2, heads=2, width=32, patch=2, channels=3, position_size=8, position_base=8,
@@ -189,7 +190,7 @@ def test_a_model_that_predicts_data_differs_in_the_last_line_alone():
 def eight_emoji():
     """The first eight pictures of the emoji set: (8, 3, 64, 64) in [-1, 1]."""
     return torch.stack([data.to_tensor(data.fit_picture(data.read_picture(sample["webp"]), 64))
-                        for _, sample in zip(range(8), data.read_tar(emoji.TAR))])
+                        for _, sample in zip(range(8), sources.read_tar(emoji.TAR))])
 
 
 # a velocity at 8x8 pixels, the emoji preset's prediction of 64x64 in patches of 8; `copies` of each picture

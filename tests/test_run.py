@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
@@ -30,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 def go(tiny, small_tar, tmp_path, mistake, capsys):
     """Train in the folder `run`; returns what is said, a mistake of the person's included."""
     def call(*flags, out=tmp_path / "run"):
-        base = ["--init", tiny, "--data", small_tar, "--out", out, "--image-batch", 4, "--text-batch", 2,
+        base = ["--init", tiny, "--image-data", small_tar, "--out", out, "--image-batch", 4, "--text-batch",
+                2,
                 "--dtype",
                 "float32", "--warmup", 2, "--log-every", 1, "--save-every", 2, "--sample-every", 0,
                 "--device", "cpu"]
@@ -69,15 +71,15 @@ def test_a_flag_that_makes_the_run_what_it_is_stays_as_it_began(go, tmp_path, sm
 def test_other_contents_are_another_run_and_another_place_is_not(go, tmp_path, small_tar, tiny):
     go("--steps", 2)
     moved = shutil.copy(small_tar, tmp_path / "moved.tar")
-    assert go("--steps", 4, "--data", moved, "--init", shutil.copytree(tiny, tmp_path / "moved")) == ""
+    assert go("--steps", 4, "--image-data", moved, "--init", shutil.copytree(tiny, tmp_path / "moved")) == ""
     with tarfile.open(moved, "a") as tar:
         tar.addfile(tarfile.TarInfo("more"))
-    assert f"--data {moved}, not {moved} with other contents" in go("--steps", 6, "--data", moved)
+    assert f"--image-data {moved}, not {moved} with other contents" in go("--steps", 6, "--image-data", moved)
     weights = load_file(tiny / "model.safetensors")
     other = shutil.copytree(tiny, tmp_path / "other")
     checkpoint.write_tensors(other / "model.safetensors", {k: v + 1 for k, v in weights.items()},
                              torch.float32)
-    assert f"not {other}" in go("--steps", 6, "--data", moved, "--init", other)
+    assert f"not {other}" in go("--steps", 6, "--image-data", moved, "--init", other)
 
 
 def test_what_may_change_changes(go, tmp_path):
@@ -103,8 +105,8 @@ def test_another_run_from_the_first_ones_weights_sees_other_noise(tmp_path, tiny
     other = shutil.copytree(tiny, tmp_path / "other")
     weights = {name: value + 0.01 for name, value in load_file(tiny / "model.safetensors").items()}
     checkpoint.write_tensors(other / "model.safetensors", weights, torch.float32)
-    keys = [Run(tmp_path / f"run{i}",
-                dict(init=str(init), data="", seed=0, stage="instruct", world=1, steps=1), 0).key
+    flags = dict(image_data=[], text_data=[], seed=0, stage="instruct", world=1, steps=1)
+    keys = [Run(tmp_path / f"run{i}", flags | dict(init=str(init)), 0).key
             for i, init in enumerate((tiny, other, tiny))]
     assert keys[0] == keys[2] != keys[1]
 
@@ -229,7 +231,8 @@ def test_a_full_disk_loses_nothing_and_the_same_command_ends_the_run(when, small
 
 def test_three_kills_end_with_the_weights_of_a_run_that_nobody_touched(tiny, small_tar, tmp_path):
     """`python tests/survive.py` does twenty."""
-    flags = ["--init", str(tiny), "--data", small_tar, "--dtype", "float32", "--steps", "20", "--save-every",
+    flags = ["--init", str(tiny), "--image-data", small_tar, "--dtype", "float32", "--steps", "20",
+             "--save-every",
              "4",
              "--image-batch", "4", "--text-batch", "4", "--log-every", "1", "--sample-every", "0"]
     survive.finish(survive.start(tmp_path / "whole", flags))
@@ -250,6 +253,18 @@ def test_a_log_with_rubbish_loses_the_bad_lines_alone(go, tmp_path):
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 5]
 
 
+def test_samples_of_no_use_are_named_in_the_log(go, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(9):
+        Image.new("RGB", (40, 40 if i else 400)).save(tmp_path / "photos" / f"{i}.png")
+        (tmp_path / "photos" / f"{i}.txt").write_text("black")
+    go("--steps", 3, "--image-data", tmp_path / "photos")
+    bad = [row for row in rows(tmp_path / "run") if "bad_samples" in row]
+    assert sum(row["bad_samples"] for row in bad) >= 1           # 12 samples of 9 were drawn, and 6 read
+    assert {name.partition(", ")[0] for row in bad for name in row["bad_names"]} == {
+        f"{tmp_path}/photos/0.png: a picture of 40x400"}
+
+
 def test_each_row_says_over_how_many_steps_it_averages(go, tmp_path):
     go("--steps", 7, "--log-every", 4)
     go("--steps", 12, "--log-every", 4)
@@ -263,7 +278,7 @@ def test_a_text_batch_with_nothing_to_learn_has_loss_zero_and_questions_need_roo
     assert mask_diffusion.errors(logits, ids, 8, frozen).tolist() == [0, 0]
     assert mask_diffusion.loss(logits, ids, 8, frozen) == 0
     message = go("--stage", "instruct", "--text-length", 12, "--steps", 1)
-    assert re.search(r'--text-length 12: ".*\?" has \d+ tokens and leaves no room for an answer', message)
+    assert re.search(r'--text-length 12: "Q: .* A: " has \d+ tokens and leaves no room', message)
 
 
 # ------------------------------------------------------------------------------------------ several processes
@@ -288,7 +303,8 @@ def run_to_the_end(*args, **kwargs):
 @pytest.fixture(scope="module")
 def flags(tiny, small_tar):
     """AdamW's update is g / (|g| + eps) at first, last bits of tiny gradients grow: a small rate."""
-    return ["--init", tiny, "--data", small_tar, "--image-batch", 8, "--text-batch", 8, "--dtype", "float32",
+    return ["--init", tiny, "--image-data", small_tar, "--image-batch", 8, "--text-batch", 8, "--dtype",
+            "float32",
             "--warmup", 2,
             "--log-every", 1, "--save-every", 10, "--sample-every", 20, "--optimizer", "adamw", "--lr", 2e-4,
             "--stage", "instruct", "--schedule", "constant", "--text-weight", 0.5, "--device", "cpu"]
@@ -367,7 +383,7 @@ def test_a_mistake_on_one_process_ends_all_with_one_line(flags, tmp_path):
                        "    return load(*given)\n"
                        "emoji.load = failing\n"
                        "import cli; cli.run(train.main)\n")
-    for changed, program, line in ((["--data", "nowhere.tar"], "train.py",
+    for changed, program, line in ((["--image-data", "nowhere.tar"], "train.py",
                                     "error: nowhere.tar: no such tar file"),
                                    ([], program, "error: the tar is cut on machine 1")):
         process = launch(2, *flags, "--out", tmp_path / "run", "--steps", 2, *changed, program=program)

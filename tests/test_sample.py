@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import data
 import emoji
 import evaluate
 import flow
 import mask_diffusion
 import sample
+import sources
 from cli import UserError
 from parts import EMOJI, Parts
 
@@ -39,7 +39,7 @@ def emoji_32(parts):
 @pytest.fixture(scope="module")
 def apple(tmp_path_factory):
     """The set's own red apple, as a file."""
-    for found in data.read_tar(emoji.TAR):
+    for found in sources.read_tar(emoji.TAR):
         if json.loads(found["json"])["caption"] == "red apple, noto style":
             path = tmp_path_factory.mktemp("apple") / "apple.webp"
             path.write_bytes(found["webp"])

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import data
-import emoji
 import flow
 import mask_diffusion
 from train import learning_rate, parse
@@ -49,7 +48,6 @@ def losses(out):
 def plain_loop(config, folder, tar):
     """train.py for one process, an update written out: losses, norm and rate; weights; their average."""
     tokenizer = checkpoint.load_tokenizer(folder)
-    records, pictures = emoji.load(Path(tar), 16)
     model = nn.ModuleDict(dict(mmdit=checkpoint.load_mmdit(folder),
                                embedding=checkpoint.load_embedding(folder))).train()
     weights = {name: p for name, p in model.named_parameters() if name != "mmdit.null_image"}
@@ -57,30 +55,31 @@ def plain_loop(config, folder, tar):
     average, rows = {name: p.detach().clone() for name, p in model.named_parameters()}, []
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
     key = f"{config.seed} {config.stage} {digest}"
-    images = lambda name, at: data.shuffled(f"{key} {name}", emoji.fair(records), at)
+    mix = data.Mix([tar], 16, key)
+    images = lambda samples: torch.stack([sample["picture"] for sample in samples]).float() / 127.5 - 1
     for step in range(config.steps):
         at = range(4 * step, 4 * step + 4)
-        indices, draws = images("image", at), [data.seeded(key, "image", i) for i in at]
+        samples, draws = mix.take(at, "image"), [data.seeded(key, "image", i) for i in at]
         t, noise = map(torch.cat, zip(*(flow.draw((1, 3, 16, 16), g, config.time_shift) for g in draws)))
-        captions = [records[i]["caption"] if torch.rand((), generator=g) >= 0.5 else "" for i,
-                    g in zip(indices, draws)]
+        captions = [sample["captions"][0] if torch.rand(2, generator=g)[0] >= 0.5 else ""
+                    for sample, g in zip(samples, draws)]
         text = model["embedding"](torch.stack([tokenizer.encode(caption, 28) for caption in captions]))
         image_loss = flow.loss(lambda x, t: model["mmdit"](x, text, t)[0],
-                               pictures[indices].float() / 127.5 - 1, t=t, noise=noise)
+                               images(samples), t=t, noise=noise)
 
         at, ids, frozen = range(2 * step, 2 * step + 2), [], []
-        indices, draws = images("text", at), [data.seeded(key, "text", i) for i in at]
+        samples, draws = mix.take(at, "text"), [data.seeded(key, "text", i) for i in at]
         t, uniform = mask_diffusion.draw((2, 0), data.seeded(key, "times", step))[0], []
-        for i, g in zip(indices, draws):
+        for sample, g in zip(samples, draws):
             uniform.append(torch.rand(28, generator=g))
             ask, which = torch.rand(2, generator=g).tolist()
-            q = records[i]["questions"][int(which * len(records[i]["questions"]))] if ask < 0.5 else None
+            q = sample["questions"][int(which * len(sample["questions"]))] if ask < 0.5 else None
             q = None if config.stage == "pretrain" else q
             prompt = tokenizer.pieces(f"Q: {q['question']} A: ") if q else []
-            answer = tokenizer.pieces(q["answer"] if q else records[i]["caption"])
+            answer = tokenizer.pieces(q["answer"] if q else sample["captions"][0])
             ids.append(tokenizer.fit(prompt + answer, 28))
             frozen.append(torch.tensor([True] * len(prompt) + [False] * (28 - len(prompt))))
-        x = pictures[indices].float() / 127.5 - 1
+        x = images(samples)
         text_loss = mask_diffusion.loss(lambda ids: model["mmdit"](x, model["embedding"](ids),
                                                                    torch.zeros(1))[1],
                                         torch.stack(ids), tokenizer.mask_id, torch.stack(frozen), t=t,
@@ -107,7 +106,8 @@ def plain_loop(config, folder, tar):
 
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_training_equals_a_loop_written_out(stage, tiny, small_tar, tmp_path, monkeypatch):
-    flags = ["--stage", stage, "--init", tiny, "--data", small_tar, "--out", tmp_path, "--steps", 3, *QUICK,
+    flags = ["--stage", stage, "--init", tiny, "--image-data", small_tar, "--out", tmp_path, "--steps", 3,
+             *QUICK,
              "--optimizer", "adamw", "--lr", 1e-3, "--warmup", 2, "--schedule", "linear", "--decay-steps", 2,
              "--clip", 0.5,
              "--ema", 0.15, "--text-weight", 0.3, "--text-dropout", 0.5, "--save-every", 1, "--device", "cpu",
@@ -131,7 +131,7 @@ def test_training_equals_a_loop_written_out(stage, tiny, small_tar, tmp_path, mo
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_tar, tiny, tmp_path):
-    flags = ["--data", small_tar, "--init", tiny, *QUICK, "--ema", "0.5", "--save-every", "3"]
+    flags = ["--image-data", small_tar, "--init", tiny, *QUICK, "--ema", "0.5", "--save-every", "3"]
     train("--out", tmp_path / "whole", *flags, "--steps", 6)
     train("--out", tmp_path / "parts", *flags, "--steps", 3)
     train("--out", tmp_path / "parts", *flags, "--steps", 6)
@@ -142,7 +142,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_tar, tiny, tmp_p
 
 def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
     out = tmp_path / "pretrain"
-    process = subprocess.Popen([sys.executable, "train.py", "--out", str(out), "--data", small_tar, "--steps",
+    process = subprocess.Popen([sys.executable, "train.py", "--out", str(out), "--image-data", small_tar,
+                                "--steps",
                                 "9999",
                                 *QUICK, "--save-every", "9999"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 3):
@@ -153,7 +154,7 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
     assert process.returncode == 0 and "saved; the same command goes on" in said
     assert len(list(out.glob("step_*"))) == 1
 
-    train("--stage", "instruct", "--init", out, "--out", tmp_path / "instruct", "--data", small_tar,
+    train("--stage", "instruct", "--init", out, "--out", tmp_path / "instruct", "--image-data", small_tar,
           "--steps", 2,
           *QUICK, "--sample-every", "2")
     made = {p.name for p in (tmp_path / "instruct").iterdir()}
@@ -174,7 +175,7 @@ def test_the_rate_warms_up_stays_and_falls_to_zero():
 
 def test_a_run_whose_time_is_up_ends_early_and_a_finished_one_writes_its_weights_again(
         small_tar, tiny, tmp_path):
-    flags = ["--data", small_tar, "--init", tiny, "--out", tmp_path, *QUICK, "--save-every", "2",
+    flags = ["--image-data", small_tar, "--init", tiny, "--out", tmp_path, *QUICK, "--save-every", "2",
              "--schedule", "linear", "--decay-steps", "2", "--lr", "1e-3"]
     train(*flags, "--steps", 2)
     train(*flags, "--steps", 90, "--decay-from", 3, "--extend")
@@ -189,7 +190,7 @@ def test_a_run_whose_time_is_up_ends_early_and_a_finished_one_writes_its_weights
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(small_tar, tmp_path, monkeypatch,
                                                                         mistake):
-    flags = ["--data", small_tar, "--out", tmp_path, *QUICK, "--save-every", "1", "--log-every", "9",
+    flags = ["--image-data", small_tar, "--out", tmp_path, *QUICK, "--save-every", "1", "--log-every", "9",
              "--steps", "5"]
     calls, errors = [], flow.errors
     monkeypatch.setattr(flow, "errors", lambda *a, **k: (
@@ -230,7 +231,7 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     (["--text-dropout", "1.5"], 2, "--text-dropout: expected a number from 0 to 1, got '1.5'"),
     (["--init", "nowhere"], 1,
      "nowhere: expected a checkpoint, a folder or a .safetensors file, found nothing"),
-    (["--data", "nowhere.tar"], 1, "nowhere.tar: no such tar file"),
+    (["--image-data", "nowhere.tar"], 1, "nowhere.tar: no such tar file"),
     (["--pixels", "30"], 1, "--pixels 30: expected a multiple of the patch, 8, up to 128"),
     (["--pixels", "0"], 2, "--pixels: expected a whole number, at least 1, got '0'"),
     (["--time-shift", "0"], 2, "--time-shift: expected a number from 0.001 to 1000, got '0'"),
@@ -239,6 +240,7 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     (["--preset", "sd3-medium"], 1, "needs a VAE's latents"),
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar, mistake):
-    flags = [*(["--data", small_tar] if "--data" not in flags else []), "--out", tmp_path / "x", *flags]
+    flags = [*(["--image-data", small_tar] if "--image-data" not in flags else []), "--out", tmp_path / "x",
+             *flags]
     code, said = mistake(train_main, flags)
     assert code == status and message in said and len(said.splitlines()) == 1

@@ -1,0 +1,205 @@
+"""sources.py, and data.py's mixtures: every kind from a small fixture of its shape, and what can be wrong."""
+
+import gzip
+import io
+import json
+import os
+import random
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import emoji
+import sources
+from cli import UserError
+
+
+def jpeg(colour, size=(40, 30)):
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tar(path, samples):
+    """samples: [(name, {extension: bytes})]."""
+    with tarfile.open(path, "w") as tar:
+        for name, files in samples:
+            for extension, content in files.items():
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of five pictures with a caption file each; one lies in a folder of its own."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for i in range(5):
+        file = folder / ("more" if i == 4 else "") / f"IMG {i}.{('JPG', 'png', 'jpeg', 'webp', 'jpg')[i]}"
+        Image.new("RGB", (60, 40), (50 * i, 0, 0)).save(file)
+        file.with_suffix(".txt").write_text(f"red {i}\nstill red {i}\n\n")
+    return folder
+
+
+def test_a_folder_of_pictures_with_captions(photos):
+    source = sources.of_path(str(photos))
+    assert len(source) == 5
+    by_name = {sample["key"].rpartition("/")[2]: sample for sample in map(source.__getitem__, range(5))}
+    assert by_name["IMG 1.png"]["captions"] == ["red 1", "still red 1"]
+    assert by_name["IMG 4.jpg"]["picture"] == (photos / "more" / "IMG 4.jpg").read_bytes()
+    assert sorted(source.texts())[:2] == ["red 0", "red 1"]
+
+
+def test_a_folder_with_a_metadata_file(photos):
+    lines = [dict(file_name="IMG 1.png", text="one"), dict(file_name="more/IMG 4.jpg", text="four")]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = sources.of_path(str(photos))
+    assert [sample["captions"] for sample in map(source.__getitem__, range(len(source)))] == [["one"],
+                                                                                              ["four"]]
+
+
+def test_a_list_of_pictures_with_captions_and_recaptions(photos):
+    entries = [dict(image_path="IMG 1.png", height=40, width=60, caption="one", re_caption="a red picture"),
+               dict(image_path="IMG 3.webp", height=40, width=60, caption=None, re_caption="another")]
+    (photos / "list.json").write_text(json.dumps(entries))
+    source = sources.of_path(str(photos / "list.json"))
+    assert (source[0]["captions"], source[0]["recaption"]) == (["one"], "a red picture")
+    shares = [data.choose_caption(source[0], 0.25, chance / 1000) for chance in range(1000)]
+    assert shares.count("a red picture") == 250 and shares.count("one") == 750
+    assert data.choose_caption(source[1], 0.0, 0.9) == "another"
+
+
+def test_tars_are_read_at_random_by_an_index_beside_them(tmp_path):
+    for shard in range(3):
+        write_tar(tmp_path / f"shard-{shard:03}.tar", [
+            (f"deep.er/{shard}{i:02}", {"jpg": jpeg((i, 0, 0)), "txt": f"text {shard} {i}".encode(),
+                                        "json": json.dumps(dict(re_caption=f"again {i}")).encode()})
+            for i in range(20 + shard)])
+    source = sources.of_path(str(tmp_path / "shard-{000..002}.tar"))
+    assert [len(sources.of_path(str(path))) for path in (tmp_path, tmp_path / "*.tar")] == [63, 63]
+    assert len(source) == 63
+    assert np.load(tmp_path / "shard-001.tar.index.npy").shape == (21, 2)
+    order = random.Random(0).sample(range(63), 63)
+    for i in order:
+        shard, at = next((s, i - start) for s, start in ((2, 41), (1, 20), (0, 0)) if i >= start)
+        assert source[i]["captions"] == [f"text {shard} {at}"] and source[i]["recaption"] == f"again {at}"
+        assert source[i]["key"].endswith(f"shard-{shard:03}.tar:deep.er/{shard}{at:02}")
+
+
+def test_a_packed_tar_is_held_in_memory_up_to_a_size(tmp_path, monkeypatch):
+    plain = write_tar(tmp_path / "a.tar", [("x", {"png": jpeg("red"), "txt": b"red"})])
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    assert sources.of_path(str(tmp_path / "a.tar.gz"))[0]["captions"] == ["red"]
+    monkeypatch.setattr(sources, "WHOLE_GZIP", 1000)
+    with pytest.raises(UserError, match="a .tar.gz is held in memory; gunzip it"):
+        sources.of_path(str(tmp_path / "a.tar.gz"))
+
+
+def test_a_mixture_cuts_pictures_and_says_what_its_sources_are(photos, tmp_path):
+    write_tar(tmp_path / "a.tar", [("x", {"jpg": jpeg("blue", (90, 50)), "txt": b"blue"})])
+    mix = data.Mix([f"{photos}:3", str(tmp_path / "a.tar")], 16, "run")
+    found = mix.take(range(400), "image")
+    assert {tuple(sample["picture"].shape) for sample in found} == {(3, 16, 16)} and len(mix) == 6
+    assert sum(sample["captions"] == ["blue"] for sample in found) == 100
+    assert all(torch.equal(a["picture"], b["picture"]) for a,
+               b in zip(found[7::40], mix.take(range(7, 400, 40), "image")))
+    assert mix.texts() is None and data.Mix([str(photos)], 16).texts() is not None
+
+
+def test_the_embedded_set_is_told_by_its_first_sample(tmp_path, small_tar):
+    assert emoji.is_emoji(small_tar) and emoji.is_emoji(emoji.TAR)
+    other = write_tar(tmp_path / "a.tar", [("x", {"webp": jpeg("red"), "json": b'{"caption": "red"}'})])
+    assert not emoji.is_emoji(other) and not emoji.is_emoji(tmp_path)
+
+
+def test_a_sample_of_no_use_is_replaced_counted_and_too_many_end_the_run(photos):
+    (photos / "IMG 2.jpeg").write_bytes(b"no picture")
+    Image.new("RGB", (500, 40)).save(photos / "IMG 1.png")
+    mix = data.Mix([str(photos)], 16, "run")
+    found = mix.take(range(5), "image")
+    assert len(found) == 5 and 2 <= len(mix.bad) <= 4
+    assert {message.partition(": ")[2][:30] for message in mix.bad} == {
+        "not a picture that can be read", "a picture of 500x40, expected "}
+    with pytest.raises(UserError, match=f"{photos}: .* of .* samples are of no use, the last: "):
+        mix.take(range(5, 400), "image")
+
+
+def test_what_a_source_is_does_not_depend_on_where_it_lies(photos, tmp_path):
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    assert data.fingerprint(str(photos)) == data.fingerprint(str(moved)) != data.fingerprint(f"{moved}:2")
+    (moved / "IMG 1.txt").write_text("another caption")
+    assert data.fingerprint(str(photos)) != data.fingerprint(str(moved))
+
+
+@pytest.mark.parametrize("damage, spec, message", [
+    (lambda f: [p.unlink() for p in f.rglob("*.*")], "",
+     "expected pictures .* with captions, or .tar files, found more"),
+    (lambda f: (f / "IMG 1.png").unlink(), "",
+     "IMG 1.txt: expected a picture of that name, found none; 1 such"),
+    (lambda f: (f / "IMG 3.txt").unlink(), "", "IMG 3.webp: expected its caption in a .txt of that name"),
+    (lambda f: (f / "metadata.jsonl").write_text('{"file": "x"}'), "",
+     "metadata.jsonl:1: expected file_name and text"),
+    (lambda f: (f / "a.json").write_text('{"x": 1}'), "/a.json",
+     "a.json: expected a list of objects with image_path"),
+    (lambda f: (f / "a.json").write_text("[]"), "/a.json", "a.json: an empty list"),
+    (lambda f: (f / "a.parquet").write_bytes(b"x"), "/a.parquet",
+     "expected a folder of pictures, tars or a .json list"),
+    (lambda f: write_tar(f / "a.tar", [("x", {"txt": b"x"})]), "/a.tar",
+     "no picture in this sample, found .txt"),
+    (lambda f: write_tar(f / "a.tar", []), "/a.tar", "a.tar: no samples in this tar"),
+    (lambda f: (f / "a.tar").write_bytes(bytes(700)), "/a.tar",
+     "a.tar: no samples in this tar|not a whole tar"),
+    (lambda f: None, "/none.tar", "none.tar: no such tar file"),
+    (lambda f: None, "/none-*.tar", "no file has such a name"),
+    (lambda f: None, ":0", "a weight of 0, expected PATH or PATH:WEIGHT with one above 0"),
+    (lambda f: None, "/nothing", "no such file or folder"),
+])
+def test_a_source_that_is_not_as_it_should_be_gets_one_line(damage, spec, message, photos):
+    damage(photos)
+    with pytest.raises(UserError, match=message) as error:
+        data.Mix([f"{photos}{spec}"], 16).take(range(1), "image")
+    assert "\n" not in str(error.value) and str(photos) in str(error.value)
+
+
+def test_a_cut_tar_and_an_old_or_broken_index_are_refused(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [(str(i), {"jpg": jpeg("red"), "txt": b"red"}) for i in range(9)])
+    whole, index = tar.read_bytes(), tmp_path / "a.tar.index.npy"
+    tar.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="a.tar: not a whole tar file"):
+        sources.of_path(str(tar))
+    tar.write_bytes(whole)
+    assert len(sources.of_path(str(tar))) == 9 and index.exists()
+    sources.tar_index.cache_clear()
+    os.utime(index, (1, 1))
+    with pytest.raises(UserError, match="older than its tar; make it again with python data.py index"):
+        sources.of_path(str(tar))
+    data.main(["index", str(tar)])
+    index.write_bytes(b"x" * 300)
+    with pytest.raises(UserError, match="not an index .*make it again with"):
+        sources.of_path(str(tar))
+
+
+def test_the_show_command_draws_a_page_and_counts_what_is_wrong(photos, tmp_path, capsys):
+    (photos / "IMG 2.jpeg").write_bytes(b"no picture")
+    data.main(["show", str(photos), "--pixels", "32", "--out", str(tmp_path / "page.png")])
+    said = capsys.readouterr().out
+    assert f"{photos}: Folder, 5 samples, 100.0% of the mix" in said
+    assert "looked at 5 samples, 1 of no use" in said
+    assert "wrong: " in said and Image.open(tmp_path / "page.png").size == (1000, 4 * 104)
+
+
+def test_pictures_are_turned_as_the_camera_was_held(tmp_path):
+    picture = Image.new("RGB", (60, 40), "red")
+    picture.paste("blue", (0, 0, 30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                             # turned a quarter to the right when shown
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    shown = data.read_picture(tmp_path / "a.jpg")
+    assert shown.size == (40, 60) and shown.getpixel((20, 5))[2] > 200 and shown.getpixel((20, 55))[0] > 200
