@@ -3,9 +3,9 @@
     python data.py show PATH[:WEIGHT] ... --out page.png   # what the trainer would see, and what is wrong
     python data.py index SHARD.tar ...                     # where a tar's samples are; also made at first use
 
-A source is a path, told by what it is: a folder of pictures with captions, tars, a JSON list (sources.py), or
-the embedded set (emoji.py).  The sample at position i of a run is a function of (run, i) alone: there are no
-iterators, and nothing about order is stored.
+A source is a path, told by what it is: a folder of pictures with captions, tars, a JSON list (sources.py),
+the published files of questions (questions.py), or the embedded set (emoji.py).  The sample at position i of
+a run is a function of (run, i) alone: there are no iterators, and nothing about order is stored.
 
 Shapes: n samples or positions, P pixels a side.
 """
@@ -17,14 +17,16 @@ import hashlib
 import io
 import re
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+import questions
 import sources
 from cli import UserError
 
@@ -142,6 +144,8 @@ def to_picture(image: Tensor) -> Image.Image:
 def open_source(path: str, pixels: int):
     """The source at a path.  Raises UserError."""
     import emoji                # here: it reads its pictures through this file
+    if re.search(r"\.json(@|$)", path):
+        return questions.of_json(path)
     return emoji.Emoji(Path(path), pixels) if emoji.is_emoji(path) else sources.of_path(path)
 
 
@@ -158,6 +162,7 @@ def split_weight(spec: str) -> tuple[str, float]:
 def fingerprint(spec: str) -> str:
     """What a source is, wherever it lies: a file's contents, or names and sizes of many, and its weight."""
     path, weight = split_weight(spec)
+    path = re.sub(r"(\.json)@.*", r"\1", path)
     places = [Path(place) for place in sources.expand(path)]
     files = [(file, str(file.relative_to(place))) for place in places if place.is_dir()
              for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
@@ -173,8 +178,8 @@ class Mix:
 
     bad: what samples were of no use, and why; seen: how many were asked for.  Raises UserError."""
 
-    def __init__(self, specs: list[str], pixels: int, key: str = ""):
-        self.pixels, self.key, self.sources, self.weights = pixels, key, [], []
+    def __init__(self, specs: list[str], pixels: int, key: str = "", min_side: int = 1):
+        self.pixels, self.key, self.min_side, self.sources, self.weights = pixels, key, min_side, [], []
         self.bad, self.seen, self.said = [], 0, 0
         for spec in specs:
             path, weight = split_weight(spec)
@@ -188,9 +193,9 @@ class Mix:
         """The samples at these positions of the run's order `name`, with "picture" (3, P, P) uint8."""
         places = locate(torch.tensor(list(positions)), list(map(len, self.sources)), self.weights,
                         f"{self.key} {name}")
-        return [self.read(*place) for place in places]
+        return [self.read(*place, name == "image") for place in places]
 
-    def read(self, k: int, epoch: int, place: int) -> dict:
+    def read(self, k: int, epoch: int, place: int, captioned: bool) -> dict:
         """A sample of source k; the next one stands in for one that is of no use.  UserError after 20 in a
         row, or when over 5 % are."""
         source = self.sources[k]
@@ -198,7 +203,8 @@ class Mix:
             at, self.seen = at % len(source), self.seen + 1
             chance = fraction(f"{self.key} {k} {epoch} {at}")
             try:
-                return self.cut(source[source.choose(at, chance) if hasattr(source, "choose") else at])
+                index = source.choose(at, chance) if hasattr(source, "choose") else at
+                return self.cut(source[index], captioned)
             except UserError as error:
                 self.bad.append(str(error))
                 if len(self.bad) > 0.05 * self.seen and self.seen >= 200:
@@ -211,14 +217,16 @@ class Mix:
         new, self.said = self.bad[self.said:], len(self.bad)
         return new
 
-    def cut(self, sample: dict) -> dict:
+    def cut(self, sample: dict, captioned: bool = False) -> dict:
+        """The sample with its picture (3, P, P) uint8.  UserError where it can't be learnt from."""
         if isinstance(sample["picture"], bytes):
             picture = read_picture(sample["picture"], sample["key"])
-            check_picture(picture, sample["key"])
+            check_picture(picture, sample["key"], self.min_side)
             array = torch.from_numpy(np.array(fit_picture(picture, self.pixels)))
             sample["picture"] = array.permute(2, 0, 1)
-        if not sample["captions"] and not sample.get("recaption") and not sample.get("questions"):
-            raise UserError(f"{sample['key']}: no caption and no question")
+        asks = sample.get("questions") and not captioned
+        if not sample["captions"] and not sample.get("recaption") and not asks:
+            raise UserError(f"{sample['key']}: no caption{'' if captioned else ' and no question'}")
         return sample
 
     def texts(self) -> list[str] | None:
@@ -232,6 +240,41 @@ class Mix:
         source = self.sources[0]
         kept = getattr(source, "held", [])[:count] if held else []
         return [self.cut(source[i]) for i in kept or range(min(count, len(source)))]
+
+
+class Ahead(torch.utils.data.Dataset):
+    """make(step), made by another process; a UserError comes back as what was made."""
+
+    def __init__(self, make: Callable[[int], dict]):
+        self.make = make
+
+    def __getitem__(self, step: int) -> dict:
+        try:
+            return self.make(step)
+        except UserError as error:
+            return dict(error=str(error))
+
+
+def feed(make: Callable[[int], dict], steps: range, workers: int) -> Iterator[dict]:
+    """make(step) for each step in order: here, or by `workers` processes ahead.  The same either way."""
+    loader = map(make, steps) if workers == 0 else torch.utils.data.DataLoader(
+        Ahead(make), sampler=steps, batch_size=None, num_workers=workers)
+    for made in loader:
+        if "error" in made:
+            raise UserError(made["error"])
+        yield made
+
+
+@contextmanager
+def readers_watched() -> Iterator[None]:
+    """torch says wherever the main process is that a worker of `feed` was killed: here it is a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads data ahead was lost ({str(error).splitlines()[0]}); the same "
+                        f"command goes on from the newest checkpoint")
 
 
 def choose_caption(sample: dict, recaption: float, chance: float) -> str:

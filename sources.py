@@ -100,19 +100,16 @@ class Folder:
 
 
 class Listed(Folder):
-    """A JSON list of {image_path, height, width, caption, re_caption}; paths from its folder."""
+    """A JSON list of {image_path, height, width, caption, re_caption}, with paths from a folder."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, content: list[dict], folder: Path):
         self.name = str(path)
         try:
-            content = json.loads(read_text(path))
-            self.entries = [(path.parent / e["image_path"], e.get("caption"), e.get("re_caption"))
-                            for e in content]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.entries = [(folder / entry["image_path"], entry.get("caption"), entry.get("re_caption"))
+                            for entry in content]
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: expected a list of objects with image_path, caption, re_caption "
                             f"({error})")
-        if not self.entries:
-            raise UserError(f"{path}: an empty list")
 
     def __getitem__(self, i: int) -> dict:
         file, caption, recaption = self.entries[i]
@@ -267,6 +264,13 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: can't be read ({error.strerror})")
 
 
+def read_json(path: Path):
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error})")
+
+
 def read_text(path: Path) -> str:
     return read_bytes(path).decode("utf-8", "replace")
 
@@ -283,7 +287,7 @@ def expand(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
 
 
-def of_path(pattern: str) -> Folder | Listed | Tars:
+def of_path(pattern: str) -> Folder | Tars:
     """The source that a path, or a pattern of tars, is.  Raises UserError."""
     paths = expand(pattern)
     if not paths:
@@ -296,6 +300,4 @@ def of_path(pattern: str) -> Folder | Listed | Tars:
         return Tars(pattern, paths)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix != ".json":
-        raise UserError(f"{path}: expected a folder of pictures, tars or a .json list of them")
-    return Listed(path)
+    raise UserError(f"{path}: expected a folder of pictures with captions, tars, or a .json of a known form")

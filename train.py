@@ -10,7 +10,7 @@ that sample.py reads.  Run the same command again and it goes on from the newest
 number of processes; Ctrl-C and SIGTERM save first.
 
 The stages of the paper on its own data, from SD3's weights, are not here yet: this trains the end-to-end
-variant (GPT-2's tokenizer, own embedding table) on the emoji set, with `Pixels` as latents.
+variant (GPT-2's tokenizer, own embedding table) on the emoji set or your own pictures, pixels as latents.
 """
 
 import cli
@@ -20,6 +20,7 @@ import signal
 import warnings
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 
@@ -49,9 +50,10 @@ class TrainConfig:
     preset: str = value("emoji", choices=list(PRESETS))  # sizes of the model; --init brings its own
     init: str = ""                                  # checkpoint folder to start from, instead of from scratch
     out: str = ""                                   # folder of the run, instead of out/STAGE
-    image_data: list = value([str(emoji.TAR)])      # PATH[:WEIGHT] ... of the image loss: see data.py
+    image_data: list = value([str(emoji.TAR)])      # of the image loss, PATH[:WEIGHT] ...: see data.py
     text_data: list = value([])                     # of the text loss, if others
     recaption: float = value(0.5, low=0, high=1)    # share of re-captions where a sample has one
+    min_side: int = value(1, low=1)                 # pictures with a shorter side are left out
     pixels: int = value(0, low=1)            # pictures are resized to this; 0: as the preset or --init has it
     steps: int = value(4000, low=1)                 # updates
     image_batch: int = value(96, low=1)         # pictures in the image loss of one update, over all processes
@@ -74,6 +76,7 @@ class TrainConfig:
     seed: int = value(0, low=0, high=2**63 - 1)     # of weights, order, noise, times and masks
     dtype: str = value("bfloat16", choices=["float32", "bfloat16"])  # of products; weights stay float32
     device: str = value("auto", choices=["auto", "cpu", "cuda"])  # where
+    workers: int = value(0, low=0, high=256)        # processes that read, cut and tokenize ahead; 0: none
     compile: bool = False                           # torch.compile each block (needs a C++ compiler on a CPU)
     log_every: int = value(20, low=1)               # steps between lines
     save_every: int = value(250, low=1)             # steps between checkpoints
@@ -131,7 +134,7 @@ def image_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     texts = ["" if drop < config.text_dropout else data.choose_caption(sample, config.recaption, chance)
              for sample, (drop, chance) in zip(samples, chances)]
     ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    return held.batch(samples, ids=ids, t=t, noise=noise) | dict(count=config.image_batch)
+    return dict(images=images_of(samples), ids=ids, t=t, noise=noise, count=torch.tensor(float(len(ids))))
 
 
 def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
@@ -141,16 +144,14 @@ def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     samples, draws = held.rows(step, config.text_batch, "text")
     t, _ = mask_diffusion.draw((config.text_batch, 0), data.seeded(held.key, "times", step))
     uniform = torch.stack([torch.rand(config.text_length, generator=generator) for generator in draws])
-    pairs = [text_sample(held.tokenizer, sample, config, generator) for sample,
-             generator in zip(samples, draws)]
+    pairs = [text_sample(held.tokenizer, *row, config) for row in zip(samples, draws)]
     ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
-    batch = held.batch(samples, ids=ids, frozen=frozen, t=t[held.rank::held.world], uniform=uniform)
-    count = parallel.mean((~batch["frozen"]).sum().float()) * held.world          # of the global batch
-    return batch | dict(count=count, mask_id=held.tokenizer.mask_id)
+    return dict(images=images_of(samples), ids=ids, frozen=frozen, t=t[held.rank::held.world],
+                uniform=uniform, count=(~frozen).sum().float(), mask_id=torch.tensor(held.tokenizer.mask_id))
 
 
-def text_sample(tokenizer: Tokenizer, sample: dict, config: TrainConfig,
-                generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def text_sample(tokenizer: Tokenizer, sample: dict, generator: torch.Generator,
+                config: TrainConfig) -> tuple[Tensor, Tensor]:
     """ids (L,), and frozen (L,), True at the prompt: a caption or, in `instruct`, now and then a question."""
     ask, which = torch.rand(2, generator=generator).tolist()
     questions, share = sample.get("questions"), config.question_share if config.stage == "instruct" else 0.0
@@ -173,7 +174,7 @@ def text_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
     """The masked tokens' error of each text, (B,): the picture is clean, so its time is 0."""
     clean = torch.zeros(1, device=batch["images"].device)
     logits = lambda ids: model["mmdit"](batch["images"], model["embedding"](ids), clean, need="logits")[1]
-    return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"],
+    return mask_diffusion.errors(logits, batch["ids"], int(batch["mask_id"]), batch["frozen"],
                                  t=batch["t"], uniform=batch["uniform"])
 
 
@@ -196,10 +197,12 @@ class Held:
         return (self.mixes[name].take(positions, name),
                 [data.seeded(self.key, name, position) for position in positions])
 
-    def batch(self, samples: list[dict], **tensors: Tensor) -> dict:
-        """On the device: `images` (B, 3, P, P) in [-1, 1], and the tensors."""
-        tensors["images"] = images_of(samples)
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+    def batches(self, config: TrainConfig, step: int) -> dict:
+        """This process's rows of both global batches, on the CPU, and what samples were of no use for them: a
+        function of the step alone, so that it can be made ahead, anywhere."""
+        made = dict(image=image_batch(config, self, step), text=text_batch(config, self, step))
+        mixes = {id(mix): mix for mix in self.mixes.values()}.values()           # one mixture may serve both
+        return made | dict(bad=[name for mix in mixes for name in mix.newly_bad()])
 
 
 def images_of(samples: list[dict]) -> Tensor:
@@ -291,11 +294,11 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Run]:
     settings = asdict(config) | dict(world=world, torch=torch.__version__)
     run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
     check_extension(config, run)
-    mix = data.Mix(config.image_data, config.pixels, run.key)
-    mixes = dict(image=mix, text=data.Mix(config.text_data, config.pixels, run.key) if config.text_data
-                 else mix)
-    texts = [mix.texts() for mix in mixes.values()]
-    texts = None if None in texts else sum(texts[:1 + bool(config.text_data)], [])
+    mix, *other = [data.Mix(specs, config.pixels, run.key, config.min_side)
+                   for specs in (config.image_data, config.text_data) if specs]
+    mixes = dict(image=mix, text=(other or [mix])[0])
+    texts = [each.texts() for each in (mix, *other)]
+    texts = None if None in texts else sum(texts, [])
     model, keep = build(config, sizes, texts)
     held = Held(gpt2_tokenizer(keep), mixes, run.key, rank, world, device)
     check_questions(config, held.tokenizer, texts)
@@ -358,19 +361,21 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
     kernels = [SDPBackend.MATH]
     if device.type == "cuda":
         kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    sides = ((1.0, image_batch, image_errors), (config.text_weight, text_batch, text_errors))
-    mixes = {id(mix): mix for mix in held.mixes.values()}.values()               # one mixture may serve both
+    sides = (("image", 1.0, image_errors), ("text", config.text_weight, text_errors))
+    feed = data.feed(partial(held.batches, config), range(run.step, config.steps), config.workers)
+    bad = []                                                     # samples of no use since the last row
 
     while run.step < config.steps:
         rate = learning_rate(run.step, config)
         for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
-        losses = []
-        for weight, take, errors in sides:
-            parallel.last_backward(model, errors is text_errors, config.shard)
-            batch = take(config, held, run.step)
+        made, losses = next(feed), []
+        for name, weight, errors in sides:
+            parallel.last_backward(model, name == "text", config.shard)
+            batch = {key: tensor.to(device) for key, tensor in made[name].items()}
+            count = parallel.mean(batch["count"]).clamp(min=1 / run.world)     # pictures, or unfrozen tokens
             with autocast, sdpa_kernel(kernels):                 # the mean over processes is the global mean
-                loss = errors(model, batch).sum() * run.world / max(batch["count"], 1)
+                loss = errors(model, batch).sum() / count
                 (weight * loss).backward()
             losses.append(loss.detach())
         norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
@@ -385,9 +390,10 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
         update(run, config.ema)
         run.step += 1
         run.note(torch.stack([*losses, norm]))
-        last = run.step == config.steps
+        last, bad = run.step == config.steps, bad + made["bad"]
         if run.step % config.log_every == 0 or last or run.step <= 5:
-            run.log(rate, samples, config.steps, [name for mix in mixes for name in mix.newly_bad()])
+            run.log(rate, samples, config.steps, bad)
+            bad = []
         if run.step % config.save_every == 0 or last or stopping:
             run.save()
         if config.sample_every and (run.step % config.sample_every == 0 or last) and not stopping:
@@ -403,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
     with parallel.one_voice():
         config, held, run = set_up(config)
-        with closing(run), asked_to_stop() as asked:
+        with closing(run), asked_to_stop() as asked, data.readers_watched():
             train(config, held, run, asked)
 
 

@@ -1,5 +1,7 @@
 """data.py: pictures, the tar reader, the order of an epoch."""
 
+import os
+import signal
 import tarfile
 import time
 from collections import Counter
@@ -79,3 +81,38 @@ def test_any_picture_is_read_transparent_parts_white(tmp_path):
         data.read_picture(tmp_path / "c.png")
     with pytest.raises(UserError, match="no such picture"):
         data.read_picture(tmp_path / "d.png")
+
+
+def squares(step):
+    return dict(step=torch.tensor(step), square=torch.tensor(step) ** 2)
+
+
+def test_what_is_made_ahead_is_the_same_with_any_number_of_workers():
+    made = [[(int(one["step"]), int(one["square"])) for one in data.feed(squares, range(3, 40), workers)]
+            for workers in (0, 1, 3)]
+    assert made[0] == made[1] == made[2] == [(step, step * step) for step in range(3, 40)]
+
+
+def broken(step):
+    if step == 4:
+        raise UserError("photo 4 is broken")
+    return squares(step)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_a_worker_is_told_as_it_would_be_here(workers):
+    with pytest.raises(UserError, match="^photo 4 is broken$"):
+        list(data.feed(broken, range(9), workers))
+
+
+def killed(step):
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return squares(step)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_line():
+    with pytest.raises(UserError, match="a process that reads data ahead was lost .*; the same command"):
+        with data.readers_watched():
+            for _ in data.feed(killed, range(9), 1):
+                pass

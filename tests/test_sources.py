@@ -69,7 +69,7 @@ def test_a_list_of_pictures_with_captions_and_recaptions(photos):
     entries = [dict(image_path="IMG 1.png", height=40, width=60, caption="one", re_caption="a red picture"),
                dict(image_path="IMG 3.webp", height=40, width=60, caption=None, re_caption="another")]
     (photos / "list.json").write_text(json.dumps(entries))
-    source = sources.of_path(str(photos / "list.json"))
+    source = data.open_source(str(photos / "list.json"), 16)
     assert (source[0]["captions"], source[0]["recaption"]) == (["one"], "a red picture")
     shares = [data.choose_caption(source[0], 0.25, chance / 1000) for chance in range(1000)]
     assert shares.count("a red picture") == 250 and shares.count("one") == 750
@@ -129,6 +129,10 @@ def test_a_sample_of_no_use_is_replaced_counted_and_too_many_end_the_run(photos)
         "not a picture that can be read", "a picture of 500x40, expected "}
     with pytest.raises(UserError, match=f"{photos}: .* of .* samples are of no use, the last: "):
         mix.take(range(5, 400), "image")
+    mix = data.Mix([str(photos)], 16, "run", min_side=41)
+    with pytest.raises(UserError, match="20 of 20 samples are of no use"):
+        mix.take([0], "image")
+    assert any("a picture of 60x40, expected at most 4 to 1, and sides of at least 41" in name for name in mix.bad)
 
 
 def test_what_a_source_is_does_not_depend_on_where_it_lies(photos, tmp_path):
@@ -146,11 +150,13 @@ def test_what_a_source_is_does_not_depend_on_where_it_lies(photos, tmp_path):
     (lambda f: (f / "IMG 3.txt").unlink(), "", "IMG 3.webp: expected its caption in a .txt of that name"),
     (lambda f: (f / "metadata.jsonl").write_text('{"file": "x"}'), "",
      "metadata.jsonl:1: expected file_name and text"),
-    (lambda f: (f / "a.json").write_text('{"x": 1}'), "/a.json",
-     "a.json: expected a list of objects with image_path"),
-    (lambda f: (f / "a.json").write_text("[]"), "/a.json", "a.json: an empty list"),
+    (lambda f: (f / "a.json").write_text('{"x": 1}'), "/a.json", "expected a list of pictures .* the keys x"),
+    (lambda f: (f / "a.json").write_text('[{"image_path": 1}]'), "/a.json", "expected a list of objects"),
+    (lambda f: (f / "a.json").write_text("{"), "/a.json", "a.json: not readable as JSON"),
+    (lambda f: (f / "a.json").write_text('{"data": [{}]}'), "/a.json", "an entry lacks 'image_id', so"),
+    (lambda f: (f / "a.json").write_text("[]"), "/a.json", "a.json: expected .* found the keys of nothing"),
     (lambda f: (f / "a.parquet").write_bytes(b"x"), "/a.parquet",
-     "expected a folder of pictures, tars or a .json list"),
+     "expected a folder of pictures with captions, tars"),
     (lambda f: write_tar(f / "a.tar", [("x", {"txt": b"x"})]), "/a.tar",
      "no picture in this sample, found .txt"),
     (lambda f: write_tar(f / "a.tar", []), "/a.tar", "a.tar: no samples in this tar"),
