@@ -132,7 +132,7 @@ def test_a_sample_of_no_use_is_replaced_counted_and_too_many_end_the_run(photos)
     mix = data.Mix([str(photos)], 16, "run", min_side=41)
     with pytest.raises(UserError, match="20 of 20 samples are of no use"):
         mix.take([0], "image")
-    assert any("a picture of 60x40, expected at most 4 to 1, and sides of at least 41" in name for name in mix.bad)
+    assert any("60x40, expected at most 4 to 1, and sides of at least 41" in name for name in mix.bad)
 
 
 def test_what_a_source_is_does_not_depend_on_where_it_lies(photos, tmp_path):
