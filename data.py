@@ -200,17 +200,22 @@ class Mix:
         row, or when over 5 % are."""
         source = self.sources[k]
         for at in range(place, place + 20):
-            at, self.seen = at % len(source), self.seen + 1
-            chance = fraction(f"{self.key} {k} {epoch} {at}")
+            self.seen += 1
             try:
-                index = source.choose(at, chance) if hasattr(source, "choose") else at
-                return self.cut(source[index], captioned)
+                return self.sample(k, epoch, at % len(source), captioned)
             except UserError as error:
                 self.bad.append(str(error))
                 if len(self.bad) > 0.05 * self.seen and self.seen >= 200:
                     break
         raise UserError(f"{source.name}: {len(self.bad)} of {self.seen} samples are of no use, the last: "
                         f"{self.bad[-1]}")
+
+    def sample(self, k: int, epoch: int, place: int, captioned: bool = False) -> dict:
+        """What stands at a place of source k in an epoch; a source may choose one of several for it."""
+        source, index = self.sources[k], place
+        if hasattr(source, "choose"):
+            index = source.choose(place, fraction(f"{self.key} {k} {epoch} {place}"))
+        return self.cut(source[index], captioned)
 
     def newly_bad(self) -> list[str]:
         """The bad ones since this was last asked."""
@@ -239,7 +244,8 @@ class Mix:
         """Samples to look at, of the first source: learnt ones, or held-out ones where it has any."""
         source = self.sources[0]
         kept = getattr(source, "held", [])[:count] if held else []
-        return [self.cut(source[i]) for i in kept or range(min(count, len(source)))]
+        return [self.cut(source[i]) for i in kept] or [
+            self.read(0, 0, place, True) for place in range(min(count, len(source)))]
 
 
 class Ahead(torch.utils.data.Dataset):
@@ -298,10 +304,10 @@ def show_sources(specs: list[str], pixels: int, out: Path, look: int, tokenizer:
         share = weight / sum(mix.weights)
         print(f"{source.name}: {type(source).__name__}, {len(source):,} samples, {share:.1%} of the mix")
     longest, step = 0, max(1, len(mix) // look)
-    for position in range(0, len(mix), step):
-        (k, _, place), = locate(torch.tensor([position]), list(map(len, mix.sources)), mix.weights, "show")
+    positions = torch.arange(0, len(mix), step)
+    for place in locate(positions, list(map(len, mix.sources)), mix.weights, "show"):
         try:
-            sample = mix.cut(mix.sources[k][place])
+            sample = mix.sample(*place)
         except UserError as error:
             wrong[re.sub(r"^.*?: |\d+", "", str(error))] += 1
             print(f"wrong: {error}")
@@ -315,7 +321,7 @@ def show_sources(specs: list[str], pixels: int, out: Path, look: int, tokenizer:
             cells.append((sample["picture"].float() / 127.5 - 1, [str(sample["key"])[-50:], *lines]))
     if cells:
         show.write_picture(out, show.page(cells[:6], cells[6:]))
-    print(f"looked at {len(range(0, len(mix), step)):,} samples, {sum(wrong.values()):,} of no use; the "
+    print(f"looked at {len(positions):,} samples, {sum(wrong.values()):,} of no use; the "
           f"longest caption has {longest} tokens" + (f"; {out}" if cells else ""))
     for what, count in wrong.most_common():
         print(f"{count:6} {what}")

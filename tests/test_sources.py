@@ -119,6 +119,17 @@ def test_the_embedded_set_is_told_by_its_first_sample(tmp_path, small_tar):
     assert not emoji.is_emoji(other) and not emoji.is_emoji(tmp_path)
 
 
+def test_what_is_shown_as_learnt_is_what_is_trained_on_and_can_be_read(photos, emoji_set):
+    mix = data.Mix([str(emoji.TAR)], 64, "run")
+    split = {record["key"]: record["split"] for record in emoji_set[0]}
+    assert {split[sample["key"]] for sample in mix.shown(60, False)} == {"train"}
+    assert "train" not in {split[sample["key"]] for sample in mix.shown(60, True)}
+    for file in ("IMG 0.JPG", "IMG 1.png"):
+        (photos / file).write_bytes(b"no picture")
+    found = data.Mix([str(photos)], 16).shown(2, False)
+    assert all(sample["picture"].shape == (3, 16, 16) for sample in found) and len(found) == 2
+
+
 def test_a_sample_of_no_use_is_replaced_counted_and_too_many_end_the_run(photos):
     (photos / "IMG 2.jpeg").write_bytes(b"no picture")
     Image.new("RGB", (500, 40)).save(photos / "IMG 1.png")
