@@ -37,7 +37,7 @@ from cli import UserError
 from layouts import Entry
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from t5 import T5Encoder
-from tensors import NAMES, Tensors, finite, write_tensors
+from tensors import NAMES, Tensors, finite, replacing, write_tensors
 from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
 from vae import AutoencoderKL, Pixels
 
@@ -289,9 +289,8 @@ def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, keep: lis
 
 
 def write_json(path: Path, content: dict, indent: int | None = 1) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def export_release(source: Path, target: Path, tokenizer: Path | None = None) -> None:

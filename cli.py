@@ -25,6 +25,13 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend; `run` prints it as one line and exits with 1."""
 
 
+def require(*conditions: tuple[bool, str]) -> None:
+    """Raise UserError with the message of the first condition that does not hold."""
+    for holds, message in conditions:
+        if not holds:
+            raise UserError(message)
+
+
 def value(default: Any, low: float | None = None, high: float | None = None, choices: list | None = None):
     """A dataclass field that is also a flag: its default, and the range or choices that `Parser` checks."""
     limits = dict(low=low, high=high, choices=choices)

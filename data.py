@@ -164,11 +164,11 @@ def fingerprint(spec: str) -> str:
     path, weight = split_weight(spec)
     path = re.sub(r"(\.json)@.*", r"\1", path)
     places = [Path(place) for place in sources.expand(path)]
+    if len(places) == 1 and places[0].is_file() and places[0].stat().st_size < 2**28:
+        return f"{sources.sha256(places[0])[:16]}:{weight}"
     files = [(file, str(file.relative_to(place))) for place in places if place.is_dir()
              for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     files += [(place, place.name) for place in places if place.is_file()]
-    if len(places) == 1 and places[0].is_file() and places[0].stat().st_size < 2**28:
-        return f"{hashlib.sha256(places[0].read_bytes()).hexdigest()[:16]}:{weight}"
     listed = "".join(f"{name} {file.stat().st_size}\n" for file, name in files)
     return f"{hashlib.sha256(listed.encode()).hexdigest()[:16]}:{weight}"
 
@@ -176,11 +176,12 @@ def fingerprint(spec: str) -> str:
 class Mix:
     """Sources mixed by weight, PATH[:WEIGHT] each, in the order that `key` gives; pictures cut to P x P.
 
-    bad: what samples were of no use, and why; seen: how many were asked for.  Raises UserError."""
+    bad: what samples were of no use since `newly_bad` was asked, and why; lost, of seen: how many of all that
+    were asked for.  Raises UserError."""
 
     def __init__(self, specs: list[str], pixels: int, key: str = "", min_side: int = 1):
         self.pixels, self.key, self.min_side, self.sources, self.weights = pixels, key, min_side, [], []
-        self.bad, self.seen, self.said = [], 0, 0
+        self.bad, self.lost, self.seen = [], 0, 0
         for spec in specs:
             path, weight = split_weight(spec)
             self.sources.append(open_source(path, pixels))
@@ -205,9 +206,10 @@ class Mix:
                 return self.sample(k, epoch, at % len(source), captioned)
             except UserError as error:
                 self.bad.append(str(error))
-                if len(self.bad) > 0.05 * self.seen and self.seen >= 200:
+                self.lost += 1
+                if self.lost > 0.05 * self.seen and self.seen >= 200:
                     break
-        raise UserError(f"{source.name}: {len(self.bad)} of {self.seen} samples are of no use, the last: "
+        raise UserError(f"{source.name}: {self.lost} of {self.seen} samples are of no use, the last: "
                         f"{self.bad[-1]}")
 
     def sample(self, k: int, epoch: int, place: int, captioned: bool = False) -> dict:
@@ -219,7 +221,7 @@ class Mix:
 
     def newly_bad(self) -> list[str]:
         """The bad ones since this was last asked."""
-        new, self.said = self.bad[self.said:], len(self.bad)
+        new, self.bad = self.bad, []
         return new
 
     def cut(self, sample: dict, captioned: bool = False) -> dict:

@@ -12,19 +12,12 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from cli import UserError
+from cli import UserError, require
 
 EMOJI = Path(__file__).parent / "assets" / "emoji"      # the shipped weights
 # how each family of weights is sampled unless told otherwise; the published ones as published
 OWN = dict(guidance=4.0, shift=1.0, temperature=0.0, order="confidence")
 PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random")
-
-
-def require(*conditions: tuple[bool, str]) -> None:
-    """Raise UserError with the message of the first condition that does not hold."""
-    for holds, message in conditions:
-        if not holds:
-            raise UserError(message)
 
 
 def load_mask_embedding(path: str | Path) -> Tensor:

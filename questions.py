@@ -42,11 +42,8 @@ class Questions:
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def entry(self, i: int) -> dict:
-        return json.loads(self.block[self.ends[i]:self.ends[i + 1]].tobytes())
-
     def __getitem__(self, i: int) -> dict:
-        entry = self.entry(i)
+        entry = json.loads(self.block[self.ends[i]:self.ends[i + 1]].tobytes())
         file = self.folder / entry["image"]
         return dict(key=str(file), picture=sources.read_bytes(file), captions=[],
                     questions=entry["questions"])

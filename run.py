@@ -7,11 +7,10 @@
     model.safetensors config.json tokenizer.json    the averaged weights in half precision, for sample.py
     weights.safetensors the weights themselves in float32, that --init reads
 
-What is written is written beside, synced, and renamed when it is whole.
+What is written is written beside and renamed when it is whole; a step_N is synced to the disk before.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -32,12 +31,12 @@ import data
 import parallel
 import show
 from cli import UserError
-from tensors import write_tensors
+from sources import sha256
+from tensors import replacing, write_tensors
 
 # what a run is: with another value of one of these it would be another run
 IDENTITY = ("stage", "preset", "init", "image_data", "text_data", "vocabulary", "pixels", "text_length",
-            "image_batch",
-            "text_batch", "optimizer", "seed")
+            "image_batch", "text_batch", "optimizer", "seed")
 FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)      # CheckpointException is no Exception
 DIGESTS = "digests.json"
 
@@ -57,15 +56,10 @@ def reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(path: str) -> str:
-    """Of a file, or of the weights that --init takes from a checkpoint folder; "" where there is none."""
-    file = checkpoint.own_weights(path, True) if Path(path).is_dir() else Path(path)
-    return sha256(file)[:16] if file.is_file() else ""
+def digest(init: str) -> str:
+    """Of the weights that --init takes from a checkpoint folder; "" where it has none, or none is given."""
+    file = checkpoint.own_weights(init, True)
+    return sha256(file)[:16] if init and file.is_file() else ""
 
 
 class Run:
@@ -108,12 +102,10 @@ class Run:
                             f"over, another --out keeps them")
         for left in stale:                                       # a kill came in the middle of a save
             shutil.rmtree(left)
-        if fresh:
-            for old in held:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for old in held if fresh else []:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if fresh or not steps:                                   # or the kill came before the first was whole
             return "", [], {}, key
-        if not steps:
-            return "", [], {}, key                               # that was before the first was whole
         self.compare(was)
         chosen = [p for p in steps if number(p) == (resume_step or number(steps[-1]))]
         if not chosen:
@@ -122,9 +114,9 @@ class Run:
 
     def compare(self, was: dict) -> None:
         """Raise UserError where a flag that makes the run what it is has another value than when it began."""
+        shown = lambda value: " ".join(value) if isinstance(value, list) else value
         for name in IDENTITY:
             old, new, hashed = was.get(name), self.settings[name], f"{name}_digest"
-            shown = lambda value: " ".join(value) if isinstance(value, list) else value
             if hashed in was and was[hashed] == self.settings[hashed]:
                 continue                                         # the same file, wherever it lies
             if name in was and (old != new or hashed in was):
@@ -149,7 +141,8 @@ class Run:
                 newer.rename(self.out / f"left_{newer.name}")    # another future begins; that one is kept
             if self.settings["steps"] > self.step:
                 checkpoint.write_json(self.out / "train.json", self.settings)
-            replace_text(self.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            with replacing(self.out / "log.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         parallel.sync()
 
     def newest(self) -> Path | str:
@@ -346,12 +339,6 @@ def sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def read_log(path: Path, until: int) -> list[dict]:

@@ -32,7 +32,8 @@ import data
 import flow
 import mask_diffusion
 import show
-from parts import EMOJI, Parts, require
+from cli import require
+from parts import EMOJI, Parts
 
 MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
 STEPS = dict(draw=28, text=128, answer=32)

@@ -12,6 +12,7 @@ any.
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -19,6 +20,8 @@ import re
 import sys
 import tarfile
 import time
+import zlib
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
@@ -31,29 +34,41 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 WHOLE_GZIP = 2**31      # bytes of a .tar.gz once unpacked: it is held in memory
 
 
+@contextmanager
+def tar_whole(path: str | Path) -> Iterator[None]:
+    """What is wrong with a tar that is read here, in one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such tar file")
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole tar file ({error}); fetch or build it again")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, extension) of a file in a tar: its name up to the first dot of the last part, and the rest.
+    Files with one key are one sample."""
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
 def read_tar(path: Path) -> Iterator[dict]:
     """The samples of a tar in WebDataset layout, .tar or .tar.gz, in order.
 
-    Files whose names agree up to the first dot of the last part are one sample: {"__key__": name, extension:
-    bytes, ...}.  Raises UserError for a file that is missing, no tar, or cut off."""
+    Each is {"__key__": name, extension: bytes, ...}.  Raises UserError for a file that is missing, no tar, or
+    cut off."""
     sample: dict = {}
-    try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if sample and sample["__key__"] != key:
-                    yield sample
-                    sample = {}
-                sample["__key__"] = key
-                sample[extension.lower()] = tar.extractfile(member).read()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such tar file")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a whole tar file ({error}); fetch or build it again")
+    with tar_whole(path), tarfile.open(path, "r|*") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            key, extension = split_name(member.name)
+            if sample and sample["__key__"] != key:
+                yield sample
+                sample = {}
+            sample["__key__"] = key
+            sample[extension] = tar.extractfile(member).read()
     if sample:
         yield sample
 
@@ -99,7 +114,7 @@ class Folder:
         return (caption for _, captions in self.entries for caption in captions)
 
 
-class Listed(Folder):
+class Listed:
     """A JSON list of {image_path, height, width, caption, re_caption}, with paths from a folder."""
 
     def __init__(self, path: Path, content: list[dict], folder: Path):
@@ -110,6 +125,9 @@ class Listed(Folder):
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: expected a list of objects with image_path, caption, re_caption "
                             f"({error})")
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
     def __getitem__(self, i: int) -> dict:
         file, caption, recaption = self.entries[i]
@@ -152,10 +170,8 @@ class Tars:
 
 def tar_sample(path: str, files: dict[str, bytes]) -> dict:
     """One sample's files by name as a sample.  UserError when it lacks a picture, or its json is broken."""
-    kinds = {"." + name.rpartition("/")[2].partition(".")[2].lower(): content for name,
-             content in files.items()}
-    folder, slash, name = next(iter(files)).rpartition("/")
-    key = f"{path}:{folder}{slash}{name.partition('.')[0]}"
+    kinds = {"." + split_name(name)[1]: content for name, content in files.items()}
+    key = f"{path}:{split_name(next(iter(files)))[0]}"
     picture = next((kinds[kind] for kind in PICTURES if kind in kinds), None)
     if picture is None:
         raise UserError(f"{key}: no picture in this sample, found {', '.join(kinds)}")
@@ -166,42 +182,33 @@ def tar_sample(path: str, files: dict[str, bytes]) -> dict:
         try:
             found = json.loads(kinds[".json"])
             sample["captions"] = [found["caption"]] if found.get("caption") else sample["captions"]
-            sample |= {name: found[given] for name,
-                       given in (("recaption", "re_caption"), ("questions", "questions"))
-                       if found.get(given)}
+            for name, given in (("recaption", "re_caption"), ("questions", "questions")):
+                if found.get(given):
+                    sample[name] = found[given]
         except (ValueError, AttributeError) as error:
             raise UserError(f"{key}: its json can't be read ({error})")
     return sample
 
 
 def scan_tar(path: str, blob: bytes | None = None) -> np.ndarray:
-    """The (offset, length) of each sample of a tar, int64 (n, 2).  Raises UserError.
-
-    Files whose names agree up to the first dot of the last part are one sample.
-    """
+    """The (offset, length) of each sample of a tar, int64 (n, 2).  Raises UserError."""
     rows, key, end = [], None, 0
-    try:
-        with open(path, "rb") if blob is None else io.BytesIO(blob) as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    tar.members.clear()                          # tarfile would keep a whole shard's headers
-                    end = member.offset_data + -(-member.size // 512) * 512
-                    if end > size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    folder, _, name = member.name.rpartition("/")
-                    if member.isfile() and key != (key := (folder, name.partition(".")[0])):
-                        rows.append([member.offset, 0])
-                    if rows:
-                        rows[-1][1] = end - rows[-1][0]
-            file.seek(end)
-            if file.read(512) != bytes(512):                     # tarfile takes half a header for the end
-                raise tarfile.ReadError("unexpected end of data")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such tar file")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a whole tar file ({error}); fetch or build it again")
+    with tar_whole(path), open(path, "rb") if blob is None else io.BytesIO(blob) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members.clear()                              # tarfile would keep a whole shard's headers
+                end = member.offset_data + -(-member.size // 512) * 512
+                if end > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                if member.isfile() and key != (key := split_name(member.name)[0]):
+                    rows.append([member.offset, 0])
+                if rows:
+                    rows[-1][1] = end - rows[-1][0]
+        file.seek(end)
+        if file.read(512) != bytes(512):                         # tarfile takes half a header for the end
+            raise tarfile.ReadError("unexpected end of data")
     if not rows:
         raise UserError(f"{path}: no samples in this tar")
     return np.array(rows, np.int64)
@@ -244,17 +251,17 @@ def opened(path: str):
 
 def unpacked(path: str) -> bytes:
     """A .tar.gz in memory: it can't be read at random otherwise.  Raises UserError above 2 GiB."""
-    try:
-        with gzip.open(path) as file:
-            content = file.read(WHOLE_GZIP + 1)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such tar file")
-    except (OSError, EOFError, gzip.zlib.error) as error:
-        raise UserError(f"{path}: not a whole tar file ({error}); fetch or build it again")
+    with tar_whole(path), gzip.open(path) as file:
+        content = file.read(WHOLE_GZIP + 1)
     if len(content) > WHOLE_GZIP:
         raise UserError(f"{path}: over {WHOLE_GZIP >> 30} GiB unpacked, and a .tar.gz is held in memory; "
                         f"gunzip it")
     return content
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bytes(path: Path) -> bytes:

@@ -1,10 +1,11 @@
-"""Safetensors files: read strictly, one tensor at a time, and written so."""
+"""Safetensors files: read strictly, one tensor at a time, and written so; and any file replaced whole."""
 
 import itertools
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,19 +75,26 @@ def finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(map(math.isfinite, tensor.detach().aminmax()))
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, that takes its place when all of it is written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,
                   gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
     """A safetensors file, one tensor after the other: `gather` makes each a whole one when its turn comes."""
-    header, at, temporary = {"__metadata__": {"format": "pt"}}, 0, path.with_name(f".{path.name}.tmp")
+    header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         end = at + tensor.numel() * dtype.itemsize
         header[name] = dict(dtype=NAMES[dtype], shape=list(tensor.shape), data_offsets=[at, end])
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             values = gather(tensor).detach().to("cpu", dtype).contiguous()
             file.write(values.reshape(-1).view(torch.uint8).numpy())
-    temporary.replace(path)

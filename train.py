@@ -36,9 +36,9 @@ import mask_diffusion
 import parallel
 import sample
 import show
-from cli import UserError, value
+from cli import UserError, require, value
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
-from parts import Parts, require
+from parts import Parts
 from run import Run
 from tokenizer import Tokenizer, gpt2_subset, gpt2_tokenizer
 from vae import Pixels
@@ -134,7 +134,7 @@ def image_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     texts = ["" if drop < config.text_dropout else data.choose_caption(sample, config.recaption, chance)
              for sample, (drop, chance) in zip(samples, chances)]
     ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    return dict(images=images_of(samples), ids=ids, t=t, noise=noise, count=torch.tensor(float(len(ids))))
+    return dict(images=images_of(samples), ids=ids, t=t, noise=noise, count=len(ids))
 
 
 def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
@@ -147,7 +147,7 @@ def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     pairs = [text_sample(held.tokenizer, *row, config) for row in zip(samples, draws)]
     ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
     return dict(images=images_of(samples), ids=ids, frozen=frozen, t=t[held.rank::held.world],
-                uniform=uniform, count=(~frozen).sum().float(), mask_id=torch.tensor(held.tokenizer.mask_id))
+                uniform=uniform, count=int((~frozen).sum()), mask_id=held.tokenizer.mask_id)
 
 
 def text_sample(tokenizer: Tokenizer, sample: dict, generator: torch.Generator,
@@ -174,7 +174,7 @@ def text_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
     """The masked tokens' error of each text, (B,): the picture is clean, so its time is 0."""
     clean = torch.zeros(1, device=batch["images"].device)
     logits = lambda ids: model["mmdit"](batch["images"], model["embedding"](ids), clean, need="logits")[1]
-    return mask_diffusion.errors(logits, batch["ids"], int(batch["mask_id"]), batch["frozen"],
+    return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"],
                                  t=batch["t"], uniform=batch["uniform"])
 
 
@@ -201,8 +201,7 @@ class Held:
         """This process's rows of both global batches, on the CPU, and what samples were of no use for them: a
         function of the step alone, so that it can be made ahead, anywhere."""
         made = dict(image=image_batch(config, self, step), text=text_batch(config, self, step))
-        mixes = {id(mix): mix for mix in self.mixes.values()}.values()           # one mixture may serve both
-        return made | dict(bad=[name for mix in mixes for name in mix.newly_bad()])
+        return made | dict(bad=[name for mix in self.mixes.values() for name in mix.newly_bad()])
 
 
 def images_of(samples: list[dict]) -> Tensor:
@@ -229,8 +228,8 @@ def sizes_of(config: TrainConfig) -> tuple[TrainConfig, MMDiTConfig]:
     return replace(config, pixels=pixels, text_length=length), sizes
 
 
-def build(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | None) -> tuple[nn.ModuleDict, list
-                                                                                     | None]:
+def build(config: TrainConfig, sizes: MMDiTConfig,
+          texts: list[str] | None) -> tuple[nn.ModuleDict, list[int] | None]:
     """The model, and the tokenizer's keep list: from --init, or new with the texts' vocabulary, if known."""
     if config.init:
         mmdit = checkpoint.load_mmdit(config.init, training=True)
@@ -370,10 +369,11 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
         for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
         made, losses = next(feed), []
-        for name, weight, errors in sides:
+        counts = [float(made[name]["count"]) for name, _, _ in sides]           # of pictures, unfrozen tokens
+        counts = parallel.mean(torch.tensor(counts, device=device)).clamp(min=1 / run.world)
+        for (name, weight, errors), count in zip(sides, counts):
             parallel.last_backward(model, name == "text", config.shard)
-            batch = {key: tensor.to(device) for key, tensor in made[name].items()}
-            count = parallel.mean(batch["count"]).clamp(min=1 / run.world)     # pictures, or unfrozen tokens
+            batch = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in made[name].items()}
             with autocast, sdpa_kernel(kernels):                 # the mean over processes is the global mean
                 loss = errors(model, batch).sum() / count
                 (weight * loss).backward()

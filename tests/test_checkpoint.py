@@ -184,8 +184,8 @@ def test_an_exported_release_loads_bit_for_bit(release, tmp_path):
 
 
 def test_a_run_of_ours_from_published_weights_keeps_its_position_table(release, tmp_path):
-    tensors = {f"mmdit.{k}": v for k,
-               v in release.named_parameters()} | {"mmdit.positions": release.positions}
+    tensors = {f"mmdit.{k}": v for k, v in release.named_parameters()}
+    tensors["mmdit.positions"] = release.positions
     checkpoint.save(tmp_path / "run", tensors, release.config, None, latents="vae")
     again = load_mmdit(tmp_path / "run")
     assert torch.equal(again.positions, release.positions)

@@ -7,8 +7,8 @@ import torch
 
 import checkpoint
 import sample
-from cli import UserError
-from parts import Parts, require
+from cli import UserError, require
+from parts import Parts
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RELEASE, SD3_FILE = FIXTURES / "release", FIXTURES / "sd3.safetensors"
