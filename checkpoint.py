@@ -20,6 +20,7 @@ Reading is strict: a tensor that is missing, left over, misshapen or not finite 
 import cli
 cli.interruptible(__name__)
 
+import hashlib
 import json
 import math
 import shutil
@@ -240,6 +241,17 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
     vae = build(lambda: AutoencoderKL(layouts.vae_config(tensors, config, naming)), tensors.files[0])
     fill(vae, tensors, layouts.vae_entries(vae, naming), dtype)
     return vae.eval()
+
+
+def digest(model: nn.Module | Pixels) -> str:
+    """Of all values of a model, in the type that they have; "pixels" of one that has none."""
+    if isinstance(model, Pixels):
+        return "pixels"
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def load_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Encoder:

@@ -92,8 +92,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         parsed, unknown = self.parse_known_args(args)
         if unknown:
-            name = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            name, known = unknown[0].split("=")[0], list(self._option_string_actions)
+            for action in self._subparsers._group_actions if self._subparsers else []:
+                known += [flag for each in action.choices.values() for flag in each._option_string_actions]
+            close = difflib.get_close_matches(name, known, n=1)
             self.error(f"unknown argument {name}; {f'did you mean {close[0]}?' if close else 'see --help'}")
         for name, text in vars(parsed).items():
             for part in text if isinstance(text, list) else [text]:

@@ -1,11 +1,14 @@
 """Sources of pictures with texts: a sample at a position; mixed by weight, in an order without state.
 
-    python data.py show PATH[:WEIGHT] ... --out page.png   # what the trainer would see, and what is wrong
-    python data.py index SHARD.tar ...                     # where a tar's samples are; also made at first use
+    python data.py show PATH[:WEIGHT] ... --out page.png     # what the trainer would see, and what is wrong
+    python data.py index SHARD.tar ...                       # where a tar's samples are; also at first use
+    python data.py latents PATH FOLDER --vae VAE             # pictures encoded once, before training
+    python data.py pack BOOK.txt WEB.jsonl.gz T.safetensors  # plain text as tokens
 
-A source is a path, told by what it is: a folder of pictures with captions, tars, a JSON list (sources.py),
-the published files of questions (questions.py), or the embedded set (emoji.py).  The sample at position i of
-a run is a function of (run, i) alone: there are no iterators, and nothing about order is stored.
+A source is a path, told by what it is: a folder of pictures with captions, tars, a JSON list, stored latents
+or tokens (sources.py), the published files of questions (questions.py), or the embedded set (emoji.py).  The
+sample at position i of a run is a function of (run, i) alone: there are no iterators, and nothing about order
+is stored.
 
 Shapes: n samples or positions, P pixels a side.
 """
@@ -16,7 +19,6 @@ cli.interruptible(__name__)
 import hashlib
 import io
 import re
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -28,9 +30,10 @@ from torch import Tensor
 
 import questions
 import sources
-from cli import UserError
+from cli import UserError, require
 
 LONGEST = 4             # sides: a picture longer than 4 to 1 is left out
+PIXELS = dict(vae="pixels", channels="3")       # the stamp of pictures that are not encoded
 
 
 def question_prompt(question: str) -> str:
@@ -103,7 +106,9 @@ def read_picture(source: Path | bytes, name: str = "a picture") -> Image.Image:
         picture = ImageOps.exif_transpose(picture)               # as the camera was held
     except FileNotFoundError:
         raise UserError(f"{name}: no such picture file")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: not a picture that can be read (of no known format)")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: not a picture that can be read ({str(error).splitlines()[0]})")
     if picture.mode != "RGB":
         picture = picture.convert("RGBA")
@@ -141,12 +146,12 @@ def to_picture(image: Tensor) -> Image.Image:
 
 # ---------------------------------------------------------------------------------------------------- mixture
 
-def open_source(path: str, pixels: int):
-    """The source at a path.  Raises UserError."""
+def open_source(path: str, pixels: int, length: int = 256):
+    """The source at a path; plain text in pieces of `length` tokens.  Raises UserError."""
     import emoji                # here: it reads its pictures through this file
     if re.search(r"\.json(@|$)", path):
         return questions.of_json(path)
-    return emoji.Emoji(Path(path), pixels) if emoji.is_emoji(path) else sources.of_path(path)
+    return emoji.Emoji(Path(path), pixels) if emoji.is_emoji(path) else sources.of_path(path, length)
 
 
 def split_weight(spec: str) -> tuple[str, float]:
@@ -160,7 +165,8 @@ def split_weight(spec: str) -> tuple[str, float]:
 
 
 def fingerprint(spec: str) -> str:
-    """What a source is, wherever it lies: a file's contents, or names and sizes of many, and its weight."""
+    """What a source is, wherever it lies: a file's contents, or names and sizes of many and how the first of
+    them begins; and its weight."""
     path, weight = split_weight(spec)
     path = re.sub(r"(\.json)@.*", r"\1", path)
     places = [Path(place) for place in sources.expand(path)]
@@ -170,28 +176,39 @@ def fingerprint(spec: str) -> str:
              for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     files += [(place, place.name) for place in places if place.is_file()]
     listed = "".join(f"{name} {file.stat().st_size}\n" for file, name in files)
+    if files:
+        with open(files[0][0], "rb") as file:                    # the stamp of what was stored is there
+            listed += file.read(2**10).hex()
     return f"{hashlib.sha256(listed.encode()).hexdigest()[:16]}:{weight}"
 
 
 class Mix:
-    """Sources mixed by weight, PATH[:WEIGHT] each, in the order that `key` gives; pictures cut to P x P.
+    """Sources mixed by weight, PATH[:WEIGHT] each, in the order that `key` gives; pictures cut to P x P,
+    plain text to `length` tokens.
 
-    bad: what samples were of no use since `newly_bad` was asked, and why; lost, of seen: how many of all that
-    were asked for.  Raises UserError."""
+    stamp: what its latents are, "vae", "pixels" and "channels", also where they are the pixels; None for
+    plain text.  bad: what samples were of no use since `newly_bad` was asked, and why; lost, of seen: how
+    many of all that were asked for.  Raises UserError, also where sources can't be in one batch."""
 
-    def __init__(self, specs: list[str], pixels: int, key: str = "", min_side: int = 1):
+    def __init__(self, specs: list[str], pixels: int, key: str = "", min_side: int = 1, length: int = 256):
         self.pixels, self.key, self.min_side, self.sources, self.weights = pixels, key, min_side, [], []
         self.bad, self.lost, self.seen = [], 0, 0
         for spec in specs:
             path, weight = split_weight(spec)
-            self.sources.append(open_source(path, pixels))
+            self.sources.append(open_source(path, pixels, length))
             self.weights.append(weight)
+        stamps = [getattr(source, "stamp", PIXELS | {"pixels": str(pixels)}) for source in self.sources]
+        stamps = [stamp and {name: stamp[name] for name in (*PIXELS, "pixels")} for stamp in stamps]
+        self.stamp, said = stamps[0], [str(stamp or "plain text").replace("'", "") for stamp in stamps]
+        require(*((stamp == self.stamp, f"{source.name}: is {what}, {self.sources[0].name} is {said[0]}; one "
+                   f"batch can't have both") for stamp, what, source in zip(stamps, said, self.sources)))
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
     def take(self, positions: Iterable[int], name: str) -> list[dict]:
-        """The samples at these positions of the run's order `name`, with "picture" (3, P, P) uint8."""
+        """The samples at these positions of the run's order `name`: "picture" (3, P, P) uint8, "latents"
+        (C, h, w) or "ids" (L,)."""
         places = locate(torch.tensor(list(positions)), list(map(len, self.sources)), self.weights,
                         f"{self.key} {name}")
         return [self.read(*place, name == "image") for place in places]
@@ -226,7 +243,9 @@ class Mix:
 
     def cut(self, sample: dict, captioned: bool = False) -> dict:
         """The sample with its picture (3, P, P) uint8.  UserError where it can't be learnt from."""
-        if isinstance(sample["picture"], bytes):
+        if "ids" in sample and not captioned:
+            return sample
+        if isinstance(sample.get("picture"), bytes):
             picture = read_picture(sample["picture"], sample["key"])
             check_picture(picture, sample["key"], self.min_side)
             array = torch.from_numpy(np.array(fit_picture(picture, self.pixels)))
@@ -295,58 +314,52 @@ def choose_caption(sample: dict, recaption: float, chance: float) -> str:
     return captions[int(chance * len(captions))]
 
 
-# --------------------------------------------------------------------------------------------------- commands
+def latents_of(samples: list[dict]) -> Tensor | None:
+    """What a model diffuses, (B, C, h, w) float32: stored latents or pictures in [-1, 1]; None for text."""
+    if "ids" in samples[0]:
+        return None
+    return torch.stack([sample["latents"].float() if "latents" in sample else
+                        sample["picture"].float() / 127.5 - 1 for sample in samples])
 
-def show_sources(specs: list[str], pixels: int, out: Path, look: int, tokenizer: str) -> None:
-    """A page of twelve samples as the trainer would see them; on stdout counts, and all that is wrong."""
-    import checkpoint                                            # here: these read and draw through this file
-    import show
-    mix, cut, wrong, cells = Mix(specs, pixels, "show"), checkpoint.load_tokenizer(tokenizer), Counter(), []
-    for source, weight in zip(mix.sources, mix.weights):
-        share = weight / sum(mix.weights)
-        print(f"{source.name}: {type(source).__name__}, {len(source):,} samples, {share:.1%} of the mix")
-    longest, step = 0, max(1, len(mix) // look)
-    positions = torch.arange(0, len(mix), step)
-    for place in locate(positions, list(map(len, mix.sources)), mix.weights, "show"):
-        try:
-            sample = mix.sample(*place)
-        except UserError as error:
-            wrong[re.sub(r"^.*?: |\d+", "", str(error))] += 1
-            print(f"wrong: {error}")
-            continue
-        texts = [text for text in (*sample["captions"], sample.get("recaption")) if text]
-        counts = [len(cut.pieces(text)) for text in texts]
-        longest = max([longest, *counts])
-        if len(cells) < 12:
-            lines = [f"{text} ({count} tokens)" for text, count in zip(texts, counts)][:2]
-            lines += [f"Q: {q['question']} A: {q['answer']}" for q in sample.get("questions") or []][:1]
-            cells.append((sample["picture"].float() / 127.5 - 1, [str(sample["key"])[-50:], *lines]))
-    if cells:
-        show.write_picture(out, show.page(cells[:6], cells[6:]))
-    print(f"looked at {len(positions):,} samples, {sum(wrong.values()):,} of no use; the "
-          f"longest caption has {longest} tokens" + (f"; {out}" if cells else ""))
-    for what, count in wrong.most_common():
-        print(f"{count:6} {what}")
+
+def check_stamps(image: Mix, text: Mix, channels: int, learnt: str | None) -> str:
+    """What the latents of both losses are: "pixels", or the digest of the autoencoder that made them.
+
+    channels: of the model's latents; learnt: what those were that it has learnt, if any.  UserError."""
+    require((image.stamp, "--image-data is plain text, which has no pictures; give it as --text-data"))
+    found = dict(image.stamp, channels=int(image.stamp["channels"]))
+    need = "pictures" if channels == 3 else "latents of an autoencoder (python data.py latents makes them)"
+    require((found["channels"] == channels, f"--image-data: {found['channels']} channels, this model's "
+             f"latents have {channels}: expected {need}"),
+            (found["pixels"] == str(image.pixels), f"--image-data: latents of pictures of {found['pixels']} "
+             f"pixels, this run's have {image.pixels}; give --pixels {found['pixels']}, or make them again"),
+            (text.stamp in (None, image.stamp), f"--text-data: {text.stamp}, --image-data: {image.stamp}; "
+             f"expected the same"),
+            (learnt in (None, found["vae"]), f"--image-data: latents of the autoencoder {found['vae']}, the "
+             f"model has learnt those of {learnt}"))
+    return found["vae"]
+
+
+def check_questions(texts: list[str], tokenizer, length: int) -> None:
+    """Raises UserError where a question would leave no room for its answer, and for the end."""
+    sizes = {text: len(tokenizer.pieces(text)) for text in set(texts) if text.startswith("Q: ")}
+    longest = max(sizes, key=sizes.get, default="")
+    taken = sizes.get(longest, 0)
+    require((taken < length - 1, f"--text-length {length}: \"{longest}\" has {taken} tokens and leaves no "
+             f"room for an answer"))
+
+
+def check_tokens(mix: Mix, tokenizer, name: str) -> None:
+    """Raises UserError for plain text that another tokenizer cut than that of the checkpoint `name`."""
+    for source in mix.sources:
+        other = getattr(source, "tokenizer", None) not in (None, tokenizer.digest())
+        require((not other, f"{source.name}: tokens of another tokenizer than that of {name}; pack its text "
+                            f"again with --tokenizer {name}"))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("command", choices=["show", "index"])
-    parser.add_argument("paths", nargs="+", help="sources, PATH[:WEIGHT]; for index: tars")
-    parser.add_argument("--out", type=Path, default=Path("data.png"), help="show: the page (data.png)")
-    parser.add_argument("--pixels", type=cli.number(int, 8), default=256, metavar="N",
-                        help="show: a side (256)")
-    parser.add_argument("--look", type=cli.number(int, 1), default=1000, metavar="N",
-                        help="show: samples (1000)")
-    parser.add_argument("--tokenizer", default="gpt2", help="show: gpt2, or a folder with T5's (gpt2)")
-    args = parser.parse_args(argv)
-    if args.command == "show":
-        show_sources(args.paths, args.pixels, args.out, args.look, args.tokenizer)
-        return
-    for path in [path for pattern in args.paths for path in sources.expand(pattern)]:
-        if path.endswith(("gz", "tgz")):
-            raise UserError(f"{path}: a packed tar can't be read at random; gunzip it")
-        print(f"{path}: {len(sources.make_index(path)):,} samples")
+    import prepare                                               # here: its commands read through this file
+    prepare.main(argv)
 
 
 if __name__ == "__main__":

@@ -304,6 +304,7 @@ class Emoji:
     def __init__(self, path: Path, pixels: int):
         self.name, (self.records, self.pictures) = str(path), load(path, pixels)
         self.groups = fair(self.records)
+        self.every = sorted(i for group in self.groups for i in group)
         self.held = [i for i, record in enumerate(self.records) if record["split"] != "train"]
         if not self.groups:
             raise UserError(f"{path}: no sample of this tar is in the split \"train\"")

@@ -117,6 +117,10 @@ class Parts:
 
     def load_vae(self):
         autoencoder = checkpoint.load_vae(self.paths["vae"])      # in float32: it is one percent of the whole
+        found = checkpoint.digest(autoencoder) if self.family == "ours" else None
+        learnt = found and checkpoint.read_config(self.paths["mmdit"]).get("latents")
+        require((learnt == found, f"{self.paths['vae']}: is the autoencoder {found}, this transformer has "
+                 f"learnt the latents of {learnt}"))
         require((autoencoder.channels == self.sizes.channels, f"{self.paths['vae']}: latents of "
                  f"{autoencoder.channels} channels, the transformer has {self.sizes.channels}"))
         return autoencoder

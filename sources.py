@@ -5,9 +5,11 @@
     shards/{000..127}.tar     tars in WebDataset layout, also as *.tar or as their folder: a jpg, jpeg, png or
                               webp with a txt or a json ("caption", "re_caption") each
     captions.json             a list of {image_path, height, width, caption, re_caption}
+    latents/                  what `python data.py latents` stored
+    tokens.safetensors        what `python data.py pack` made of plain text
 
-A sample is a dict: "key"; "picture", a file's bytes; "captions"; "recaption" and "questions" where there are
-any.
+A sample is a dict: "key"; "picture", a file's bytes, or "latents" (C, h, w); "captions"; "recaption",
+"questions", and T5's "states" (L, E) of the caption "stated" where there are any.  Plain text is "ids" (L,).
 """
 
 import glob
@@ -28,9 +30,12 @@ from typing import Iterator
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, require
+from tensors import Tensors
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+TEXTS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+SHARDS = "latents-{}.safetensors"
 WHOLE_GZIP = 2**31      # bytes of a .tar.gz once unpacked: it is held in memory
 
 
@@ -259,6 +264,76 @@ def unpacked(path: str) -> bytes:
     return content
 
 
+class Latents:
+    """Latents with their texts, a row at a time from mapped files.
+
+    stamp: what made them, the same in all files of a folder: "source", "shards", "dtype", "vae" (the digest
+    of its weights), "pixels" and "channels"; with T5's states "t5", "tokenizer", "length" too."""
+
+    def __init__(self, folder: Path):
+        self.name, self.files = str(folder), sorted(map(str, folder.glob(SHARDS.format("*"))))
+        self.stamp, counts = read_stamp(self.files[0]), [0]
+        for file in self.files:
+            require((read_stamp(file) == self.stamp, f"{file}: made with other settings than "
+                     f"{Path(self.files[0]).name}: {read_stamp(file)}, not {self.stamp}"))
+            counts.append(mapped(file).get_slice("latents").get_shape()[0])
+        require((len(self.files) == int(self.stamp["shards"]), f"{folder}: {len(self.files)} of "
+                 f"{self.stamp['shards']} shards; the same python data.py latents makes the others"))
+        self.starts = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, i: int) -> dict:
+        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
+        tensors, row = mapped(self.files[shard]), i - int(self.starts[shard])
+        begin, end = tensors.get_slice("ends")[row:row + 2].tolist()
+        try:
+            sample = json.loads(tensors.get_slice("texts")[begin:end].numpy().tobytes())
+        except ValueError as error:
+            raise UserError(f"{self.files[shard]}: sample {row} can't be read ({error})")
+        for name in {"latents", "states"} & set(tensors.keys()):
+            sample[name] = tensors.get_slice(name)[row]
+        return sample
+
+
+def read_stamp(file: str) -> dict[str, str]:
+    """What made a file of latents.  Raises UserError."""
+    try:
+        return json.loads((mapped(file).metadata() or {})["stamp"])
+    except (KeyError, ValueError):
+        raise UserError(f"{file}: not what python data.py latents writes; it names no autoencoder")
+
+
+class Tokens:
+    """Plain text as one row of tokens, mapped, and cut into texts of L tokens.
+
+    tokenizer: the digest of the one that made them."""
+
+    stamp = None                # it has no pictures
+
+    def __init__(self, path: Path, length: int):
+        self.name, self.length, tensors = str(path), length, mapped(str(path))
+        require(("tokens" in tensors.keys() and "tokenizer" in (tensors.metadata() or {}),
+                 f"{path}: not what python data.py pack writes; its tensors are "
+                 f"{', '.join(list(tensors.keys())[:4]) or 'none'}"))
+        self.tokenizer = tensors.metadata()["tokenizer"]
+        self.size, = tensors.get_slice("tokens").get_shape()
+        require((self.size >= length, f"{path}: {self.size} tokens, one text takes {length}"))
+
+    def __len__(self) -> int:
+        return self.size // self.length
+
+    def __getitem__(self, i: int) -> dict:
+        cut = mapped(self.name).get_slice("tokens")[i * self.length:(i + 1) * self.length]
+        return dict(key=f"{self.name}:{i}", ids=cut.long(), captions=[])
+
+
+@lru_cache(maxsize=64)
+def mapped(path: str):
+    return Tensors.open(Path(path))
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -294,17 +369,23 @@ def expand(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
 
 
-def of_path(pattern: str) -> Folder | Tars:
-    """The source that a path, or a pattern of tars, is.  Raises UserError."""
+def of_path(pattern: str, length: int = 256) -> Folder | Tars | Latents | Tokens:
+    """The source that a path, or a pattern of tars, is; plain text in pieces of `length`.  UserError."""
     paths = expand(pattern)
     if not paths:
         raise UserError(f"{pattern}: no file has such a name")
     path, tar = Path(paths[0]), (".tar", ".tar.gz", ".tgz")
     if path.is_dir():
         shards = sorted(str(file) for file in path.iterdir() if file.name.endswith(tar))
-        return Tars(pattern, shards) if shards else Folder(path)
+        stored = any(path.glob(SHARDS.format("*")))
+        return Tars(pattern, shards) if shards else Latents(path) if stored else Folder(path)
     if path.name.endswith(tar):
         return Tars(pattern, paths)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors":
+        return Tokens(path, length)
+    if path.name.endswith(TEXTS):
+        raise UserError(f"{path}: plain text is made tokens first: python data.py pack {path} "
+                        f"tokens.safetensors")
     raise UserError(f"{path}: expected a folder of pictures with captions, tars, or a .json of a known form")

@@ -79,8 +79,14 @@ def finite(tensor: Tensor) -> bool:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, that takes its place when all of it is written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)                        # of a full disk, it would keep it full
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,

@@ -3,6 +3,7 @@
 Shapes: L tokens.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -32,6 +33,17 @@ class Tokenizer:
         if self.specials:       # a pattern: T5's vocabulary holds "</s>" like any word, so it is pried apart
             text = re.sub(self.specials, r"< \1>", text)
         return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def many(self, texts: list[str]) -> list[list[int]]:
+        """The bare ids of many texts, on all cores."""
+        if self.specials:
+            texts = [re.sub(self.specials, r"< \1>", text) for text in texts]
+        return [found.ids for found in self.bpe.encode_batch(texts, add_special_tokens=False)]
+
+    def digest(self) -> str:
+        """What it is: another one gives other ids."""
+        known = sorted(self.bpe.get_vocab().items()), self.end_id, self.pad_id, self.mask_id
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
     def continuation(self, text: str) -> list[int]:
         """As `pieces`, of a text that goes on where a token ended: T5's tokenizer would put a space there."""

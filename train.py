@@ -128,17 +128,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def image_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     """Noised pictures with clean captions, now and then with none: this process's rows of a global batch."""
     samples, draws = held.rows(step, config.image_batch, "image")
-    shape = (1, 3, config.pixels, config.pixels)
+    images = data.latents_of(samples)
+    shape = (1, *images.shape[1:])
     t, noise = map(torch.cat, zip(*(flow.draw(shape, generator, config.time_shift) for generator in draws)))
     chances = [torch.rand(2, generator=generator).tolist() for generator in draws]
     texts = ["" if drop < config.text_dropout else data.choose_caption(sample, config.recaption, chance)
              for sample, (drop, chance) in zip(samples, chances)]
     ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    return dict(images=images_of(samples), ids=ids, t=t, noise=noise, count=len(ids))
+    return dict(images=images, ids=ids, t=t, noise=noise, count=len(ids))
 
 
 def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
-    """Clean pictures with captions, or questions and answers, to be masked: this process's rows.
+    """Clean pictures, or none, with texts to be masked: this process's rows of a global batch.
 
     Times are antithetic over the global batch; dealt out row by row, each process has early and late ones."""
     samples, draws = held.rows(step, config.text_batch, "text")
@@ -146,13 +147,16 @@ def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     uniform = torch.stack([torch.rand(config.text_length, generator=generator) for generator in draws])
     pairs = [text_sample(held.tokenizer, *row, config) for row in zip(samples, draws)]
     ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
-    return dict(images=images_of(samples), ids=ids, frozen=frozen, t=t[held.rank::held.world],
+    return dict(images=data.latents_of(samples), ids=ids, frozen=frozen, t=t[held.rank::held.world],
                 uniform=uniform, count=int((~frozen).sum()), mask_id=held.tokenizer.mask_id)
 
 
 def text_sample(tokenizer: Tokenizer, sample: dict, generator: torch.Generator,
                 config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """ids (L,), and frozen (L,), True at the prompt: a caption or, in `instruct`, now and then a question."""
+    """ids (L,), and frozen (L,), True at the prompt: a caption or, in `instruct`, now and then a question;
+    or a piece of plain text."""
+    if "ids" in sample:
+        return sample["ids"], torch.zeros(config.text_length, dtype=torch.bool)
     ask, which = torch.rand(2, generator=generator).tolist()
     questions, share = sample.get("questions"), config.question_share if config.stage == "instruct" else 0.0
     if questions and (ask < share or not sample["captions"]):
@@ -171,8 +175,8 @@ def image_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
 
 
 def text_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
-    """The masked tokens' error of each text, (B,): the picture is clean, so its time is 0."""
-    clean = torch.zeros(1, device=batch["images"].device)
+    """The masked tokens' error of each text, (B,): the picture, if any, is clean, so its time is 0."""
+    clean = torch.zeros(1, device=batch["ids"].device)
     logits = lambda ids: model["mmdit"](batch["images"], model["embedding"](ids), clean, need="logits")[1]
     return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"],
                                  t=batch["t"], uniform=batch["uniform"])
@@ -204,11 +208,6 @@ class Held:
         return made | dict(bad=[name for mix in self.mixes.values() for name in mix.newly_bad()])
 
 
-def images_of(samples: list[dict]) -> Tensor:
-    """Pictures (B, 3, P, P) in [-1, 1]."""
-    return torch.stack([sample["picture"] for sample in samples]).float() / 127.5 - 1
-
-
 def sizes_of(config: TrainConfig) -> tuple[TrainConfig, MMDiTConfig]:
     """The configuration with pixels and text length as the preset, or --init, has them; and the sizes."""
     if config.init:
@@ -220,17 +219,21 @@ def sizes_of(config: TrainConfig) -> tuple[TrainConfig, MMDiTConfig]:
         pixels = checkpoint.read_config(config.init).get("pixels")
     else:
         sizes, pixels = MMDiTConfig(**PRESETS[config.preset]), PIXELS[config.preset]
-        require((sizes.channels == 3, f"--preset {config.preset} needs a VAE's latents, expected emoji"))
+        require((sizes.text_length, f"--preset {config.preset}: its text comes from T5; this trainer reads "
+                 f"the end-to-end variant"))
     pixels, length = config.pixels or pixels, config.text_length or sizes.text_length
-    most = sizes.patch * sizes.position_size
-    require((pixels % sizes.patch == 0 and pixels <= most, f"--pixels {pixels}: expected a multiple of the "
-             f"patch, {sizes.patch}, up to {most}, this model's position table"))
+    unit = sizes.patch * (1 if sizes.channels == 3 else 8)                       # pixels of a patch's side
+    most = unit * sizes.position_size
+    require((pixels % unit == 0 and pixels <= most, f"--pixels {pixels}: expected a multiple of the "
+             f"patch, {unit}, up to {most}, this model's position table"))
     return replace(config, pixels=pixels, text_length=length), sizes
 
 
-def build(config: TrainConfig, sizes: MMDiTConfig,
-          texts: list[str] | None) -> tuple[nn.ModuleDict, list[int] | None]:
-    """The model, and the tokenizer's keep list: from --init, or new with the texts' vocabulary, if known."""
+def build(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | None,
+          plain: bool) -> tuple[nn.ModuleDict, list[int] | None]:
+    """The model, and the tokenizer's keep list: from --init, or new with the texts' vocabulary, if known.
+
+    plain: there are texts without a picture, for which the null image learns."""
     if config.init:
         mmdit = checkpoint.load_mmdit(config.init, training=True)
         embedding = checkpoint.load_embedding(config.init, training=True)
@@ -240,7 +243,7 @@ def build(config: TrainConfig, sizes: MMDiTConfig,
         sizes = replace(sizes, vocab_size=gpt2_tokenizer(keep).vocab_size, text_length=config.text_length)
         torch.manual_seed(config.seed)
         mmdit, embedding = MMDiT(sizes), TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
-    mmdit.null_image.requires_grad_(False)                   # both stages have pictures: it would never learn
+    mmdit.null_image.requires_grad_(plain)
     if config.compile:
         torch._dynamo.config.recompile_limit = 64                # image, text, and last-block variants
         for block in mmdit.blocks:
@@ -258,16 +261,6 @@ def optimizers_of(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim
         optimizers.append(torch.optim.Muon([p for p in learning if p in matrices], lr=config.lr,
                                            weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
-
-
-def check_questions(config: TrainConfig, tokenizer: Tokenizer, texts: list[str] | None) -> None:
-    """Raise UserError where a question would leave no room for its answer, and for the end."""
-    prompts = {text for text in texts or [] if text.startswith("Q: ") and config.stage == "instruct"}
-    sizes = {prompt: len(tokenizer.pieces(prompt)) for prompt in prompts}
-    longest = max(sizes, key=sizes.get, default="")
-    room, taken = config.text_length, sizes.get(longest, 0)
-    require((taken < room - 1, f"--text-length {room}: \"{longest}\" has {taken} tokens and leaves no room "
-             f"for an answer"))
 
 
 def check_extension(config: TrainConfig, run: Run) -> None:
@@ -293,25 +286,31 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Run]:
     settings = asdict(config) | dict(world=world, torch=torch.__version__)
     run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
     check_extension(config, run)
-    mix, *other = [data.Mix(specs, config.pixels, run.key, config.min_side)
+    mix, *other = [data.Mix(specs, config.pixels, run.key, config.min_side, config.text_length)
                    for specs in (config.image_data, config.text_data) if specs]
     mixes = dict(image=mix, text=(other or [mix])[0])
+    was = checkpoint.read_config(config.init).get("latents") if config.init else None
+    latents = data.check_stamps(mixes["image"], mixes["text"], sizes.channels, was)
     texts = [each.texts() for each in (mix, *other)]
     texts = None if None in texts else sum(texts, [])
-    model, keep = build(config, sizes, texts)
+    model, keep = build(config, sizes, texts, mixes["text"].stamp is None)
     held = Held(gpt2_tokenizer(keep), mixes, run.key, rank, world, device)
-    check_questions(config, held.tokenizer, texts)
+    data.check_tokens(mixes["text"], held.tokenizer, config.init or "gpt2")
+    if config.stage == "instruct":
+        data.check_questions(texts or [], held.tokenizer, config.text_length)
     model.to(device)
     if world > 1:
         parallel.shard(model, getattr(torch, config.dtype), config.shard)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     run.begin(model, optimizers_of(model, config), ema, keep, dict(
-        pixels=config.pixels, text_length=config.text_length, stage=config.stage))
+        pixels=config.pixels, text_length=config.text_length, stage=config.stage, latents=latents))
     if rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{millions:.2f} M parameters, {len(mix):,} samples an epoch, vocabulary "
               f"{held.tokenizer.vocab_size}, {world} process(es), {device}, from step {run.step}", flush=True)
-    return config, held, run
+        if latents != "pixels" and config.sample_every:
+            print("note: no samples are drawn, for lack of the autoencoder that made the latents", flush=True)
+    return replace(config, sample_every=config.sample_every * (latents == "pixels")), held, run
 
 
 # ------------------------------------------------------------------------------------------------------ train
@@ -333,7 +332,7 @@ def show_samples(config: TrainConfig, run: Run, held: Held) -> None:
     captions = lambda samples: [data.choose_caption(sample, 0, 0) for sample in samples]
     parts = Parts.of(run.model, Pixels(), held.tokenizer, config.pixels, config.text_length, held.device)
     with parallel.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"):
-        results = sample.results(parts, captions(known + kept[:2]), captions(kept), images_of(kept))
+        results = sample.results(parts, captions(known + kept[:2]), captions(kept), data.latents_of(kept))
     if run.rank == 0:
         show.write_picture(run.out / f"samples_{run.step}.png", results)
 

@@ -1,5 +1,6 @@
 """What several test files call."""
 
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def mistake(capsys):
             return 1, f"error: {error}\n"
         return 0, ""
     return call
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that holds 40 MiB: four saves of the tiny model, and what lies beside them."""
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", tmp_path / "disk"],
+                             capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -199,18 +199,6 @@ def test_weights_too_large_for_float16_are_shared_in_bfloat16(go, tmp_path, tiny
     assert float(checkpoint.load_mmdit(tmp_path / "run").img_in.bias.max().detach()) > 65_504
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder that holds 40 MiB: four saves of the tiny model, and what lies beside them."""
-    (tmp_path / "disk").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", tmp_path / "disk"],
-                             capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
-    yield tmp_path / "disk"
-    subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
-
-
 @pytest.mark.parametrize("when", [1, 2, 3])
 def test_a_full_disk_loses_nothing_and_the_same_command_ends_the_run(when, small_disk, go, tmp_path):
     """The disk is full at the first, a middle and the last save of three."""

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,7 +24,7 @@ import checkpoint
 import data
 import flow
 import mask_diffusion
-from train import learning_rate, parse
+from train import Held, learning_rate, parse
 from train import main as train_main
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +131,35 @@ def test_training_equals_a_loop_written_out(stage, tiny, small_tar, tmp_path, mo
         assert torch.allclose(held["model"][name], weights[name], rtol=0, atol=1e-6), name
         assert torch.allclose(saved[-1][name], average[name], rtol=0, atol=1e-6), name
     assert {p.name for p in tmp_path.glob("step_*")} == {"step_2", "step_3"}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_run_sees_the_same_samples_with_any_number_of_processes_and_of_workers(small_tar, tiny, tmp_path):
+    """Of a mixture of the emoji set and a folder with a picture of no use; draws and tokens included."""
+    for i in range(40):
+        Image.new("RGB", (20, 20 + i), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"red {i}\nalso red {i}")
+    (tmp_path / "7.png").write_text("no picture")
+    config = replace(parse([]), image_batch=8, text_batch=4, text_length=28, pixels=16, stage="instruct")
+    mix, tokenizer = [f"{tmp_path}:2", small_tar], checkpoint.load_tokenizer(tiny)
+
+    def seen(world, workers):
+        made = []
+        for rank in range(world):
+            mixes = {name: data.Mix(mix, 16, "key") for name in ("image", "text")}
+            held = Held(tokenizer, mixes, "key", rank, world, torch.device("cpu"))
+            made.append(list(data.feed(partial(held.batches, config), range(9), workers)))
+        rows = [{(name, key): torch.stack([part[name][key] for part in parts], dim=1).flatten(0, 1)
+                 for name in ("image", "text") for key in parts[0][name] if key not in ("count", "mask_id")}
+                for parts in zip(*made)]
+        return rows, sorted(sum((part["bad"] for parts in made for part in parts), []))
+    alone, bad = seen(1, 0)
+    assert len(alone) == 9 and len(bad) >= 1 and set(bad) == {bad[0]} and "7.png" in bad[0]
+    for world, workers in ((1, 1), (1, 3), (2, 0), (2, 3), (4, 0), (4, 1)):
+        rows, found = seen(world, workers)
+        assert found == bad
+        for one, other in zip(alone, rows, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_tar, tiny, tmp_path):
@@ -237,7 +269,8 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     (["--time-shift", "0"], 2, "--time-shift: expected a number from 0.001 to 1000, got '0'"),
     (["--decay-steps", "5"], 2, "--decay-steps changes nothing without --schedule linear"),
     (["--schedule", "linear", "--decay-from", "5"], 2, "--decay-from changes nothing without --decay-steps"),
-    (["--preset", "sd3-medium"], 1, "needs a VAE's latents"),
+    (["--preset", "sd3-medium"], 1, "its text comes from T5"),
+    (["--preset", "e2e-1.1b", "--pixels", "64"], 1, "3 channels, this model's latents have 16: expected lat"),
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar, mistake):
     flags = [*(["--image-data", small_tar] if "--image-data" not in flags else []), "--out", tmp_path / "x",
