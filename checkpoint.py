@@ -40,9 +40,10 @@ from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from t5 import T5Encoder
 from tensors import NAMES, Tensors, finite, replacing, write_tensors
 from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
-from vae import AutoencoderKL, Pixels
+from vae import AutoencoderKL, Pixels, VAEConfig
 
 FORMAT = "dual-diffusion-transformer"
+MASK_EMBEDDING = "mask_embedding.safetensors"      # T5's [MASK] row, where a checkpoint has its own
 
 
 def read_json(path: Path) -> dict:
@@ -152,6 +153,19 @@ def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
                     f"{', '.join(name for name, _ in begins.most_common(4)) or 'nothing, it is empty'}")
 
 
+def named(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
+    """As `find`, of a "vae" or "t5" that a flag of this name would name."""
+    try:
+        return find(path, part)
+    except UserError as error:
+        raise UserError(f"{error}; name the right one with --{part}")
+
+
+def vae_sizes(path: str | Path) -> VAEConfig:
+    """Of the autoencoder in a path, from file headers alone.  Raises UserError."""
+    return layouts.vae_config(*named(path, "vae"))
+
+
 def build(make: Callable[[], nn.Module], where: Path) -> nn.Module:
     """A module without memory; sizes that no model can have are the file's mistake."""
     try:
@@ -208,13 +222,41 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size:
             table = position_table(config.width, config.position_size, config.position_base)
             model.positions = table.to(dtype)
         return model.eval()
+    model, tensors, entries = published(path, vocab_size)
+    fill(model, tensors, entries, dtype, () if "text_proj_out.weight" in tensors else layouts.POOLED)
+    return model.eval()
+
+
+def published(path: Path, vocab_size: int) -> tuple[MMDiT, Tensors, dict[str, Entry]]:
+    """(a transformer of a published one's sizes, without memory, its tensors, where each part is in them)."""
     tensors, config, naming = find(path, "transformer")
     from_sd3 = "text_proj_out.weight" not in tensors
     model = build(lambda: MMDiT(layouts.mmdit_config(tensors, config, naming, vocab_size)), tensors.files[0])
     table = layouts.SD3_FILE if naming == "file" else layouts.SD3_FOLDER if from_sd3 else layouts.RELEASE
-    entries = layouts.mmdit_entries(model, table, from_sd3)
-    fill(model, tensors, entries, dtype, layouts.POOLED if from_sd3 else ())
-    return model.eval()
+    return model, tensors, layouts.mmdit_entries(model, table, from_sd3)
+
+
+def carried_over(path: str | Path, vocab_size: int) -> str:
+    """What of SD3's transformer D-DiT goes on with, and what starts fresh, in numbers of values."""
+    _, tensors, entries = published(Path(path), vocab_size)
+    titles, new = {"txt_out": "text head", "null_image": "null image"}, Counter()
+    for name, entry in entries.items():
+        new[titles.get(name.split(".")[0], "the last block's text output, MLP and gates")] += (
+            0 if entry.fresh is None else entry.fresh.numel())
+    kept = sum(math.prod(entry.shape) for entry in entries.values() for _ in entry.keys)
+    left = sum(math.prod(shape) for name, shape in tensors.shape.items() if name.startswith(layouts.POOLED))
+    return (f"{kept:,} values carried over; fresh: "
+            + ", ".join(f"{what} {count:,}" for what, count in new.items())
+            + f"; left out: the pooled CLIP branch {left:,}")
+
+
+def learnt_mask(path: str | Path) -> Tensor | None:
+    """The [MASK] embedding (E,) that a run of ours has learnt, or goes on with: not its average."""
+    weights = own_weights(path, True)
+    if not weights.exists():
+        return None
+    tensors = Tensors([weights], "mask.")
+    return tensors.read("vector", torch.float32) if "vector" in tensors else None
 
 
 def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32,
@@ -290,19 +332,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return gpt2_tokenizer(content.get("keep"))
 
 
-def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, keep: list[int] | None,
+def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, tokenizer: Tokenizer,
          dtype: torch.dtype = torch.float32, gather: Callable[[Tensor], Tensor] = Tensor.detach,
          **more) -> None:
     """Write a checkpoint folder of ours; `more` goes into config.json.  Each file is replaced whole."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", tensors, dtype, gather)
     write_json(folder / "config.json", {"format": FORMAT, "mmdit": asdict(mmdit), "latents": "pixels"} | more)
-    write_json(folder / "tokenizer.json", {"tokenizer": "gpt2", "keep": keep}, indent=None)
+    for name, content in tokenizer.files().items():
+        write_text(folder / name, content)
 
 
-def write_json(path: Path, content: dict, indent: int | None = 1) -> None:
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
 
 
 def export_release(source: Path, target: Path, tokenizer: Path | None = None) -> None:

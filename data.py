@@ -322,22 +322,35 @@ def latents_of(samples: list[dict]) -> Tensor | None:
                         sample["picture"].float() / 127.5 - 1 for sample in samples])
 
 
-def check_stamps(image: Mix, text: Mix, channels: int, learnt: str | None) -> str:
-    """What the latents of both losses are: "pixels", or the digest of the autoencoder that made them.
+def check_stamps(image: Mix | None, text: Mix, channels: int, learnt: str | None,
+                 encoder: str | None) -> str | None:
+    """What the latents of both losses are: "pixels", or the digest of the autoencoder that makes them.
 
-    channels: of the model's latents; learnt: what those were that it has learnt, if any.  UserError."""
-    require((image.stamp, "--image-data is plain text, which has no pictures; give it as --text-data"))
-    found = dict(image.stamp, channels=int(image.stamp["channels"]))
-    need = "pictures" if channels == 3 else "latents of an autoencoder (python data.py latents makes them)"
-    require((found["channels"] == channels, f"--image-data: {found['channels']} channels, this model's "
-             f"latents have {channels}: expected {need}"),
-            (found["pixels"] == str(image.pixels), f"--image-data: latents of pictures of {found['pixels']} "
-             f"pixels, this run's have {image.pixels}; give --pixels {found['pixels']}, or make them again"),
-            (text.stamp in (None, image.stamp), f"--text-data: {text.stamp}, --image-data: {image.stamp}; "
-             f"expected the same"),
-            (learnt in (None, found["vae"]), f"--image-data: latents of the autoencoder {found['vae']}, the "
-             f"model has learnt those of {learnt}"))
-    return found["vae"]
+    image: None in a stage without pictures.  channels: of the model's latents; learnt: what those were that it
+    has learnt, if any; encoder: the autoencoder that is here, if any.  Raises UserError."""
+    require((not image or image.stamp, "--image-data is plain text, which has no pictures; give it as "
+             "--text-data"), (image or text.stamp is None, "--text-data: has pictures, which --stage text "
+                              "has not; expected plain text (python data.py pack)"))
+    stamps = []
+    for flag, mix in (("--image-data", image), ("--text-data", text)):
+        if mix and mix.stamp:
+            raw = mix.stamp["vae"] == "pixels"
+            found = dict(mix.stamp, vae=encoder, channels=str(channels)) if raw and encoder else mix.stamp
+            need = "pictures" if channels == 3 else (
+                "an autoencoder, --vae, or its latents (python data.py latents makes them)")
+            require((found["channels"] == str(channels), f"{flag}: {found['channels']} channels, this model's "
+                     f"latents have {channels}: expected {need}"),
+                    (found["pixels"] == str(mix.pixels), f"{flag}: latents of pictures of {found['pixels']} "
+                     f"pixels, this run's have {mix.pixels}; give --pixels {found['pixels']}, or make them "
+                     f"again"),
+                    (learnt in (None, found["vae"]), f"{flag}: latents of the autoencoder {found['vae']}, the "
+                     f"model has learnt those of {learnt}"),
+                    (encoder in (None, found["vae"]), f"{flag}: latents of the autoencoder {found['vae']}, "
+                     f"--vae is {encoder}"))
+            stamps.append(found)
+    require((len(stamps) < 2 or stamps[0] == stamps[1], f"--text-data: {stamps[-1:]}, --image-data: "
+             f"{stamps[:1]}; expected the same"))
+    return stamps[0]["vae"] if stamps else encoder or learnt
 
 
 def check_questions(texts: list[str], tokenizer, length: int) -> None:

@@ -61,18 +61,32 @@ def shard(model: nn.ModuleDict, dtype: torch.dtype, mode: str) -> None:
     # linear layers and reshapes return views; nothing here works on them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     wrap(model["mmdit"].txt_out, torch.float32)
-    for part in [*model["mmdit"].blocks, *model.values()]:
-        wrap(part, dtype)
+    for name, part in model.items():
+        for block in part.blocks if name == "mmdit" else []:
+            wrap(block, dtype)
+        wrap(part, torch.float32 if name == "mask" else dtype)
 
 
-def last_backward(model: nn.ModuleDict, last: bool, mode: str) -> None:
-    """For each backward of a step: what both losses use, all blocks but the last and the embedding, keeps its
-    gradients whole until the last backward and, but for zero3, its parameters too: with 24 blocks 29 gathers
-    and 29 reductions, not 53.  The rest can't: FSDP2 reduces all tensors of a part, some have no gradient."""
-    for part in [*model["mmdit"].blocks[:-1], model["embedding"]]:
-        if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(last)
-            part.set_reshard_after_backward(last or mode == "zero3")
+def shard_frozen(t5: nn.Module) -> None:
+    """A T5 that is only read, a block gathered at a time."""
+    for part in [*t5.blocks, t5]:
+        fully_shard(part, reshard_after_forward=True)
+
+
+def last_backward(model: nn.ModuleDict, last: bool, of_loss: bool, mode: str) -> None:
+    """Before each backward: whether it is the `last` of the step, and the last of its loss.
+
+    What both losses use, all blocks but the last and the embedding, keeps its gradients whole until the last
+    backward, and its parameters too: with 24 blocks 29 gathers and 29 reductions, not 53.  The rest waits for
+    its loss's: FSDP2 reduces all tensors of a part, and some have no gradient there.  zero3, which is there
+    to save memory, keeps nothing whole."""
+    mmdit, zero3 = model["mmdit"], mode == "zero3"
+    if not isinstance(mmdit, FSDPModule):
+        return
+    for part, now in ((mmdit, of_loss), (mmdit.blocks[-1], of_loss), (mmdit.txt_out, of_loss),
+                      *((part, last) for part in (*mmdit.blocks[:-1], *model.values()) if part is not mmdit)):
+        part.set_requires_gradient_sync(now or zero3, recurse=False)
+        part.set_reshard_after_backward(now or zero3, recurse=False)
 
 
 def local(tensor: Tensor) -> Tensor:

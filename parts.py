@@ -54,19 +54,23 @@ class Parts:
                  mask_embedding: Path | None = None, height: int | None = None, width: int | None = None,
                  length: int | None = None, keep: bool | None = None):
         self.family, self.sizes = checkpoint.read_sizes(path)
-        self.paths = dict(text=t5 or path, mmdit=path, vae=vae or path)
+        config = checkpoint.read_config(path) if self.family == "ours" else dict(pixels=512)
+        self.paths = dict(text=t5 or config.get("t5") or path, mmdit=path, vae=vae or config.get("vae") or path)
         self.own = self.sizes.text_length > 0                             # the end-to-end variant's embedding
         self.device = torch.device(device)
-        self.dtype = dtype or (torch.float32 if self.family == "ours" else torch.bfloat16)
-        self.keep = self.family == "ours" if keep is None else keep
+        self.dtype = dtype or (torch.float32 if self.own else torch.bfloat16)
+        self.keep = self.own if keep is None else keep
         self.defaults = OWN if self.own else PUBLISHED
         self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
         self.length = length or self.sizes.text_length or 256
         self.answer_length = length or self.sizes.text_length or 128
+        learnt = Path(path) / checkpoint.MASK_EMBEDDING
+        mask_embedding = mask_embedding or (learnt if learnt.exists() and not self.own else None)
         self.vector = load_mask_embedding(mask_embedding) if mask_embedding else None
-        pixels = checkpoint.read_config(path).get("pixels") if self.family == "ours" else 512
-        self.height, self.width = height or pixels, width or pixels
-        self.factor = 1 if self.sizes.channels == 3 else 8                   # pixels per latent, along a side
+        self.height, self.width = height or config.get("pixels"), width or config.get("pixels")
+        self.factor = 1 if self.sizes.channels == 3 else checkpoint.vae_sizes(self.paths["vae"]).factor
+        if not self.own:                                                     # before minutes of loading
+            checkpoint.named(self.paths["text"], "t5")
         unit, heads, tokens = self.sizes.patch * self.factor, self.sizes.vocab_size, self.tokenizer.vocab_size
         most = unit * self.sizes.position_size
         fits = lambda side: isinstance(side, int) and 0 < side <= most and side % unit == 0
@@ -83,23 +87,18 @@ class Parts:
              f"{mask_embedding}: a [MASK] embedding of {row} numbers, this T5 has {self.sizes.text_width}"),
             (fits(self.height), f"{path}: a picture's height of {self.height!r}, {expected}"),
             (fits(self.width), f"{path}: a picture's width of {self.width!r}, {expected}"))
-        for part, name in [] if self.own else [("vae", "vae"), ("t5", "text")]:   # before minutes of loading
-            try:
-                checkpoint.find(self.paths[name], part)
-            except UserError as error:
-                raise UserError(f"{error}; name the right one with --{part}")
         if self.keep:
             self.hold("text", "mmdit", "vae")
 
     @classmethod
-    def of(cls, model: torch.nn.ModuleDict, vae, tokenizer, pixels: int, length: int,
-           device: torch.device) -> "Parts":
-        """The end-to-end variant's parts that are in memory, being trained; nothing is read."""
-        parts, mmdit = cls.__new__(cls), model["mmdit"]
+    def of(cls, models, pixels: int, length: int, device: torch.device) -> "Parts":
+        """The parts that are in memory, being trained (`build.Models`); nothing is read."""
+        parts, mmdit, own = cls.__new__(cls), models.learns["mmdit"], models.t5 is None
         vars(parts).update(
-            family="ours", own=True, keep=True, defaults=OWN, sizes=mmdit.config, mmdit=mmdit, vae=vae,
-            text=model["embedding"], tokenizer=tokenizer, device=device, dtype=torch.float32, height=pixels,
-            width=pixels, factor=vae.factor, length=length, answer_length=length)
+            family="ours", own=own, keep=True, defaults=OWN if own else PUBLISHED, sizes=mmdit.config,
+            mmdit=mmdit, vae=models.vae, text=models.text, tokenizer=models.tokenizer, device=device,
+            dtype=torch.float32, height=pixels, width=pixels, factor=models.vae.factor, length=length,
+            answer_length=length)
         return parts
 
     def load_text(self):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -35,8 +35,8 @@ from sources import sha256
 from tensors import replacing, write_tensors
 
 # what a run is: with another value of one of these it would be another run
-IDENTITY = ("stage", "preset", "init", "image_data", "text_data", "vocabulary", "pixels", "text_length",
-            "image_batch", "text_batch", "optimizer", "seed")
+IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data", "text_data", "vocabulary",
+            "pixels", "buckets", "text_length", "image_batch", "text_batch", "optimizer", "seed")
 FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)      # CheckpointException is no Exception
 DIGESTS = "digests.json"
 
@@ -57,9 +57,9 @@ def reason(error: BaseException) -> str:
 
 
 def digest(init: str) -> str:
-    """Of the weights that --init takes from a checkpoint folder; "" where it has none, or none is given."""
+    """Of the weights that --init takes: their SHA-256 from a folder of ours; "" where none is given."""
     file = checkpoint.own_weights(init, True)
-    return sha256(file)[:16] if init and file.is_file() else ""
+    return sha256(file)[:16] if init and file.is_file() else init and data.fingerprint(init)
 
 
 class Run:
@@ -90,7 +90,9 @@ class Run:
             raise UserError(f"{out}: another run is training here now; wait for it, or use another --out")
         settings |= {"init_digest": digest(settings["init"])} | {
             f"{name}_digest": [data.fingerprint(spec) for spec in settings[name]]
-            for name in ("image_data", "text_data")}
+            for name in ("image_data", "text_data")} | {
+            f"{name}_digest": settings.get(name) and data.fingerprint(settings[name])
+            for name in ("vae", "t5", "mask_embedding")}
         key = f"{settings['seed']} {settings['stage']} {settings['init_digest']}"
         was = checkpoint.read_json(out / "train.json") if (out / "train.json").exists() else {}
         held = sorted([*out.glob("*.safetensors"), *out.glob("step_*")])
@@ -125,17 +127,17 @@ class Run:
                 raise UserError(f"{self.out}: this run began with {said}; go on so, or start another with "
                                 f"another --out (--init {self.out} takes its weights along)")
 
-    def begin(self, model: nn.ModuleDict, optimizers: list, ema: dict[str, Tensor], keep: list[int] | None,
-              about: dict) -> None:
+    def begin(self, models, optimizers: list, about: dict) -> None:
         """Take what is trained, and fill it from the checkpoint to go on from.  Raises UserError.
 
-        about: what goes into config.json beside the sizes; keep: the tokenizer's list.
-        """
-        self.model, self.optimizers, self.ema, self.keep, self.about = model, optimizers, ema, keep, about
+        models: `build.Models`; about: what goes into config.json beside the sizes."""
+        self.model, self.tokenizer, self.kept = models.learns, models.tokenizer, models.kept
+        self.optimizers, self.about = optimizers, about
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         if self.folder:
             self.load(Path(self.folder))
         self.started, self.first = time.time(), self.step
-        self.sums, self.summed = 0, 0                            # losses and gradient norm since the last row
+        self.sums, self.summed = {}, 0                           # losses and gradient norm since the last row
         if self.rank == 0:
             for newer in [p for p in complete(self.out) if number(p) > self.step]:
                 newer.rename(self.out / f"left_{newer.name}")    # another future begins; that one is kept
@@ -266,18 +268,23 @@ class Run:
 
     def export(self) -> None:
         """The averaged weights in half precision, for sample.py, and the weights in float32, for --init."""
-        weights, held = dict(self.model.named_parameters()), map(parallel.local, self.ema.values())
+        weights, ema = dict(self.model.named_parameters()), dict(self.ema)
+        held = map(parallel.local, self.ema.values())
         most = max(float(tensor.abs().max()) for tensor in held if tensor.numel())
         device = next(iter(weights.values())).device
         wide, = parallel.agree(most > torch.finfo(torch.float16).max, device=device)
+        weights, ema = self.kept | weights, self.kept | ema
+        mask = {"vector": ema.pop("mask.vector")} if "mask.vector" in ema else {}
         if self.rank > 0:                                        # each tensor is gathered in turn, and let go
-            for tensor in [*weights.values(), *self.ema.values()]:
+            for tensor in [*weights.values(), *mask.values(), *ema.values()]:
                 parallel.whole(tensor)
             return
         try:
             write_tensors(self.out / "weights.safetensors", weights, torch.float32, parallel.whole)
+            if mask:
+                write_tensors(self.out / checkpoint.MASK_EMBEDDING, mask, torch.float32, parallel.whole)
             half = torch.bfloat16 if wide else torch.float16
-            checkpoint.save(self.out, self.ema, self.model["mmdit"].config, self.keep, half, parallel.whole,
+            checkpoint.save(self.out, ema, self.model["mmdit"].config, self.tokenizer, half, parallel.whole,
                             step=self.step, **self.about)
             show.curves(self.rows, self.out / "loss.png")
         except OSError as error:
@@ -307,29 +314,32 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------- log
 
-    def note(self, losses: Tensor) -> None:
-        """Add one step's (image loss, text loss, gradient norm), (3,), to the row that is due."""
-        self.sums, self.summed = self.sums + losses, self.summed + 1
+    def note(self, found: dict[str, Tensor]) -> None:
+        """Add one step's losses by name, "image" and "text", and gradient norm "grad" to the row that is due."""
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in found.items()}
+        self.summed += 1
 
     def log(self, rate: float, samples: int, steps: int, bad: list[str]) -> None:
         """A row of means over the last `over` steps, and a line with the pace and the time left.
 
         bad: samples of no use since the last row; they are named in this one."""
-        image, text, norm = parallel.mean(self.sums / self.summed).tolist()
+        means = parallel.mean(torch.stack([*self.sums.values()]) / self.summed).tolist()
+        *losses, (_, norm) = zip(self.sums, means)
         elapsed = time.time() - self.started
         pace, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
         self.rows.append(dict(
-            step=self.step, over=self.summed, image_loss=image, text_loss=text, grad_norm=norm, lr=rate,
-            seconds=seconds, samples_per_s=round(samples * pace, 1)))
-        self.sums, self.summed, bad = 0, 0, parallel.gather(bad)
+            step=self.step, over=self.summed, **{f"{name}_loss": loss for name, loss in losses},
+            grad_norm=norm, lr=rate, seconds=seconds, samples_per_s=round(samples * pace, 1)))
+        self.sums, self.summed, bad = {}, 0, parallel.gather(bad)
         if bad:
             self.rows[-1] |= dict(bad_samples=len(bad), bad_names=bad[:20])
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(self.rows[-1]) + "\n")
             left = (steps - self.step) / pace / 60
-            print(f"step {self.step}/{steps}  image {image:.4f}  text {text:.4f}  grad {norm:.2f}  "
-                  f"{samples * pace:.0f} samples/s  {left:.1f} min left", flush=True)
+            shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses)
+            print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  {samples * pace:.0f} samples/s  "
+                  f"{left:.1f} min left", flush=True)
 
 
 def sync_file(path: Path) -> None:

@@ -68,10 +68,12 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
 
 
 def curves(rows: list[dict], path: Path, size: tuple[int, int] = (720, 360)) -> None:
-    """Both losses over steps on log axes of their own: left of images, blue, right of texts, red."""
+    """The losses over steps on log axes of their own: left of images, blue, right of texts, red."""
     picture = Image.new("RGB", size, "white")
     pen, (width, height), margin = ImageDraw.Draw(picture), size, 50
     for key, colour, side in (("image_loss", (40, 90, 200), "left"), ("text_loss", (200, 60, 40), "right")):
+        if key not in rows[-1]:
+            continue
         values = torch.tensor([row[key] for row in rows]).clamp(min=1e-4).log10()
         low, high = float(values.min()), float(values.max())
         spread = max(high - low, 1e-3)

@@ -268,7 +268,8 @@ class Latents:
     """Latents with their texts, a row at a time from mapped files.
 
     stamp: what made them, the same in all files of a folder: "source", "shards", "dtype", "vae" (the digest
-    of its weights), "pixels" and "channels"; with T5's states "t5", "tokenizer", "length" too."""
+    of its weights), "pixels" and "channels"; with T5's states "t5", "tokenizer", "length" too, which `states`
+    has alone; without them it is None."""
 
     def __init__(self, folder: Path):
         self.name, self.files = str(folder), sorted(map(str, folder.glob(SHARDS.format("*"))))
@@ -277,6 +278,8 @@ class Latents:
             require((read_stamp(file) == self.stamp, f"{file}: made with other settings than "
                      f"{Path(self.files[0]).name}: {read_stamp(file)}, not {self.stamp}"))
             counts.append(mapped(file).get_slice("latents").get_shape()[0])
+        states = {name: self.stamp[name] for name in ("t5", "tokenizer", "length") if name in self.stamp}
+        self.states = states or None
         require((len(self.files) == int(self.stamp["shards"]), f"{folder}: {len(self.files)} of "
                  f"{self.stamp['shards']} shards; the same python data.py latents makes the others"))
         self.starts = np.cumsum(counts)

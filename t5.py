@@ -80,6 +80,18 @@ class T5Block(nn.Module):
         return x + self.wo(gate * value).float()
 
 
+class MaskEmbedding(nn.Module):
+    """T5's [MASK] row, the one part of T5 that D-DiT trains: put wherever ids (B, L) are [MASK] into their
+    embeddings (B, L, E), so that its gradient comes through the frozen blocks."""
+
+    def __init__(self, vector: Tensor, mask_id: int):
+        super().__init__()
+        self.vector, self.mask_id = nn.Parameter(vector.detach().float().clone()), mask_id
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        return torch.where((ids == self.mask_id)[..., None], self.vector, x)
+
+
 class T5Encoder(nn.Module):
     """ids (B, L) int64 -> states (B, L, E) in the weights' dtype."""
 
@@ -100,10 +112,12 @@ class T5Encoder(nn.Module):
             raise ValueError(f"an embedding of {tuple(vector.shape)}, T5's width is {self.config.width}")
         self.embed.weight[token] = vector.to(self.embed.weight)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: MaskEmbedding | None = None) -> Tensor:
+        """mask: what stands at the [MASK]s in place of the table's row, while it is learnt."""
         bucket = buckets(ids.shape[1], self.config.buckets, self.config.distance).to(ids.device)
         bias = self.position_bias(bucket).permute(2, 0, 1)[None]                  # (1, H, L, L)
         x = self.embed(ids).float()                                               # (B, L, E)
+        x = x if mask is None else mask(ids, x)
         for block in self.blocks:
             x = block(x, bias)
         return self.final_norm(x)

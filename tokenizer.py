@@ -24,9 +24,10 @@ class Tokenizer:
 
     Special tokens are never read out of text: "[MASK]" in a caption is six characters like any others."""
 
-    def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int, specials: str = ""):
+    def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int, specials: str = "",
+                 keep: list[int] | None = None):
         self.bpe, self.end_id, self.pad_id, self.mask_id = bpe, end_id, pad_id, mask_id
-        self.vocab_size, self.specials, self.cut = vocab_size, specials, 0
+        self.vocab_size, self.specials, self.keep, self.cut = vocab_size, specials, keep, 0
 
     def pieces(self, text: str) -> list[int]:
         """The bare ids of a text, no end token, no padding."""
@@ -44,6 +45,13 @@ class Tokenizer:
         """What it is: another one gives other ids."""
         known = sorted(self.bpe.get_vocab().items()), self.end_id, self.pad_id, self.mask_id
         return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+    def files(self) -> dict[str, str]:
+        """What a checkpoint's folder holds of it, by file name."""
+        if not self.specials:
+            return {"tokenizer.json": json.dumps({"tokenizer": "gpt2", "keep": self.keep}) + "\n"}
+        padding = {"pad_token": self.bpe.id_to_token(self.pad_id)}
+        return {"tokenizer.json": self.bpe.to_str(), "special_tokens_map.json": json.dumps(padding) + "\n"}
 
     def continuation(self, text: str) -> list[int]:
         """As `pieces`, of a text that goes on where a token ended: T5's tokenizer would put a space there."""
@@ -112,7 +120,7 @@ def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES) -> Toke
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     end = len(tokens)
-    return Tokenizer(bpe, end_id=end, pad_id=end, mask_id=end + 1, vocab_size=end + 2)
+    return Tokenizer(bpe, end_id=end, pad_id=end, mask_id=end + 1, vocab_size=end + 2, keep=keep)
 
 
 def t5_tokenizer(file: Path) -> Tokenizer:

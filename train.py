@@ -5,12 +5,16 @@
     bash runs/emoji.sh                                                  # both: the emoji weights' recipe
     torchrun --standalone --nproc_per_node=2 train.py --stage pretrain  # the same lines, sharded by FSDP2
 
+From SD3's weights, as in the paper, and the end-to-end variant of its size; stages.py has the table:
+
+    torchrun --nproc_per_node=8 train.py --stage pretrain --init SD3 --image-data 'recap/{000..999}.tar'
+    torchrun --nproc_per_node=8 train.py --stage mask-emb --init out/pretrain --image-data ...
+    torchrun --nproc_per_node=8 train.py --stage text --preset e2e-1.1b --text-data tokens.safetensors
+    python train.py --stage pretrain --init SD3 --print-plan 8          # memory, arithmetic and days, first
+
 A run lives in --out (out/STAGE unless given), as run.py says: its log, its checkpoints, the averaged weights
 that sample.py reads.  Run the same command again and it goes on from the newest step_* folder, with any
 number of processes; Ctrl-C and SIGTERM save first.
-
-The stages of the paper on its own data, from SD3's weights, are not here yet: this trains the end-to-end
-variant (GPT-2's tokenizer, own embedding table) on the emoji set or your own pictures, pixels as latents.
 """
 
 import cli
@@ -28,99 +32,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import build
 import checkpoint
 import data
-import emoji
 import flow
 import mask_diffusion
 import parallel
 import sample
 import show
-from cli import UserError, require, value
-from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
+from build import Models
+from cli import UserError, require
 from parts import Parts
 from run import Run
-from tokenizer import Tokenizer, gpt2_subset, gpt2_tokenizer
-from vae import Pixels
-
-
-@dataclass
-class TrainConfig:
-    stage: str = value("pretrain", choices=["pretrain", "instruct"])  # captions; or questions too
-    preset: str = value("emoji", choices=list(PRESETS))  # sizes of the model; --init brings its own
-    init: str = ""                                  # checkpoint folder to start from, instead of from scratch
-    out: str = ""                                   # folder of the run, instead of out/STAGE
-    image_data: list = value([str(emoji.TAR)])      # of the image loss, PATH[:WEIGHT] ...: see data.py
-    text_data: list = value([])                     # of the text loss, if others
-    recaption: float = value(0.5, low=0, high=1)    # share of re-captions where a sample has one
-    min_side: int = value(1, low=1)                 # pictures with a shorter side are left out
-    pixels: int = value(0, low=1)            # pictures are resized to this; 0: as the preset or --init has it
-    steps: int = value(4000, low=1)                 # updates
-    image_batch: int = value(96, low=1)         # pictures in the image loss of one update, over all processes
-    text_batch: int = value(48, low=1)              # texts in the text loss
-    lr: float = value(2.5e-3, low=1e-12, high=1)    # peak learning rate
-    warmup: int = value(50, low=0)                  # steps of linear warm-up
-    schedule: str = value("constant", choices=["constant", "linear"])  # after warm-up; linear: ends at zero
-    decay_steps: int = value(0, low=1)     # of a linear schedule: over the last so many; 0: all after warm-up
-    decay_from: int = value(0, low=1)           # when time is up: from this step on, which ends the run early
-    optimizer: str = value("muon", choices=["adamw", "muon"])  # of the blocks' matrices; of all else adamw
-    weight_decay: float = value(1e-2, low=0, high=1)  # of either
-    time_shift: float = value(2.0, low=0.001, high=1000)  # of the image loss's times; 1: the paper's
-    text_weight: float = value(0.2, low=0)          # lambda
-    text_dropout: float = value(0.1, low=0, high=1)  # share of pictures with the empty prompt, for guidance
-    question_share: float = value(0.4, low=0, high=1)  # of the texts in `instruct`; the others are captions
-    text_length: int = value(0, low=2)              # tokens of a text, padded; 0: as preset or --init has it
-    vocabulary: str = value("used", choices=["used", "full"])  # GPT-2's tokens that the texts use, or all
-    clip: float = value(2.0, low=1e-6)              # largest gradient norm
-    ema: float = value(0.999, low=0, high=1)        # decay of the averaged weights
-    seed: int = value(0, low=0, high=2**63 - 1)     # of weights, order, noise, times and masks
-    dtype: str = value("bfloat16", choices=["float32", "bfloat16"])  # of products; weights stay float32
-    device: str = value("auto", choices=["auto", "cpu", "cuda"])  # where
-    workers: int = value(0, low=0, high=256)        # processes that read, cut and tokenize ahead; 0: none
-    compile: bool = False                           # torch.compile each block (needs a C++ compiler on a CPU)
-    log_every: int = value(20, low=1)               # steps between lines
-    save_every: int = value(250, low=1)             # steps between checkpoints
-    sample_every: int = value(500, low=0)           # steps between pictures of samples; 0: never
-    shard: str = value("zero2", choices=["zero2", "zero3", "hsdp", "none"])  # over processes: parallel.shard
-    resume_step: int = value(0, low=1)              # go on from this step_N; 0: from the newest
-    extend: bool = False                            # with more --steps: a rate that fell rises again
-    fresh: bool = False                         # start over in a folder that holds a run, instead of going on
-
-
-PIXELS = {"emoji": 64, "e2e-1.1b": 256, "sd3-medium": 256}      # side of the pictures that a preset starts on
-STAGES = {  # what differs from the defaults above; lambda is the paper's, 0.2 and then 1.0
-    "pretrain": dict(),
-    "instruct": dict(schedule="linear", text_weight=1.0),
-}
-
-
-def parse(argv: list[str] | None = None) -> TrainConfig:
-    """The command line as a TrainConfig: dataclass defaults, then the stage's, then the flags."""
-    first = cli.Parser("", add_help=False)
-    first.add_argument("--stage", default=TrainConfig.stage)
-    defaults = STAGES.get(first.parse_known_args(argv)[0].stage, {})
-    parser = cli.Parser(__doc__)
-    parser.add_fields(TrainConfig, defaults)
-    given = vars(parser.parse_args(argv))
-    config = TrainConfig(**(defaults | given))
-    scratch = config.init and "a start from scratch, and --init was given"
-    idle = {"decay_steps": config.schedule == "constant" and "--schedule linear",
-            "decay_from": not config.decay_steps and "--decay-steps, how long the rate takes to fall to zero",
-            "question_share": config.stage == "pretrain" and "--stage instruct",
-            "preset": scratch, "vocabulary": scratch}
-    for name in given:
-        if idle.get(name):
-            parser.error(f"{cli.flag(name)} changes nothing without {idle[name]}")
-    steps = config.decay_from + config.decay_steps if config.decay_from else config.steps
-    return replace(config, out=config.out or f"out/{config.stage}", steps=steps)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then constant; `linear` falls to zero, which the step after the last would have."""
-    rate = config.lr * min(1, (step + 1) / max(config.warmup, 1))
-    if config.schedule == "linear":
-        rate *= min(1, (config.steps - step) / (config.decay_steps or max(config.steps - config.warmup, 1)))
-    return rate
+from stages import STAGES, TrainConfig, learning_rate, parse, start
+from tokenizer import Tokenizer
 
 
 # --------------------------------------------------------------------------------------------- the two losses
@@ -129,13 +54,15 @@ def image_batch(config: TrainConfig, held: "Held", step: int) -> dict:
     """Noised pictures with clean captions, now and then with none: this process's rows of a global batch."""
     samples, draws = held.rows(step, config.image_batch, "image")
     images = data.latents_of(samples)
-    shape = (1, *images.shape[1:])
+    shape = held.latent_shape(images)
     t, noise = map(torch.cat, zip(*(flow.draw(shape, generator, config.time_shift) for generator in draws)))
     chances = [torch.rand(2, generator=generator).tolist() for generator in draws]
-    texts = ["" if drop < config.text_dropout else data.choose_caption(sample, config.recaption, chance)
-             for sample, (drop, chance) in zip(samples, chances)]
+    dropped = torch.tensor([drop < config.text_dropout for drop, _ in chances])
+    texts = ["" if none else data.choose_caption(sample, config.recaption, chance)
+             for sample, none, (_, chance) in zip(samples, dropped, chances)]
     ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    return dict(images=images, ids=ids, t=t, noise=noise, count=len(ids))
+    made = dict(images=images, ids=ids, dropped=dropped, t=t, noise=noise, count=len(ids))
+    return made | ({"states": torch.stack([sample["states"] for sample in samples])} if held.stated else {})
 
 
 def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
@@ -168,16 +95,17 @@ def text_sample(tokenizer: Tokenizer, sample: dict, generator: torch.Generator,
     return ids, torch.arange(config.text_length) < len(prompt)
 
 
-def image_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
+def image_errors(models: Models, batch: dict) -> Tensor:
     """The velocity's error of each picture, (B,): the text is clean, the picture noised to t."""
-    velocity = lambda x_t, t: model["mmdit"](x_t, model["embedding"](batch["ids"]), t, need="velocity")[0]
-    return flow.errors(velocity, batch["images"], t=batch["t"], noise=batch["noise"])
+    text = models.captions(batch["ids"], batch["dropped"], batch.get("states"))            # (B, L, E)
+    velocity = lambda x_t, t: models.learns["mmdit"](x_t, text, t, need="velocity")[0]
+    return flow.errors(velocity, models.latents(batch["images"]), t=batch["t"], noise=batch["noise"])
 
 
-def text_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
+def text_errors(models: Models, batch: dict) -> Tensor:
     """The masked tokens' error of each text, (B,): the picture, if any, is clean, so its time is 0."""
-    clean = torch.zeros(1, device=batch["ids"].device)
-    logits = lambda ids: model["mmdit"](batch["images"], model["embedding"](ids), clean, need="logits")[1]
+    images, clean = models.latents(batch["images"]), torch.zeros(1, device=batch["ids"].device)
+    logits = lambda ids: models.learns["mmdit"](images, models.text(ids), clean, need="logits")[1]
     return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"],
                                  t=batch["t"], uniform=batch["uniform"])
 
@@ -188,11 +116,18 @@ def text_errors(model: nn.ModuleDict, batch: dict) -> Tensor:
 class Held:
     """What batches are made of, the same on every process."""
     tokenizer: Tokenizer
-    mixes: dict[str, data.Mix]      # "image" and "text"
+    mixes: dict[str, data.Mix]      # "image" and "text", or the latter alone
     key: str                        # of all draws of this run
     rank: int
     world: int
-    device: torch.device
+    channels: int = 3               # of latents
+    factor: int = 1                 # pixels per latent, along a side
+    stated: bool = False            # T5's states of captions are stored
+
+    def latent_shape(self, images: Tensor) -> tuple[int, ...]:
+        """(1, C, h, w) of what the model diffuses for a batch of pictures, or of latents that are stored."""
+        factor = self.factor if images.shape[1] != self.channels else 1
+        return 1, self.channels, images.shape[2] // factor, images.shape[3] // factor
 
     def rows(self, step: int, size: int, name: str) -> tuple[list[dict], list[torch.Generator]]:
         """The samples of this process's rows of a global batch, and a generator for each: what is drawn with
@@ -204,51 +139,8 @@ class Held:
     def batches(self, config: TrainConfig, step: int) -> dict:
         """This process's rows of both global batches, on the CPU, and what samples were of no use for them: a
         function of the step alone, so that it can be made ahead, anywhere."""
-        made = dict(image=image_batch(config, self, step), text=text_batch(config, self, step))
+        made = {name: dict(image=image_batch, text=text_batch)[name](config, self, step) for name in self.mixes}
         return made | dict(bad=[name for mix in self.mixes.values() for name in mix.newly_bad()])
-
-
-def sizes_of(config: TrainConfig) -> tuple[TrainConfig, MMDiTConfig]:
-    """The configuration with pixels and text length as the preset, or --init, has them; and the sizes."""
-    if config.init:
-        _, sizes = checkpoint.read_sizes(config.init)
-        require((sizes.text_length > 0, f"--init {config.init}: its text comes from T5; this trainer reads "
-                 f"the end-to-end variant"),
-                (config.text_length <= sizes.text_length, f"--text-length {config.text_length}: expected at "
-                 f"most {sizes.text_length}, with which {config.init} was trained"))
-        pixels = checkpoint.read_config(config.init).get("pixels")
-    else:
-        sizes, pixels = MMDiTConfig(**PRESETS[config.preset]), PIXELS[config.preset]
-        require((sizes.text_length, f"--preset {config.preset}: its text comes from T5; this trainer reads "
-                 f"the end-to-end variant"))
-    pixels, length = config.pixels or pixels, config.text_length or sizes.text_length
-    unit = sizes.patch * (1 if sizes.channels == 3 else 8)                       # pixels of a patch's side
-    most = unit * sizes.position_size
-    require((pixels % unit == 0 and pixels <= most, f"--pixels {pixels}: expected a multiple of the "
-             f"patch, {unit}, up to {most}, this model's position table"))
-    return replace(config, pixels=pixels, text_length=length), sizes
-
-
-def build(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | None,
-          plain: bool) -> tuple[nn.ModuleDict, list[int] | None]:
-    """The model, and the tokenizer's keep list: from --init, or new with the texts' vocabulary, if known.
-
-    plain: there are texts without a picture, for which the null image learns."""
-    if config.init:
-        mmdit = checkpoint.load_mmdit(config.init, training=True)
-        embedding = checkpoint.load_embedding(config.init, training=True)
-        keep = checkpoint.read_json(Path(config.init) / "tokenizer.json").get("keep")
-    else:
-        keep = gpt2_subset(texts) if config.vocabulary == "used" and texts is not None else None
-        sizes = replace(sizes, vocab_size=gpt2_tokenizer(keep).vocab_size, text_length=config.text_length)
-        torch.manual_seed(config.seed)
-        mmdit, embedding = MMDiT(sizes), TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
-    mmdit.null_image.requires_grad_(plain)
-    if config.compile:
-        torch._dynamo.config.recompile_limit = 64                # image, text, and last-block variants
-        for block in mmdit.blocks:
-            block.compile()
-    return nn.ModuleDict(dict(mmdit=mmdit, embedding=embedding)).train(), keep
 
 
 def optimizers_of(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -277,40 +169,61 @@ def check_extension(config: TrainConfig, run: Run) -> None:
         print(f"note: {said}", flush=True)
 
 
-def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Run]:
-    """Processes, data, model, optimizers and the run's folder, as far as the run has come."""
+def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
+    """Of each loss that the stage has.  Raises UserError, also where a stage is given no data."""
+    text_only, given = STAGES[config.stage].losses == "text", config.image_data or config.text_data
+    require((given and (text_only or config.image_data), f"--stage {config.stage}: name its data with "
+             f"{'--text-data' if text_only else '--image-data'}; python data.py --help lists the forms"))
+    image, text = (data.Mix(specs, config.pixels, key, config.min_side, config.text_length) if specs else None
+                   for specs in (config.image_data, config.text_data))
+    return {"text": text} if text_only else {"image": image, "text": text or image}
+
+
+def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
+    """Processes, data, models, optimizers and the run's folder, as far as the run has come."""
     rank, world, device = parallel.start(config.device)
-    require(*((size % world == 0, f"{flag} {size} does not divide over {world} processes") for flag, size in
-              (("--image-batch", config.image_batch), ("--text-batch", config.text_batch))))
-    config, sizes = sizes_of(config)
-    settings = asdict(config) | dict(world=world, torch=torch.__version__)
-    run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
+    family, sizes, about = start(config.init, config.preset)
+    sides = [("--text-batch", config.text_batch)] + [("--image-batch", config.image_batch)] * (
+        config.image_batch > 0)
+    for flag, size in sides:
+        rows, micro = size // world, config.micro_batch
+        require((size % world == 0, f"{flag} {size} does not divide over {world} processes"),
+                (not micro or rows % micro == 0, f"--micro-batch {micro} does not divide {flag} {size} over "
+                 f"{world} process(es), {rows} rows on each"))
+    vae = build.load_vae(config, sizes)
+    build.check(config, sizes, vae.factor if vae else 8)
+    run = Run(Path(config.out), asdict(config) | dict(world=world, torch=torch.__version__), rank, config.fresh,
+              config.resume_step)
     check_extension(config, run)
-    mix, *other = [data.Mix(specs, config.pixels, run.key, config.min_side, config.text_length)
-                   for specs in (config.image_data, config.text_data) if specs]
-    mixes = dict(image=mix, text=(other or [mix])[0])
-    was = checkpoint.read_config(config.init).get("latents") if config.init else None
-    latents = data.check_stamps(mixes["image"], mixes["text"], sizes.channels, was)
-    texts = [each.texts() for each in (mix, *other)]
+    mixes = mixtures(config, run.key)
+    encoder = vae and checkpoint.digest(vae)
+    latents = data.check_stamps(mixes.get("image"), mixes["text"], sizes.channels, about.get("latents"), encoder)
+    texts = [mix.texts() for mix in {id(mix): mix for mix in mixes.values()}.values()]
     texts = None if None in texts else sum(texts, [])
-    model, keep = build(config, sizes, texts, mixes["text"].stamp is None)
-    held = Held(gpt2_tokenizer(keep), mixes, run.key, rank, world, device)
+    models = build.build(config, texts, mixes["text"].stamp is None, vae, device)
+    held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, vae.factor if vae else 1,
+                build.stated(config, mixes.get("image"), models))
     data.check_tokens(mixes["text"], held.tokenizer, config.init or "gpt2")
     if config.stage == "instruct":
         data.check_questions(texts or [], held.tokenizer, config.text_length)
-    model.to(device)
     if world > 1:
-        parallel.shard(model, getattr(torch, config.dtype), config.shard)
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run.begin(model, optimizers_of(model, config), ema, keep, dict(
-        pixels=config.pixels, text_length=config.text_length, stage=config.stage, latents=latents))
+        parallel.shard(models.learns, getattr(torch, config.dtype), config.shard)
+        if config.shard_t5 and models.t5:
+            parallel.shard_frozen(models.t5)
+    run.begin(models, optimizers_of(models.learns, config), dict(
+        pixels=config.pixels, text_length=config.text_length, stage=config.stage, latents=latents)
+        | build.places(config, models))
+    drawable = vae is not None and "image" in mixes
     if rank == 0:
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{millions:.2f} M parameters, {len(mix):,} samples an epoch, vocabulary "
-              f"{held.tokenizer.vocab_size}, {world} process(es), {device}, from step {run.step}", flush=True)
-        if latents != "pixels" and config.sample_every:
-            print("note: no samples are drawn, for lack of the autoencoder that made the latents", flush=True)
-    return replace(config, sample_every=config.sample_every * (latents == "pixels")), held, run
+        build.report(config, held.tokenizer.vocab_size)
+        millions = sum(p.numel() for p in models.learns.parameters()) / 1e6
+        print(f"{millions:.2f} M parameters, {len(mixes.get('image') or mixes['text']):,} samples an epoch, "
+              f"vocabulary {held.tokenizer.vocab_size}, {world} process(es), {device}, from step {run.step}",
+              flush=True)
+        if vae is None and config.sample_every:
+            print("note: no samples are drawn, for lack of the autoencoder that made the latents (--vae)",
+                  flush=True)
+    return replace(config, sample_every=config.sample_every * drawable), held, models, run
 
 
 # ------------------------------------------------------------------------------------------------------ train
@@ -325,12 +238,12 @@ def update(run: Run, decay: float) -> None:
                          [parallel.local(p.detach()) for p in run.model.parameters()], 1 - decay)
 
 
-def show_samples(config: TrainConfig, run: Run, held: Held) -> None:
+def show_samples(config: TrainConfig, run: Run, held: Held, models: Models, device: torch.device) -> None:
     """Drawings and captions by the averaged weights, made by all processes; the last two prompts are new."""
     mix = held.mixes["image"]
     known, kept = mix.shown(6, False), mix.shown(8, True)
     captions = lambda samples: [data.choose_caption(sample, 0, 0) for sample in samples]
-    parts = Parts.of(run.model, Pixels(), held.tokenizer, config.pixels, config.text_length, held.device)
+    parts = Parts.of(models, config.pixels, config.text_length, device)
     with parallel.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"):
         results = sample.results(parts, captions(known + kept[:2]), captions(kept), data.latents_of(kept))
     if run.rank == 0:
@@ -350,16 +263,23 @@ def asked_to_stop() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
 
-def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
-    """The loop: rate, both losses, clip, agree, update, log, save, show."""
-    model, device, samples = run.model, held.device, config.image_batch + config.text_batch
-    dtype = getattr(torch, config.dtype)
+def micro_batches(batch: dict, size: int) -> list[dict]:
+    """A batch in parts of so many rows; 0: as one."""
+    rows = len(batch["ids"])
+    return [{name: x[at:at + (size or rows)] if isinstance(x, Tensor) else x for name, x in batch.items()}
+            for at in range(0, rows, size or rows)]
+
+
+def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list[int]) -> None:
+    """The loop: rate, both losses in micro-batches, clip, agree, update, log, save, show."""
+    model, samples = models.learns, config.image_batch + config.text_batch
+    device, dtype = next(model.parameters()).device, getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     # measured on a CPU: flash attention's backward took a third of the step, plain products a tenth
     kernels = [SDPBackend.MATH]
     if device.type == "cuda":
         kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    sides = (("image", 1.0, image_errors), ("text", config.text_weight, text_errors))
+    sides = [("image", 1.0, image_errors), ("text", config.text_weight, text_errors)][-len(held.mixes):]
     feed = data.feed(partial(held.batches, config), range(run.step, config.steps), config.workers)
     bad = []                                                     # samples of no use since the last row
 
@@ -367,28 +287,31 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
         rate = learning_rate(run.step, config)
         for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
-        made, losses = next(feed), []
+        made, losses = next(feed), {}
         counts = [float(made[name]["count"]) for name, _, _ in sides]           # of pictures, unfrozen tokens
         counts = parallel.mean(torch.tensor(counts, device=device)).clamp(min=1 / run.world)
         for (name, weight, errors), count in zip(sides, counts):
-            parallel.last_backward(model, name == "text", config.shard)
-            batch = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in made[name].items()}
-            with autocast, sdpa_kernel(kernels):                 # the mean over processes is the global mean
-                loss = errors(model, batch).sum() / count
-                (weight * loss).backward()
-            losses.append(loss.detach())
+            parts = micro_batches(made[name], config.micro_batch)
+            for part in parts:
+                of_loss = part is parts[-1]
+                parallel.last_backward(model, of_loss and name == "text", of_loss, config.shard)
+                batch = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in part.items()}
+                with autocast, sdpa_kernel(kernels):             # the mean over processes is the global mean
+                    loss = errors(models, batch).sum() / count
+                    (weight * loss).backward()
+                losses[name] = losses.get(name, 0) + loss.detach()
         norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         votes = bool(asked), not norm.isfinite(), bool(run.error)
         stopping, unsound, failed = parallel.agree(*votes, device=device)
         if failed or unsound:
             run.wait()                                           # says what went wrong with a save
         if unsound:                                              # before anything is spoilt
-            image, text = map(float, losses)
-            raise UserError(f"step {run.step + 1}: the gradient is not finite (image loss {image:.4g}, text "
-                            f"{text:.4g}); go on from {run.newest()} with a smaller --lr")
+            said = ", ".join(f"{name} loss {float(loss):.4g}" for name, loss in losses.items())
+            raise UserError(f"step {run.step + 1}: the gradient is not finite ({said}); go on from "
+                            f"{run.newest()} with a smaller --lr")
         update(run, config.ema)
         run.step += 1
-        run.note(torch.stack([*losses, norm]))
+        run.note(losses | dict(grad=norm))
         last, bad = run.step == config.steps, bad + made["bad"]
         if run.step % config.log_every == 0 or last or run.step <= 5:
             run.log(rate, samples, config.steps, bad)
@@ -397,7 +320,7 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
             run.save()
         if config.sample_every and (run.step % config.sample_every == 0 or last) and not stopping:
             with autocast:
-                show_samples(config, run, held)
+                show_samples(config, run, held, models, device)
         if stopping:
             break
     run.end(config.steps)
@@ -405,11 +328,11 @@ def train(config: TrainConfig, held: Held, run: Run, asked: list[int]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # dcp says so at world size 1
-    config = parse(argv)
+    config = parse(argv, __doc__)
     with parallel.one_voice():
-        config, held, run = set_up(config)
+        config, held, models, run = set_up(config)
         with closing(run), asked_to_stop() as asked, data.readers_watched():
-            train(config, held, run, asked)
+            train(config, held, models, run, asked)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,11 @@ class VAEConfig:
     scale: float = 1.5305       # of latents, after
     shift: float = 0.0609       # the shift
 
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.widths) - 1)
+
 
 GroupNorm = partial(nn.GroupNorm, eps=1e-6)     # as in every Stable Diffusion autoencoder; torch has 1e-5
 
@@ -143,7 +148,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.factor = 2 ** (len(config.widths) - 1)
+        self.factor = config.factor
         self.channels = config.latent
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)

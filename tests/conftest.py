@@ -12,7 +12,7 @@ import checkpoint
 import emoji
 from cli import UserError
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
-from tokenizer import gpt2_subset
+from tokenizer import gpt2_subset, gpt2_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -67,5 +67,5 @@ def tiny(tmp_path_factory, small_tar):
                         | dict(depth=2, heads=2, width=64, text_width=64, vocab_size=len(keep) + 2))
     parts = nn.ModuleDict(dict(mmdit=MMDiT(sizes), embedding=TokenEmbedding(len(keep) + 2, 28, 64)))
     weights = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in parts.named_parameters()}
-    checkpoint.save(folder, weights, sizes, keep, pixels=16)
+    checkpoint.save(folder, weights, sizes, gpt2_tokenizer(keep), pixels=16)
     return folder

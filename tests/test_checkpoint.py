@@ -20,6 +20,7 @@ import sample
 from checkpoint import load_mmdit, load_t5, load_tokenizer, load_vae
 from cli import UserError
 from parts import Parts, load_mask_embedding
+from tokenizer import gpt2_tokenizer
 from t5 import T5Config, T5Encoder, buckets
 
 ROOT = Path(__file__).parent.parent
@@ -186,7 +187,7 @@ def test_an_exported_release_loads_bit_for_bit(release, tmp_path):
 def test_a_run_of_ours_from_published_weights_keeps_its_position_table(release, tmp_path):
     tensors = {f"mmdit.{k}": v for k, v in release.named_parameters()}
     tensors["mmdit.positions"] = release.positions
-    checkpoint.save(tmp_path / "run", tensors, release.config, None, latents="vae")
+    checkpoint.save(tmp_path / "run", tensors, release.config, gpt2_tokenizer(), latents="vae")
     again = load_mmdit(tmp_path / "run")
     assert torch.equal(again.positions, release.positions)
     checkpoint.export_release(tmp_path / "run", tmp_path / "out", RELEASE / "tokenizer")
@@ -196,7 +197,8 @@ def test_a_run_of_ours_from_published_weights_keeps_its_position_table(release, 
 
 def test_a_model_that_predicts_data_is_saved_shown_and_not_exported(release, tmp_path):
     config = replace(release.config, predicts="data")
-    checkpoint.save(tmp_path / "run", {f"mmdit.{k}": v for k, v in release.named_parameters()}, config, None)
+    checkpoint.save(tmp_path / "run", {f"mmdit.{k}": v for k, v in release.named_parameters()}, config,
+                    gpt2_tokenizer())
     assert load_mmdit(tmp_path / "run").config.predicts == "data"
     assert "predicts data" in checkpoint.inspect(tmp_path / "run")
     with pytest.raises(UserError, match="its image head predicts data, the release layout's a velocity"):
@@ -387,7 +389,7 @@ def test_a_folder_without_a_tokenizer_says_what_to_fetch(tmp_path):
 
 
 @pytest.mark.parametrize("flags, status, message", [
-    (["--height", "500"], 1, "a picture's height of 500, expected a multiple of 16 up to 384"),
+    (["--height", "501"], 1, "a picture's height of 501, expected a multiple of 4 up to 96"),
     (["--prompt", "cat " * 400], 1, "--prompt has 401 tokens, expected at most 255"),
     (["--vae", "nowhere"], 1, "nowhere: expected a checkpoint"),
     (["--vae", RELEASE / "text_encoder"], 1, "no SD3 autoencoder in it"),

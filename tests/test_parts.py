@@ -49,7 +49,7 @@ def test_the_posterior_is_drawn_from_when_asked_for():
 def test_parts_of_other_sizes_are_refused_before_they_are_loaded(monkeypatch):
     for change, message in ((dict(vocab_size=90), "the tokenizer has 110 tokens, the model's text head 90"),
                             (dict(position_size=1),
-                             "a picture's height of 32, expected a multiple of 16 up to 16")):
+                             "a picture's height of 32, expected a multiple of 4 up to 4")):
         with monkeypatch.context() as patch:
             family, sizes = checkpoint.read_sizes(RELEASE)
             for name, value in change.items():

@@ -174,7 +174,7 @@ def wide(tmp_path_factory):
     sizes = MMDiTConfig(depth=1, heads=1, width=16, text_width=8, vocab_size=50258, text_length=12)
     parts = nn.ModuleDict(dict(mmdit=MMDiT(sizes), embedding=TokenEmbedding(50258, 12, 8)))
     folder = tmp_path_factory.mktemp("wide")
-    checkpoint.save(folder, dict(parts.named_parameters()), sizes, None, pixels=16,
+    checkpoint.save(folder, dict(parts.named_parameters()), sizes, gpt2_tokenizer(), pixels=16,
                     latents=checkpoint.digest(checkpoint.load_vae(VAE)))
     return folder
 
@@ -203,7 +203,7 @@ def test_a_run_on_latents_says_whose_they_are_and_refuses_those_of_others(photos
     assert f"the model has learnt those of {config['latents']}" in said
     assert "latents of pictures of 32 pixels, this run's have 16; give --pixels 32" in again(
         encode(photos, tmp_path / "large", pixels=32))
-    assert "3 channels, this model's latents have 16: expected latents of an autoencoder" in again(photos)
+    assert "3 channels, this model's latents have 16: expected an autoencoder, --vae, or its" in again(photos)
     with pytest.raises(UserError, match="one batch can't have both"):
         data.Mix([str(photos), str(stored)], 16)
     assert go("--image-data", stored, "--steps", 3) == ""

@@ -1,0 +1,208 @@
+"""The models of a run: what learns, from --init or a preset, and what stays as it is, T5 and the autoencoder.
+
+Shapes: B batch, L tokens, E width of text states, C latent channels, h and w latent height and width.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+import checkpoint
+from cli import UserError, require
+from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
+from parts import load_mask_embedding
+from stages import STAGES, TrainConfig, start
+from t5 import MaskEmbedding, T5Encoder
+from tokenizer import Tokenizer, gpt2_subset, gpt2_tokenizer
+from vae import AutoencoderKL, Pixels
+
+
+@dataclass
+class Models:
+    """learns: "mmdit" and, of the end-to-end variant, "embedding"; or "mask", T5's [MASK], in its stage."""
+    learns: nn.ModuleDict
+    tokenizer: Tokenizer
+    t5: T5Encoder | None
+    vae: AutoencoderKL | Pixels | None      # None: the latents are stored, or there is no picture
+    empty: Tensor | None = None             # T5's states of the empty prompt, (1, L, E)
+    kept: dict[str, Tensor] = field(default_factory=dict)   # what a checkpoint holds beside what learns
+
+    def text(self, ids: Tensor) -> Tensor:
+        """What the transformer reads of ids (B, L), (B, L, E).  Only a [MASK] that learns has a gradient
+        through T5, and none of T5's weights has one."""
+        if self.t5 is None:
+            return self.learns["embedding"](ids)
+        mask = self.learns["mask"] if "mask" in self.learns else None
+        with torch.set_grad_enabled(mask is not None and torch.is_grad_enabled()):
+            return self.t5(ids, mask)
+
+    def captions(self, ids: Tensor, dropped: Tensor, states: Tensor | None = None) -> Tensor:
+        """As `text`, of clean captions, of which those that are dropped (B,) are empty prompts.
+
+        states: T5's, where they are stored, (B, L, E)."""
+        if self.t5 is None:
+            return self.learns["embedding"](ids)
+        text, kept = self.empty.repeat(len(ids), 1, 1), ~dropped
+        kept[0] |= not kept.any()                                # where T5 is sharded, all processes call it
+        with torch.no_grad():
+            text[kept] = self.t5(ids[kept]) if states is None else states[kept].to(text.dtype)
+        return text
+
+    @torch.no_grad()
+    def latents(self, images: Tensor | None) -> Tensor | None:
+        """Pictures (B, 3, H, W) in [-1, 1] -> the posterior's means (B, C, h, w); stored latents stay."""
+        if images is None or isinstance(self.vae, Pixels | None) or images.shape[1] != 3:
+            return images
+        return self.vae.encode(images.to(next(self.vae.parameters()).dtype)).float()
+
+
+def check(config: TrainConfig, sizes: MMDiTConfig, factor: int) -> None:
+    """Raises UserError for a stage that a model of these sizes can't have."""
+    name = f"--init {config.init}" if config.init else f"--preset {config.preset}"
+    unit = sizes.patch * factor
+    most = unit * sizes.position_size
+    require((not sizes.text_length or config.stage != "mask-emb", f"--stage mask-emb: teaches T5's [MASK], "
+             f"{name} has a token embedding of its own"),
+            (sizes.text_length or config.stage != "text", f"--stage text: is the end-to-end variant's, {name} "
+             f"reads T5's states"),
+            (config.text_length <= (sizes.text_length or config.text_length), f"--text-length "
+             f"{config.text_length}: expected at most {sizes.text_length}, which {name} has positions for"),
+            (config.pixels % unit == 0 and config.pixels <= most, f"--pixels {config.pixels}: expected a "
+             f"multiple of the patch, {unit}, up to {most}, this model's position table"))
+
+
+def place(config: TrainConfig, part: str) -> str:
+    """Where T5 or the autoencoder is: its flag, what --init remembers of its run, or --init."""
+    _, _, about = start(config.init, config.preset)
+    return getattr(config, part) or about.get(part) or config.init
+
+
+def frozen(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def load_vae(config: TrainConfig, sizes: MMDiTConfig) -> AutoencoderKL | Pixels | None:
+    """In float32, or None where none is named: the latents may be stored.  Raises UserError."""
+    if sizes.channels == 3:
+        return Pixels()
+    path = place(config, "vae")
+    try:
+        checkpoint.named(path or ".", "vae")
+    except UserError:
+        if config.vae:
+            raise
+        return None
+    vae = checkpoint.load_vae(path)
+    require((vae.channels == sizes.channels, f"{path}: latents of {vae.channels} channels, the transformer has "
+             f"{sizes.channels}; name the right one with --vae"))
+    return vae
+
+
+def load_t5(config: TrainConfig, tokenizer: Tokenizer, sizes: MMDiTConfig) -> T5Encoder:
+    """In --dtype, with the [MASK] embedding that is named, or that --init has learnt.  Raises UserError."""
+    path = place(config, "t5")
+    checkpoint.named(path, "t5")
+    t5 = checkpoint.load_t5(path, getattr(torch, config.dtype))
+    require((t5.config.width == sizes.text_width, f"{path}: T5 gives {t5.config.width} numbers a token, the "
+             f"transformer reads {sizes.text_width}"))
+    vector = load_mask_embedding(config.mask_embedding) if config.mask_embedding else (
+        checkpoint.learnt_mask(config.init) if config.init else None)
+    if vector is not None:
+        require((len(vector) == t5.config.width, f"{config.mask_embedding or config.init}: a [MASK] embedding "
+                 f"of {len(vector)} numbers, this T5 has {t5.config.width}"))
+        t5.set_embedding(tokenizer.mask_id, vector)
+    return t5
+
+
+def load_tokenizer(config: TrainConfig, own: bool, texts: list[str] | None) -> Tokenizer:
+    """--init's or --tokenizer's; new GPT-2's, or of it what the texts use, if they are known."""
+    if config.init or not own:
+        path = config.tokenizer or config.init
+        require((path, f"--preset {config.preset} reads T5's states: name its tokenizer with --tokenizer, T5 "
+                 f"with --t5 and the autoencoder with --vae"))
+        try:
+            return checkpoint.load_tokenizer(path)
+        except UserError as error:
+            raise UserError(f"{error}; name it with --tokenizer") if not config.tokenizer else error
+    return gpt2_tokenizer(gpt2_subset(texts) if config.vocabulary == "used" and texts is not None else None)
+
+
+def build(config: TrainConfig, texts: list[str] | None, plain: bool, vae: AutoencoderKL | Pixels | None,
+          device: torch.device) -> Models:
+    """All of a run, on the device.  Raises UserError where parts are missing or don't fit.
+
+    texts: all of the training data, if known; plain: some have no picture, for which the null image learns."""
+    family, sizes, _ = start(config.init, config.preset)
+    own, dtype = sizes.text_length > 0, getattr(torch, config.dtype)
+    tokenizer = load_tokenizer(config, own, texts)
+    torch.manual_seed(config.seed)
+    if config.init:
+        mmdit = checkpoint.load_mmdit(config.init, vocab_size=tokenizer.vocab_size, training=True)
+        sizes = mmdit.config
+    else:
+        sizes = replace(sizes, vocab_size=tokenizer.vocab_size,
+                        text_length=config.text_length if own else 0)
+        mmdit = MMDiT(sizes)
+    require((sizes.vocab_size == tokenizer.vocab_size, f"{config.init}: its text head has {sizes.vocab_size} "
+             f"tokens, the tokenizer {tokenizer.vocab_size}; name the right one with --tokenizer"))
+    learns, t5, empty = nn.ModuleDict(dict(mmdit=mmdit)), None, None
+    table = position_table(sizes.width, sizes.position_size, sizes.position_base)
+    kept = {} if torch.equal(mmdit.positions, table) else {"mmdit.positions": mmdit.positions}
+    if own:
+        learns["embedding"] = checkpoint.load_embedding(config.init, training=True) if config.init else (
+            TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width))
+    else:
+        t5 = load_t5(config, tokenizer, sizes)
+        kept["mask.vector"] = t5.embed.weight[tokenizer.mask_id].detach().float().clone()
+        if "[MASK]" in STAGES[config.stage].learns:
+            learns["mask"] = MaskEmbedding(kept["mask.vector"], tokenizer.mask_id)
+        frozen(t5, dtype, device)
+        with torch.no_grad():
+            empty = t5(tokenizer.encode("", config.text_length)[None].to(device))
+    mmdit.null_image.requires_grad_(plain)
+    blocks, last = [*mmdit.blocks], mmdit.blocks[-1].img
+    for part in (mmdit.img_in, mmdit.img_modulation, mmdit.img_out, last.out, last.fc1, last.fc2):
+        part.requires_grad_(STAGES[config.stage].losses != "text")          # only a velocity is made of them
+    for block in [*blocks, *(t5.blocks if "mask" in learns else [])] if config.checkpoint_activations else []:
+        block.forward = partial(recompute, block.forward, use_reentrant=False)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64                # image, text, and last-block variants
+        for block in blocks:
+            block.compile()
+    if isinstance(vae, AutoencoderKL):
+        frozen(vae, dtype, device)
+    return Models(learns.to(device).train(), tokenizer, t5, vae, empty, kept)
+
+
+def places(config: TrainConfig, models: Models) -> dict[str, str]:
+    """Where the parts are that a run's folder does not hold, for its config.json."""
+    held = dict(vae=isinstance(models.vae, AutoencoderKL), t5=models.t5 is not None)
+    return {part: str(Path(place(config, part)).resolve()) for part, outside in held.items() if outside}
+
+
+def stated(config: TrainConfig, mix, models: Models) -> bool:
+    """Whether T5's states of the captions are stored, by this T5.  Raises UserError where by another."""
+    made = [getattr(source, "states", None) for source in mix.sources] if mix and models.t5 else [None]
+    if None in made:
+        return False
+    t5 = models.t5 if config.dtype == "bfloat16" else checkpoint.load_t5(place(config, "t5"), torch.bfloat16)
+    mine = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(), length=str(config.text_length))
+    for source, found in zip(mix.sources, made):
+        require((found == mine, f"{source.name}: stored states of {found}, this run's are of {mine}; make them "
+                 f"again, or without --t5"))
+    return True
+
+
+def report(config: TrainConfig, vocab_size: int) -> None:
+    """On stderr, what SD3's weights give to a run, and what it starts without."""
+    family, _, _ = start(config.init, config.preset)
+    if family == "SD3":
+        print(f"from SD3: {checkpoint.carried_over(config.init, vocab_size)}", file=sys.stderr)
+        if config.stage == "instruct":
+            print("warning: --stage instruct from SD3, which has no text head: a new one learns answers before "
+                  "it has learnt captions; --stage pretrain comes first", file=sys.stderr)

@@ -1,0 +1,219 @@
+"""The stages from SD3, T5 and an autoencoder, tiny: each trains, goes on, draws and reads; and what learns."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import checkpoint
+import mask_diffusion
+import sample
+import train
+from build import Models
+from parts import Parts
+from t5 import MaskEmbedding
+from test_train import train as launched
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RELEASE, SD3 = FIXTURES / "release", FIXTURES / "sd3.safetensors"
+EXPECTED = load_file(FIXTURES / "expected.safetensors")
+FROM_SD3 = ["--init", SD3, "--t5", RELEASE, "--tokenizer", RELEASE]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 24 pictures with captions in the words that the tiny tokenizer has."""
+    folder, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
+    for i in range(24):
+        noise = torch.randint(0, 256, (6, 8 if i % 3 else 4, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).resize((48 if i % 3 else 24, 36)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {('red', 'green')[i % 2]} cat {i}")
+    return folder
+
+
+def flags(stage, out, pictures, *more):
+    return list(map(str, ["--stage", stage, "--out", out, "--image-data", pictures, "--image-batch", 4, "--text-batch",
+                          4, "--text-length", 12, "--dtype", "float32", "--device", "cpu", "--log-every", 1,
+                          "--sample-every", 0, "--lr", 1e-3, "--warmup", 1, *more]))
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def chain(pictures, tmp_path_factory):
+    """All four stages from SD3, three steps and three more of each; the folder that holds their runs."""
+    out, init = tmp_path_factory.mktemp("chain"), FROM_SD3
+    for stage, pixels in (("pretrain", 16), ("mask-emb", 16), ("high-res", 24), ("instruct", 24)):
+        for steps in (3, 6):
+            train.main(flags(stage, out / stage, pictures, *init, "--pixels", pixels, "--steps", steps,
+                             "--save-every", 3))
+        init = ["--init", out / stage]
+    return out
+
+
+def test_every_stage_trains_goes_on_draws_and_captions(chain, tmp_path, capsys):
+    for stage in ("pretrain", "mask-emb", "high-res", "instruct"):
+        assert [row["step"] for row in rows(chain / stage)] == [1, 2, 3, 4, 5, 6]
+        found = ["--checkpoint", str(chain / stage), "--steps", "2"]
+        sample.main([*found, "--prompt", "a red cat", "--out", str(tmp_path / "drawn.png")])
+        assert Parts(chain / stage).height == (24 if stage in ("high-res", "instruct") else 16)
+        sample.main([*found, "--image", str(tmp_path / "drawn.png"), "--dtype", "float32"])
+        assert len(capsys.readouterr().out.splitlines()) == 2
+    config = checkpoint.read_config(chain / "instruct")
+    assert (config["stage"], config["pixels"], config["text_length"]) == ("instruct", 24, 12)
+    assert config["latents"] == checkpoint.digest(checkpoint.load_vae(SD3))
+
+
+def test_what_learns_in_which_stage(chain):
+    """The [MASK] embedding in `mask-emb` and, of what is measured with pictures, the null image nowhere."""
+    fresh = checkpoint.load_mmdit(SD3, vocab_size=110).null_image
+    row = checkpoint.load_t5(RELEASE).embed.weight[109]
+    weights = {stage: load_file(chain / stage / "weights.safetensors") for stage in (
+        "pretrain", "mask-emb", "high-res", "instruct")}
+    for stage, tensors in weights.items():
+        assert torch.equal(tensors["mmdit.null_image"], fresh), stage
+        assert not torch.equal(tensors["mmdit.txt_out.bias"], torch.zeros(110))
+    assert torch.equal(weights["pretrain"]["mask.vector"], row)
+    assert not torch.equal(weights["mask-emb"]["mask.vector"], row)
+    for later in ("high-res", "instruct"):                       # which go on with what was learnt, not its average
+        assert torch.equal(weights[later]["mask.vector"], weights["mask-emb"]["mask.vector"])
+    average = load_file(chain / "mask-emb" / checkpoint.MASK_EMBEDDING)["vector"]
+    assert 0 < (average - weights["mask-emb"]["mask.vector"]).abs().max() < (row - average).abs().max()
+
+
+def test_nothing_of_t5_but_the_mask_embedding_moves(pictures, tmp_path):
+    config = train.parse(flags("mask-emb", tmp_path / "run", pictures, *FROM_SD3, "--pixels", 16, "--steps", 2,
+                               "--checkpoint-activations"))
+    config, held, models, run = train.set_up(config)
+    train.train(config, held, models, run, [])
+    run.close()
+    before = checkpoint.load_t5(RELEASE).state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models.t5.state_dict().items())
+    assert all(p.grad is None for p in models.t5.parameters())
+    assert not torch.equal(models.learns["mask"].vector, before["embed.weight"][109])
+
+
+def test_the_mask_embeddings_gradient_is_that_of_finite_differences():
+    t5, generator = checkpoint.load_t5(RELEASE).requires_grad_(False), torch.Generator().manual_seed(0)
+    mask = MaskEmbedding(t5.embed.weight[109], 109)
+    models = Models(torch.nn.ModuleDict(dict(mask=mask)), None, t5, None)
+    ids = torch.randint(2, 100, (2, 9), generator=generator)
+    ids[:, [1, 4, 5]] = 109
+    weights, vector = torch.randn(2, 9, 64, generator=generator), mask.vector.detach().clone()
+    value = lambda: (models.text(ids).double() * weights).sum()
+    value().backward()
+
+    def slope(step):
+        with torch.no_grad():
+            sides = [float((mask.vector.copy_(vector + h * direction), value())[1]) for h in (step, -step)]
+        return (sides[0] - sides[1]) / (2 * step)
+    for _ in range(4):
+        direction = torch.randn(64, generator=generator)
+        found = (4 * slope(5e-3) - slope(1e-2)) / 3      # the error of h^2 removed; float32's rounding: 0.01
+        assert found == pytest.approx(float(mask.vector.grad @ direction), rel=1e-3, abs=0.03)
+
+
+def losses_of(path, latents, context, monkeypatch):
+    """(models of a published transformer whose T5 says `context`, a batch of each loss)."""
+    mmdit, generator = checkpoint.load_mmdit(path, vocab_size=110), torch.Generator().manual_seed(0)
+    models = Models(torch.nn.ModuleDict(dict(mmdit=mmdit)), None, lambda ids, mask: context, None, context[:1])
+    t, noise = EXPECTED["ddit.t"], torch.randn(latents.shape, generator=generator)
+    tt = t.view(-1, 1, 1, 1)
+    image = dict(images=(latents - tt * noise) / (1 - tt), ids=torch.zeros(2, 9), t=t, noise=noise,
+                 dropped=torch.tensor([False, False]), states=context)
+    ids = torch.randint(2, 100, (2, 9), generator=generator)
+    t, uniform = mask_diffusion.draw((2, 9), generator)
+    text = dict(images=latents, ids=ids, frozen=torch.zeros(2, 9, dtype=torch.bool), t=t, uniform=uniform, mask_id=109)
+    return models, image, text
+
+
+@pytest.mark.parametrize("path, latents, velocity", [
+    (SD3, "sd3.latents", "sd3.velocity"), (RELEASE, "ddit.latents", "ddit.velocity")])
+def test_losses_from_published_weights_are_those_of_the_published_models_outputs(path, latents, velocity, monkeypatch):
+    """Of their velocity and logits, in a plain loop over rows and tokens."""
+    models, image, text = losses_of(path, EXPECTED[latents], EXPECTED["ddit.context"], monkeypatch)
+    with torch.no_grad():
+        found = train.image_errors(models, image)
+    for row in range(2):
+        target = image["noise"][row] - image["images"][row]
+        assert float(found[row]) == pytest.approx(float(((EXPECTED[velocity][row] - target) ** 2).mean()), rel=1e-4)
+    if path == RELEASE:
+        with torch.no_grad():
+            found, logits = train.text_errors(models, text), EXPECTED["ddit.logits_t0"].double()
+        for row in range(2):
+            bits = 0.0
+            for at in range(9):
+                if text["uniform"][row, at] < text["t"][row]:
+                    others = torch.cat([logits[row, at, :109], logits[row, at, 110:]])      # never [MASK] itself
+                    bits += float(torch.logsumexp(others, 0) - logits[row, at, text["ids"][row, at]])
+            assert float(found[row]) == pytest.approx(bits / float(text["t"][row]), rel=1e-4)
+
+
+def test_one_and_two_processes_and_any_micro_batch_make_the_same_update(chain, pictures, tmp_path):
+    """With the norm clipped, T5 sharded over two, activations computed again, bucketed sizes or not."""
+    base = ["--init", chain / "pretrain", "--pixels", 16, "--steps", 3, "--clip", 0.5]
+    train.main(flags("mask-emb", tmp_path / "one", pictures, *base))
+    train.main(flags("mask-emb", tmp_path / "micro", pictures, *base, "--micro-batch", 2))
+    launched(*flags("mask-emb", tmp_path / "two", pictures, *base, "--micro-batch", 1, "--shard-t5", "--shard", "zero3",
+                    "--checkpoint-activations"), processes=2)
+    one = rows(tmp_path / "one")
+    assert min(row["grad_norm"] for row in one) > 0.5
+    weights = load_file(tmp_path / "one" / "weights.safetensors")
+    for other in ("micro", "two"):
+        for a, b in zip(one, rows(tmp_path / other), strict=True):
+            for name in ("image_loss", "text_loss", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=1e-5)
+        found = load_file(tmp_path / other / "weights.safetensors")
+        assert max(float((weights[name] - found[name]).abs().max()) for name in weights) < 3e-5     # of steps of 1e-3
+
+
+def test_dropped_captions_cost_no_t5_and_have_the_empty_prompts_states():
+    t5 = checkpoint.load_t5(RELEASE).requires_grad_(False)
+    tokenizer, seen = checkpoint.load_tokenizer(RELEASE), []
+    texts = ["a red cat", "", "a green cat", ""]
+    ids = torch.stack([tokenizer.encode(text, 12) for text in texts])
+    with torch.no_grad():
+        whole, empty = t5(ids), t5(tokenizer.encode("", 12)[None])
+    models = Models(torch.nn.ModuleDict(), tokenizer, lambda ids, mask=None: seen.append(len(ids)) or t5(ids), None, empty)
+    dropped = torch.tensor([False, True, False, True])
+    assert torch.allclose(models.captions(ids, dropped), whole, atol=1e-5) and seen == [2]
+    assert torch.allclose(models.captions(ids, dropped, whole), whole, atol=1e-5) and seen == [2]
+
+
+@pytest.mark.parametrize("more, status, message", [
+    (["--stage", "text", *FROM_SD3], 1, "--stage text: is the end-to-end variant's, --init"),
+    (["--stage", "mask-emb"], 1, "--stage mask-emb: teaches T5's [MASK], --preset emoji has a token embedding"),
+    (["--init", SD3, "--tokenizer", RELEASE], 1, "no T5 encoder in it"),
+    (["--init", SD3, "--t5", RELEASE], 1, "has no tokenizer; name a folder or a tokenizer.json"),
+    (["--init", RELEASE], 1, "expected an autoencoder, --vae, or its latents"),
+    (["--init", RELEASE, "--vae", RELEASE], 1, "name the right one with --vae"),
+    ([*FROM_SD3, "--pixels", 17], 1, "--pixels 17: expected a multiple of the patch, 4, up to 48"),
+    ([*FROM_SD3, "--micro-batch", 3], 1, "--micro-batch 3 does not divide --text-batch 4 over 1 process(es), 4 rows"),
+    ([*FROM_SD3, "--mask-embedding", "nowhere.pth"], 1, "nowhere.pth: not a file of one tensor"),
+    (["--preset", "sd3-medium"], 1, "expected an autoencoder, --vae"),
+    (["--preset", "sd3-medium", "--vae", SD3, "--pixels", 64], 1, "name its tokenizer with --tokenizer, T5 with --t5"),
+    (["--stage", "text", "--image-batch", 3], 2, "--image-batch changes nothing without pictures"),
+    (["--stage", "text"], 1, "--stage text: name its data with --text-data"),
+    (["--preset", "e2e-1.1b"], 1, "--stage pretrain: name its data with --image-data"),
+])
+def test_mistakes_get_one_line_and_a_status(more, status, message, pictures, tmp_path, mistake):
+    given = ["--out", tmp_path / "x", "--text-batch", 4, *more]
+    if "text" not in more and "e2e-1.1b" not in more:
+        given += ["--image-data", pictures, "--image-batch", 4, *([] if "--pixels" in more else ["--pixels", 16])]
+    code, said = mistake(train.main, given)
+    assert code == status and message in said.splitlines()[-1] and len(said.splitlines()) == 1
+
+
+def test_instruct_from_sd3_is_warned_about_and_what_is_carried_over_said(pictures, tmp_path, capsys):
+    train.main(flags("instruct", tmp_path / "run", pictures, *FROM_SD3, "--pixels", 16, "--steps", 1))
+    said = capsys.readouterr().err
+    assert "warning: --stage instruct from SD3, which has no text head" in said
+    model = checkpoint.load_mmdit(SD3, vocab_size=110)
+    kept = sum(p.numel() for p in model.parameters()) + model.positions.numel()
+    fresh = 110 * 65 + 8 * 64 + (64 * 65 + 64 * 257 + 256 * 65 - 64 * 0) + 4 * 64 * 65 - 64 * 0
+    assert f"from SD3: {kept - fresh:,} values carried over; fresh: " in said and "text head 7,150" in said
