@@ -68,8 +68,8 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int) -> None:
     most = unit * sizes.position_size
     require((not sizes.text_length or config.stage != "mask-emb", f"--stage mask-emb: teaches T5's [MASK], "
              f"{name} has a token embedding of its own"),
-            (sizes.text_length or config.stage != "text", f"--stage text: is the end-to-end variant's, {name} "
-             f"reads T5's states"),
+            (sizes.text_length or config.stage != "text", f"--stage text: is the end-to-end variant's, "
+             f"{name} reads T5's states"),
             (config.text_length <= (sizes.text_length or config.text_length), f"--text-length "
              f"{config.text_length}: expected at most {sizes.text_length}, which {name} has positions for"),
             (config.pixels % unit == 0 and config.pixels <= most, f"--pixels {config.pixels}: expected a "
@@ -77,9 +77,16 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int) -> None:
 
 
 def place(config: TrainConfig, part: str) -> str:
-    """Where T5 or the autoencoder is: its flag, what --init remembers of its run, or --init."""
+    """Where "t5" or the "vae" is: its flag, what --init remembers of its run, --init if it has one, or ""."""
     _, _, about = start(config.init, config.preset)
-    return getattr(config, part) or about.get(part) or config.init
+    found = getattr(config, part) or about.get(part) or config.init
+    try:
+        checkpoint.named(found or ".", part)
+    except UserError:
+        if getattr(config, part):
+            raise
+        return ""
+    return found
 
 
 def frozen(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -91,30 +98,26 @@ def load_vae(config: TrainConfig, sizes: MMDiTConfig) -> AutoencoderKL | Pixels 
     if sizes.channels == 3:
         return Pixels()
     path = place(config, "vae")
-    try:
-        checkpoint.named(path or ".", "vae")
-    except UserError:
-        if config.vae:
-            raise
+    if not path:
         return None
     vae = checkpoint.load_vae(path)
-    require((vae.channels == sizes.channels, f"{path}: latents of {vae.channels} channels, the transformer has "
-             f"{sizes.channels}; name the right one with --vae"))
+    require((vae.channels == sizes.channels, f"{path}: latents of {vae.channels} channels, the transformer "
+             f"has {sizes.channels}; name the right one with --vae"))
     return vae
 
 
 def load_t5(config: TrainConfig, tokenizer: Tokenizer, sizes: MMDiTConfig) -> T5Encoder:
     """In --dtype, with the [MASK] embedding that is named, or that --init has learnt.  Raises UserError."""
     path = place(config, "t5")
-    checkpoint.named(path, "t5")
+    require((path, f"{config.init or config.preset}: no T5 encoder in it; name its file or folder with --t5"))
     t5 = checkpoint.load_t5(path, getattr(torch, config.dtype))
     require((t5.config.width == sizes.text_width, f"{path}: T5 gives {t5.config.width} numbers a token, the "
              f"transformer reads {sizes.text_width}"))
     vector = load_mask_embedding(config.mask_embedding) if config.mask_embedding else (
         checkpoint.learnt_mask(config.init) if config.init else None)
     if vector is not None:
-        require((len(vector) == t5.config.width, f"{config.mask_embedding or config.init}: a [MASK] embedding "
-                 f"of {len(vector)} numbers, this T5 has {t5.config.width}"))
+        require((len(vector) == t5.config.width, f"{config.mask_embedding or config.init}: a [MASK] "
+                 f"embedding of {len(vector)} numbers, this T5 has {t5.config.width}"))
         t5.set_embedding(tokenizer.mask_id, vector)
     return t5
 
@@ -136,7 +139,7 @@ def build(config: TrainConfig, texts: list[str] | None, plain: bool, vae: Autoen
           device: torch.device) -> Models:
     """All of a run, on the device.  Raises UserError where parts are missing or don't fit.
 
-    texts: all of the training data, if known; plain: some have no picture, for which the null image learns."""
+    texts: all of the training data, if known; plain: they have no pictures, and the null image learns."""
     family, sizes, _ = start(config.init, config.preset)
     own, dtype = sizes.text_length > 0, getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config, own, texts)
@@ -193,8 +196,8 @@ def stated(config: TrainConfig, mix, models: Models) -> bool:
     t5 = models.t5 if config.dtype == "bfloat16" else checkpoint.load_t5(place(config, "t5"), torch.bfloat16)
     mine = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(), length=str(config.text_length))
     for source, found in zip(mix.sources, made):
-        require((found == mine, f"{source.name}: stored states of {found}, this run's are of {mine}; make them "
-                 f"again, or without --t5"))
+        require((found == mine, f"{source.name}: stored states of {found}, this run's are of {mine}; make "
+                 f"them again, or without --t5"))
     return True
 
 
@@ -204,5 +207,5 @@ def report(config: TrainConfig, vocab_size: int) -> None:
     if family == "SD3":
         print(f"from SD3: {checkpoint.carried_over(config.init, vocab_size)}", file=sys.stderr)
         if config.stage == "instruct":
-            print("warning: --stage instruct from SD3, which has no text head: a new one learns answers before "
-                  "it has learnt captions; --stage pretrain comes first", file=sys.stderr)
+            print("warning: --stage instruct from SD3, which has no text head: a new one learns answers "
+                  "before it has learnt captions; --stage pretrain comes first", file=sys.stderr)

@@ -37,7 +37,7 @@ import layouts
 from cli import UserError
 from layouts import Entry
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
-from t5 import T5Encoder
+from t5 import T5Config, T5Encoder
 from tensors import NAMES, Tensors, finite, replacing, write_tensors
 from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
 from vae import AutoencoderKL, Pixels, VAEConfig
@@ -164,6 +164,11 @@ def named(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
 def vae_sizes(path: str | Path) -> VAEConfig:
     """Of the autoencoder in a path, from file headers alone.  Raises UserError."""
     return layouts.vae_config(*named(path, "vae"))
+
+
+def t5_sizes(path: str | Path) -> T5Config:
+    """As `vae_sizes`, of T5."""
+    return layouts.t5_config(*named(path, "t5"))
 
 
 def build(make: Callable[[], nn.Module], where: Path) -> nn.Module:

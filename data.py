@@ -326,8 +326,8 @@ def check_stamps(image: Mix | None, text: Mix, channels: int, learnt: str | None
                  encoder: str | None) -> str | None:
     """What the latents of both losses are: "pixels", or the digest of the autoencoder that makes them.
 
-    image: None in a stage without pictures.  channels: of the model's latents; learnt: what those were that it
-    has learnt, if any; encoder: the autoencoder that is here, if any.  Raises UserError."""
+    image: None in a stage without pictures.  channels: of the model's latents; learnt: what those were that
+    it has learnt, if any; encoder: the autoencoder that is here, if any.  Raises UserError."""
     require((not image or image.stamp, "--image-data is plain text, which has no pictures; give it as "
              "--text-data"), (image or text.stamp is None, "--text-data: has pictures, which --stage text "
                               "has not; expected plain text (python data.py pack)"))
@@ -338,13 +338,13 @@ def check_stamps(image: Mix | None, text: Mix, channels: int, learnt: str | None
             found = dict(mix.stamp, vae=encoder, channels=str(channels)) if raw and encoder else mix.stamp
             need = "pictures" if channels == 3 else (
                 "an autoencoder, --vae, or its latents (python data.py latents makes them)")
-            require((found["channels"] == str(channels), f"{flag}: {found['channels']} channels, this model's "
-                     f"latents have {channels}: expected {need}"),
+            require((found["channels"] == str(channels), f"{flag}: {found['channels']} channels, this "
+                     f"model's latents have {channels}: expected {need}"),
                     (found["pixels"] == str(mix.pixels), f"{flag}: latents of pictures of {found['pixels']} "
                      f"pixels, this run's have {mix.pixels}; give --pixels {found['pixels']}, or make them "
                      f"again"),
-                    (learnt in (None, found["vae"]), f"{flag}: latents of the autoencoder {found['vae']}, the "
-                     f"model has learnt those of {learnt}"),
+                    (learnt in (None, found["vae"]), f"{flag}: latents of the autoencoder {found['vae']}, "
+                     f"the model has learnt those of {learnt}"),
                     (encoder in (None, found["vae"]), f"{flag}: latents of the autoencoder {found['vae']}, "
                      f"--vae is {encoder}"))
             stamps.append(found)

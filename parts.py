@@ -55,7 +55,8 @@ class Parts:
                  length: int | None = None, keep: bool | None = None):
         self.family, self.sizes = checkpoint.read_sizes(path)
         config = checkpoint.read_config(path) if self.family == "ours" else dict(pixels=512)
-        self.paths = dict(text=t5 or config.get("t5") or path, mmdit=path, vae=vae or config.get("vae") or path)
+        self.paths = dict(text=t5 or config.get("t5") or path, mmdit=path,
+                          vae=vae or config.get("vae") or path)
         self.own = self.sizes.text_length > 0                             # the end-to-end variant's embedding
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.own else torch.bfloat16)

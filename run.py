@@ -315,7 +315,7 @@ class Run:
     # --------------------------------------------------------------------------------------------------- log
 
     def note(self, found: dict[str, Tensor]) -> None:
-        """Add one step's losses by name, "image" and "text", and gradient norm "grad" to the row that is due."""
+        """Add one step's losses by name, "image" and "text", and gradient norm, "grad", to the next row."""
         self.sums = {name: self.sums.get(name, 0) + value for name, value in found.items()}
         self.summed += 1
 

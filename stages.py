@@ -63,8 +63,8 @@ def settings(stage: str, preset: str, sizes: MMDiTConfig, about: dict) -> dict:
     if stage != "high-res":
         found["pixels"] = about.get("pixels") or found["pixels"]
     if small:
-        found |= dict(image_data=[str(emoji.TAR)], vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0,
-                      question_share=0.4, save_every=250, sample_every=500)
+        found |= dict(image_data=[str(emoji.TAR)], vocabulary="used", optimizer="muon", ema=0.999,
+                      time_shift=2.0, question_share=0.4, save_every=250, sample_every=500)
         found |= dict(schedule="linear") if stage == "instruct" else {}
     if stage == "pretrain" and preset == "e2e-1.1b":
         found |= dict(steps=400_000)                             # then 100 k on the filtered subset
@@ -150,8 +150,8 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
             "decay_from": not config.decay_steps and "--decay-steps, how long the rate takes to fall to zero",
             "question_share": config.stage != "instruct" and "--stage instruct",
             "preset": scratch, "vocabulary": scratch, "rate": plan, "mfu": plan, "peak": plan,
-            **dict.fromkeys(("image_data", "image_batch", "time_shift", "text_dropout", "recaption", "min_side",
-                             "pixels", "buckets", "sample_every"), pictures)}
+            **dict.fromkeys(("image_data", "image_batch", "time_shift", "text_dropout", "recaption",
+                             "min_side", "pixels", "buckets", "sample_every"), pictures)}
     for name in given:
         if idle.get(name):
             parser.error(f"{cli.flag(name)} changes nothing without {idle[name]}")

@@ -38,6 +38,7 @@ import data
 import flow
 import mask_diffusion
 import parallel
+import plan
 import sample
 import show
 from build import Models
@@ -139,7 +140,8 @@ class Held:
     def batches(self, config: TrainConfig, step: int) -> dict:
         """This process's rows of both global batches, on the CPU, and what samples were of no use for them: a
         function of the step alone, so that it can be made ahead, anywhere."""
-        made = {name: dict(image=image_batch, text=text_batch)[name](config, self, step) for name in self.mixes}
+        make = dict(image=image_batch, text=text_batch)
+        made = {name: make[name](config, self, step) for name in self.mixes}
         return made | dict(bad=[name for mix in self.mixes.values() for name in mix.newly_bad()])
 
 
@@ -192,12 +194,13 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
                  f"{world} process(es), {rows} rows on each"))
     vae = build.load_vae(config, sizes)
     build.check(config, sizes, vae.factor if vae else 8)
-    run = Run(Path(config.out), asdict(config) | dict(world=world, torch=torch.__version__), rank, config.fresh,
-              config.resume_step)
+    settings = asdict(config) | dict(world=world, torch=torch.__version__)
+    run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
     check_extension(config, run)
     mixes = mixtures(config, run.key)
     encoder = vae and checkpoint.digest(vae)
-    latents = data.check_stamps(mixes.get("image"), mixes["text"], sizes.channels, about.get("latents"), encoder)
+    latents = data.check_stamps(mixes.get("image"), mixes["text"], sizes.channels, about.get("latents"),
+                                encoder)
     texts = [mix.texts() for mix in {id(mix): mix for mix in mixes.values()}.values()]
     texts = None if None in texts else sum(texts, [])
     models = build.build(config, texts, mixes["text"].stamp is None, vae, device)
@@ -329,6 +332,9 @@ def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list
 def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # dcp says so at world size 1
     config = parse(argv, __doc__)
+    if config.print_plan:
+        print(plan.show(config))
+        return
     with parallel.one_voice():
         config, held, models, run = set_up(config)
         with closing(run), asked_to_stop() as asked, data.readers_watched():

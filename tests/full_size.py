@@ -69,7 +69,11 @@ def make(folder: Path) -> None:
           {name: shape for name, shape in full["sd3_medium_single_file"].items()
                                               if name.startswith(("model.diffusion_model.",
                                                                   "first_stage_model."))})
-    # a tokenizer of the real size: filler after the fixture's words, so that <extra_id_0> moves to 32099
+    real_tokenizer(folder)
+
+
+def real_tokenizer(folder: Path) -> None:
+    """A tokenizer of the real size: filler after the fixture's words, so that <extra_id_0> moves to 32099."""
     shutil.copytree(FIXTURES / "release" / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
     content["model"]["vocab"] += [[f"\u2581filler{i}", -20.0] for i in range(32100 - 110)]

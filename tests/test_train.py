@@ -269,7 +269,7 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     (["--time-shift", "0"], 2, "--time-shift: expected a number from 0.001 to 1000, got '0'"),
     (["--decay-steps", "5"], 2, "--decay-steps changes nothing without --schedule linear"),
     (["--schedule", "linear", "--decay-from", "5"], 2, "--decay-from changes nothing without --decay-steps"),
-    (["--preset", "e2e-1.1b", "--pixels", "64"], 1, "3 channels, this model's latents have 16: expected an au"),
+    (["--preset", "e2e-1.1b", "--pixels", "64"], 1, "3 channels, this model's latents have 16: expected an"),
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar, mistake):
     flags = [*(["--image-data", small_tar] if "--image-data" not in flags else []), "--out", tmp_path / "x",
