@@ -2,6 +2,7 @@
 
     python checkpoint.py inspect PATH                         # layout, parts, sizes, dtypes
     python checkpoint.py export SRC DST --layout release      # any layout -> a D-DiT release folder
+    python checkpoint.py export SRC DST --layout sd3          # what of it SD3 has, for diffusers to draw with
 
 Five layouts are read; PATH is a folder or a file:
 
@@ -23,8 +24,6 @@ cli.interruptible(__name__)
 import hashlib
 import json
 import math
-import shutil
-import sys
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -38,7 +37,7 @@ from cli import UserError
 from layouts import Entry
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from t5 import T5Config, T5Encoder
-from tensors import NAMES, Tensors, finite, replacing, write_tensors
+from tensors import Tensors, finite, replacing, write_tensors
 from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
 from vae import AutoencoderKL, Pixels, VAEConfig
 
@@ -357,78 +356,9 @@ def write_text(path: Path, content: str) -> None:
         temporary.write_text(content, encoding="utf-8")
 
 
-def export_release(source: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """Write any layout's transformer as a D-DiT release folder, in its stored dtype, as the published
-    pipeline loads it; its vae/ and text_encoder/ come from the release or from SD3.  Raises UserError."""
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target}: expected a new folder, found one that is not empty")
-    ours = read_config(source)["mmdit"] if kind(source) == "ours" else None
-    if ours and ours.predicts != "velocity":
-        raise UserError(f"{source}: its image head predicts {ours.predicts}, the release layout's a velocity")
-    if ours and ours.text_length:
-        raise UserError(f"{source}: its text comes from a token embedding; the release layout is made for T5")
-    tensors = Tensors([source / "model.safetensors"], "mmdit.") if ours else find(source, "transformer")[0]
-    stored = Counter(tensors.dtype.values()).most_common(1)[0][0]
-    dtype = next((dtype for dtype, name in NAMES.items() if name == stored), torch.float32)
-    model = load_mmdit(source, dtype)
-    for part in ("transformer", "scheduler", "tokenizer"):
-        (target / part).mkdir(parents=True, exist_ok=True)
-    file = target / "transformer" / "diffusion_pytorch_model.safetensors"
-    write_tensors(file, layouts.release_state(model), dtype)
-    for name, content in layouts.release_files(model.config).items():
-        write_json(target / name, content)
-    origin = tokenizer or part_folder(source, "tokenizer")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model"):
-        if origin.is_dir() and (origin / name).exists():
-            shutil.copyfile(origin / name, target / "tokenizer" / name)
-    if not any((target / "tokenizer").iterdir()):
-        print(f"note: {origin} has no tokenizer; put T5's into {target / 'tokenizer'}, or name it with "
-              f"--tokenizer", file=sys.stderr)
-
-
-def describe(title: str, tensors: Tensors, sizes) -> str:
-    """Two lines on a part: how much of what there is, and its sizes, a dataclass."""
-    count = sum(math.prod(shape) for shape in tensors.shape.values())
-    return (f"{title}: {len(tensors.file)} tensors, {count / 1e6:,.1f} M values, "
-            f"{', '.join(Counter(tensors.dtype.values()))}, {len(tensors.files)} file(s)\n    "
-            + ", ".join(f"{k} {v}" for k, v in vars(sizes).items()))
-
-
-def inspect(path: Path) -> str:
-    """Layout, parts, sizes, dtypes and parameter counts, a screenful."""
-    if kind(path) == "ours":
-        config, tensors = read_config(path), Tensors([path / "model.safetensors"], "mmdit.")
-        return (f"{path}: ours, latents {config.get('latents')}, step {config.get('step')}\n"
-                + describe("transformer", tensors, config["mmdit"]))
-    sizes = dict(transformer=layouts.mmdit_config, vae=layouts.vae_config, t5=layouts.t5_config)
-    lines, absent = [f"{path}:"], []
-    for name in sizes:
-        try:
-            found = find(path, name)
-        except UserError as error:
-            absent.append(f"{name}: {error}")
-            continue
-        family = "D-DiT" if "text_proj_out.weight" in found[0] else "SD3"
-        title = f"{family} transformer" if name == "transformer" else layouts.TITLES[name]
-        lines.append(describe(title, found[0], sizes[name](*found)))
-    if len(lines) == 1:
-        raise UserError(absent[0].removeprefix("transformer: "))
-    return "\n".join(lines + absent)
-
-
 def main() -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("command", choices=["inspect", "export"])
-    parser.add_argument("source", type=Path, help="a folder or a file of any layout")
-    parser.add_argument("target", type=Path, nargs="?", help="export: the new folder")
-    parser.add_argument("--layout", choices=["release"], default="release")
-    parser.add_argument("--tokenizer", type=Path, help="export: a folder with T5's tokenizer, if not in SRC")
-    args = parser.parse_args()
-    if (args.target is None) == (args.command == "export"):
-        parser.error("export takes SRC and DST" if args.command == "export" else "inspect takes one path")
-    if args.command == "export":
-        export_release(args.source, args.target, args.tokenizer)
-    print(args.target or inspect(args.source))
+    import publish                                               # here: its commands read through this file
+    publish.main(__doc__)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ T5_NAMES = [
     ("final_norm.", "encoder.final_layer_norm."),
 ]
 POOLED = ("y_embedder.", "time_text_embed.text_embedder.")      # SD3's pooled CLIP branch, which D-DiT drops
+POOLED_WIDTH = 2048                                             # of what it reads
 T5_TWIN = "encoder.embed_tokens.weight"                         # the token table's other name
 DECODER = ("decoder.", "lm_head.", "logit_scale")               # what a whole T5 has beside its encoder
 
@@ -236,33 +237,47 @@ def t5_entries(t5: T5Encoder, table: str) -> dict[str, Entry]:
             for name, p in t5.named_parameters()}
 
 
-def release_state(model: MMDiT) -> dict[str, Tensor]:
-    """A transformer's tensors as D-DiT's release names and shapes them."""
+def published_state(model: MMDiT, layout: str) -> dict[str, Tensor]:
+    """A transformer's tensors as D-DiT's "release" or the "sd3" folder names and shapes them."""
     state, held = {}, dict(model.named_parameters()) | {"positions": model.positions}
-    for name, entry in mmdit_entries(model, RELEASE, False).items():
+    table = RELEASE if layout == "release" else SD3_FOLDER
+    for name, entry in mmdit_entries(model, table, layout == "sd3").items():
+        if not entry.keys:
+            continue                                             # SD3 has no such part
         tensor = held[name].detach()
+        if entry.fresh is not None:                              # nor these rows
+            tensor = tensor[:-len(entry.fresh)]
         if entry.swap:
             tensor = torch.cat(tensor.chunk(2)[::-1])
         pieces = zip(entry.keys, tensor.chunk(len(entry.keys)))
         state |= {key: piece.reshape(entry.shape).contiguous() for key, piece in pieces}
+    if layout == "sd3":
+        D, at = model.config.width, "time_text_embed.text_embedder.linear_"
+        state |= {f"{at}1.weight": torch.zeros(D, POOLED_WIDTH), f"{at}2.weight": torch.zeros(D, D)}
+        state |= {f"{at}{i}.bias": torch.zeros(D) for i in (1, 2)}
     return state
 
 
-def release_files(c: MMDiTConfig) -> dict[str, dict]:
-    """The JSON files of a release folder, by name, as its published pipeline reads them."""
+def published_files(c: MMDiTConfig, layout: str) -> dict[str, dict]:
+    """The JSON files of a folder in that layout, by name, as its pipeline reads them."""
+    release = layout == "release"
+    sizes = dict(
+        _class_name="SD3JointModelFlexible" if release else "SD3Transformer2DModel",
+        attention_head_dim=c.width // c.heads, caption_projection_dim=c.width, dual_attention_layers=[],
+        in_channels=c.channels, joint_attention_dim=c.text_width, num_attention_heads=c.heads,
+        num_layers=c.depth, out_channels=c.channels, patch_size=c.patch, pooled_projection_dim=POOLED_WIDTH,
+        pos_embed_max_size=c.position_size, qk_norm="rms_norm" if c.qk_norm else None,
+        sample_size=c.position_base * c.patch)
+    t5, tokenizer = ["transformers", "T5EncoderModel"], ["transformers", "T5TokenizerFast"]
+    clip = {name: [None, None] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+    parts = dict(_class_name="DualDiffSD3Pipeline", text_encoder=t5, tokenizer=tokenizer,
+                 transformer=["sd3_modules.sd3_model", "SD3JointModelFlexible"]) if release else dict(
+        _class_name="StableDiffusion3Pipeline", **clip, text_encoder_3=t5, tokenizer_3=tokenizer,
+        transformer=["diffusers", "SD3Transformer2DModel"])
     return {
-        "transformer/config.json": dict(
-            _class_name="SD3JointModelFlexible", attention_head_dim=c.width // c.heads,
-            caption_projection_dim=c.width, dual_attention_layers=[], in_channels=c.channels,
-            joint_attention_dim=c.text_width, num_attention_heads=c.heads, num_layers=c.depth,
-            out_channels=c.channels, patch_size=c.patch, pooled_projection_dim=2048,
-            pos_embed_max_size=c.position_size, qk_norm="rms_norm" if c.qk_norm else None,
-            sample_size=c.position_base * c.patch, vocab_size=c.vocab_size),
+        "transformer/config.json": sizes | (dict(vocab_size=c.vocab_size) if release else {}),
         "scheduler/scheduler_config.json": dict(
             _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0,
             use_dynamic_shifting=False),
-        "model_index.json": dict(
-            _class_name="DualDiffSD3Pipeline", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            text_encoder=["transformers", "T5EncoderModel"], tokenizer=["transformers", "T5TokenizerFast"],
-            transformer=["sd3_modules.sd3_model", "SD3JointModelFlexible"],
-            vae=["diffusers", "AutoencoderKL"])}
+        "model_index.json": parts | dict(scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                                         vae=["diffusers", "AutoencoderKL"])}

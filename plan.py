@@ -1,7 +1,7 @@
 """What a run needs, worked out before it starts: python train.py ... --print-plan GPUS.
 
-Parameters and arithmetic follow from sizes.  What memory holds follows from what FSDP2 keeps where, and what a
-block keeps for its backward pass is measured: one block of the real width runs on a few tokens.
+Parameters and arithmetic follow from sizes, memory from what FSDP2 keeps where; what a block keeps for its
+backward pass is measured: one block of the real width runs on a few tokens.
 
 Shapes: N image tokens, L text tokens, T = N + L, D width, E width of text states, V vocabulary.
 """
@@ -54,7 +54,7 @@ def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
 
 
 def kept_bytes(block: nn.Module, *inputs: Tensor, kernel: SDPBackend, dtype: torch.dtype) -> int:
-    """What a block keeps for its backward pass; a weight that is cast counts too, and drops out of a slope."""
+    """What a block keeps for its backward pass; casts of weights count too, and drop out of a slope."""
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def kept_bytes(block: nn.Module, *inputs: Tensor, kernel: SDPBackend, dtype: tor
         return x
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), sdpa_kernel(kernel), autocast:
-        held = block(*inputs)                                    # alive until counted: its memory isn't reused
+        held = block(*inputs)                                    # alive: its memory isn't reused
     del held
     return sum(kept.values())
 
@@ -78,8 +78,8 @@ def block_activations(c: MMDiTConfig, T: int, dtype: torch.dtype, gpu: bool) -> 
     float32: input and output of both, 12 D bytes a token more than on a CPU."""
     block, x = Block(c), lambda rows: torch.zeros(1, rows, c.width, dtype=dtype, requires_grad=True)
     kernel = SDPBackend.FLASH_ATTENTION if gpu else SDPBackend.MATH
-    measure = lambda size: kept_bytes(block, x(size // 2), x(size // 2), torch.zeros(1, c.width), kernel=kernel,
-                                      dtype=dtype)
+    measure = lambda size: kept_bytes(block, x(size // 2), x(size // 2), torch.zeros(1, c.width),
+                                      kernel=kernel, dtype=dtype)
     return activation_bytes(measure, T) + 12 * c.width * T * (gpu and dtype != torch.float32)
 
 
@@ -122,71 +122,79 @@ def arithmetic(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VA
     return learns, frozen
 
 
+def learning(c: MMDiTConfig) -> int:
+    """Parameters of what is trained."""
+    own = values(lambda: TokenEmbedding(c.vocab_size, c.text_length, c.text_width)) if c.text_length else 0
+    return values(lambda: MMDiT(c)) + own
+
+
+def at_once(config: TrainConfig, gpus: int) -> int:
+    """Rows of a batch that a GPU has in memory together."""
+    return config.micro_batch or -(-max(config.image_batch, config.text_batch) // gpus)
+
+
 def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAEConfig | None, N: int, gpus: int,
            gpu: bool) -> dict[str, float]:
-    """Bytes on each of so many GPUs, by part; the last are those of the loss that needs most."""
-    dtype, L, own = getattr(torch, config.dtype), config.text_length, c.text_length > 0
-    P = values(lambda: MMDiT(c)) + own * values(lambda: TokenEmbedding(c.vocab_size, c.text_length, c.text_width))
+    """Bytes on each of so many GPUs, by part, while the loss that needs most is differentiated."""
+    dtype, T, rows = getattr(torch, config.dtype), N + config.text_length, at_once(config, gpus)
+    P = learning(c)
     spread = {"none": 1, "hsdp": min(gpus, NODE)}.get(config.shard, gpus)
+    zero3 = config.shard == "zero3" and gpus > 1
     half, block = dtype.itemsize, values(lambda: Block(c))
-    whole = 2 * block + P - c.depth * block if config.shard == "zero3" and gpus > 1 else P
-    matrices = config.optimizer == "muon" and c.depth * block
-    backwards = gpus > 1 and (STAGES[config.stage].losses != "text" or config.micro_batch > 0)
-    rows = config.micro_batch or -(-max(config.image_batch, config.text_batch) // gpus)
-    one = block_activations(c, N + L, dtype, gpu)
-    kept = c.depth * 2 * c.width * (N + L) + one if config.checkpoint_activations else c.depth * one
-    share = 0.5 + 0.5 / rows                                     # of tokens that are masked, in a small batch
+    whole = P - (c.depth - 2) * block if zero3 else P            # of zero3 a block, and the next
+    several = STAGES[config.stage].losses != "text" or config.micro_batch > 0   # gradients stay whole between
+    matrices = c.depth * block if config.optimizer == "muon" else 0
+    one = block_activations(c, T, dtype, gpu)
+    kept = c.depth * 2 * c.width * T + one if config.checkpoint_activations else c.depth * one
+    masked = 0.5 + 0.5 / rows                                    # share of tokens, at most, in a small batch
     parts = {
         "weights, float32": 4 * (P / spread + c.position_size ** 2 * c.width),
         f"weights in use, {config.dtype}": half * whole if half == 2 or spread > 1 else 0,
-        "gradients, float32": 4 * (P / spread + (P if backwards and config.shard != "zero3" else 0)),
+        "gradients, float32": 4 * (P / spread + (P if several and gpus > 1 and not zero3 else 0)),
         "optimizer, float32": (8 * P - 4 * matrices) / spread,
         "averaged weights, float32": 4 * P / spread,
         "T5": half * values(lambda: T5Encoder(t5)) / (gpus if config.shard_t5 else 1) if t5 else 0,
         "autoencoder": half * values(lambda: AutoencoderKL(vae)) if vae else 0,
         "activations": rows * kept,
-        "logits": rows * L * c.vocab_size * 4 * (1 + 2 * share),
-        "a block's and a layer's gradients": rows * one + 4 * max(c.vocab_size * c.width, 6 * c.width ** 2),
+        "logits": rows * config.text_length * c.vocab_size * 4 * (1 + 2 * masked),
+        "gradients of a block, of a layer": rows * one + 4 * max(c.vocab_size * c.width, 6 * c.width ** 2),
     }
     if t5 and config.stage == "mask-emb":
-        one = t5_activations(t5, L, dtype)
-        parts["T5's activations"] = rows * (t5.depth * 4 * t5.width * L + one if config.checkpoint_activations
-                                            else t5.depth * one)
+        one, inputs = t5_activations(t5, config.text_length, dtype), 4 * t5.width * config.text_length
+        parts["T5's activations"] = rows * (
+            t5.depth * inputs + one if config.checkpoint_activations else t5.depth * one)
     return parts
 
 
 def show(config: TrainConfig) -> str:
     """The plan as a page of text.  Raises UserError for a stage that the model can't have."""
     _, c, _ = start(config.init, config.preset)
-    text = STAGES[config.stage].losses == "text"
-    t5, vae = frozen_sizes(config, c.text_length > 0, c.channels == 3 or text)
-    build.check(config, c, vae.factor if vae else 1)
-    gpus, gpu = config.print_plan, config.device != "cpu"
-    N = c.null_tokens if text else (config.pixels // (c.patch * (vae.factor if vae else 1))) ** 2
+    row, L, gpus = STAGES[config.stage], config.text_length, config.print_plan
+    t5, vae = frozen_sizes(config, c.text_length > 0, c.channels == 3 or row.losses == "text")
+    factor = vae.factor if vae else 1
+    build.check(config, c, factor)
+    N = c.null_tokens if row.losses == "text" else (config.pixels // (c.patch * factor)) ** 2
     learns, frozen = arithmetic(config, c, t5, vae, N)
-    parts = memory(config, c, t5, vae, N, gpus, gpu)
-    P = values(lambda: MMDiT(c)) + (values(lambda: TokenEmbedding(c.vocab_size, c.text_length, c.text_width))
-                                    if c.text_length else 0)
-    still = 0 if text else c.null_tokens * c.width
-    others = sum(values(lambda: make(sizes)) for make, sizes in ((T5Encoder, t5), (AutoencoderKL, vae)) if sizes)
-    samples = config.image_batch + config.text_batch
-    at_once = config.micro_batch or -(-max(config.image_batch, config.text_batch) // gpus)
-    days = samples * config.steps / config.rate if config.rate else (
+    parts = memory(config, c, t5, vae, N, gpus, config.device != "cpu")
+    P, samples = learning(c), config.image_batch + config.text_batch
+    others = sum(values(lambda: make(size)) for make, size in ((T5Encoder, t5), (AutoencoderKL, vae)) if size)
+    still = 0 if "null image" in row.learns else c.null_tokens * c.width
+    mask = f", and a [MASK] of {t5.width}" if t5 and "[MASK]" in row.learns else ""
+    seconds = samples * config.steps / config.rate if config.rate else (
         config.steps * (learns + frozen) / (gpus * config.peak * 1e12 * config.mfu))
-    said = f"{config.rate:g} samples/s" if config.rate else (
-        f"{config.mfu:.0%} of {gpus} x {config.peak:g} TFLOP/s, T5 and autoencoder included")
-    recomputed = ", activations computed again" if config.checkpoint_activations else ""
+    pace = f"{config.rate:g} samples/s" if config.rate else (
+        f"{config.mfu:.0%} of {gpus} x {config.peak:g} TFLOP/s, of all the arithmetic")
+    again = ", activations computed again" if config.checkpoint_activations else ""
     lines = [
-        f"stage {config.stage} of {config.init or config.preset}, {gpus} GPU(s), {config.shard}{recomputed}",
-        f"parameters      {(P + others) / 1e6:,.1f} M, of which {(P - still) / 1e6:,.1f} M learn"
-        + (f", and a [MASK] of {t5.width}" if "[MASK]" in STAGES[config.stage].learns and t5 else ""),
-        f"one update      {config.image_batch} pictures and {config.text_batch} texts, {N} + {config.text_length} "
-        f"tokens each: {samples * (N + config.text_length):,} tokens, {at_once} samples at once on a GPU",
-        f"arithmetic      {learns / 1e12:,.1f} TFLOP of 3 [ blocks (24 D^2 T + 4 D T^2) + ends ] a sample, T = "
-        f"{N + config.text_length}, D = {c.width}; {frozen / 1e12:,.1f} of T5 and the autoencoder",
-        "memory of a GPU, GiB"]
+        f"stage {config.stage} of {config.init or config.preset}, {gpus} GPU(s), {config.shard}{again}",
+        f"parameters    {(P + others) / 1e6:,.1f} M, of which {(P - still) / 1e6:,.1f} M learn{mask}",
+        f"one update    {config.image_batch} pictures and {config.text_batch} texts of {N} + {L} tokens: "
+        f"{samples * (N + L):,} tokens, {at_once(config, gpus)} at once on a GPU",
+        f"arithmetic    {learns / 1e12:,.1f} TFLOP, 3 [blocks (24 D^2 T + 4 D T^2) + ends] a sample, D = "
+        f"{c.width}, T = {N + L}",
+        f"              {frozen / 1e12:,.1f} TFLOP of T5 and the autoencoder",
+        f"the run       {config.steps:,} steps, {config.steps * samples / 1e6:,.1f} M samples, "
+        f"{seconds / 86400:,.2f} days at {pace}",
+        "memory        GiB on each GPU"]
     lines += [f"    {name:34}{size / 2**30:8.2f}" for name, size in parts.items() if size]
-    lines += [f"    {'in all':34}{sum(parts.values()) / 2**30:8.2f}",
-              f"the run         {config.steps:,} steps, {config.steps * samples / 1e6:,.1f} M samples, "
-              f"{days / 86400:,.2f} days at {said}"]
-    return "\n".join(lines)
+    return "\n".join(lines + [f"    {'in all':34}{sum(parts.values()) / 2**30:8.2f}"])

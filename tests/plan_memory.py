@@ -30,7 +30,7 @@ from vae import AutoencoderKL, VAEConfig  # noqa: E402
 SIZES = dict(
     small=("emoji", dict(depth=6, heads=8, width=512, text_width=512)),
     full=("sd3-medium", dict(depth=4)))
-SMALL = ["--device", "cpu", "--vocabulary", "full", "--pixels", "128", "--optimizer", "adamw", "--text-length", "28",
+SMALL = ["--device", "cpu", "--vocabulary", "full", "--pixels", "128", "--optimizer", "adamw",
          "--image-batch", "32", "--text-batch", "16"]
 WAYS = dict(plain=[], micro_batches=["--micro-batch", "4"], recomputed=["--checkpoint-activations"],
             float32=["--dtype", "float32"])
@@ -42,7 +42,7 @@ def resident(field: str) -> int:
 
 
 def parts(folder: Path) -> list[str]:
-    """SD3's autoencoder, a T5 of one block with its width, a tokenizer of its size, all random; their flags."""
+    """SD3's autoencoder, a T5 of one block with its width, a tokenizer of its size; flags that name them."""
     torch.manual_seed(0)
     vae, t5 = AutoencoderKL(VAEConfig()), T5Encoder(T5Config(depth=1, heads=4, hidden=256))
     for name, part, entries in (("vae", vae, layouts.vae_entries(vae, "folder")),
@@ -60,8 +60,8 @@ def measure(kind: str, flags: list[str]) -> None:
     preset, sizes = SIZES[kind]
     model.PRESETS[preset].update(sizes)
     with tempfile.TemporaryDirectory() as out:
-        flags = ["--preset", preset, "--steps", "2" if kind == "small" else "1", "--log-every", "1", "--sample-every",
-                 "0", "--out", out, *flags]
+        flags = ["--preset", preset, "--steps", "2" if kind == "small" else "1", "--log-every", "1",
+                 "--sample-every", "0", "--out", out, *flags]
         run.Run.save = run.Run.end = lambda self, *_: None
         config = train.parse([*flags, "--print-plan", "1"])
         before = resident("VmRSS")
@@ -89,14 +89,15 @@ def main(kind: str) -> None:
         if kind == "full":
             ways = dict(full=list(map(str, parts(Path(folder)))))
         for name, flags in ways.items():
-            child = subprocess.run([sys.executable, __file__, kind, *flags, "--image-data", f"{folder}/pictures"],
-                                   stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent)
+            command = [sys.executable, __file__, kind, *flags, "--image-data", f"{folder}/pictures"]
+            child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(child.stdout.splitlines()[-1])
             said = sum(found["told"].values())
             print(f"{name}: took {found['took'] / 2**30:.2f} GiB, the plan says {said / 2**30:.2f}: "
                   f"{said / found['took']:.2f} of it; losses {found['row']['image_loss']:.3f}, "
                   f"{found['row']['text_loss']:.3f}", flush=True)
-            print("    " + ", ".join(f"{part} {size / 2**30:.2f}" for part, size in found["told"].items() if size))
+            shown = {part: f"{size / 2**30:.2f}" for part, size in found["told"].items() if size}
+            print("    " + ", ".join(f"{part} {size}" for part, size in shown.items()), flush=True)
 
 
 if __name__ == "__main__":

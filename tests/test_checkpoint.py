@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import publish
 import flow
 import sample
 from checkpoint import load_mmdit, load_t5, load_tokenizer, load_vae
@@ -168,7 +169,7 @@ def test_bfloat16_stays_close_to_float32(release, expected):
 # ----------------------------------------------------------------------------------------- sizes, round trips
 
 def test_an_exported_release_loads_bit_for_bit(release, tmp_path):
-    checkpoint.export_release(RELEASE, tmp_path / "out")
+    publish.export(RELEASE, tmp_path / "out")
     assert load_tokenizer(tmp_path / "out").mask_id == 109
     for (name, a), (_, b) in zip(release.state_dict().items(),
                                  load_mmdit(tmp_path / "out").state_dict().items()):
@@ -190,7 +191,7 @@ def test_a_run_of_ours_from_published_weights_keeps_its_position_table(release, 
     checkpoint.save(tmp_path / "run", tensors, release.config, gpt2_tokenizer(), latents="vae")
     again = load_mmdit(tmp_path / "run")
     assert torch.equal(again.positions, release.positions)
-    checkpoint.export_release(tmp_path / "run", tmp_path / "out", RELEASE / "tokenizer")
+    publish.export(tmp_path / "run", tmp_path / "out", tokenizer=RELEASE / "tokenizer")
     for a, b in zip(release.state_dict().values(), load_mmdit(tmp_path / "out").state_dict().values()):
         assert torch.equal(a, b)
 
@@ -200,9 +201,9 @@ def test_a_model_that_predicts_data_is_saved_shown_and_not_exported(release, tmp
     checkpoint.save(tmp_path / "run", {f"mmdit.{k}": v for k, v in release.named_parameters()}, config,
                     gpt2_tokenizer())
     assert load_mmdit(tmp_path / "run").config.predicts == "data"
-    assert "predicts data" in checkpoint.inspect(tmp_path / "run")
-    with pytest.raises(UserError, match="its image head predicts data, the release layout's a velocity"):
-        checkpoint.export_release(tmp_path / "run", tmp_path / "out")
+    assert "predicts data" in publish.inspect(tmp_path / "run")
+    with pytest.raises(UserError, match="its image head predicts data, the published layouts' a velocity"):
+        publish.export(tmp_path / "run", tmp_path / "out")
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     written["mmdit"]["predicts"] = "noise"
     (tmp_path / "run" / "config.json").write_text(json.dumps(written))
@@ -225,9 +226,9 @@ def test_inspect_names_layout_parts_and_sizes():
     said = run("checkpoint.py", "inspect", RELEASE).stdout
     assert "D-DiT transformer: 72 tensors, 1.4 M values, F16, 2 file(s)" in said
     assert "vocab_size 110" in said and "T5 encoder: 30 tensors" in said
-    said = checkpoint.inspect(SD3_FILE)
+    said = publish.inspect(SD3_FILE)
     assert "SD3 transformer" in said and "widths (32, 64)" in said and "F8_E4M3" in said
-    assert "depth 6" in checkpoint.inspect(ROOT / "assets" / "emoji")
+    assert "depth 6" in publish.inspect(ROOT / "assets" / "emoji")
 
 
 # ---------------------------------------------------------------------------------------------- the tokenizer

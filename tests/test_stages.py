@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import mask_diffusion
+import publish
 import sample
 import train
 from build import Models
@@ -67,6 +68,26 @@ def test_every_stage_trains_goes_on_draws_and_captions(chain, tmp_path, capsys):
     config = checkpoint.read_config(chain / "instruct")
     assert (config["stage"], config["pixels"], config["text_length"]) == ("instruct", 24, 12)
     assert config["latents"] == checkpoint.digest(checkpoint.load_vae(SD3))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "mask-emb", "high-res", "instruct"])
+def test_every_stages_average_is_exported_and_says_the_same(stage, chain, tmp_path):
+    publish.export(chain / stage, tmp_path / "release")
+    publish.export(chain / stage, tmp_path / "sd3", "sd3")
+    ours = checkpoint.load_mmdit(chain / stage)
+    release = checkpoint.load_mmdit(tmp_path / "release")
+    for a, b in zip(ours.state_dict().values(), release.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    x, text, t = EXPECTED["sd3.latents"], EXPECTED["ddit.context"], EXPECTED["ddit.t"]
+    sd3 = checkpoint.load_mmdit(tmp_path / "sd3", vocab_size=110)
+    with torch.no_grad():
+        assert torch.equal(ours(x, text, t, need="velocity")[0], sd3(x, text, t, need="velocity")[0])
+    same = checkpoint.load_tokenizer(tmp_path / "sd3").digest() == checkpoint.load_tokenizer(RELEASE).digest()
+    assert same and checkpoint.load_tokenizer(tmp_path / "release").pad_id == 1
+    sides = dict(vae=SD3, t5=RELEASE, height=16, width=16, length=12)
+    drawn = [sample.draw(Parts(path, **sides), ["a [MASK] cat"], steps=2)
+             for path in (chain / stage, tmp_path / "release")]
+    assert torch.equal(*drawn)                                   # with the [MASK] embedding that came along
 
 
 def test_what_learns_in_which_stage(chain):
@@ -162,8 +183,8 @@ def test_one_and_two_processes_and_any_micro_batch_make_the_same_update(chain, p
     base = ["--init", chain / "pretrain", "--pixels", 16, "--steps", 3, "--clip", 0.5]
     train.main(flags("mask-emb", tmp_path / "one", pictures, *base))
     train.main(flags("mask-emb", tmp_path / "micro", pictures, *base, "--micro-batch", 2))
-    launched(*flags("mask-emb", tmp_path / "two", pictures, *base, "--micro-batch", 1, "--shard-t5", "--shard",
-                    "zero3", "--checkpoint-activations"), processes=2)
+    launched(*flags("mask-emb", tmp_path / "two", pictures, *base, "--micro-batch", 1, "--shard-t5",
+                    "--shard", "zero3", "--checkpoint-activations"), processes=2)
     one = rows(tmp_path / "one")
     assert min(row["grad_norm"] for row in one) > 0.5
     weights = load_file(tmp_path / "one" / "weights.safetensors")
@@ -220,5 +241,6 @@ def test_instruct_from_sd3_is_warned_about_and_what_is_carried_over_said(picture
     assert "warning: --stage instruct from SD3, which has no text head" in said
     model = checkpoint.load_mmdit(SD3, vocab_size=110)
     kept = sum(p.numel() for p in model.parameters()) + model.positions.numel()
-    fresh = 110 * 65 + 8 * 64 + (64 * 65 + 64 * 257 + 256 * 65) + 4 * 64 * 65      # head, null image, the last text stream
+    head, text = 110 * 65, 64 * 65 + 64 * 257 + 256 * 65 + 4 * 64 * 65      # of which the gates, four of six
+    fresh = head + 8 * 64 + text
     assert f"from SD3: {kept - fresh:,} values carried over; fresh: " in said and "text head 7,150" in said

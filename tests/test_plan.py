@@ -1,0 +1,78 @@
+"""plan.py: parameters, arithmetic and memory of a run before it starts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import plan
+import train
+from model import MMDiT, MMDiTConfig
+
+SMALL = MMDiTConfig(depth=3, heads=4, width=64, text_width=32, vocab_size=500)
+
+
+@pytest.mark.parametrize("need, N", [("velocity", 16), ("logits", 16), ("logits", 8)])
+def test_the_arithmetic_is_what_a_forward_pass_counts(need, N):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        latents = torch.empty(1, 16, 8, 8) if N == 16 else None
+        MMDiT(SMALL).requires_grad_(False)(latents, torch.empty(1, 20, 32), torch.empty(1), need=need)
+    assert plan.sample_flops(SMALL, N, 20, need) == 3 * counter.get_total_flops()
+
+
+def test_the_activations_are_what_autograd_keeps_of_the_whole_model():
+    """Of four blocks less those of one, so that what stands before and behind them drops out."""
+    kept = []
+    for depth in (1, 4):
+        model, held = MMDiT(replace(SMALL, depth=depth)).train(), {}
+        x, text = torch.randn(2, 16, 8, 8), torch.randn(2, 20, 32)
+        pack = lambda x: held.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), sdpa_kernel(SDPBackend.MATH):
+            found = model(x, text, torch.rand(2))
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept.append(sum(size for place, size in held.items() if place not in weights))
+        del found
+    block = plan.block_activations(SMALL, 36, torch.float32, False)
+    assert 3 * 2 * block == pytest.approx(kept[1] - kept[0], rel=0.05)          # both texts' modulations differ
+
+
+def test_a_plan_for_every_stage_of_both_variants(capsys):
+    told = {}
+    for preset, stages in (("sd3-medium", ["pretrain", "mask-emb"]), ("e2e-1.1b", ["text", "instruct"])):
+        for stage in stages:
+            train.main(["--preset", preset, "--stage", stage, "--print-plan", "64", "--micro-batch", "4"])
+            told[stage] = capsys.readouterr().out
+    assert "6,949.0 M, of which 2,102.8 M learn" in told["pretrain"]
+    assert "and a [MASK] of 4096" in told["mask-emb"] and "T5's activations" in told["mask-emb"]
+    assert "0 pictures and 2048 texts of 8 + 256 tokens: 540,672 tokens, 4 at once" in told["text"]
+    assert "60,000 steps, 61.4 M samples" in told["pretrain"] and "TFLOP/s" in told["pretrain"]
+    assert "autoencoder  " not in told["text"] and "T5   " not in told["instruct"]
+
+
+def test_more_processes_micro_batches_and_recomputing_take_less_memory():
+    def total(*flags):
+        config = train.parse(["--preset", "sd3-medium", "--text-length", "64", *flags, "--print-plan", "8"])
+        return sum(plan.memory(config, replace(SMALL, depth=8), None, None, 256, config.print_plan, True).values())
+    least = total("--micro-batch", "4", "--checkpoint-activations", "--shard", "zero3")
+    assert least < total("--micro-batch", "4", "--checkpoint-activations") < total("--micro-batch", "4") < total()
+    assert total("--shard", "none", "--micro-batch", "4") > total("--micro-batch", "4")
+
+
+def test_days_are_of_the_rate_that_is_given(capsys):
+    flags = ["--preset", "e2e-1.1b", "--print-plan", "8", "--steps", "86400", "--image-batch", "8", "--text-batch",
+             "8"]
+    train.main([*flags, "--rate", "16"])
+    assert "1.00 days at 16 samples/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, status, message", [
+    (["--rate", "5"], 2, "--rate changes nothing without --print-plan"),
+    (["--print-plan", "0"], 2, "--print-plan: expected a whole number, at least 1, got '0'"),
+    (["--stage", "mask-emb", "--print-plan", "8"], 1, "--stage mask-emb: teaches T5's [MASK]"),
+    (["--preset", "sd3-medium", "--pixels", "250", "--print-plan", "8"], 1, "expected a multiple of the patch, 16"),
+])
+def test_mistakes_get_one_line_and_a_status(flags, status, message, mistake):
+    code, said = mistake(train.main, flags)
+    assert code == status and message in said and len(said.splitlines()) == 1
