@@ -206,21 +206,25 @@ class Mix:
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
-    def take(self, positions: Iterable[int], name: str) -> list[dict]:
-        """The samples at these positions of the run's order `name`: "picture" (3, P, P) uint8, "latents"
-        (C, h, w) or "ids" (L,)."""
-        places = locate(torch.tensor(list(positions)), list(map(len, self.sources)), self.weights,
-                        f"{self.key} {name}")
-        return [self.read(*place, name == "image") for place in places]
+    def take(self, positions: Iterable[int], name: str, size: tuple[int, int] | None = None) -> list[dict]:
+        """The samples at these positions of the run's order `name`: "picture" (3, P, P) uint8, or of another
+        size (height, width), "latents" (C, h, w) or "ids" (L,)."""
+        return [self.read(*place, name == "image", size) for place in self.places(positions, name)]
 
-    def read(self, k: int, epoch: int, place: int, captioned: bool) -> dict:
+    def places(self, positions: Iterable[int], name: str) -> list[tuple[int, int, int]]:
+        """(source, epoch, place in the source) of each position."""
+        return locate(torch.tensor(list(positions)), list(map(len, self.sources)), self.weights,
+                      f"{self.key} {name}")
+
+    def read(self, k: int, epoch: int, place: int, captioned: bool,
+             size: tuple[int, int] | None = None) -> dict:
         """A sample of source k; the next one stands in for one that is of no use.  UserError after 20 in a
         row, or when over 5 % are."""
         source = self.sources[k]
         for at in range(place, place + 20):
             self.seen += 1
             try:
-                return self.sample(k, epoch, at % len(source), captioned)
+                return self.sample(k, epoch, at % len(source), captioned, size)
             except UserError as error:
                 self.bad.append(str(error))
                 self.lost += 1
@@ -229,26 +233,29 @@ class Mix:
         raise UserError(f"{source.name}: {self.lost} of {self.seen} samples are of no use, the last: "
                         f"{self.bad[-1]}")
 
-    def sample(self, k: int, epoch: int, place: int, captioned: bool = False) -> dict:
+    def sample(self, k: int, epoch: int, place: int, captioned: bool = False,
+               size: tuple[int, int] | None = None) -> dict:
+        return self.cut(self.sources[k][self.index(k, epoch, place)], captioned, size)
+
+    def index(self, k: int, epoch: int, place: int) -> int:
         """What stands at a place of source k in an epoch; a source may choose one of several for it."""
-        source, index = self.sources[k], place
-        if hasattr(source, "choose"):
-            index = source.choose(place, fraction(f"{self.key} {k} {epoch} {place}"))
-        return self.cut(source[index], captioned)
+        if hasattr(self.sources[k], "choose"):
+            return self.sources[k].choose(place, fraction(f"{self.key} {k} {epoch} {place}"))
+        return place
 
     def newly_bad(self) -> list[str]:
         """The bad ones since this was last asked."""
         new, self.bad = self.bad, []
         return new
 
-    def cut(self, sample: dict, captioned: bool = False) -> dict:
-        """The sample with its picture (3, P, P) uint8.  UserError where it can't be learnt from."""
+    def cut(self, sample: dict, captioned: bool = False, size: tuple[int, int] | None = None) -> dict:
+        """The sample with its picture (3, P, P) uint8, or of a size.  UserError where it's of no use."""
         if "ids" in sample and not captioned:
             return sample
         if isinstance(sample.get("picture"), bytes):
             picture = read_picture(sample["picture"], sample["key"])
             check_picture(picture, sample["key"], self.min_side)
-            array = torch.from_numpy(np.array(fit_picture(picture, self.pixels)))
+            array = torch.from_numpy(np.array(fit_picture(picture, *(size or (self.pixels,)))))
             sample["picture"] = array.permute(2, 0, 1)
         asks = sample.get("questions") and not captioned
         if not sample["captions"] and not sample.get("recaption") and not asks:

@@ -23,7 +23,7 @@ cli.interruptible(__name__)
 import signal
 import warnings
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Iterator
@@ -41,6 +41,7 @@ import parallel
 import plan
 import sample
 import show
+from buckets import Buckets
 from build import Models
 from cli import UserError, require
 from parts import Parts
@@ -124,6 +125,7 @@ class Held:
     channels: int = 3               # of latents
     factor: int = 1                 # pixels per latent, along a side
     stated: bool = False            # T5's states of captions are stored
+    buckets: dict[str, Buckets] = field(default_factory=dict)   # of each mix, where pictures are not square
 
     def latent_shape(self, images: Tensor) -> tuple[int, ...]:
         """(1, C, h, w) of what the model diffuses for a batch of pictures, or of latents that are stored."""
@@ -133,8 +135,11 @@ class Held:
     def rows(self, step: int, size: int, name: str) -> tuple[list[dict], list[torch.Generator]]:
         """The samples of this process's rows of a global batch, and a generator for each: what is drawn with
         it depends on the run and on the row's position alone, whatever the number of processes."""
-        positions = range(step * size + self.rank, (step + 1) * size, self.world)
-        return (self.mixes[name].take(positions, name),
+        rows = range(self.rank, size, self.world)
+        positions, shape = [step * size + row for row in rows], None
+        if self.buckets:
+            positions, shape = self.buckets[name].rows(step, size, rows)
+        return (self.mixes[name].take(positions, name, shape),
                 [data.seeded(self.key, name, position) for position in positions])
 
     def batches(self, config: TrainConfig, step: int) -> dict:
@@ -199,13 +204,18 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     check_extension(config, run)
     mixes = mixtures(config, run.key)
     encoder = vae and checkpoint.digest(vae)
+    for mix in mixes.values() if config.buckets else []:
+        require((mix.stamp and mix.stamp["vae"] == "pixels", f"--buckets: {mix.sources[0].name} has no "
+                 f"pictures to cut, but {'stored latents' if mix.stamp else 'plain text'}"))
     latents = data.check_stamps(mixes.get("image"), mixes["text"], sizes.channels, about.get("latents"),
                                 encoder)
     texts = [mix.texts() for mix in {id(mix): mix for mix in mixes.values()}.values()]
     texts = None if None in texts else sum(texts, [])
     models = build.build(config, texts, mixes["text"].stamp is None, vae, device)
-    held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, vae.factor if vae else 1,
-                build.stated(config, mixes.get("image"), models))
+    factor = vae.factor if vae else 1
+    held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, factor,
+                build.stated(config, mixes.get("image"), models),
+                {name: Buckets(mixes[name], name, sizes.patch * factor) for name in mixes if config.buckets})
     data.check_tokens(mixes["text"], held.tokenizer, config.init or "gpt2")
     if config.stage == "instruct":
         data.check_questions(texts or [], held.tokenizer, config.text_length)
