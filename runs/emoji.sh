@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The emoji weights from nothing, in out/instruct: two stages, some hours of two CPU cores.  Stop it as you like
-# (Ctrl-C, kill): the same command goes on from the newest checkpoint, and skips a stage that has all its steps.
+# The emoji weights from nothing, in out/instruct: two stages, some hours of two CPU cores.  Stop it as you
+# like (Ctrl-C, kill): the same command goes on from the newest checkpoint, and skips a stage that has all its
+# steps.
 #
 #   bash runs/emoji.sh
-#   bash runs/emoji.sh --decay-from 9000     # when time is up: the rate falls from that step of the second stage on
+#   bash runs/emoji.sh --decay-from 9000     # when time is up: the rate falls from that step of stage 2 on
 #
-# Flags go to the second stage.  Without a C++ compiler nothing is compiled, and a step takes 1.4 times as long.
+# Flags go to the second stage.  Without a C++ compiler nothing is compiled; a step takes 1.4 times as long.
 set -eu
 cd "$(dirname "$0")/.."
 compile=$(command -v c++ g++ clang++ >/dev/null && echo --compile || true)

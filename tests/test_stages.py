@@ -1,6 +1,9 @@
 """The stages, from a tiny SD3, T5 and autoencoder: each trains, goes on, draws, reads; what learns where."""
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,16 @@ import checkpoint
 import mask_diffusion
 import publish
 import sample
+import stages
 import train
 from build import Models
+from model import PRESETS, MMDiTConfig
 from parts import Parts
 from t5 import MaskEmbedding
 from test_train import train as launched
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 RELEASE, SD3 = FIXTURES / "release", FIXTURES / "sd3.safetensors"
 EXPECTED = load_file(FIXTURES / "expected.safetensors")
 FROM_SD3 = ["--init", SD3, "--t5", RELEASE, "--tokenizer", RELEASE]
@@ -209,6 +215,35 @@ def test_dropped_captions_cost_no_t5_and_have_the_empty_prompts_states():
     dropped = torch.tensor([False, True, False, True])
     assert torch.allclose(models.captions(ids, dropped), whole, atol=1e-5) and seen == [2]
     assert torch.allclose(models.captions(ids, dropped, whole), whole, atol=1e-5) and seen == [2]
+
+
+def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, monkeypatch):
+    """With stand-ins for python and torchrun, which note how they were called and end the stage."""
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    (tmp_path / "python").write_text('''#!/bin/bash
+        printf '%s\\t' "$@" >>called; echo >>called; steps=0; out=
+        while [ $# -gt 0 ]; do
+            case $1 in --stage) out=${out:-out/$2};; --out) out=$2;; --steps) steps=$2;; esac; shift
+        done
+        [ $steps = 0 ] || { mkdir -p $out; echo ' "step": '$steps, >$out/config.json; }''')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "torchrun").symlink_to("python")
+    paths = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SD3="sd3", TOKENIZER="t", VAE="vae")
+    call = lambda *command: subprocess.run(["bash", *command], cwd=tmp_path, env=os.environ | paths, check=True)
+    for _ in range(2):                                           # the second time all stages are done
+        call("runs/paper.sh")
+        call("runs/end_to_end.sh")
+    call("runs/own.sh", "folder", "a prompt")
+    calls = [line.split("\t")[:-1] for line in (tmp_path / "called").read_text().splitlines()]
+    trained = [words[words.index("train.py") + 1:] for words in calls if "train.py" in words]
+    monkeypatch.setattr(stages, "start", lambda init, preset: ("", MMDiTConfig(**PRESETS["sd3-medium"]), {}))
+    configs = [train.parse(words) for words in trained]
+    assert [config.stage for config in configs] == [
+        "pretrain", "mask-emb", "high-res", "instruct", "text", "pretrain", "pretrain", "pretrain"]
+    for config in configs[:4]:                                   # the paper's table, whatever the script says
+        assert config.steps == stages.STAGES[config.stage].steps and config.init
+    prepared = [words[1:] for words in calls if words[0] == "data.py"]
+    assert [words[0] for words in prepared] == ["pack", "latents", "pack", "latents", "show"]
 
 
 @pytest.mark.parametrize("more, status, message", [

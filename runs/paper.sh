@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The paper from SD3's weights (Table 1): four stages, each from the one before, on one node of 8 GPUs.  Stop
+# it as you like: the same command goes on from the newest checkpoint, and skips a stage that has all its steps.
+#
+#   SD3=sd3_medium_incl_clips_t5xxlfp16.safetensors TOKENIZER=tokenizer_3 bash runs/paper.sh
+#
+# Several nodes, the same on each: LAUNCH="torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d
+# --rdzv_endpoint=HOST:29500 --max-restarts=3" bash runs/paper.sh.  The sets are named as they lie below
+# data/.
+set -eu
+cd "$(dirname "$0")/.."
+launch=${LAUNCH:-torchrun --standalone --nproc_per_node=8 --max-restarts=3}
+steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "out/$1/config.json" 2>/dev/null || true; }
+stage() {   # NAME STEPS FLAGS ...
+    [ "$(steps_of "$1")" = "$2" ] || $launch train.py --stage "$1" --steps "$2" --workers 8 "${@:3}"
+    [ "$(steps_of "$1")" = "$2" ] || exit 1                      # it was stopped, and goes on next time
+}
+drawn='data/laion_aesthetic/{00000..01999}.tar:3 data/midjourney/{000..199}.tar'
+read='data/sharegpt4v.json data/openimages/{000..499}.tar'
+
+# 1. Both losses on re-captioned DataComp, at 256 pixels.
+stage pretrain 60000 --init "$SD3" --tokenizer "$TOKENIZER" --micro-batch 8 \
+    --image-data 'data/recap/{00000..09999}.tar'
+
+# 2. The same model, and T5's [MASK] with it, on better pictures and captions.
+stage mask-emb 200000 --init out/pretrain --micro-batch 8 --image-data $drawn --text-data $read
+
+# 3. At 512 pixels.
+stage high-res 80000 --init out/mask-emb --micro-batch 6 --image-data $drawn --text-data $read
+
+# 4. Questions; the prompt is never masked.
+stage instruct 50000 --init out/high-res --micro-batch 8 --image-data $drawn --text-data \
+    data/llava_v1_5_mix665k.json@data/llava \
+    data/v2_OpenEnded_mscoco_train2014_questions.json@data/coco/train2014 \
+    data/OpenEnded_mscoco_train2014_questions.json@data/coco/train2014 \
+    data/train_balanced_questions.json@data/gqa data/TextVQA_0.5.1_train.json@data/textvqa data/vizwiz/train.json@data/vizwiz/train
+
+python checkpoint.py export out/instruct out/release --layout release
