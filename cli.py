@@ -32,9 +32,12 @@ def require(*conditions: tuple[bool, str]) -> None:
             raise UserError(message)
 
 
-def value(default: Any, low: float | None = None, high: float | None = None, choices: list | None = None):
-    """A dataclass field that is also a flag: its default, and the range or choices that `Parser` checks."""
-    limits = dict(low=low, high=high, choices=choices)
+def value(default: Any, low: float | None = None, high: float | None = None, choices: list | None = None,
+          bare: Any = None):
+    """A dataclass field that is also a flag: its default, and the range or choices that `Parser` checks.
+
+    bare: the value of a flag that stands alone."""
+    limits = dict(low=low, high=high, choices=choices, bare=bare)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=limits)
     return dataclasses.field(default=default, metadata=limits)
@@ -78,7 +81,7 @@ class Parser(argparse.ArgumentParser):
             shown = "" if shown in ("", False) else f" ({shown})"
             said = comments[field.name].replace("%", "%%") + shown
             limits = dict(field.metadata)
-            choices = limits.pop("choices", None)
+            choices, bare = limits.pop("choices", None), limits.pop("bare", None)
             if isinstance(default, bool):
                 how = dict(action="store_true")
             elif isinstance(default, list):
@@ -87,6 +90,7 @@ class Parser(argparse.ArgumentParser):
                 how = dict(choices=choices, metavar=None if choices else "TEXT")
             else:
                 how = dict(type=number(type(own), **limits), metavar="N")
+                how |= dict(nargs="?", const=bare) if bare is not None else {}
             self.add_argument(flag(field.name), default=argparse.SUPPRESS, help=said, **how)
 
     def parse_args(self, args=None):

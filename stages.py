@@ -125,7 +125,7 @@ class TrainConfig:
     resume_step: int = value(0, low=1)              # go on from this step_N; 0: from the newest
     extend: bool = False                            # with more --steps: a rate that fell rises again
     fresh: bool = False                         # start over in a folder that holds a run, instead of going on
-    print_plan: int = value(0, low=1)               # say what the run needs on so many GPUs, and stop
+    print_plan: int = value(0, low=1, bare=1)       # say what the run needs on so many GPUs, and stop
     rate: float = value(0.0, low=1e-9)              # with --print-plan: samples/s of all, for the days; or
     mfu: float = value(0.4, low=1e-3, high=1)       # the share reached of
     peak: float = value(989.0, low=1e-3)            # the peak of a GPU in TFLOP/s (H100, bf16, dense)

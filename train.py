@@ -20,6 +20,7 @@ number of processes; Ctrl-C and SIGTERM save first.
 import cli
 cli.interruptible(__name__)
 
+import os
 import signal
 import warnings
 from contextlib import closing, contextmanager
@@ -342,8 +343,10 @@ def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list
 def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # dcp says so at world size 1
     config = parse(argv, __doc__)
-    if config.print_plan:
-        print(plan.show(config))
+    if config.print_plan:                                        # under torchrun, of its processes
+        gpus = max(config.print_plan, int(os.environ.get("WORLD_SIZE", 1)))
+        if os.environ.get("RANK", "0") == "0":
+            print(plan.show(replace(config, print_plan=gpus)))
         return
     with parallel.one_voice():
         config, held, models, run = set_up(config)

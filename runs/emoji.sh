@@ -13,7 +13,8 @@ compile=$(command -v c++ g++ clang++ >/dev/null && echo --compile || true)
 steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "out/$1/config.json" 2>/dev/null || true; }
 
 # 1. Captions, at a constant rate.
-[ "$(steps_of pretrain)" = 5000 ] || python train.py --stage pretrain --steps 5000 --sample-every 1000 $compile
+[ "$(steps_of pretrain)" = 5000 ] ||
+    python train.py --stage pretrain --steps 5000 --sample-every 1000 $compile
 [ "$(steps_of pretrain)" = 5000 ] || exit 1                  # it was stopped, and goes on next time
 
 # 2. Captions and questions; over the last steps the rate falls to zero.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The end-to-end variant, 1.1 B parameters from nothing but SD3's autoencoder (Table 4): text alone, then
-# pictures and captions, then a filtered subset.  Stop it as you like: the same command goes on, and skips what
-# is done.
+# pictures and captions, then a filtered subset.  Stop it as you like: the same command goes on, and skips
+# what is done.
 #
 #   VAE=sd3_medium.safetensors bash runs/end_to_end.sh           # LAUNCH as in runs/paper.sh
 #

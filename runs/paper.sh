@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper from SD3's weights (Table 1): four stages, each from the one before, on one node of 8 GPUs.  Stop
-# it as you like: the same command goes on from the newest checkpoint, and skips a stage that has all its steps.
+# it as you like: the same command goes on from the newest checkpoint, and skips a stage that is done.
 #
 #   SD3=sd3_medium_incl_clips_t5xxlfp16.safetensors TOKENIZER=tokenizer_3 bash runs/paper.sh
 #
@@ -33,6 +33,7 @@ stage instruct 50000 --init out/high-res --micro-batch 8 --image-data $drawn --t
     data/llava_v1_5_mix665k.json@data/llava \
     data/v2_OpenEnded_mscoco_train2014_questions.json@data/coco/train2014 \
     data/OpenEnded_mscoco_train2014_questions.json@data/coco/train2014 \
-    data/train_balanced_questions.json@data/gqa data/TextVQA_0.5.1_train.json@data/textvqa data/vizwiz/train.json@data/vizwiz/train
+    data/train_balanced_questions.json@data/gqa \
+    data/TextVQA_0.5.1_train.json@data/textvqa data/vizwiz/train.json@data/vizwiz/train
 
 python checkpoint.py export out/instruct out/release --layout release

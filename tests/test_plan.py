@@ -65,6 +65,8 @@ def test_days_are_of_the_rate_that_is_given(capsys):
              "--text-batch", "8"]
     train.main([*flags, "--rate", "16"])
     assert "1.00 days at 16 samples/s" in capsys.readouterr().out
+    train.main(["--print-plan"])
+    assert "emoji, 1 GPU(s)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, status, message", [

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
+import data
 import mask_diffusion
 import publish
 import sample
@@ -145,6 +146,43 @@ def test_the_mask_embeddings_gradient_is_that_of_finite_differences():
         assert found == pytest.approx(float(mask.vector.grad @ direction), rel=1e-3, abs=0.03)
 
 
+def test_text_alone_teaches_the_null_image_and_nothing_that_makes_a_velocity(tiny, small_tar, tmp_path):
+    (tmp_path / "a.txt").write_text("a red cat and a green one sit on the mat. " * 60)
+    data.main(["pack", str(tmp_path / "a.txt"), str(tmp_path / "t.safetensors"), "--tokenizer", str(tiny)])
+    given = ["--stage", "text", "--text-data", tmp_path / "t.safetensors", "--text-batch", 4, "--init", tiny,
+             "--log-every", 1, "--save-every", 2, "--device", "cpu", "--out", tmp_path / "text", "--lr", 1e-3]
+    for steps in (2, 4):
+        train.main(list(map(str, [*given, "--steps", steps])))
+    logged, before = rows(tmp_path / "text"), load_file(tiny / "model.safetensors")
+    assert [row["step"] for row in logged] == [1, 2, 3, 4] and "image_loss" not in logged[0]
+    after = load_file(tmp_path / "text" / "weights.safetensors")
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    last = [f"blocks.1.img.{part}" for part in ("out", "fc1", "fc2")]
+    made = tuple(f"mmdit.{part}." for part in ("img_in", "img_out", "img_modulation", *last))
+    assert "mmdit.null_image" not in still and {name for name in before if name.startswith(made)} <= still
+    assert "mmdit.blocks.0.img.qkv.weight" not in still
+    train.main(["--init", str(tmp_path / "text"), "--image-data", small_tar, "--image-batch", "4",
+                "--text-batch", "4", "--steps", "1", "--sample-every", "0", "--out", str(tmp_path / "run")])
+    again = load_file(tmp_path / "run" / "weights.safetensors")
+    assert torch.equal(again["mmdit.null_image"], after["mmdit.null_image"])
+
+
+def test_states_that_are_stored_stand_for_t5s(pictures, chain, tmp_path, mistake):
+    stored = tmp_path / "stored"
+    given = ["latents", pictures, stored, "--vae", SD3, "--t5", RELEASE, "--tokenizer", RELEASE, "--pixels",
+             16, "--text-length", 12, "--dtype", "float32", "--device", "cpu"]
+    data.main(list(map(str, given)))
+    base = ["--init", chain / "pretrain", "--pixels", 16, "--steps", 1]
+    for name, source in (("one", pictures), ("other", stored)):
+        train.main(flags("pretrain", tmp_path / name, source, *base))
+    one, other = rows(tmp_path / "one")[0], rows(tmp_path / "other")[0]
+    assert one["text_loss"] == pytest.approx(other["text_loss"], rel=1e-5)
+    assert one["image_loss"] == pytest.approx(other["image_loss"], rel=1e-3)         # T5 was in bfloat16
+    assert one["image_loss"] != other["image_loss"]
+    code, said = mistake(train.main, flags("pretrain", tmp_path / "x", stored, *base, "--text-length", 10))
+    assert code == 1 and "stored states of" in said and "make them again, or without --t5" in said
+
+
 def losses_of(path, latents, context):
     """(models of a published transformer whose T5 says `context`, a batch of each loss)."""
     mmdit, generator = checkpoint.load_mmdit(path, vocab_size=110), torch.Generator().manual_seed(0)
@@ -228,8 +266,8 @@ def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, mon
         [ $steps = 0 ] || { mkdir -p $out; echo ' "step": '$steps, >$out/config.json; }''')
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "torchrun").symlink_to("python")
-    paths = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SD3="sd3", TOKENIZER="t", VAE="vae")
-    call = lambda *command: subprocess.run(["bash", *command], cwd=tmp_path, env=os.environ | paths, check=True)
+    known = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SD3="sd3", TOKENIZER="t", VAE="v")
+    call = lambda *command: subprocess.run(["bash", *command], cwd=tmp_path, env=known, check=True)
     for _ in range(2):                                           # the second time all stages are done
         call("runs/paper.sh")
         call("runs/end_to_end.sh")
