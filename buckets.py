@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import data
+from cli import require
 
 WINDOW = 8
 LOOK = 256              # pictures whose shapes decide on the sizes
@@ -28,9 +29,13 @@ def sizes(pixels: int, unit: int) -> list[tuple[int, int]]:
 
 
 class Buckets:
-    """The batches of one of a run's mixes, by its name in the run; unit: pixels that divide every side."""
+    """The batches of one of a run's mixes, by its name in the run; unit: pixels that divide every side.
+
+    Raises UserError for a mix whose samples have one size."""
 
     def __init__(self, mix: data.Mix, name: str, unit: int):
+        require((mix.stamp and mix.stamp["vae"] == "pixels", f"--buckets: {mix.sources[0].name} has no "
+                 f"pictures to cut, but {'stored latents' if mix.stamp else 'plain text'}"))
         self.mix, self.name, self.shapes = mix, name, {}
         known = sorted(map(self.shape, mix.places(range(LOOK), name)))
         quantiles, every = known[LOOK // WINDOW // 2::LOOK // WINDOW], sizes(mix.pixels, unit)

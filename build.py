@@ -6,7 +6,6 @@ Shapes: B batch, L tokens, E width of text states, C latent channels, h and w la
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 from cli import UserError, require
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
-from parts import load_mask_embedding
-from stages import STAGES, TrainConfig, start
+from parts import load_mask_embedding, load_text_encoder
+from stages import STAGES, TrainConfig
 from t5 import MaskEmbedding, T5Encoder
 from tokenizer import Tokenizer, gpt2_subset, gpt2_tokenizer
 from vae import AutoencoderKL, Pixels
@@ -76,50 +75,21 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int) -> None:
              f"multiple of the patch, {unit}, up to {most}, this model's position table"))
 
 
-def place(config: TrainConfig, part: str) -> str:
-    """Where "t5" or the "vae" is: its flag, what --init remembers of its run, --init if it has one, or ""."""
-    _, _, about = start(config.init, config.preset)
-    found = getattr(config, part) or about.get(part) or config.init
-    try:
-        checkpoint.named(found or ".", part)
-    except UserError:
-        if getattr(config, part):
-            raise
-        return ""
+def places(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:
+    """Where "t5" and "vae" are, of those that a model of these sizes has: its flag, what --init remembers of
+    its run (`about`), or --init; without what is nowhere.  UserError where a flag names no such part."""
+    found = {}
+    for part, needed in (("t5", not sizes.text_length), ("vae", sizes.channels != 3)):
+        given, known = getattr(config, part), about.get(part) or config.init
+        if needed and given:
+            checkpoint.named(given, part)
+        if needed and (given or known and checkpoint.holds(known, part)):
+            found[part] = given or known
     return found
 
 
 def frozen(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     return model.to(device, dtype).eval().requires_grad_(False)
-
-
-def load_vae(config: TrainConfig, sizes: MMDiTConfig) -> AutoencoderKL | Pixels | None:
-    """In float32, or None where none is named: the latents may be stored.  Raises UserError."""
-    if sizes.channels == 3:
-        return Pixels()
-    path = place(config, "vae")
-    if not path:
-        return None
-    vae = checkpoint.load_vae(path)
-    require((vae.channels == sizes.channels, f"{path}: latents of {vae.channels} channels, the transformer "
-             f"has {sizes.channels}; name the right one with --vae"))
-    return vae
-
-
-def load_t5(config: TrainConfig, tokenizer: Tokenizer, sizes: MMDiTConfig) -> T5Encoder:
-    """In --dtype, with the [MASK] embedding that is named, or that --init has learnt.  Raises UserError."""
-    path = place(config, "t5")
-    require((path, f"{config.init or config.preset}: no T5 encoder in it; name its file or folder with --t5"))
-    t5 = checkpoint.load_t5(path, getattr(torch, config.dtype))
-    require((t5.config.width == sizes.text_width, f"{path}: T5 gives {t5.config.width} numbers a token, the "
-             f"transformer reads {sizes.text_width}"))
-    vector = load_mask_embedding(config.mask_embedding) if config.mask_embedding else (
-        checkpoint.learnt_mask(config.init) if config.init else None)
-    if vector is not None:
-        require((len(vector) == t5.config.width, f"{config.mask_embedding or config.init}: a [MASK] "
-                 f"embedding of {len(vector)} numbers, this T5 has {t5.config.width}"))
-        t5.set_embedding(tokenizer.mask_id, vector)
-    return t5
 
 
 def load_tokenizer(config: TrainConfig, own: bool, texts: list[str] | None) -> Tokenizer:
@@ -135,12 +105,21 @@ def load_tokenizer(config: TrainConfig, own: bool, texts: list[str] | None) -> T
     return gpt2_tokenizer(gpt2_subset(texts) if config.vocabulary == "used" and texts is not None else None)
 
 
-def build(config: TrainConfig, texts: list[str] | None, plain: bool, vae: AutoencoderKL | Pixels | None,
-          device: torch.device) -> Models:
+def text_encoder(config: TrainConfig, sizes: MMDiTConfig, path: str, mask_id: int) -> T5Encoder:
+    """In --dtype, with the [MASK] embedding that is named, or that --init has learnt.  Raises UserError."""
+    require((path, f"{config.init or config.preset}: no T5 encoder in it; name its file or folder with --t5"))
+    vector = checkpoint.learnt_mask(config.init) if config.init else None
+    if config.mask_embedding:
+        vector = load_mask_embedding(config.mask_embedding, sizes.text_width)
+    return load_text_encoder(path, getattr(torch, config.dtype), sizes.text_width, mask_id, vector)
+
+
+def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts: list[str] | None,
+          plain: bool, vae: AutoencoderKL | Pixels | None, device: torch.device) -> Models:
     """All of a run, on the device.  Raises UserError where parts are missing or don't fit.
 
-    texts: all of the training data, if known; plain: they have no pictures, and the null image learns."""
-    family, sizes, _ = start(config.init, config.preset)
+    sizes: as --init or the preset has them; where: `places`; texts: all of the training data, if known;
+    plain: they have no pictures, and the null image learns."""
     own, dtype = sizes.text_length > 0, getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config, own, texts)
     torch.manual_seed(config.seed)
@@ -160,7 +139,7 @@ def build(config: TrainConfig, texts: list[str] | None, plain: bool, vae: Autoen
         learns["embedding"] = checkpoint.load_embedding(config.init, training=True) if config.init else (
             TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width))
     else:
-        t5 = load_t5(config, tokenizer, sizes)
+        t5 = text_encoder(config, sizes, where.get("t5", ""), tokenizer.mask_id)
         kept["mask.vector"] = t5.embed.weight[tokenizer.mask_id].detach().float().clone()
         if "[MASK]" in STAGES[config.stage].learns:
             learns["mask"] = MaskEmbedding(kept["mask.vector"], tokenizer.mask_id)
@@ -182,18 +161,14 @@ def build(config: TrainConfig, texts: list[str] | None, plain: bool, vae: Autoen
     return Models(learns.to(device).train(), tokenizer, t5, vae, empty, kept)
 
 
-def places(config: TrainConfig, models: Models) -> dict[str, str]:
-    """Where the parts are that a run's folder does not hold, for its config.json."""
-    held = dict(vae=isinstance(models.vae, AutoencoderKL), t5=models.t5 is not None)
-    return {part: str(Path(place(config, part)).resolve()) for part, outside in held.items() if outside}
+def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> bool:
+    """Whether T5's states of the captions are stored, by this T5 as it was published: its [MASK] is in none.
 
-
-def stated(config: TrainConfig, mix, models: Models) -> bool:
-    """Whether T5's states of the captions are stored, by this T5.  Raises UserError where by another."""
+    Raises UserError where they are another's."""
     made = [getattr(source, "states", None) for source in mix.sources] if mix and models.t5 else [None]
     if None in made:
         return False
-    t5 = models.t5 if config.dtype == "bfloat16" else checkpoint.load_t5(place(config, "t5"), torch.bfloat16)
+    t5 = checkpoint.load_t5(where["t5"], torch.bfloat16)
     mine = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(), length=str(config.text_length))
     for source, found in zip(mix.sources, made):
         require((found == mine, f"{source.name}: stored states of {found}, this run's are of {mine}; make "
@@ -203,9 +178,7 @@ def stated(config: TrainConfig, mix, models: Models) -> bool:
 
 def report(config: TrainConfig, vocab_size: int) -> None:
     """On stderr, what SD3's weights give to a run, and what it starts without."""
-    family, _, _ = start(config.init, config.preset)
-    if family == "SD3":
-        print(f"from SD3: {checkpoint.carried_over(config.init, vocab_size)}", file=sys.stderr)
-        if config.stage == "instruct":
-            print("warning: --stage instruct from SD3, which has no text head: a new one learns answers "
-                  "before it has learnt captions; --stage pretrain comes first", file=sys.stderr)
+    print(f"from SD3: {checkpoint.carried_over(config.init, vocab_size)}", file=sys.stderr)
+    if config.stage == "instruct":
+        print("warning: --stage instruct from SD3, which has no text head: a new one learns answers "
+              "before it has learnt captions; --stage pretrain comes first", file=sys.stderr)

@@ -160,6 +160,14 @@ def named(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
         raise UserError(f"{error}; name the right one with --{part}")
 
 
+def holds(path: str | Path, part: str) -> bool:
+    """Whether `find` finds it."""
+    try:
+        return bool(find(path, part))
+    except UserError:
+        return False
+
+
 def vae_sizes(path: str | Path) -> VAEConfig:
     """Of the autoencoder in a path, from file headers alone.  Raises UserError."""
     return layouts.vae_config(*named(path, "vae"))

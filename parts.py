@@ -13,6 +13,8 @@ from torch import Tensor
 
 import checkpoint
 from cli import UserError, require
+from t5 import T5Encoder
+from vae import AutoencoderKL, Pixels
 
 EMOJI = Path(__file__).parent / "assets" / "emoji"      # the shipped weights
 # how each family of weights is sampled unless told otherwise; the published ones as published
@@ -20,10 +22,10 @@ OWN = dict(guidance=4.0, shift=1.0, temperature=0.0, order="confidence")
 PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random")
 
 
-def load_mask_embedding(path: str | Path) -> Tensor:
+def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
     """The aligned [MASK] embedding, one vector (E,): a .safetensors or a .pth that holds one tensor.
 
-    A .pth is unpickled with weights_only.  Raises UserError."""
+    width: E, if it is known.  A .pth is unpickled with weights_only.  Raises UserError."""
     path = Path(path)
     if path.suffix == ".safetensors":
         tensors = checkpoint.Tensors([path])
@@ -39,7 +41,31 @@ def load_mask_embedding(path: str | Path) -> Tensor:
         raise UserError(f"{path}: expected one vector, the [MASK] embedding, found {', '.join(shapes)}")
     if not checkpoint.finite(found[0]):
         raise UserError(f"{path}: the [MASK] embedding holds NaN or infinity")
+    row = found[0].numel()
+    require((width in (None, row), f"{path}: a [MASK] embedding of {row} numbers, this T5 has {width}"))
     return found[0].detach().flatten()
+
+
+def load_text_encoder(path: str | Path, dtype: torch.dtype, width: int, mask_id: int,
+                      vector: Tensor | None) -> T5Encoder:
+    """T5 for a transformer that reads `width` numbers a token, with `vector` (E,), if any, as its [MASK]
+    embedding.  Raises UserError."""
+    encoder = checkpoint.load_t5(path, dtype)
+    require((encoder.config.width == width, f"{path}: T5 gives {encoder.config.width} numbers a token, the "
+             f"transformer reads {width}"))
+    if vector is not None:
+        encoder.set_embedding(mask_id, vector)
+    return encoder
+
+
+def load_autoencoder(path: str | Path, channels: int) -> AutoencoderKL | Pixels:
+    """In float32, for it is one percent of the whole; for a transformer on latents of so many channels.
+
+    Raises UserError."""
+    autoencoder = checkpoint.load_vae(path)
+    require((autoencoder.channels == channels, f"{path}: latents of {autoencoder.channels} channels, the "
+             f"transformer has {channels}; name the right one with --vae"))
+    return autoencoder
 
 
 class Parts:
@@ -67,7 +93,8 @@ class Parts:
         self.answer_length = length or self.sizes.text_length or 128
         learnt = Path(path) / checkpoint.MASK_EMBEDDING
         mask_embedding = mask_embedding or (learnt if learnt.exists() and not self.own else None)
-        self.vector = load_mask_embedding(mask_embedding) if mask_embedding else None
+        row = None if self.own else self.sizes.text_width
+        self.vector = load_mask_embedding(mask_embedding, row) if mask_embedding else None
         self.height, self.width = height or config.get("pixels"), width or config.get("pixels")
         self.factor = 1 if self.sizes.channels == 3 else checkpoint.vae_sizes(self.paths["vae"]).factor
         if not self.own:                                                     # before minutes of loading
@@ -76,7 +103,6 @@ class Parts:
         most = unit * self.sizes.position_size
         fits = lambda side: isinstance(side, int) and 0 < side <= most and side % unit == 0
         expected = f"expected a multiple of {unit} up to {most}"
-        row = None if self.vector is None else len(self.vector)
         require(
             (not self.own or self.length <= self.sizes.text_length,
              f"{path}: texts of {self.length} tokens, its embedding has {self.sizes.text_length} positions"),
@@ -84,8 +110,6 @@ class Parts:
              f"{path}: the tokenizer has {tokens} tokens, the model's text head {heads}"),
             (not mask_embedding or not self.own,
              "--mask-embedding is a row of T5's table; this checkpoint has an embedding of its own"),
-            (row in (None, self.sizes.text_width),
-             f"{mask_embedding}: a [MASK] embedding of {row} numbers, this T5 has {self.sizes.text_width}"),
             (fits(self.height), f"{path}: a picture's height of {self.height!r}, {expected}"),
             (fits(self.width), f"{path}: a picture's width of {self.width!r}, {expected}"))
         if self.keep:
@@ -105,24 +129,18 @@ class Parts:
     def load_text(self):
         if self.own:
             return checkpoint.load_embedding(self.paths["text"], self.dtype)
-        encoder = checkpoint.load_t5(self.paths["text"], self.dtype)
-        require((encoder.config.width == self.sizes.text_width, f"{self.paths['text']}: T5 gives "
-                 f"{encoder.config.width} numbers a token, the transformer reads {self.sizes.text_width}"))
-        if self.vector is not None:
-            encoder.set_embedding(self.tokenizer.mask_id, self.vector)
-        return encoder
+        return load_text_encoder(self.paths["text"], self.dtype, self.sizes.text_width,
+                                 self.tokenizer.mask_id, self.vector)
 
     def load_mmdit(self):
         return checkpoint.load_mmdit(self.paths["mmdit"], self.dtype)
 
     def load_vae(self):
-        autoencoder = checkpoint.load_vae(self.paths["vae"])      # in float32: it is one percent of the whole
+        autoencoder = load_autoencoder(self.paths["vae"], self.sizes.channels)
         found = checkpoint.digest(autoencoder) if self.family == "ours" else None
         learnt = found and checkpoint.read_config(self.paths["mmdit"]).get("latents")
         require((learnt == found, f"{self.paths['vae']}: is the autoencoder {found}, this transformer has "
                  f"learnt the latents of {learnt}"))
-        require((autoencoder.channels == self.sizes.channels, f"{self.paths['vae']}: latents of "
-                 f"{autoencoder.channels} channels, the transformer has {self.sizes.channels}"))
         return autoencoder
 
     def hold(self, *names: str) -> None:

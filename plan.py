@@ -92,14 +92,23 @@ def t5_activations(t5: T5Config, L: int, dtype: torch.dtype) -> float:
     return activation_bytes(measure, L)
 
 
-def frozen_sizes(config: TrainConfig, own: bool, pixels: bool) -> tuple[T5Config | None, VAEConfig | None]:
-    """Of T5 and the autoencoder that are named; T5 v1.1 XXL's and SD3's where none is."""
-    t5, vae = None if own else T5Config(), None if pixels else VAEConfig()
-    if t5 and (path := build.place(config, "t5")):
-        t5 = checkpoint.t5_sizes(path)
-    if vae and (path := build.place(config, "vae")):
-        vae = checkpoint.vae_sizes(path)
-    return t5, vae
+def frozen_sizes(config: TrainConfig, c: MMDiTConfig,
+                 about: dict) -> tuple[T5Config | None, VAEConfig | None]:
+    """Of T5 and the autoencoder that a run has: of those that are named, or T5 v1.1 XXL's and SD3's."""
+    t5, vae = None if c.text_length else T5Config(), None if c.channels == 3 else VAEConfig()
+    where = build.places(config, c, about)
+    if "t5" in where:
+        t5 = checkpoint.t5_sizes(where["t5"])
+    if "vae" in where:
+        vae = checkpoint.vae_sizes(where["vae"])
+    return t5, None if STAGES[config.stage].losses == "text" else vae
+
+
+def image_tokens(config: TrainConfig, c: MMDiTConfig, vae: VAEConfig | None) -> int:
+    """N of a picture, or of the null image in its place."""
+    if STAGES[config.stage].losses == "text":
+        return c.null_tokens
+    return (config.pixels // (c.patch * (vae.factor if vae else 1))) ** 2
 
 
 def arithmetic(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAEConfig | None,
@@ -168,12 +177,11 @@ def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAECon
 
 def show(config: TrainConfig) -> str:
     """The plan as a page of text.  Raises UserError for a stage that the model can't have."""
-    _, c, _ = start(config.init, config.preset)
+    _, c, about = start(config.init, config.preset)
     row, L, gpus = STAGES[config.stage], config.text_length, config.print_plan
-    t5, vae = frozen_sizes(config, c.text_length > 0, c.channels == 3 or row.losses == "text")
-    factor = vae.factor if vae else 1
-    build.check(config, c, factor)
-    N = c.null_tokens if row.losses == "text" else (config.pixels // (c.patch * factor)) ** 2
+    t5, vae = frozen_sizes(config, c, about)
+    build.check(config, c, vae.factor if vae else 1)
+    N = image_tokens(config, c, vae)
     learns, frozen = arithmetic(config, c, t5, vae, N)
     parts = memory(config, c, t5, vae, N, gpus, config.device != "cpu")
     P, samples = learning(c), config.image_batch + config.text_batch

@@ -63,8 +63,9 @@ def settings(stage: str, preset: str, sizes: MMDiTConfig, about: dict) -> dict:
     if stage != "high-res":
         found["pixels"] = about.get("pixels") or found["pixels"]
     if small:
-        found |= dict(image_data=[str(emoji.TAR)], vocabulary="used", optimizer="muon", ema=0.999,
-                      time_shift=2.0, question_share=0.4, save_every=250, sample_every=500)
+        found |= dict(vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0, question_share=0.4,
+                      save_every=250, sample_every=500)
+        found |= dict(image_data=[str(emoji.TAR)]) if stage != "text" else {}
         found |= dict(schedule="linear") if stage == "instruct" else {}
     if stage == "pretrain" and preset == "e2e-1.1b":
         found |= dict(steps=400_000)                             # then 100 k on the filtered subset
@@ -156,9 +157,7 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
         if idle.get(name):
             parser.error(f"{cli.flag(name)} changes nothing without {idle[name]}")
     steps = config.decay_from + config.decay_steps if config.decay_from else config.steps
-    return replace(config, out=config.out or f"out/{config.stage}", steps=steps,
-                   image_data=[] if pictures else config.image_data,
-                   sample_every=0 if pictures else config.sample_every)
+    return replace(config, out=config.out or f"out/{config.stage}", steps=steps)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -45,10 +45,11 @@ import show
 from buckets import Buckets
 from build import Models
 from cli import UserError, require
-from parts import Parts
+from parts import Parts, load_autoencoder
 from run import Run
 from stages import STAGES, TrainConfig, learning_rate, parse, start
 from tokenizer import Tokenizer
+from vae import Pixels
 
 
 # --------------------------------------------------------------------------------------------- the two losses
@@ -198,25 +199,24 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
         require((size % world == 0, f"{flag} {size} does not divide over {world} processes"),
                 (not micro or rows % micro == 0, f"--micro-batch {micro} does not divide {flag} {size} over "
                  f"{world} process(es), {rows} rows on each"))
-    vae = build.load_vae(config, sizes)
+    where = build.places(config, sizes, about)
+    vae = load_autoencoder(where["vae"], sizes.channels) if "vae" in where else (
+        Pixels() if sizes.channels == 3 else None)
     build.check(config, sizes, vae.factor if vae else 8)
     settings = asdict(config) | dict(world=world, torch=torch.__version__)
     run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
     check_extension(config, run)
     mixes = mixtures(config, run.key)
     encoder = vae and checkpoint.digest(vae)
-    for mix in mixes.values() if config.buckets else []:
-        require((mix.stamp and mix.stamp["vae"] == "pixels", f"--buckets: {mix.sources[0].name} has no "
-                 f"pictures to cut, but {'stored latents' if mix.stamp else 'plain text'}"))
     latents = data.check_stamps(mixes.get("image"), mixes["text"], sizes.channels, about.get("latents"),
                                 encoder)
-    texts = [mix.texts() for mix in {id(mix): mix for mix in mixes.values()}.values()]
-    texts = None if None in texts else sum(texts, [])
-    models = build.build(config, texts, mixes["text"].stamp is None, vae, device)
     factor = vae.factor if vae else 1
-    held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, factor,
-                build.stated(config, mixes.get("image"), models),
-                {name: Buckets(mixes[name], name, sizes.patch * factor) for name in mixes if config.buckets})
+    buckets = {name: Buckets(mixes[name], name, sizes.patch * factor) for name in mixes if config.buckets}
+    texts = [mix.texts() for mix in dict.fromkeys(mixes.values())]
+    texts = None if None in texts else sum(texts, [])
+    models = build.build(config, sizes, where, texts, mixes["text"].stamp is None, vae, device)
+    stated = build.stated(config, mixes.get("image"), models, where)
+    held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, factor, stated, buckets)
     data.check_tokens(mixes["text"], held.tokenizer, config.init or "gpt2")
     if config.stage == "instruct":
         data.check_questions(texts or [], held.tokenizer, config.text_length)
@@ -224,19 +224,20 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
         parallel.shard(models.learns, getattr(torch, config.dtype), config.shard)
         if config.shard_t5 and models.t5:
             parallel.shard_frozen(models.t5)
-    run.begin(models, optimizers_of(models.learns, config), dict(
-        pixels=config.pixels, text_length=config.text_length, stage=config.stage, latents=latents)
-        | build.places(config, models))
-    drawable = vae is not None and "image" in mixes
+    remembered = {part: str(Path(path).resolve()) for part, path in where.items()}
+    run.begin(models, optimizers_of(models.learns, config), remembered | dict(
+        pixels=config.pixels, text_length=config.text_length, stage=config.stage, latents=latents))
     if rank == 0:
-        build.report(config, held.tokenizer.vocab_size)
+        if family == "SD3":
+            build.report(config, held.tokenizer.vocab_size)
         millions = sum(p.numel() for p in models.learns.parameters()) / 1e6
         print(f"{millions:.2f} M parameters, {len(mixes.get('image') or mixes['text']):,} samples an epoch, "
               f"vocabulary {held.tokenizer.vocab_size}, {world} process(es), {device}, from step {run.step}",
               flush=True)
-        if vae is None and config.sample_every:
+        if vae is None and config.sample_every and "image" in mixes:
             print("note: no samples are drawn, for lack of the autoencoder that made the latents (--vae)",
                   flush=True)
+    drawable = vae is not None and "image" in mixes
     return replace(config, sample_every=config.sample_every * drawable), held, models, run
 
 

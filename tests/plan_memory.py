@@ -73,10 +73,9 @@ def measure(kind: str, flags: list[str]) -> None:
 
 
 def told(config) -> dict[str, float]:
-    _, sizes, _ = train.start(config.init, config.preset)
-    t5, vae = plan.frozen_sizes(config, sizes.text_length > 0, sizes.channels == 3)
-    N = (config.pixels // (sizes.patch * (vae.factor if vae else 1))) ** 2
-    return plan.memory(config, sizes, t5, vae, N, 1, False)
+    _, sizes, about = train.start(config.init, config.preset)
+    t5, vae = plan.frozen_sizes(config, sizes, about)
+    return plan.memory(config, sizes, t5, vae, plan.image_tokens(config, sizes, vae), 1, False)
 
 
 def main(kind: str) -> None:

@@ -1,6 +1,5 @@
 """The stages, from a tiny SD3, T5 and autoencoder: each trains, goes on, draws, reads; what learns where."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from build import Models
 from model import PRESETS, MMDiTConfig
 from parts import Parts
 from t5 import MaskEmbedding
+from test_run import rows
 from test_train import train as launched
 
 ROOT = Path(__file__).parent.parent
@@ -46,10 +46,6 @@ def flags(stage, out, pictures, *more):
     return list(map(str, ["--stage", stage, "--out", out, "--image-data", pictures, "--image-batch", 4,
                           "--text-batch", 4, "--text-length", 12, "--dtype", "float32", "--device", "cpu",
                           "--log-every", 1, "--sample-every", 0, "--lr", 1e-3, "--warmup", 1, *more]))
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +175,8 @@ def test_states_that_are_stored_stand_for_t5s(pictures, chain, tmp_path, mistake
     assert one["text_loss"] == pytest.approx(other["text_loss"], rel=1e-5)
     assert one["image_loss"] == pytest.approx(other["image_loss"], rel=1e-3)         # T5 was in bfloat16
     assert one["image_loss"] != other["image_loss"]
+    train.main(flags("pretrain", tmp_path / "aligned", stored, *base, "--init", chain / "mask-emb", "--dtype",
+                     "bfloat16"))                                # of the same T5, but for its [MASK]
     code, said = mistake(train.main, flags("pretrain", tmp_path / "x", stored, *base, "--text-length", 10))
     assert code == 1 and "stored states of" in said and "make them again, or without --t5" in said
 
