@@ -17,7 +17,6 @@ import cli
 cli.interruptible(__name__)
 
 import hashlib
-import io
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +24,14 @@ from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 import questions
 import sources
+import tars
 from cli import UserError, require
+from pictures import check_picture, fit_picture, read_picture
 
-LONGEST = 4             # sides: a picture longer than 4 to 1 is left out
 PIXELS = dict(vae="pixels", channels="3")       # the stamp of pictures that are not encoded
 
 
@@ -45,7 +44,7 @@ def question_prompt(question: str) -> str:
 
 def fraction(text: str) -> float:
     """A text's hash as a number in [0, 1): the same on every machine, so splits never move."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
 def seeded(*key) -> torch.Generator:
@@ -95,55 +94,6 @@ def locate(positions: Tensor, sizes: list[int], weights: list[float], key: str) 
     return found
 
 
-# --------------------------------------------------------------------------------------------------- pictures
-
-def read_picture(source: Path | bytes, name: str = "a picture") -> Image.Image:
-    """Any picture file as RGB, transparent parts on white.  Raises UserError when it can't be read."""
-    name = source if isinstance(source, Path) else name
-    try:
-        picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
-        picture.load()
-        picture = ImageOps.exif_transpose(picture)               # as the camera was held
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such picture file")
-    except UnidentifiedImageError:
-        raise UserError(f"{name}: not a picture that can be read (of no known format)")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: not a picture that can be read ({str(error).splitlines()[0]})")
-    if picture.mode != "RGB":
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture
-
-
-def fit_picture(picture: Image.Image, height: int, width: int | None = None) -> Image.Image:
-    """Resized (bicubic) to just cover height x width (a square without a width), then cut to the centre."""
-    target = (width or height, height)
-    scale = max(to / side for to, side in zip(target, picture.size))
-    size = [max(to, round(side * scale)) for to, side in zip(target, picture.size)]
-    left, top = (size[0] - target[0]) // 2, (size[1] - target[1]) // 2
-    return picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + target[0], top + target[1]))
-
-
-def check_picture(picture: Image.Image, name: str, least: int = 1) -> None:
-    """Raises UserError for a picture that training leaves out: too long, or a side under `least` pixels."""
-    short, long = sorted(picture.size)
-    if long > LONGEST * short or short < least:
-        raise UserError(f"{name}: a picture of {picture.width}x{picture.height}, expected at most "
-                        f"{LONGEST} to 1, and sides of at least {least}")
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture -> (3, P, P) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """(3, P, P) in [-1, 1], clipped -> RGB picture."""
-    array = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
-
-
 # ---------------------------------------------------------------------------------------------------- mixture
 
 def open_source(path: str, pixels: int, length: int = 256):
@@ -151,7 +101,8 @@ def open_source(path: str, pixels: int, length: int = 256):
     import emoji                # here: it reads its pictures through this file
     if re.search(r"\.json(@|$)", path):
         return questions.of_json(path)
-    return emoji.Emoji(Path(path), pixels) if emoji.is_emoji(path) else sources.of_path(path, length)
+    source = sources.of_path(path, length)
+    return emoji.Emoji(Path(path), pixels) if emoji.is_emoji(source) else source
 
 
 def split_weight(spec: str) -> tuple[str, float]:
@@ -173,7 +124,8 @@ def fingerprint(spec: str) -> str:
     if len(places) == 1 and places[0].is_file() and places[0].stat().st_size < 2**28:
         return f"{sources.sha256(places[0])[:16]}:{weight}"
     files = [(file, str(file.relative_to(place))) for place in places if place.is_dir()
-             for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+             for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")
+             and not file.name.endswith(tars.INDEX)]
     files += [(place, place.name) for place in places if place.is_file()]
     listed = "".join(f"{name} {file.stat().st_size}\n" for file, name in files)
     if files:
@@ -184,14 +136,16 @@ def fingerprint(spec: str) -> str:
 
 class Mix:
     """Sources mixed by weight, PATH[:WEIGHT] each, in the order that `key` gives; pictures cut to P x P,
-    plain text to `length` tokens.
+    plain text to `length` tokens.  asks: its questions are asked, so that an empty list of them is a mistake.
 
     stamp: what its latents are, "vae", "pixels" and "channels", also where they are the pixels; None for
     plain text.  bad: what samples were of no use since `newly_bad` was asked, and why; lost, of seen: how
     many of all that were asked for.  Raises UserError, also where sources can't be in one batch."""
 
-    def __init__(self, specs: list[str], pixels: int, key: str = "", min_side: int = 1, length: int = 256):
-        self.pixels, self.key, self.min_side, self.sources, self.weights = pixels, key, min_side, [], []
+    def __init__(self, specs: list[str], pixels: int, key: str = "", min_side: int = 1, length: int = 256,
+                 asks: bool = False):
+        self.pixels, self.key, self.min_side, self.asks = pixels, key, min_side, asks
+        self.sources, self.weights = [], []
         self.bad, self.lost, self.seen = [], 0, 0
         for spec in specs:
             path, weight = split_weight(spec)
@@ -257,8 +211,9 @@ class Mix:
             check_picture(picture, sample["key"], self.min_side)
             array = torch.from_numpy(np.array(fit_picture(picture, *(size or (self.pixels,)))))
             sample["picture"] = array.permute(2, 0, 1)
-        asks = sample.get("questions") and not captioned
-        if not sample["captions"] and not sample.get("recaption") and not asks:
+        asks, asked = self.asks and not captioned, sample.get("questions")
+        require((not asks or asked != [], f"{sample['key']}: \"questions\" is [], and this stage asks some"))
+        if not sample["captions"] and not sample.get("recaption") and (captioned or not asked):
             raise UserError(f"{sample['key']}: no caption{'' if captioned else ' and no question'}")
         return sample
 
@@ -360,8 +315,18 @@ def check_stamps(image: Mix | None, text: Mix, channels: int, learnt: str | None
     return stamps[0]["vae"] if stamps else encoder or learnt
 
 
-def check_questions(texts: list[str], tokenizer, length: int) -> None:
-    """Raises UserError where a question would leave no room for its answer, and for the end."""
+def check_questions(mix: Mix, texts: list[str], tokenizer, length: int) -> None:
+    """Raises UserError where a mix that asks has no question among each source's first samples, or where one
+    of the texts would leave no room for its answer, and for the end."""
+    def asked(source, i: int) -> list:
+        try:
+            return source[i].get("questions")
+        except UserError:                                        # which counts as of no use when it is drawn
+            return []
+    names = ", ".join(source.name for source in mix.sources)
+    some = any(asked(source, i) for source in mix.sources if mix.asks for i in range(len(source))[:20])
+    require((some or not mix.asks, f"{names}: no questions among the first 20 samples, and this stage "
+             f"asks some; --question-share 0 learns captions alone"))
     sizes = {text: len(tokenizer.pieces(text)) for text in set(texts) if text.startswith("Q: ")}
     longest = max(sizes, key=sizes.get, default="")
     taken = sizes.get(longest, 0)

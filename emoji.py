@@ -25,9 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import UserError
-from data import fit_picture, fraction, question_prompt, read_picture
-from sources import read_tar
+from cli import UserError, require
+from data import fraction, question_prompt
+from pictures import fit_picture, read_picture
+from sources import Tars, parsed, text
+from tars import Tar
 
 TAR = Path(__file__).parent / "assets" / "emoji.tar.gz"
 STYLES = {"noto": "google", "twemoji": "twitter"}       # our word in captions: the npm package's and folder's
@@ -255,18 +257,14 @@ def build(out: Path = TAR) -> None:
 def load(path: Path = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
     """Every record of the emoji tar, with questions, and the pictures as uint8 (n, 3, P, P)."""
     records, pictures = [], []
-    for sample in read_tar(path):
-        try:
-            record, picture = json.loads(sample["json"]), sample["webp"]
-            if absent := [key for key in FIELDS if not isinstance(record.get(key), str)]:
-                raise KeyError(", ".join(absent))
-        except (KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: sample {sample['__key__']} lacks {error.args[0]!r}; expected a webp "
-                            f"picture and a json with {', '.join(FIELDS)}")
-        records.append(record)
-        pictures.append(np.array(fit_picture(read_picture(picture), pixels)))
-    if not records:
-        raise UserError(f"{path}: no samples in this tar")
+    for key, files in Tar(str(path)):
+        where = f"{path}: {key}"
+        require(({"webp", "json"} <= files.keys(), f"{where}: expected a webp and a json, found "
+                 f"{', '.join(files)}"))
+        record = parsed(files["json"], f"{where}.json")
+        require((isinstance(record, dict), f"{where}.json: expected an object with {', '.join(FIELDS)}"))
+        records.append({name: text(record.get(name), f"{where}.json", name) for name in FIELDS})
+        pictures.append(np.array(fit_picture(read_picture(files["webp"], f"{where}.webp"), pixels)))
     ask(records)
     return records, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
@@ -289,12 +287,13 @@ def texts(records: list[dict]) -> list[str]:
                                               for text in (question_prompt(q["question"]), q["answer"])]
 
 
-def is_emoji(path: str | Path) -> bool:
-    """Whether a file is such a tar, told by its first sample."""
+def is_emoji(source) -> bool:
+    """Whether a source is such a tar, told by its first sample."""
+    if not isinstance(source, Tars) or len(source.tars) != 1:
+        return False
     try:
-        first = next(read_tar(Path(path))) if re.search(r"\.(tar|tar\.gz|tgz)$", str(path)) else {}
-        return set(FIELDS) <= set(json.loads(first.get("json", "{}")))
-    except (UserError, ValueError, StopIteration):
+        return set(FIELDS) <= set(json.loads(source.tars[0][0][1].get("json", "{}")))
+    except (UserError, ValueError, TypeError, RecursionError):
         return False                                             # said when it is read as what it is then
 
 

@@ -31,6 +31,7 @@ import cli
 import data
 import show
 import sources
+import tars
 from cli import UserError, require
 from tensors import finite, replacing
 
@@ -321,8 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.command == "index":
         for path in [path for pattern in args.paths for path in sources.expand(pattern)]:
-            if path.endswith(("gz", "tgz")):
+            if path.endswith(tars.PACKED):
                 raise UserError(f"{path}: a packed tar can't be read at random; gunzip it")
-            print(f"{path}: {len(sources.make_index(path)):,} samples")
+            print(f"{path}: {len(tars.make_index(path)):,} samples")
     else:
         dict(show=show_sources, latents=latents, pack=pack)[args.command](args)

@@ -116,4 +116,8 @@ def of_json(place: str):
         raise UserError(f"{path}: an entry lacks {error}, so these are no questions with answers")
     if not entries:
         raise UserError(f"{path}: no question about a picture in it")
+    for entry in entries:
+        where = f"{path}: {sources.text(entry['image'], str(path), 'image')}"
+        for name, said in [item for asked in entry["questions"] for item in asked.items()]:
+            sources.text(said, where, name)
     return Questions(place, entries, Path(folder) if folder else path.parent)

@@ -34,6 +34,7 @@ import mask_diffusion
 import show
 from cli import require
 from parts import EMOJI, Parts
+from pictures import fit_picture, read_picture, to_tensor
 
 MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
 STEPS = dict(draw=28, text=128, answer=32)
@@ -259,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     take = lambda *names: {name: args[name] for name in names if name in args}
     device = cli.device(args.get("device", "auto"))
-    image = data.read_picture(args["image"]) if "image" in args else None     # a bad file, before a slow load
+    image = read_picture(args["image"]) if "image" in args else None     # a bad file, before a slow load
     dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
     parts = Parts(args.get("checkpoint", EMOJI), device, dtype,
                   **take("vae", "t5", "tokenizer", "mask_embedding", "height", "width", "length"))
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     longest = args.get("max_tokens", 1)
     require((parts.family != "SD3", "this checkpoint is SD3's, which has no text head: it only draws"),
             (longest <= parts.length, f"--max-tokens {longest}: expected at most {parts.length}"))
-    pixels = data.to_tensor(data.fit_picture(image, parts.height, parts.width))
+    pixels = to_tensor(fit_picture(image, parts.height, parts.width))
     steps = args.get("steps", STEPS["answer" if "question" in args else "text"])
     how = take("temperature", "order", "seed", "posterior") | dict(steps=steps, trajectory=states)
     if "text" in args:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import data
 from cli import UserError
+from pictures import to_picture
 from tokenizer import Tokenizer
 
 
@@ -24,7 +24,7 @@ def enlarge(picture: Image.Image, least: int = 256) -> Image.Image:
 
 def grid(images: Tensor) -> Image.Image:
     """(B, 3, H, W) -> one picture, as square as B allows."""
-    tiles = [enlarge(data.to_picture(image)) for image in images]
+    tiles = [enlarge(to_picture(image)) for image in images]
     columns = math.ceil(math.sqrt(len(tiles)))
     (width, height), gap = tiles[0].size, 8 if len(tiles) > 1 else 0
     rows = math.ceil(len(tiles) / columns)
@@ -41,7 +41,7 @@ def page(*columns: list[tuple[Tensor, list[str]]]) -> Image.Image:
     for column, cells in enumerate(columns):
         for row, (image, lines) in enumerate(cells):
             x, y = column * 500, row * 104
-            sheet.paste(enlarge(data.to_picture(image), 96).resize((96, 96)), (x + 4, y + 4))
+            sheet.paste(enlarge(to_picture(image), 96).resize((96, 96)), (x + 4, y + 4))
             wrapped = [part for line in lines for part in textwrap.wrap(line, 52)][:5]   # what has room
             for i, line in enumerate(wrapped):
                 pen.text((x + 110, y + 52 - 9 * len(wrapped) + 18 * i), line, fill="black", font=font)

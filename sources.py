@@ -13,69 +13,60 @@ A sample is a dict: "key"; "picture", a file's bytes, or "latents" (C, h, w); "c
 """
 
 import glob
-import gzip
 import hashlib
-import io
 import json
-import os
 import re
 import sys
-import tarfile
 import time
-import zlib
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 
+import tars
 from cli import UserError, require
+from tars import Tar
 from tensors import Tensors
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 TEXTS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+CAPTIONS = ("caption", "re_caption")                             # of a record
 SHARDS = "latents-{}.safetensors"
-WHOLE_GZIP = 2**31      # bytes of a .tar.gz once unpacked: it is held in memory
 
 
-@contextmanager
-def tar_whole(path: str | Path) -> Iterator[None]:
-    """What is wrong with a tar that is read here, in one line."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such tar file")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole tar file ({error}); fetch or build it again")
+def is_text(found) -> bool:
+    """A str without half a surrogate pair, which no encoding has."""
+    return isinstance(found, str) and not any("\ud800" <= c <= "\udfff" for c in found)
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """(key, extension) of a file in a tar: its name up to the first dot of the last part, and the rest.
-    Files with one key are one sample."""
-    folder, _, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
+def text(found, where: str, field: str) -> str:
+    """A field of a record.  Raises UserError for null, another type, or half a surrogate pair."""
+    if not is_text(found):
+        shown = "null" if found is None else ascii(found)[:60]
+        raise UserError(f"{where}: \"{field}\" is {shown}, expected a text")
+    return found
 
 
-def read_tar(path: Path) -> Iterator[dict]:
-    """The samples of a tar in WebDataset layout, .tar or .tar.gz, in order.
+def described(found, where: str, captions: tuple[str, ...] = ()) -> dict:
+    """The texts of a record, as a sample has them; captions: what else there is.
 
-    Each is {"__key__": name, extension: bytes, ...}.  Raises UserError for a file that is missing, no tar, or
-    cut off."""
-    sample: dict = {}
-    with tar_whole(path), tarfile.open(path, "r|*") as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
-            key, extension = split_name(member.name)
-            if sample and sample["__key__"] != key:
-                yield sample
-                sample = {}
-            sample["__key__"] = key
-            sample[extension] = tar.extractfile(member).read()
-    if sample:
-        yield sample
+    Raises UserError for one of the wrong type; null is none where there is another caption."""
+    require((isinstance(found, dict), f"{where}: expected a JSON object, found {ascii(found)[:60]}"))
+    names = [name for name in CAPTIONS if found.get(name) is not None] or [
+        name for name in CAPTIONS if name in found and not captions]
+    given = {name: text(found[name], where, name) for name in names}
+    sample = dict(captions=[given["caption"]] if given.get("caption") else list(captions))
+    if given.get("re_caption"):
+        sample["recaption"] = given["re_caption"]
+    if (asked := found.get("questions")) is not None:
+        require((isinstance(asked, list) and all(isinstance(one, dict) for one in asked),
+                 f"{where}: \"questions\" is {ascii(asked)[:60]}, expected a list of objects"))
+        for n, one in enumerate(asked):
+            for name in ("question", "answer"):
+                text(one.get(name), where, f"questions[{n}].{name}")
+        sample["questions"] = asked
+    return sample
 
 
 class Folder:
@@ -87,9 +78,10 @@ class Folder:
             for number, line in enumerate(read_text(path / "metadata.jsonl").splitlines(), 1):
                 try:
                     entry = json.loads(line)
-                    self.entries.append((path / entry["file_name"], [entry["text"]]))
-                except (ValueError, KeyError, TypeError) as error:
+                    entry = path / entry["file_name"], entry["text"]
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(f"{path}/metadata.jsonl:{number}: expected file_name and text ({error})")
+                self.entries.append((entry[0], [text(entry[1], f"{path}/metadata.jsonl:{number}", "text")]))
         else:
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
             pictures = {p.with_suffix(""): p for p in files if p.suffix.lower() in PICTURES}
@@ -125,7 +117,8 @@ class Listed:
     def __init__(self, path: Path, content: list[dict], folder: Path):
         self.name = str(path)
         try:
-            self.entries = [(folder / entry["image_path"], entry.get("caption"), entry.get("re_caption"))
+            self.entries = [(folder / entry["image_path"],
+                             {name: entry[name] for name in CAPTIONS if name in entry})
                             for entry in content]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: expected a list of objects with image_path, caption, re_caption "
@@ -135,133 +128,37 @@ class Listed:
         return len(self.entries)
 
     def __getitem__(self, i: int) -> dict:
-        file, caption, recaption = self.entries[i]
-        return dict(key=str(file), picture=read_bytes(file), captions=[caption] if caption else [],
-                    recaption=recaption)
+        file, found = self.entries[i]
+        return dict(key=str(file), picture=read_bytes(file)) | described(found, f"{self.name}: {file}")
 
     def texts(self) -> Iterator[str]:
-        return (text for _, *texts in self.entries for text in texts if text)
+        return (found for _, texts in self.entries for found in texts.values() if is_text(found))
 
 
 class Tars:
-    """WebDataset shards, read at random: one contiguous read a sample, by an index beside each tar."""
+    """WebDataset shards (tars.py), read at random."""
 
     def __init__(self, name: str, paths: list[str]):
-        self.name, self.paths, self.indexes, self.blobs, said = name, paths, [], {}, time.time()
-        for n, path in enumerate(paths):
-            if path.endswith((".gz", ".tgz")):
-                self.blobs[n] = unpacked(path)
-            self.indexes.append(scan_tar(path, self.blobs[n]) if n in self.blobs else tar_index(path))
+        self.name, self.tars, said = name, [], time.time()
+        for n, path in enumerate(paths, 1):
+            self.tars.append(Tar(path))
             if time.time() - said > 5:
                 said = time.time()
-                print(f"{n + 1}/{len(paths)} tars indexed", file=sys.stderr, flush=True)
-        self.starts = np.cumsum([0] + [len(index) for index in self.indexes])
+                print(f"{n}/{len(paths)} tars indexed", file=sys.stderr, flush=True)
+        self.starts = np.cumsum([0] + [len(tar) for tar in self.tars])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, i: int) -> dict:
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
-        path, (offset, length) = self.paths[shard], map(int, self.indexes[shard][i - self.starts[shard]])
-        block = self.blobs[shard][offset:offset + length] if shard in self.blobs else os.pread(
-            opened(path).fileno(), length, offset)
-        try:
-            with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
-                files = {m.name: block[m.offset_data:m.offset_data + m.size] for m in tar if m.isfile()}
-        except tarfile.TarError as error:
-            raise UserError(f"{path}: sample at byte {offset} can't be read ({error})")
-        return tar_sample(path, files)
-
-
-def tar_sample(path: str, files: dict[str, bytes]) -> dict:
-    """One sample's files by name as a sample.  UserError when it lacks a picture, or its json is broken."""
-    kinds = {"." + split_name(name)[1]: content for name, content in files.items()}
-    key = f"{path}:{split_name(next(iter(files)))[0]}"
-    picture = next((kinds[kind] for kind in PICTURES if kind in kinds), None)
-    if picture is None:
-        raise UserError(f"{key}: no picture in this sample, found {', '.join(kinds)}")
-    sample = dict(key=key, picture=picture, captions=[])
-    if ".txt" in kinds:
-        sample["captions"] = [kinds[".txt"].decode("utf-8", "replace").strip()]
-    if ".json" in kinds:
-        try:
-            found = json.loads(kinds[".json"])
-            sample["captions"] = [found["caption"]] if found.get("caption") else sample["captions"]
-            for name, given in (("recaption", "re_caption"), ("questions", "questions")):
-                if found.get(given):
-                    sample[name] = found[given]
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{key}: its json can't be read ({error})")
-    return sample
-
-
-def scan_tar(path: str, blob: bytes | None = None) -> np.ndarray:
-    """The (offset, length) of each sample of a tar, int64 (n, 2).  Raises UserError."""
-    rows, key, end = [], None, 0
-    with tar_whole(path), open(path, "rb") if blob is None else io.BytesIO(blob) as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                tar.members.clear()                              # tarfile would keep a whole shard's headers
-                end = member.offset_data + -(-member.size // 512) * 512
-                if end > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                if member.isfile() and key != (key := split_name(member.name)[0]):
-                    rows.append([member.offset, 0])
-                if rows:
-                    rows[-1][1] = end - rows[-1][0]
-        file.seek(end)
-        if file.read(512) != bytes(512):                         # tarfile takes half a header for the end
-            raise tarfile.ReadError("unexpected end of data")
-    if not rows:
-        raise UserError(f"{path}: no samples in this tar")
-    return np.array(rows, np.int64)
-
-
-@lru_cache(maxsize=1024)
-def tar_index(path: str) -> np.ndarray:
-    """A tar's index, mapped; made where there is none.  UserError for one that is older than its tar."""
-    file = Path(path + ".index.npy")
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such tar file")
-    if not file.exists():
-        return make_index(path)
-    if file.stat().st_mtime < Path(path).stat().st_mtime:
-        raise UserError(f"{file}: older than its tar; make it again with python data.py index {path}")
-    try:
-        index = np.load(file, mmap_mode="r", allow_pickle=False)
-        if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 2:
-            raise ValueError(f"{index.dtype} {index.shape}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not an index ({error}); make it again with python data.py index {path}")
-    return index
-
-
-def make_index(path: str) -> np.ndarray:
-    """Scan a tar and leave its index beside it, where that can be written."""
-    index, temporary = scan_tar(path), Path(path + ".index.tmp.npy")
-    try:
-        np.save(temporary, index)
-        temporary.replace(path + ".index.npy")
-    except OSError:
-        temporary.unlink(missing_ok=True)
-    return index
-
-
-@lru_cache(maxsize=256)
-def opened(path: str):
-    return open(path, "rb")
-
-
-def unpacked(path: str) -> bytes:
-    """A .tar.gz in memory: it can't be read at random otherwise.  Raises UserError above 2 GiB."""
-    with tar_whole(path), gzip.open(path) as file:
-        content = file.read(WHOLE_GZIP + 1)
-    if len(content) > WHOLE_GZIP:
-        raise UserError(f"{path}: over {WHOLE_GZIP >> 30} GiB unpacked, and a .tar.gz is held in memory; "
-                        f"gunzip it")
-    return content
+        tar = self.tars[shard]
+        key, files = tar[i - int(self.starts[shard])]
+        where, kind = f"{tar.path}: {key}", next((kind for kind in PICTURES if kind[1:] in files), None)
+        require((kind, f"{where}: no picture in this sample, found .{', .'.join(files)}"))
+        captions = (decoded(files["txt"], f"{where}.txt").strip(),) if "txt" in files else ()
+        found = parsed(files["json"], f"{where}.json") if "json" in files else {}
+        return dict(key=where + kind, picture=files[kind[1:]]) | described(found, f"{where}.json", captions)
 
 
 class Latents:
@@ -349,15 +246,26 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: can't be read ({error.strerror})")
 
 
-def read_json(path: Path):
+def parsed(content: bytes, name: str | Path):
     try:
-        return json.loads(read_bytes(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})")
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not readable as JSON ({error})")
+
+
+def decoded(content: bytes, name: str | Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})")
+
+
+def read_json(path: Path):
+    return parsed(read_bytes(path), path)
 
 
 def read_text(path: Path) -> str:
-    return read_bytes(path).decode("utf-8", "replace")
+    return decoded(read_bytes(path), path)
 
 
 def expand(pattern: str) -> list[str]:
@@ -377,12 +285,12 @@ def of_path(pattern: str, length: int = 256) -> Folder | Tars | Latents | Tokens
     paths = expand(pattern)
     if not paths:
         raise UserError(f"{pattern}: no file has such a name")
-    path, tar = Path(paths[0]), (".tar", ".tar.gz", ".tgz")
+    path = Path(paths[0])
     if path.is_dir():
-        shards = sorted(str(file) for file in path.iterdir() if file.name.endswith(tar))
+        shards = sorted(str(file) for file in path.iterdir() if file.name.endswith(tars.KINDS))
         stored = any(path.glob(SHARDS.format("*")))
         return Tars(pattern, shards) if shards else Latents(path) if stored else Folder(path)
-    if path.name.endswith(tar):
+    if path.name.endswith(tars.KINDS):
         return Tars(pattern, paths)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")

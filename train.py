@@ -183,8 +183,9 @@ def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
     text_only, given = STAGES[config.stage].losses == "text", config.image_data or config.text_data
     require((given and (text_only or config.image_data), f"--stage {config.stage}: name its data with "
              f"{'--text-data' if text_only else '--image-data'}; python data.py --help lists the forms"))
-    image, text = (data.Mix(specs, config.pixels, key, config.min_side, config.text_length) if specs else None
-                   for specs in (config.image_data, config.text_data))
+    asks = config.stage == "instruct" and config.question_share > 0
+    image, text = (data.Mix(specs, config.pixels, key, config.min_side, config.text_length, asks)
+                   if specs else None for specs in (config.image_data, config.text_data))
     return {"text": text} if text_only else {"image": image, "text": text or image}
 
 
@@ -219,7 +220,7 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, factor, stated, buckets)
     data.check_tokens(mixes["text"], held.tokenizer, config.init or "gpt2")
     if config.stage == "instruct":
-        data.check_questions(texts or [], held.tokenizer, config.text_length)
+        data.check_questions(mixes["text"], texts or [], held.tokenizer, config.text_length)
     if world > 1:
         parallel.shard(models.learns, getattr(torch, config.dtype), config.shard)
         if config.shard_t5 and models.t5:

@@ -24,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+from pictures import fit_picture  # noqa: E402
 from tokenizer import gpt2_tokenizer  # noqa: E402
 
 SHARDS, EACH, BATCH = 4, 400, 32
@@ -64,7 +65,7 @@ def ours(paths: list[str], tokenizer, count: int) -> float:
 def theirs(paths: list[str], tokenizer, count: int) -> float:
     """Samples a second, shards in random order and a buffer of 200 samples shuffled."""
     def transform(sample):
-        picture = data.fit_picture(sample[0].convert("RGB"), 256)
+        picture = fit_picture(sample[0].convert("RGB"), 256)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), tokenizer.encode(sample[1], 256)
     stack = lambda rows: tuple(torch.stack(column) for column in zip(*rows))
     dataset = webdataset.WebDataset(paths, shardshuffle=len(paths), nodesplitter=None).shuffle(200)

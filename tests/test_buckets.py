@@ -8,6 +8,7 @@ from PIL import Image
 
 import data
 from buckets import WINDOW, Buckets, sizes
+from pictures import read_picture
 from train import main
 
 
@@ -46,7 +47,7 @@ def test_each_picture_is_seen_once_in_a_batch_of_about_its_shape(folder):
         assert {position // (WINDOW * count) for position in positions} == {step // WINDOW}
         samples = mix.take(positions, "image", (height, width))
         assert all(sample["picture"].shape == (3, height, width) for sample in samples)
-        shown = [data.read_picture(Path(sample["key"])).size for sample in samples]
+        shown = [read_picture(Path(sample["key"])).size for sample in samples]
         apart += [abs(torch.log(torch.tensor(w / h * height / width))) for w, h in shown]
         seen += positions
     assert sorted(seen) == list(range(5 * WINDOW * count))

@@ -1,32 +1,15 @@
-"""data.py: pictures, the tar reader, the order of an epoch."""
+"""data.py: the order of an epoch, and what is made ahead."""
 
 import os
 import signal
-import tarfile
 import time
 from collections import Counter
 
 import pytest
 import torch
-from PIL import Image
 
 import data
-import emoji
-import sources
 from cli import UserError
-
-def test_a_tar_is_read_sample_by_sample_and_a_cut_one_is_refused(tmp_path):
-    with tarfile.open(emoji.TAR) as tar:
-        names = [tar.next().name for _ in range(4)]
-    first, second = list(zip(range(2), sources.read_tar(emoji.TAR)))
-    assert [first[1]["__key__"], second[1]["__key__"]] == [names[0].split(".")[0], names[2].split(".")[0]]
-    assert set(first[1]) == {"__key__", "webp", "json"}
-    whole = emoji.TAR.read_bytes()
-    (tmp_path / "cut.tar.gz").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(UserError, match="cut.tar.gz: not a whole tar file"):
-        list(sources.read_tar(tmp_path / "cut.tar.gz"))
-    with pytest.raises(UserError, match="no such tar"):
-        list(sources.read_tar(tmp_path / "none.tar"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000, 7025])
@@ -62,25 +45,6 @@ def test_a_mixture_has_its_shares_exactly_and_every_sample_once_an_epoch():
     dealt = [data.locate(torch.arange(rank, n, 4), sizes, weights, "run") for rank in range(4)]
     assert [place for row in zip(*dealt) for place in row] == found
     assert data.locate(torch.arange(n), sizes, weights, "another") != found
-
-
-def test_any_picture_is_read_transparent_parts_white(tmp_path):
-    picture = Image.new("RGBA", (60, 40), (255, 0, 0, 0))
-    picture.paste((0, 0, 255, 255), (0, 0, 30, 40))
-    picture.save(tmp_path / "a.png")
-    rgb = data.read_picture(tmp_path / "a.png")
-    assert rgb.getpixel((5, 5)) == (0, 0, 255) and rgb.getpixel((55, 5)) == (255, 255, 255)
-    square = data.fit_picture(rgb, 20)
-    assert square.size == (20, 20) and square.getpixel((2, 10)) == (0, 0, 255)
-    Image.new("P", (9, 70)).save(tmp_path / "b.gif")
-    assert data.to_tensor(data.fit_picture(data.read_picture(tmp_path / "b.gif"), 8)).shape == (3, 8, 8)
-    image = torch.rand(3, 8, 8) * 2 - 1
-    assert (data.to_tensor(data.to_picture(image)) - image).abs().max() < 1 / 127
-    (tmp_path / "c.png").write_text("not a picture")
-    with pytest.raises(UserError, match="c.png: not a picture"):
-        data.read_picture(tmp_path / "c.png")
-    with pytest.raises(UserError, match="no such picture"):
-        data.read_picture(tmp_path / "d.png")
 
 
 def squares(step):

@@ -5,12 +5,12 @@ import time
 import pytest
 import torch
 
-import data
 import emoji
 import flow
 import mask_diffusion
-import sources
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding, position_table, timestep_embedding, velocity_to
+from pictures import fit_picture, read_picture, to_tensor
+from tars import Tar
 
 TINY = MMDiTConfig(depth=2, heads=2, width=32, patch=2, channels=3, position_size=8, position_base=8,
                    text_width=16,
@@ -188,12 +188,12 @@ def test_a_model_that_predicts_data_differs_in_the_last_line_alone():
 
 
 def eight_emoji():
-    """The first eight pictures of the emoji set: (8, 3, 64, 64) in [-1, 1]."""
-    return torch.stack([data.to_tensor(data.fit_picture(data.read_picture(sample["webp"]), 64))
-                        for _, sample in zip(range(8), sources.read_tar(emoji.TAR))])
+    """The first eight pictures of the emoji set: (8, 3, 32, 32) in [-1, 1]."""
+    return torch.stack([to_tensor(fit_picture(read_picture(files["webp"]), 32))
+                        for _, (_, files) in zip(range(8), Tar(str(emoji.TAR)))])
 
 
-# a velocity at 8x8 pixels, the emoji preset's prediction of 64x64 in patches of 8; `copies` of each picture
+# a velocity at 8x8 pixels, the emoji preset's prediction of patches of 8x8; `copies` of each picture
 @pytest.mark.parametrize("make, changes, shift, rate, steps, copies", [
     (lambda: torch.randn(8, 3, 8, 8).sign(), dict(width=64), 1.0, 3e-3, 500, 1),
     (eight_emoji, dict(width=192, patch=8, predicts="data"), 2.0, 2e-3, 400, 2)], ids=["velocity", "data"])

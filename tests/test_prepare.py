@@ -21,6 +21,7 @@ import train
 from cli import UserError
 from model import MMDiT, MMDiTConfig, TokenEmbedding
 from parts import Parts
+from pictures import to_picture
 from test_run import equal_runs, run_to_the_end
 from tokenizer import gpt2_tokenizer
 
@@ -34,7 +35,7 @@ def photos(tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
     for i in range(12):
         picture = torch.rand(3, 40 + i, 50, generator=generator) * 2 - 1
-        data.to_picture(picture).save(folder / f"{i}.png")
+        to_picture(picture).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"a picture of noise, {i}\nnoise {i}\n")
     return folder
 

@@ -73,6 +73,16 @@ def test_a_source_of_questions_alone_can_be_read_and_not_drawn(folder):
         mix.take([0], "image")
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (dict(answer=None), "42.jpg: \"answer\" is null, expected a text"),
+    (dict(question="What \ud83c?"), r"42.jpg: \"question\" is .*\\ud83c.*, expected a text"),
+    (dict(question=3), "an entry lacks 'int' object has no attribute 'strip'")])
+def test_a_question_or_an_answer_that_is_no_text_is_named(wrong, message, folder):
+    with pytest.raises(UserError, match=message) as error:
+        prompts(folder, "gqa.json", {"07": dict(imageId="42", question="What?", answer="no") | wrong})
+    assert "\n" not in str(error.value) and str(folder / "gqa.json") in str(error.value)
+
+
 def test_a_picture_that_is_not_there_and_annotations_that_are_not_beside(folder):
     gqa = {"07": dict(imageId="43", question="What is it?", answer="apple")}
     with pytest.raises(UserError, match="43.jpg: can't be read .No such file"):

@@ -18,9 +18,9 @@ import evaluate
 import flow
 import mask_diffusion
 import sample
-import sources
 from cli import UserError
 from parts import EMOJI, Parts
+from tars import Tar
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,10 +39,10 @@ def emoji_32(parts):
 @pytest.fixture(scope="module")
 def apple(tmp_path_factory):
     """The set's own red apple, as a file."""
-    for found in sources.read_tar(emoji.TAR):
-        if json.loads(found["json"])["caption"] == "red apple, noto style":
+    for _, files in Tar(str(emoji.TAR)):
+        if json.loads(files["json"])["caption"] == "red apple, noto style":
             path = tmp_path_factory.mktemp("apple") / "apple.webp"
-            path.write_bytes(found["webp"])
+            path.write_bytes(files["webp"])
             return path
 
 

@@ -1,14 +1,8 @@
 """sources.py, and data.py's mixtures: every kind from a small fixture of its shape, and what can be wrong."""
 
-import gzip
-import io
 import json
-import os
-import random
 import shutil
-import tarfile
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,23 +11,7 @@ import data
 import emoji
 import sources
 from cli import UserError
-
-
-def jpeg(colour, size=(40, 30)):
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write_tar(path, samples):
-    """samples: [(name, {extension: bytes})]."""
-    with tarfile.open(path, "w") as tar:
-        for name, files in samples:
-            for extension, content in files.items():
-                member = tarfile.TarInfo(f"{name}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
+from test_tars import jpeg, write
 
 
 @pytest.fixture
@@ -76,34 +54,8 @@ def test_a_list_of_pictures_with_captions_and_recaptions(photos):
     assert data.choose_caption(source[1], 0.0, 0.9) == "another"
 
 
-def test_tars_are_read_at_random_by_an_index_beside_them(tmp_path):
-    for shard in range(3):
-        write_tar(tmp_path / f"shard-{shard:03}.tar", [
-            (f"deep.er/{shard}{i:02}", {"jpg": jpeg((i, 0, 0)), "txt": f"text {shard} {i}".encode(),
-                                        "json": json.dumps(dict(re_caption=f"again {i}")).encode()})
-            for i in range(20 + shard)])
-    source = sources.of_path(str(tmp_path / "shard-{000..002}.tar"))
-    assert [len(sources.of_path(str(path))) for path in (tmp_path, tmp_path / "*.tar")] == [63, 63]
-    assert len(source) == 63
-    assert np.load(tmp_path / "shard-001.tar.index.npy").shape == (21, 2)
-    order = random.Random(0).sample(range(63), 63)
-    for i in order:
-        shard, at = next((s, i - start) for s, start in ((2, 41), (1, 20), (0, 0)) if i >= start)
-        assert source[i]["captions"] == [f"text {shard} {at}"] and source[i]["recaption"] == f"again {at}"
-        assert source[i]["key"].endswith(f"shard-{shard:03}.tar:deep.er/{shard}{at:02}")
-
-
-def test_a_packed_tar_is_held_in_memory_up_to_a_size(tmp_path, monkeypatch):
-    plain = write_tar(tmp_path / "a.tar", [("x", {"png": jpeg("red"), "txt": b"red"})])
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    assert sources.of_path(str(tmp_path / "a.tar.gz"))[0]["captions"] == ["red"]
-    monkeypatch.setattr(sources, "WHOLE_GZIP", 1000)
-    with pytest.raises(UserError, match="a .tar.gz is held in memory; gunzip it"):
-        sources.of_path(str(tmp_path / "a.tar.gz"))
-
-
 def test_a_mixture_cuts_pictures_and_says_what_its_sources_are(photos, tmp_path):
-    write_tar(tmp_path / "a.tar", [("x", {"jpg": jpeg("blue", (90, 50)), "txt": b"blue"})])
+    write(tmp_path / "a.tar", [("x.jpg", jpeg("blue", (90, 50))), ("x.txt", b"blue")])
     mix = data.Mix([f"{photos}:3", str(tmp_path / "a.tar")], 16, "run")
     found = mix.take(range(400), "image")
     assert {tuple(sample["picture"].shape) for sample in found} == {(3, 16, 16)} and len(mix) == 6
@@ -114,9 +66,10 @@ def test_a_mixture_cuts_pictures_and_says_what_its_sources_are(photos, tmp_path)
 
 
 def test_the_embedded_set_is_told_by_its_first_sample(tmp_path, small_tar):
-    assert emoji.is_emoji(small_tar) and emoji.is_emoji(emoji.TAR)
-    other = write_tar(tmp_path / "a.tar", [("x", {"webp": jpeg("red"), "json": b'{"caption": "red"}'})])
-    assert not emoji.is_emoji(other) and not emoji.is_emoji(tmp_path)
+    told = lambda path: emoji.is_emoji(sources.of_path(str(path)))
+    assert told(small_tar) and told(emoji.TAR)
+    other = write(tmp_path / "a.tar", [("x.webp", jpeg("red")), ("x.json", b'{"caption": "red"}')])
+    assert not told(other) and not told(tmp_path)
 
 
 def test_what_is_shown_as_learnt_is_what_is_trained_on_and_can_be_read(photos, emoji_set):
@@ -168,9 +121,9 @@ def test_what_a_source_is_does_not_depend_on_where_it_lies(photos, tmp_path):
     (lambda f: (f / "a.json").write_text("[]"), "/a.json", "a.json: expected .* found the keys of nothing"),
     (lambda f: (f / "a.parquet").write_bytes(b"x"), "/a.parquet",
      "expected a folder of pictures with captions, tars"),
-    (lambda f: write_tar(f / "a.tar", [("x", {"txt": b"x"})]), "/a.tar",
+    (lambda f: write(f / "a.tar", [("x.txt", b"x")]), "/a.tar",
      "no picture in this sample, found .txt"),
-    (lambda f: write_tar(f / "a.tar", []), "/a.tar", "a.tar: no samples in this tar"),
+    (lambda f: write(f / "a.tar", []), "/a.tar", "a.tar: no samples in this tar"),
     (lambda f: (f / "a.tar").write_bytes(bytes(700)), "/a.tar",
      "a.tar: no samples in this tar|not a whole tar"),
     (lambda f: None, "/none.tar", "none.tar: no such tar file"),
@@ -185,24 +138,6 @@ def test_a_source_that_is_not_as_it_should_be_gets_one_line(damage, spec, messag
     assert "\n" not in str(error.value) and str(photos) in str(error.value)
 
 
-def test_a_cut_tar_and_an_old_or_broken_index_are_refused(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", [(str(i), {"jpg": jpeg("red"), "txt": b"red"}) for i in range(9)])
-    whole, index = tar.read_bytes(), tmp_path / "a.tar.index.npy"
-    tar.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(UserError, match="a.tar: not a whole tar file"):
-        sources.of_path(str(tar))
-    tar.write_bytes(whole)
-    assert len(sources.of_path(str(tar))) == 9 and index.exists()
-    sources.tar_index.cache_clear()
-    os.utime(index, (1, 1))
-    with pytest.raises(UserError, match="older than its tar; make it again with python data.py index"):
-        sources.of_path(str(tar))
-    data.main(["index", str(tar)])
-    index.write_bytes(b"x" * 300)
-    with pytest.raises(UserError, match="not an index .*make it again with"):
-        sources.of_path(str(tar))
-
-
 def test_the_show_command_draws_a_page_and_counts_what_is_wrong(photos, tmp_path, capsys):
     (photos / "IMG 2.jpeg").write_bytes(b"no picture")
     data.main(["show", str(photos), "--pixels", "32", "--out", str(tmp_path / "page.png")])
@@ -210,13 +145,3 @@ def test_the_show_command_draws_a_page_and_counts_what_is_wrong(photos, tmp_path
     assert f"{photos}: Folder, 5 samples, 100.0% of the mix" in said
     assert "looked at 5 samples, 1 of no use" in said
     assert "wrong: " in said and Image.open(tmp_path / "page.png").size == (1000, 4 * 104)
-
-
-def test_pictures_are_turned_as_the_camera_was_held(tmp_path):
-    picture = Image.new("RGB", (60, 40), "red")
-    picture.paste("blue", (0, 0, 30, 40))
-    exif = Image.Exif()
-    exif[0x0112] = 6                                             # turned a quarter to the right when shown
-    picture.save(tmp_path / "a.jpg", exif=exif)
-    shown = data.read_picture(tmp_path / "a.jpg")
-    assert shown.size == (40, 60) and shown.getpixel((20, 5))[2] > 200 and shown.getpixel((20, 55))[0] > 200

@@ -1,0 +1,106 @@
+"""Pictures as a viewer shows them: files read, cut to a size, and turned into tensors and back.
+
+Shapes: P pixels a side.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from cli import UserError
+
+LONGEST = 4             # sides: training leaves out a picture longer than 4 to 1
+
+
+def read_picture(source: Path | bytes, name: str = "a picture") -> Image.Image:
+    """Any picture file as RGB, as the camera was held, grey of 16 bits and floats too, transparent parts on
+    white; of an animation the first frame.
+
+    Raises UserError where it is not whole, as far as its format can tell (a PNG has checksums, a JPEG has
+    none), or has more pixels than Pillow takes."""
+    name = source if isinstance(source, Path) else name
+    try:
+        content = source.read_bytes() if isinstance(source, Path) else source
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                      # of odd files that can be read all the same
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return flat(decode(content))
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such picture file")
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: not a picture that can be read (of no known format)")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{name}: a picture of over {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make "
+                        f"it smaller first")
+    except Exception as error:      # a decoder raises whatever the damage led to
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{name}: not a picture that can be read ({reason.splitlines()[0]})")
+
+
+def decode(content: bytes) -> Image.Image:
+    """A file's first picture, the right way up, in the mode that it has."""
+    picture = Image.open(io.BytesIO(content))
+    if picture.format == "EPS":
+        raise ValueError("PostScript is a program, and would be run")
+    if picture.format == "PNG":                                  # whose decoder leaves the checksums alone
+        picture.verify()
+        picture = Image.open(io.BytesIO(content))
+        bits, clear = content[24], picture.info.get("transparency")      # in the file's bits, not in eight
+        if picture.mode == "L" and clear is not None:
+            picture.info["transparency"] = clear * {2: 85, 4: 17}.get(bits, 1)
+        elif picture.mode == "RGB" and clear and bits == 16:
+            picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    picture.load()
+    return ImageOps.exif_transpose(picture)
+
+
+def flat(picture: Image.Image) -> Image.Image:
+    """In any mode -> RGB.  Integers of more than 8 bits go from 0 to 65535, floats from 0 to 1."""
+    clear = picture.info.get("transparency")                     # a colour, or a palette's alphas
+    if picture.mode[0] in "IF":
+        values, most = np.asarray(picture).astype(np.float64), 1 if picture.mode == "F" else 65535
+        if not 0 <= values.min() <= values.max() <= most:
+            raise ValueError(f"grey from {values.min():g} to {values.max():g}, expected 0 to {most}")
+        picture = Image.fromarray((values * (255 / most)).round().astype(np.uint8))
+        if isinstance(clear, int):
+            picture.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    if clear is None and picture.mode not in ("LA", "PA", "RGBA", "RGBa"):
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def fit_picture(picture: Image.Image, height: int, width: int | None = None) -> Image.Image:
+    """The largest middle part of the shape of height x width (a square without a width), resized (bicubic).
+
+    It is cut before it is resized: of a picture of 100,000 x 1 the other order would make gigabytes."""
+    across, down, width = *picture.size, width or height
+    size = (across, across * height / width) if across * height <= down * width else (
+        down * width / height, down)
+    left, top = (across - size[0]) / 2, (down - size[1]) / 2
+    return picture.resize((width, height), Image.Resampling.BICUBIC,
+                          (left, top, left + size[0], top + size[1]))
+
+
+def check_picture(picture: Image.Image, name: str, least: int = 1) -> None:
+    """Raises UserError for a picture that training leaves out: too long, or a side under `least` pixels."""
+    short, long = sorted(picture.size)
+    if long > LONGEST * short or short < least:
+        raise UserError(f"{name}: a picture of {picture.width}x{picture.height}, expected at most "
+                        f"{LONGEST} to 1, and sides of at least {least}")
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """RGB picture -> (3, P, P) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, P, P) in [-1, 1], clipped -> RGB picture."""
+    array = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
