@@ -105,13 +105,13 @@ def load_tokenizer(config: TrainConfig, own: bool, texts: list[str] | None) -> T
     return gpt2_tokenizer(gpt2_subset(texts) if config.vocabulary == "used" and texts is not None else None)
 
 
-def text_encoder(config: TrainConfig, sizes: MMDiTConfig, path: str, mask_id: int) -> T5Encoder:
+def text_encoder(config: TrainConfig, sizes: MMDiTConfig, path: str, tokenizer: Tokenizer) -> T5Encoder:
     """In --dtype, with the [MASK] embedding that is named, or that --init has learnt.  Raises UserError."""
     require((path, f"{config.init or config.preset}: no T5 encoder in it; name its file or folder with --t5"))
     vector = checkpoint.learnt_mask(config.init) if config.init else None
     if config.mask_embedding:
         vector = load_mask_embedding(config.mask_embedding, sizes.text_width)
-    return load_text_encoder(path, getattr(torch, config.dtype), sizes.text_width, mask_id, vector)
+    return load_text_encoder(path, getattr(torch, config.dtype), tokenizer, sizes.text_width, vector)
 
 
 def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts: list[str] | None,
@@ -122,6 +122,9 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
     plain: they have no pictures, and the null image learns."""
     own, dtype = sizes.text_length > 0, getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config, own, texts)
+    if own and (not config.init or tokenizer.seen is not None):  # otherwise what --init saw is not known
+        tokenizer.meet(texts)
+    tokenizer.warns = False                                      # the log says how many texts are cut
     torch.manual_seed(config.seed)
     if config.init:
         mmdit = checkpoint.load_mmdit(config.init, vocab_size=tokenizer.vocab_size, training=True)
@@ -139,7 +142,7 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
         learns["embedding"] = checkpoint.load_embedding(config.init, training=True) if config.init else (
             TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width))
     else:
-        t5 = text_encoder(config, sizes, where.get("t5", ""), tokenizer.mask_id)
+        t5 = text_encoder(config, sizes, where.get("t5", ""), tokenizer)
         kept["mask.vector"] = t5.embed.weight[tokenizer.mask_id].detach().float().clone()
         if "[MASK]" in STAGES[config.stage].learns:
             learns["mask"] = MaskEmbedding(kept["mask.vector"], tokenizer.mask_id)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import layouts
-from cli import UserError
+from cli import UserError, require
 from layouts import Entry
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from t5 import T5Config, T5Encoder
@@ -341,7 +341,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if content.get("tokenizer") != "gpt2":
         raise UserError(f"{path}: expected \"tokenizer\": \"gpt2\" or T5's tokenizer.json, "
                         f"found {content.get('tokenizer')!r}")
-    return gpt2_tokenizer(content.get("keep"))
+    known = {name: content[name] for name in ("keep", "seen", "capitals") if content.get(name) is not None}
+    for name, values in known.items():
+        each = str if name == "capitals" else int
+        require((isinstance(values, list) and all(type(value) is each for value in values),
+                 f"{path}: \"{name}\" is {str(values)[:40]}, expected a list of {each.__name__}"))
+    return gpt2_tokenizer(**known)
 
 
 def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, tokenizer: Tokenizer,

@@ -14,6 +14,7 @@ from torch import Tensor
 import checkpoint
 from cli import UserError, require
 from t5 import T5Encoder
+from tokenizer import Tokenizer
 from vae import AutoencoderKL, Pixels
 
 EMOJI = Path(__file__).parent / "assets" / "emoji"      # the shipped weights
@@ -46,15 +47,23 @@ def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
     return found[0].detach().flatten()
 
 
-def load_text_encoder(path: str | Path, dtype: torch.dtype, width: int, mask_id: int,
-                      vector: Tensor | None) -> T5Encoder:
-    """T5 for a transformer that reads `width` numbers a token, with `vector` (E,), if any, as its [MASK]
-    embedding.  Raises UserError."""
+def check_text_encoder(path: str | Path, tokenizer: Tokenizer, width: int | None = None) -> None:
+    """Raises UserError, from T5's headers alone, where it lacks rows for the tokenizer's ids, or its states
+    have not the `width` that the transformer reads."""
+    sizes, ids = checkpoint.t5_sizes(path), tokenizer.vocab_size
+    require((ids <= sizes.vocab_size, f"{path}: T5's table has {sizes.vocab_size} rows, the tokenizer {ids} "
+             f"tokens; name T5's own with --tokenizer"),
+            (width in (None, sizes.width), f"{path}: T5 gives {sizes.width} numbers a token, the transformer "
+             f"reads {width}"))
+
+
+def load_text_encoder(path: str | Path, dtype: torch.dtype, tokenizer: Tokenizer, width: int | None = None,
+                      vector: Tensor | None = None) -> T5Encoder:
+    """T5 that fits (`check_text_encoder`), with `vector` (E,), if any, as its [MASK] embedding."""
+    check_text_encoder(path, tokenizer, width)
     encoder = checkpoint.load_t5(path, dtype)
-    require((encoder.config.width == width, f"{path}: T5 gives {encoder.config.width} numbers a token, the "
-             f"transformer reads {width}"))
     if vector is not None:
-        encoder.set_embedding(mask_id, vector)
+        encoder.set_embedding(tokenizer.mask_id, vector)
     return encoder
 
 
@@ -98,7 +107,7 @@ class Parts:
         self.height, self.width = height or config.get("pixels"), width or config.get("pixels")
         self.factor = 1 if self.sizes.channels == 3 else checkpoint.vae_sizes(self.paths["vae"]).factor
         if not self.own:                                                     # before minutes of loading
-            checkpoint.named(self.paths["text"], "t5")
+            check_text_encoder(self.paths["text"], self.tokenizer, self.sizes.text_width)
         unit, heads, tokens = self.sizes.patch * self.factor, self.sizes.vocab_size, self.tokenizer.vocab_size
         most = unit * self.sizes.position_size
         fits = lambda side: isinstance(side, int) and 0 < side <= most and side % unit == 0
@@ -129,8 +138,8 @@ class Parts:
     def load_text(self):
         if self.own:
             return checkpoint.load_embedding(self.paths["text"], self.dtype)
-        return load_text_encoder(self.paths["text"], self.dtype, self.sizes.text_width,
-                                 self.tokenizer.mask_id, self.vector)
+        return load_text_encoder(self.paths["text"], self.dtype, self.tokenizer, self.sizes.text_width,
+                                 self.vector)
 
     def load_mmdit(self):
         return checkpoint.load_mmdit(self.paths["mmdit"], self.dtype)

@@ -33,6 +33,7 @@ import show
 import sources
 import tars
 from cli import UserError, require
+from parts import load_text_encoder
 from tensors import finite, replacing
 
 SHARD = 512             # samples of a file of latents
@@ -64,7 +65,7 @@ def show_sources(args: argparse.Namespace) -> None:
     for source, weight in zip(mix.sources, mix.weights):
         share = weight / sum(mix.weights)
         print(f"{source.name}: {type(source).__name__}, {len(source):,} samples, {share:.1%} of the mix")
-    longest, positions = 0, torch.arange(0, len(mix), max(1, len(mix) // args.look))
+    longest, over, positions = 0, 0, torch.arange(0, len(mix), max(1, len(mix) // args.look))
     for place in data.locate(positions, list(map(len, mix.sources)), mix.weights, "show"):
         try:
             sample = mix.sample(*place)
@@ -74,7 +75,7 @@ def show_sources(args: argparse.Namespace) -> None:
             continue
         texts = [text for text in (*sample["captions"], sample.get("recaption")) if text]
         counts = [len(tokenizer.pieces(text)) for text in texts]
-        longest = max([longest, *counts])
+        longest, over = max([longest, *counts]), over + sum(count >= args.text_length for count in counts)
         if len(cells) < 12:
             lines = [f"{text} ({count} tokens)" for text, count in zip(texts, counts)][:2]
             lines += [f"Q: {q['question']} A: {q['answer']}" for q in sample.get("questions") or []][:1]
@@ -84,6 +85,7 @@ def show_sources(args: argparse.Namespace) -> None:
         show.write_picture(args.out, show.page(cells[:6], cells[6:]))
     print(f"looked at {len(positions):,} samples, {sum(wrong.values()):,} of no use"
           + (f"; the longest caption has {longest} tokens" if longest else "")
+          + (f"; --text-length {args.text_length} cuts {over} of them" if over else "")
           + (f"; {args.out}" if cells else ""))
     for what, count in wrong.most_common():
         print(f"{count:6} {what}")
@@ -100,15 +102,16 @@ def preview(sample: dict) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- latents
 
 def encoder(args: argparse.Namespace, device: torch.device) -> tuple[Callable, dict[str, str]]:
-    """(samples -> latents (B, C, h, w) and, with --t5, captions and their states (B, L, E); the stamp)."""
+    """(samples -> latents (B, C, h, w) and, with --t5, captions, their states (B, L, E) and how many were cut
+    so far; the stamp)."""
     dtype, vae, t5 = getattr(torch, args.dtype), checkpoint.load_vae(args.vae), None
     require((args.pixels % vae.factor == 0,
              f"--pixels {args.pixels}: expected a multiple of {vae.factor}"))
     stamp = dict(vae=checkpoint.digest(vae), pixels=str(args.pixels), channels=str(vae.channels),
                  dtype=args.dtype)
     if args.t5:
-        t5 = checkpoint.load_t5(args.t5, torch.bfloat16)
         tokenizer = checkpoint.load_tokenizer(args.tokenizer)
+        t5 = load_text_encoder(args.t5, torch.bfloat16, tokenizer)
         stamp |= dict(t5=checkpoint.digest(t5), tokenizer=tokenizer.digest(),
                       length=str(args.text_length), recaption=str(args.recaption))
     for model in (vae, t5):
@@ -122,7 +125,7 @@ def encoder(args: argparse.Namespace, device: torch.device) -> tuple[Callable, d
             made["stated"] = [data.choose_caption(sample, args.recaption, data.fraction(sample["key"]))
                               for sample in samples]
             ids = torch.stack([tokenizer.encode(text, args.text_length) for text in made["stated"]])
-            made["states"] = t5(ids.to(device)).to("cpu", dtype)
+            made |= dict(states=t5(ids.to(device)).to("cpu", dtype), cut=tokenizer.cut)
         return made
     return encode, stamp
 
@@ -158,7 +161,7 @@ def latents(args: argparse.Namespace) -> None:
                for file, places in files.items()}
     flat = sum(batches.values(), [])
     reading = data.feed(partial(read, mix, args.t5 is not None, flat), range(len(flat)), args.workers)
-    rate, seen, lost = Rate("samples", sum(map(len, flat))), 0, 0
+    rate, seen, lost, cut = Rate("samples", sum(map(len, flat))), 0, 0, 0
     for file, parts in batches.items():
         rows = []
         for places, made in zip(parts, reading):
@@ -169,10 +172,12 @@ def latents(args: argparse.Namespace) -> None:
                      f"use, the last: {(made['bad'] or [''])[-1]}"))
             if made["samples"]:
                 rows.append((made["samples"], encode(made["samples"])))
+                cut = rows[-1][1].get("cut", 0)
             rate.at(seen)
         require((rows, f"{args.source}: {len(places)} samples in a row are of no use"))
         write_shard(file, rows, stamp)
-    print(f"{args.out}: {len(shards)} shards, {seen - lost:,} samples encoded now, {lost:,} left out")
+    print(f"{args.out}: {len(shards)} shards, {seen - lost:,} samples encoded now, {lost:,} left out"
+          + (f", {cut:,} captions cut to {args.text_length - 1} tokens" if cut else ""))
 
 
 def write_shard(file: Path, rows: list[tuple[list[dict], dict]], stamp: dict[str, str]) -> None:

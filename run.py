@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -319,10 +320,11 @@ class Run:
         self.sums = {name: self.sums.get(name, 0) + value for name, value in found.items()}
         self.summed += 1
 
-    def log(self, rate: float, samples: int, steps: int, bad: list[str]) -> None:
+    def log(self, rate: float, samples: int, steps: int, bad: list[str], cut: list[str]) -> None:
         """A row of means over the last `over` steps, and a line with the pace and the time left.
 
-        bad: samples of no use since the last row; they are named in this one."""
+        bad: samples of no use since the last row, that are named in this one; cut: texts that were cut since,
+        that are counted."""
         means = parallel.mean(torch.stack([*self.sums.values()]) / self.summed).tolist()
         *losses, (_, norm) = zip(self.sums, means)
         elapsed = time.time() - self.started
@@ -330,9 +332,15 @@ class Run:
         self.rows.append(dict(
             step=self.step, over=self.summed, **{f"{name}_loss": loss for name, loss in losses},
             grad_norm=norm, lr=rate, seconds=seconds, samples_per_s=round(samples * pace, 1)))
-        self.sums, self.summed, bad = {}, 0, parallel.gather(bad)
+        self.sums, self.summed = {}, 0
+        bad, cut = (sum(lists, []) for lists in zip(*parallel.gather([(bad, cut)])))
         if bad:
             self.rows[-1] |= dict(bad_samples=len(bad), bad_names=bad[:20])
+        if cut and self.rank == 0 and not any("cut_texts" in row for row in self.rows):
+            print(f"warning: a text has {cut[0]}; --text-length has more room, cut_texts in log.jsonl counts "
+                  f"such texts", file=sys.stderr, flush=True)
+        if cut:
+            self.rows[-1] |= dict(cut_texts=len(cut))
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(self.rows[-1]) + "\n")

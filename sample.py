@@ -138,22 +138,34 @@ def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = N
     return torch.tensor(prompt + [tokenizer.mask_id] * masks + [tokenizer.pad_id] * (room - masks))
 
 
-def cuts(parts: Parts, text: str) -> Tensor:
-    """A text with up to two [MASK]s in all ways that give each 1 to 3 tokens, (n, L); more get one each.
+def cuts(parts: Parts, text: str) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """A text with up to two [MASK]s in all ways that give each 1 to 3 tokens, (n, L), and those numbers; more
+    get one each.
 
     A [MASK] takes the space before it along, as GPT-2's tokens do.  Raises UserError for too long a text."""
     first, *others = text.replace(" [MASK]", "[MASK]").split("[MASK]")
     pieces = [parts.tokenizer.pieces(first)] + [parts.tokenizer.continuation(other) for other in others]
-    masks, rows = len(others), []
+    masks, rows, widths = len(others), [], []
     for cut in itertools.product(range(1, 1 + (MAX_MASK_TOKENS if masks <= 2 else 1)), repeat=masks):
         ids = list(pieces[0])
         for width, piece in zip(cut, pieces[1:]):
             ids += [parts.tokenizer.mask_id] * width + piece
         if len(ids) < parts.length:
             rows.append(parts.tokenizer.fit(ids, parts.length))
+            widths.append(cut)
     count, most = sum(map(len, pieces)) + masks, parts.length - 1
     require((count <= most, f"--text has {count} tokens, expected at most {most}"))
-    return torch.stack(rows)
+    return torch.stack(rows), widths
+
+
+def written(parts: Parts, text: str, words: list[Tensor]) -> str:
+    """A text with words, as ids (n,), in the place of its [MASK]s.  What was given stays as it was written,
+    also where the tokenizer has no piece for it."""
+    said, *others = text.split("[MASK]")
+    for ids, other in zip(words, others, strict=True):
+        word = parts.tokenizer.behind(ids)
+        said += (word.lstrip(" ") if said[-1:] in ("", " ") else word) + other
+    return said
 
 
 @torch.no_grad()
@@ -163,7 +175,7 @@ def infill(parts: Parts, image: Tensor, text: str, posterior: str = "mean", seed
 
     All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept: by the bound of
     `mask_diffusion.loss`, averaged over 64 levels of masking (16 for large models)."""
-    rows = cuts(parts, text)                                                      # (n, L)
+    rows, widths = cuts(parts, parts.tokenizer.lowered(text))                     # (n, L)
     latents = encode(parts, image[None], seed if posterior == "draw" else None)
     filled = fill(parts, latents.expand(len(rows), -1, -1, -1), rows, seed=seed, trajectory=trajectory, **how)
     levels, mask_id = 64 if parts.keep else 16, parts.tokenizer.mask_id
@@ -173,7 +185,8 @@ def infill(parts: Parts, image: Tensor, text: str, posterior: str = "mean", seed
     best = min(range(len(filled)), key=lambda i: bound(filled[i])) if len(filled) > 1 else 0
     if trajectory is not None:
         trajectory[:] = [(step[best:best + 1], ids[best:best + 1]) for step, ids in trajectory]
-    return parts.tokenizer.decode(filled[best])
+    words = filled[best][rows[best] == mask_id].split(widths[best])
+    return written(parts, text, words)
 
 
 def results(parts: Parts, prompts: list[str], captions: list[str], images: Tensor) -> Image.Image:
@@ -256,6 +269,21 @@ def parse(argv: list[str] | None = None) -> dict:
     return args
 
 
+def heard(parts: Parts, name: str, text: str) -> str:
+    """What the model reads of a flag's text: in lower case what no caption that it learnt capitalises.  That,
+    and words that it never met, are said on stderr."""
+    tokenizer, asked = parts.tokenizer, name == "question"
+    read = text if asked else tokenizer.lowered(text)
+    if read != text:
+        print(f"note: {cli.flag(name)} is read as {read!r}, as captions were written in training",
+              file=sys.stderr)
+    given = [data.question_prompt(read)] if asked else read.replace(" [MASK]", "[MASK]").split("[MASK]")
+    if words := [word for text in given for word in tokenizer.strange(text)]:
+        why = "no text in training had" if tokenizer.seen is not None else "the tokenizer has no piece for"
+        print(f"warning: {cli.flag(name)}: {why} {' '.join(words)}", file=sys.stderr)
+    return read
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     take = lambda *names: {name: args[name] for name in names if name in args}
@@ -266,11 +294,14 @@ def main(argv: list[str] | None = None) -> None:
                   **take("vae", "t5", "tokenizer", "mask_embedding", "height", "width", "length"))
     states, out = [] if "trajectory" in args else None, args.get("out", Path("sample.png"))
 
+    texts = {name: heard(parts, name, text) for name, text in take(
+        "prompt", "negative_prompt", "question", "text").items()}
+
     if "prompt" in args:
-        for name, text in take("prompt", "negative_prompt").items():
+        for name, text in texts.items():
             count, most = len(parts.tokenizer.pieces(text)), parts.length - 1
             require((count <= most, f"{cli.flag(name)} has {count} tokens, expected at most {most}; cut it"))
-        drawn = draw(parts, [args["prompt"]] * args.get("n", 1), args.get("negative_prompt", ""),
+        drawn = draw(parts, [texts["prompt"]] * args.get("n", 1), texts.get("negative_prompt", ""),
                      trajectory=states, **take("steps", "guidance", "seed", "shift"))
         show.write_picture(out, show.grid(drawn))
         print(out)

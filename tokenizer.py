@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Iterable
 
 import torch
 from tokenizers import Tokenizer as BPE
@@ -22,24 +23,30 @@ MERGES = Path(__file__).parent / "assets" / "gpt2" / "merges.txt"
 class Tokenizer:
     """Text <-> ids, with an end token, a padding token and [MASK].
 
-    Special tokens are never read out of text: "[MASK]" in a caption is six characters like any others."""
+    Special tokens are never read out of text: "[MASK]" in a caption is six characters like any others.  seen:
+    the ids that training texts had, and capitals, the words that captions among them capitalise, where these
+    are known.  warns: of the first text that is cut; cut: how many were, and lost: what of the first."""
 
     def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int, specials: str = "",
-                 keep: list[int] | None = None):
+                 keep: list[int] | None = None, seen: Iterable[int] | None = None,
+                 capitals: Iterable[str] = ()):
         self.bpe, self.end_id, self.pad_id, self.mask_id = bpe, end_id, pad_id, mask_id
-        self.vocab_size, self.specials, self.keep, self.cut = vocab_size, specials, keep, 0
+        self.vocab_size, self.specials, self.keep = vocab_size, specials, keep
+        self.seen, self.capitals = seen if seen is None else set(seen), set(capitals)
+        self.cut, self.lost, self.warns, self.unknown = 0, "", True, bpe.token_to_id("<unk>")
+
+    def plain(self, text: str) -> str:
+        """T5's vocabulary holds "</s>" like any word, so `specials`, a pattern of such, are pried apart."""
+        return re.sub(self.specials, r"< \1>", text) if self.specials else text
 
     def pieces(self, text: str) -> list[int]:
         """The bare ids of a text, no end token, no padding."""
-        if self.specials:       # a pattern: T5's vocabulary holds "</s>" like any word, so it is pried apart
-            text = re.sub(self.specials, r"< \1>", text)
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        return self.bpe.encode(self.plain(text), add_special_tokens=False).ids
 
     def many(self, texts: list[str]) -> list[list[int]]:
         """The bare ids of many texts, on all cores."""
-        if self.specials:
-            texts = [re.sub(self.specials, r"< \1>", text) for text in texts]
-        return [found.ids for found in self.bpe.encode_batch(texts, add_special_tokens=False)]
+        found = self.bpe.encode_batch(list(map(self.plain, texts)), add_special_tokens=False)
+        return [one.ids for one in found]
 
     def digest(self) -> str:
         """What it is: another one gives other ids."""
@@ -49,7 +56,8 @@ class Tokenizer:
     def files(self) -> dict[str, str]:
         """What a checkpoint's folder holds of it, by file name."""
         if not self.specials:
-            return {"tokenizer.json": json.dumps({"tokenizer": "gpt2", "keep": self.keep}) + "\n"}
+            known = {} if self.seen is None else dict(seen=sorted(self.seen), capitals=sorted(self.capitals))
+            return {"tokenizer.json": json.dumps({"tokenizer": "gpt2", "keep": self.keep} | known) + "\n"}
         padding = {"pad_token": self.bpe.id_to_token(self.pad_id)}
         return {"tokenizer.json": self.bpe.to_str(), "special_tokens_map.json": json.dumps(padding) + "\n"}
 
@@ -62,19 +70,52 @@ class Tokenizer:
         bare = self.bpe.token_to_id(first[1:])
         return ids[1:] if first == "\u2581" else ids if bare is None else [bare] + ids[1:]
 
+    def behind(self, ids: Tensor | list[int]) -> str:
+        """As `decode`, of tokens that stand behind a text: T5's would lose the space that they begin with."""
+        return self.decode([*self.pieces("a"), *ids])[1:]
+
+    def meet(self, texts: list[str] | None) -> None:
+        """Remember what training texts have; None: nobody knows any more."""
+        if texts is None:
+            self.seen, self.capitals = None, set()
+            return
+        texts = sorted(set(texts))
+        self.seen = (self.seen or set()).union(*self.many(texts))
+        self.capitals.update(word for text in texts if not text.startswith("Q: ")
+                             for word in re.findall(r"\w+", text) if word != word.lower())
+
+    def lowered(self, text: str) -> str:
+        """The text with the words in lower case that no training caption capitalises; [MASK] stays."""
+        if self.seen is None:
+            return text
+        return re.sub(r"\[MASK\]|\w+", lambda word: word[0] if word[0] in {*self.capitals, "[MASK]"}
+                      else word[0].lower(), text)
+
+    def strange(self, text: str) -> list[str]:
+        """The words with a piece that no training text had, or for which there is none."""
+        found, words = self.bpe.encode(text := self.plain(text), add_special_tokens=False), []
+        odd = lambda i: i == self.unknown or self.seen is not None and i not in self.seen
+        spans = [span for i, span in zip(found.ids, found.offsets) if odd(i)]
+        for word in re.finditer(r"\S+|\s\s+", text):
+            if any(start < word.end() and end > word.start() for start, end in spans):
+                words.append(word[0].strip(",.") or word[0])
+        return list(dict.fromkeys(words))
+
     def encode(self, text: str, length: int) -> Tensor:
         """(length,) int64: the text, the end token, padding.  Too long a text is cut, with a warning."""
         return self.fit(self.pieces(text), length)
 
     def fit(self, ids: list[int], length: int) -> Tensor:
-        """Ids to (length,): end token and padding added, or cut, with a warning on stderr of what is lost."""
+        """Ids to (length,): end token and padding added, or cut; of the first a warning on stderr."""
         if len(ids) > length - 1:
-            kept, cut = self.decode(ids[:length - 1]), self.decode(ids[length - 1:])
-            shown, self.cut = cut if len(cut) <= 60 else cut[:57] + "...", self.cut + 1
-            if self.cut <= 3:
-                more = "; others are not said" if self.cut == 3 else ""
-                print(f"warning: {len(ids)} tokens, room for {length - 1}: kept up to {kept[-20:]!r}, "
-                      f"cut off {shown!r}{more}", file=sys.stderr)
+            self.cut += 1
+            if not self.lost:
+                kept, cut = self.decode(ids[:length - 1]), self.decode(ids[length - 1:])
+                cut = cut if len(cut) <= 60 else cut[:57] + "..."
+                self.lost = (f"{len(ids)} tokens, room for {length - 1}: kept up to {kept[-20:]!r}, cut off "
+                             f"{cut!r}")
+                if self.warns:
+                    print(f"warning: {self.lost}; others are counted", file=sys.stderr)
             ids = ids[:length - 1]
         return torch.tensor(ids + [self.end_id] + [self.pad_id] * (length - len(ids) - 1))
 
@@ -91,12 +132,13 @@ class Tokenizer:
                 run.append(i)
 
 
-def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES) -> Tokenizer:
+def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES, **known) -> Tokenizer:
     """GPT-2's byte-level BPE, <|endoftext|> as end and padding, and [MASK] as one id more (50257).
 
     keep: GPT-2 ids to keep, renumbered in their order, for a small model's small head; it must hold the 256
     bytes and, for each id, the two ids it is merged from (`gpt2_subset` makes such a list).  Text made of
-    kept tokens is cut up exactly as GPT-2 does; any other text falls into smaller pieces, down to bytes."""
+    kept tokens is cut up exactly as GPT-2 does; any other text falls into smaller pieces, down to bytes.
+    known: `seen` and `capitals`."""
     try:
         lines = merges.read_text(encoding="utf-8").split("\n")[1:]
     except OSError as error:
@@ -120,7 +162,7 @@ def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES) -> Toke
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     end = len(tokens)
-    return Tokenizer(bpe, end_id=end, pad_id=end, mask_id=end + 1, vocab_size=end + 2, keep=keep)
+    return Tokenizer(bpe, end_id=end, pad_id=end, mask_id=end + 1, vocab_size=end + 2, keep=keep, **known)
 
 
 def t5_tokenizer(file: Path) -> Tokenizer:
@@ -152,7 +194,7 @@ def gpt2_subset(texts: list[str]) -> list[int]:
     halves = {}
     for left, right in json.loads(full.bpe.to_str())["model"]["merges"]:
         halves[full.bpe.token_to_id(left + right)] = [full.bpe.token_to_id(left), full.bpe.token_to_id(right)]
-    wanted, todo = set(range(256)), {i for text in texts for i in full.pieces(text)}
+    wanted, todo = set(range(256)), set().union(*full.many(list(set(texts))))
     while todo:
         i = todo.pop()
         wanted.add(i)

@@ -145,11 +145,13 @@ class Held:
                 [data.seeded(self.key, name, position) for position in positions])
 
     def batches(self, config: TrainConfig, step: int) -> dict:
-        """This process's rows of both global batches, on the CPU, and what samples were of no use for them: a
-        function of the step alone, so that it can be made ahead, anywhere."""
-        make = dict(image=image_batch, text=text_batch)
+        """This process's rows of both global batches, on the CPU, what samples were of no use for them, and
+        what was lost of each text that was cut: a function of the step alone, so that it can be made ahead,
+        anywhere."""
+        make, self.tokenizer.cut = dict(image=image_batch, text=text_batch), 0
         made = {name: make[name](config, self, step) for name in self.mixes}
-        return made | dict(bad=[name for mix in self.mixes.values() for name in mix.newly_bad()])
+        return made | dict(bad=[name for mix in self.mixes.values() for name in mix.newly_bad()],
+                           cut=[self.tokenizer.lost] * self.tokenizer.cut)
 
 
 def optimizers_of(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -297,7 +299,7 @@ def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list
         kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     sides = [("image", 1.0, image_errors), ("text", config.text_weight, text_errors)][-len(held.mixes):]
     feed = data.feed(partial(held.batches, config), range(run.step, config.steps), config.workers)
-    bad = []                                                     # samples of no use since the last row
+    bad, cut = [], []               # samples of no use, and what was lost of texts, since the last row
 
     while run.step < config.steps:
         rate = learning_rate(run.step, config)
@@ -328,10 +330,10 @@ def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list
         update(run, config.ema)
         run.step += 1
         run.note(losses | dict(grad=norm))
-        last, bad = run.step == config.steps, bad + made["bad"]
+        last, bad, cut = run.step == config.steps, bad + made["bad"], cut + made["cut"]
         if run.step % config.log_every == 0 or last or run.step <= 5:
-            run.log(rate, samples, config.steps, bad)
-            bad = []
+            run.log(rate, samples, config.steps, bad, cut)
+            bad, cut = [], []
         if run.step % config.save_every == 0 or last or stopping:
             run.save()
         if config.sample_every and (run.step % config.sample_every == 0 or last) and not stopping:

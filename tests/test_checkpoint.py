@@ -2,6 +2,7 @@
 make_fixtures.py), and every way in which a file can be wrong."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -288,7 +289,13 @@ def test_the_release_captions_answers_and_fills_in(tmp_path, capsys):
     assert said("--mask-embedding", tmp_path / "mask.pth") != first
     said("--question", "what is this?", "--posterior", "draw")
     filled = said("--text", "a [MASK], red cat.")
-    assert filled.startswith("a") and filled.endswith(", red cat.\n")
+    assert filled.startswith("a ") and filled.endswith(", red cat.\n")
+    odd = "The {[MASK]},\n\n <b>  </s>\t<pad> [MASK] caf\u00e9\u2026"       # all of it stays, to the letter
+    assert re.fullmatch(re.escape(odd).replace(r"\[MASK\]", ".*") + "\n",
+                        said("--text", odd, "--length", 48), re.DOTALL)
+    capsys.readouterr()
+    sample.main(list(map(str, [*flags, "--text", "a {[MASK]}"])))
+    assert capsys.readouterr().err == "warning: --text: the tokenizer has no piece for { }\n"
 
 
 # ------------------------------------------------------------------------------------------ what can be wrong

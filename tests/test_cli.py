@@ -77,11 +77,11 @@ def test_ctrl_c_while_a_program_is_still_importing_is_one_line(name, flags, tmp_
 
 def test_ctrl_c_while_a_run_is_set_up_is_one_line(tmp_path):
     """A pipe in the tar's place: the program waits for it, with everything imported."""
-    os.mkfifo(tmp_path / "data.tar")
-    process = subprocess.Popen([sys.executable, "train.py", "--image-data", tmp_path / "data.tar", "--out",
+    os.mkfifo(tmp_path / "data.tar.gz")
+    process = subprocess.Popen([sys.executable, "train.py", "--image-data", tmp_path / "data.tar.gz", "--out",
                                 tmp_path / "run"],
                                cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    writer = os.open(tmp_path / "data.tar", os.O_WRONLY)     # returns when the program opens it for reading
+    writer = os.open(tmp_path / "data.tar.gz", os.O_WRONLY)  # returns when the program opens it for reading
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1] == "stopped\n" and process.returncode == 130

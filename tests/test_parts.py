@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import checkpoint
+import prepare
 import sample
 from cli import UserError, require
 from parts import Parts
@@ -44,6 +45,15 @@ def test_the_posterior_is_drawn_from_when_asked_for():
     assert [generator and generator.initial_seed() for generator in generators] == [None] * 4 + [7] * 2
     mean, drawn = sample.encode(parts, image), sample.encode(parts, image, 7)
     assert torch.equal(drawn, sample.encode(parts, image, 7)) and not torch.equal(mean, drawn)
+
+
+def test_a_tokenizer_of_more_ids_than_t5_has_rows_is_refused():
+    """SD3 alone has no text head that would not fit; the lookup would be out of range."""
+    with pytest.raises(UserError, match="T5's table has 120 rows, the tokenizer 50258 tokens; .*--tokenizer"):
+        Parts(SD3_FILE, t5=RELEASE, tokenizer="gpt2", height=32, width=32, length=16)
+    with pytest.raises(UserError, match="T5's table has 120 rows"):
+        prepare.main(list(map(str, ["latents", RELEASE, "out", "--vae", SD3_FILE, "--t5", RELEASE,
+                                    "--tokenizer", "gpt2"])))
 
 
 def test_parts_of_other_sizes_are_refused_before_they_are_loaded(monkeypatch):

@@ -137,14 +137,32 @@ def test_the_order_of_unmasking_is_the_one_asked_for(parts, emoji_32, monkeypatc
         assert torch.equal(found, true[order])
 
 
+def test_a_prompt_is_read_as_captions_are_written_and_words_never_met_are_named(apple, tmp_path, capsys):
+    for given in ("red apple, noto style", "Red Apple, NOTO style"):
+        sample.main(["--prompt", given, "--steps", "2", "--out", str(tmp_path / f"{given[0]}.png")])
+        said = capsys.readouterr().err
+        assert said == "" if given[0] == "r" else said == (
+            "note: --prompt is read as 'red apple, noto style', as captions were written in training\n")
+    assert (tmp_path / "r.png").read_bytes() == (tmp_path / "R.png").read_bytes()
+    sample.main(["--prompt", "a zebra, zebra", "--negative-prompt", "zoo", "--steps", "1", "--out",
+                 str(tmp_path / "a.png")])
+    assert capsys.readouterr().err == ("warning: --prompt: no text in training had zebra\n"
+                                       "warning: --negative-prompt: no text in training had zoo\n")
+    sample.main(["--image", str(apple), "--text", "Red [MASK], [MASK] Style"])
+    assert capsys.readouterr().out == "Red apple, noto Style\n"
+    sample.main(["--image", str(apple), "--question", "Which style is it drawn in?", "--steps", "1"])
+    assert capsys.readouterr().err == ""
+
+
 def test_the_likeliest_cut_of_the_masks_is_kept(parts, emoji_32, monkeypatch):
     """"[MASK] apple" about a red apple: one token for the mask, wherever that cut stands among the others."""
     records, pictures = emoji_32
     picture = pictures[[r["caption"] for r in records].index("red apple, noto style")]
     cuts = sample.cuts
     for order in (slice(None), slice(None, None, -1)):
-        rows = cuts(parts, "[MASK] apple, noto style")[list(range(3))[order]]
-        monkeypatch.setattr(sample, "cuts", lambda parts, text: rows)
+        rows, widths = cuts(parts, "[MASK] apple, noto style")
+        found = rows[list(range(3))[order]], widths[order]
+        monkeypatch.setattr(sample, "cuts", lambda parts, text: found)
         assert sample.infill(parts, picture, "[MASK] apple, noto style") == "red apple, noto style"
 
 

@@ -1,13 +1,17 @@
 """tokenizer.py: GPT-2's tokenizer, whole and cut to a small vocabulary."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 import emoji
 from cli import UserError
-from tokenizer import gpt2_subset, gpt2_tokenizer
+from tokenizer import gpt2_subset, gpt2_tokenizer, t5_tokenizer
+
+RELEASE = Path(__file__).parent / "fixtures" / "release"
 
 # ids by the npm package gpt-3-encoder 1.1.4, an implementation of its own
 KNOWN = {
@@ -27,7 +31,7 @@ KNOWN = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def gpt2():
     return gpt2_tokenizer()
 
@@ -59,7 +63,40 @@ def test_encoding_ends_pads_and_warns_of_what_is_cut(gpt2, capsys):
     assert capsys.readouterr().err == ""
     assert gpt2.encode("Hello world, a long goodbye", 4).tolist() == [15496, 995, 11, 50256]
     assert "cut off ' a long goodbye'" in capsys.readouterr().err
+    assert [len(gpt2.encode("Hello world, a long goodbye", 4)) for _ in range(5)] == [4] * 5
+    assert capsys.readouterr().err == "" and gpt2.cut == 6       # said once, counted each time
     assert gpt2.decode(torch.tensor([15496, 50257, 50256, 995])) == "Hello[MASK]"
+
+
+def test_words_that_no_training_text_had_are_named_and_their_capitals_lowered(gpt2):
+    captions = ["red apple, noto style", "flag of Brazil", "a grey T-rex"]
+    texts = captions + ["Q: What is This? A: ", "red"]
+    subset = gpt2_tokenizer(gpt2_subset(texts))
+    assert subset.strange("Anything") == [] and subset.lowered("Red FLAG") == "Red FLAG"
+    subset.meet(texts)
+    assert [subset.strange(text) for text in texts] == [[]] * 5
+    assert subset.strange("red äpple, nöto style") == ["äpple", "nöto"]
+    assert subset.strange("red 日本 apple  style") == ["日本"] or subset.strange("  ") == ["  "]
+    for text, lowered in (("Red Apple, NOTO style", "red apple, noto style"),
+                          ("Flag of Brazil", "flag of Brazil"),
+                          ("This T-Rex, [MASK] Style", "this T-rex, [MASK] style")):
+        assert subset.lowered(text) == lowered
+    again = gpt2_tokenizer(**{name: json.loads(subset.files()["tokenizer.json"])[name]
+                              for name in ("keep", "seen", "capitals")})
+    assert (again.seen, again.capitals) == (subset.seen, subset.capitals) == (again.seen, {"Brazil", "T"})
+    again.meet(["A Zebra"])                                      # what a later run learns comes on top
+    assert not again.strange("red Zebra") and again.lowered("Zebra of Brazil") == "Zebra of Brazil"
+    again.meet(None)
+    assert again.strange("äpple") == [] and "seen" not in json.loads(again.files()["tokenizer.json"])
+
+
+def test_t5_names_what_it_has_no_piece_for_and_words_stand_behind_a_text_with_their_space():
+    t5 = t5_tokenizer(RELEASE / "tokenizer" / "tokenizer.json")
+    assert t5.strange("a red {cat} </s>") == ["{cat}", "<", "/s>"] and t5.strange("a red cat") == []
+    assert t5.decode(t5.pieces("red cat")) == "red cat" and t5.behind(t5.pieces("red cat")) == " red cat"
+    gpt2 = gpt2_tokenizer()
+    assert gpt2.behind(gpt2.pieces(" red")) == " red" and gpt2.behind(gpt2.pieces("red")) == "red"
+    assert gpt2.behind([gpt2.end_id, *gpt2.pieces("red")]) == ""
 
 
 def test_a_subset_cuts_its_own_texts_up_as_gpt2_does(gpt2, emoji_set):

@@ -107,6 +107,19 @@ def plain_loop(config, folder, tar):
     return rows, dict(model.named_parameters()), average
 
 
+def test_texts_that_are_cut_are_said_once_and_counted(tiny, small_tar, tmp_path, capsys):
+    """By two processes that read ahead, in steps of 8 captions; after a stop it is not said again."""
+    flags = list(map(str, ["--init", tiny, "--image-data", small_tar, "--out", tmp_path, *QUICK,
+                           "--text-length", 5, "--text-batch", 4, "--workers", 2]))
+    for steps, warnings in ((4, 1), (6, 0)):
+        train_main([*flags, "--steps", str(steps)])
+        said = capsys.readouterr().err
+        assert said.count("warning: a text has ") == said.count("cut_texts in log.jsonl") == warnings
+        assert "tokens, room for 4: kept up to " in said or not warnings
+        counts = [json.loads(line).get("cut_texts", 0) for line in (tmp_path / "log.jsonl").open()]
+    assert len(counts) == 6 and sum(counts) > 20 and max(counts) <= 8     # of 8 a step, some of them empty
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_training_equals_a_loop_written_out(stage, tiny, small_tar, tmp_path, monkeypatch):
     flags = ["--stage", stage, "--init", tiny, "--image-data", small_tar, "--out", tmp_path, "--steps", 3,
