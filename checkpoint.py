@@ -25,7 +25,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Callable
 
@@ -37,7 +37,7 @@ from cli import UserError, require
 from layouts import Entry
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from t5 import T5Config, T5Encoder
-from tensors import Tensors, finite, replacing, write_tensors
+from tensors import FLOATS, Tensors, finite, is_safetensors, replacing, write_tensors
 from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
 from vae import AutoencoderKL, Pixels, VAEConfig
 
@@ -50,8 +50,8 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a checkpoint has it beside a model.safetensors")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({getattr(error, 'strerror', None) or error})")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -68,6 +68,8 @@ def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: 
                  for key, shape in shapes.items() if tensors.shape.get(key, shape) != shape]
     problems += [f"{where(key)} is not a part of this model" for key in tensors.file
                  if key not in shapes and not key.startswith(ignore)]
+    problems += [f"{where(key)} has numbers of type {tensors.dtype[key]}, expected floats" for key in shapes
+                 if tensors.dtype.get(key, "F32") not in FLOATS]
     if not problems:
         buffers, state = dict(module.named_buffers()), {}
         wanted = module.state_dict() | buffers
@@ -115,14 +117,15 @@ def shards(folder: Path) -> list[Path]:
     when there is none, when an index names one that is missing, or when the choice is not clear."""
     shortest, lacking = lambda path: (len(path.name), path.name), ""
     for index in sorted(folder.glob("*.safetensors.index*.json"), key=shortest):
-        names = sorted(set(map(str, (read_json(index).get("weight_map") or {}).values())))
+        table = read_json(index).get("weight_map")
+        names = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
         absent = [name for name in names if "/" in name or not (folder / name).exists()]
         if names and not absent:
             return [folder / name for name in names]
         lacking = lacking or f"{folder}: {index.name} names {(absent or ['no file'])[0]}, which is missing"
     if lacking:
         raise UserError(f"{lacking}; download it again")
-    files = sorted(folder.glob("*.safetensors"), key=shortest)
+    files = sorted(filter(is_safetensors, folder.iterdir()), key=shortest)
     if not files:
         raise UserError(f"{folder}: expected .safetensors files, found {listing(folder)}")
     plain = [f for f in files if f.name in ("model.safetensors", "diffusion_pytorch_model.safetensors")]
@@ -138,7 +141,9 @@ def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
     if not path.exists():
         raise UserError(f"{path}: expected a checkpoint, a folder or a .safetensors file, found nothing")
     folder, wanted = part_folder(path, part), " or ".join(layouts.SUBFOLDERS[part])
-    if folder == path and path.is_dir() and not any(path.glob("*.safetensors*")):
+    named = path.is_dir() and any(is_safetensors(file) or ".safetensors.index" in file.name
+                                  for file in path.iterdir())
+    if folder == path and path.is_dir() and not named:
         raise UserError(f"{path}: expected a folder {wanted} with safetensors, found {listing(path)}")
     files = shards(folder) if path.is_dir() else [path]
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
@@ -146,6 +151,7 @@ def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
         tensors = Tensors(files, prefix)
         for naming, sign in layouts.SIGNS[part].items():
             if sign in tensors:
+                layouts.check_kind(tensors)
                 return tensors, config, naming
     begins = Counter(".".join(key.split(".")[:2]) for key in Tensors(files).file)
     raise UserError(f"{files[0]}: no {layouts.TITLES[part]} in it; its tensors begin with "
@@ -196,10 +202,11 @@ def read_config(path: str | Path) -> dict:
     config = read_json(file)
     if config.get("format") != FORMAT or not isinstance(config.get("mmdit"), dict):
         raise UserError(f"{file}: expected \"format\": \"{FORMAT}\", found {config.get('format')!r}")
-    known = [f.name for f in fields(MMDiTConfig)]
-    if unknown := sorted(set(config["mmdit"]) - set(known)):
-        raise UserError(f"{file}: unknown sizes {', '.join(unknown)}, known are {', '.join(known)}")
-    return config | {"mmdit": MMDiTConfig(**config["mmdit"])}
+    known = {"pixels": int, "text_length": int, "step": int, "latents": str, "t5": str, "vae": str}
+    for name in known.keys() & config.keys():
+        require((type(config[name]) in (known[name], type(None)), f"{file}: \"{name}\" is {config[name]!r}, "
+                 f"expected {known[name].__name__}"))
+    return config | {"mmdit": layouts.own_config(config["mmdit"], file)}
 
 
 def read_sizes(path: str | Path, vocab_size: int = 32100) -> tuple[str, MMDiTConfig]:
@@ -227,6 +234,9 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size:
     path = Path(path)
     if kind(path) == "ours":
         config, tensors = read_config(path)["mmdit"], Tensors([own_weights(path, training)], "mmdit.")
+        blocks = tensors.count("blocks.")                        # a model of a million would take hours
+        require((config.depth == blocks, f"{path / 'config.json'}: \"depth\" is {config.depth}, "
+                 f"{tensors.files[0].name} has {blocks} blocks"))
         model = build(lambda: MMDiT(config), path / "config.json")
         stored = "positions" in tensors     # a table that came with published weights, in their precision
         fill(model, tensors, layouts.own_entries(model, *["positions"] * stored), dtype)
@@ -333,7 +343,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if not path.exists() and kind(folder) != "ours":
             raise UserError(f"{folder}: expected tokenizer.json, found {listing(folder)}; fetch that of T5 "
                             f"v1.1 XXL, or of the tokenizer_3 folder of Stable Diffusion 3")
-    elif path.suffix == ".safetensors":
+    elif is_safetensors(path):
         raise UserError(f"{path}: a safetensors file has no tokenizer; name a folder or a tokenizer.json")
     content = read_json(path)
     if "model" in content:

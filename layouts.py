@@ -5,14 +5,13 @@ Nothing here opens a file: `tensors` are `checkpoint.Tensors`, the names and sha
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
-from cli import UserError
+from cli import UserError, require
 from model import MMDiT, MMDiTConfig
 from t5 import T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
@@ -66,6 +65,7 @@ T5_NAMES = [
 POOLED = ("y_embedder.", "time_text_embed.text_embedder.")      # SD3's pooled CLIP branch, which D-DiT drops
 POOLED_WIDTH = 2048                                             # of what it reads
 T5_TWIN = "encoder.embed_tokens.weight"                         # the token table's other name
+SCALED = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8")   # of "scaled fp8"
 DECODER = ("decoder.", "lm_head.", "logit_scale")               # what a whole T5 has beside its encoder
 
 SUBFOLDERS = dict(transformer=["transformer"], vae=["vae"], t5=["text_encoder_3", "text_encoder"],
@@ -97,16 +97,70 @@ def rename(name: str, table: list[tuple[str, str]]) -> tuple[list[str], bool]:
     return [key.lstrip("~") for key in keys], name.startswith("~")
 
 
-def said(tensors, config: dict | None) -> tuple[dict, Callable[[str, int], int], Path]:
-    """(what a part's config.json says, a reader of its whole numbers with a default, where it is)."""
-    config, where = config or {}, tensors.files[0].parent / "config.json"
+def check_kind(tensors) -> None:
+    """Raises UserError for files of the same names that are something else."""
+    for key, file in tensors.file.items():
+        where = f"{file}: {tensors.prefix}{key}"
+        require((not key.endswith(SCALED), f"{where} is of \"scaled fp8\" weights, whose scales are not read "
+                 f"here; fetch them in half precision or plain float8"),
+                (".attn2." not in key, f"{where} is of SD3.5-medium, whose blocks have a second attention; "
+                 f"expected SD3's or D-DiT's transformer"))
 
-    def number(key: str, default: int) -> int:
-        value = config.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{where}: \"{key}\" is {value!r}, expected a whole number")
+
+def shown(value) -> str:
+    return "null" if value is None else repr(value)[:60]
+
+
+class Config:
+    """What a part's config.json says, each value checked; without one, what the shapes say."""
+
+    def __init__(self, tensors, config: dict | None):
+        self.found, self.where = config or {}, tensors.files[0].parent / "config.json"
+
+    def refuse(self, key: str, expected) -> UserError:
+        return UserError(f"{self.where}: \"{key}\" is {shown(self.found[key])}, expected {expected}")
+
+    def whole(self, key: str, default: int) -> int:
+        """A whole number that no shape shows."""
+        value = self.found.get(key, default)
+        if type(value) is not int or value < 1:
+            raise self.refuse(key, "a whole number")
         return value
-    return config, number, where
+
+    def size(self, key: str, shape: int) -> int:
+        """A whole number that the tensors' shapes show too."""
+        if self.whole(key, shape) != shape:
+            raise self.refuse(key, f"{shape}, which its tensors have")
+        return shape
+
+    def real(self, key: str, default: float, low: float = -math.inf) -> float:
+        value = self.found.get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= low:
+            raise self.refuse(key, "a number" if low else "a number above 0")
+        return float(value)
+
+    def only(self, key: str, *values) -> None:
+        """Refuse a value that means something which is not read here."""
+        value = self.found.get(key, values[0])
+        if not any(type(value) is type(known) and value == known for known in values):
+            raise self.refuse(key, " or ".join(map(shown, values)))
+
+
+def own_config(found: dict, where: Path) -> MMDiTConfig:
+    """The "mmdit" of a config.json of ours.  Raises UserError for an unknown name, or a value of no model."""
+    kinds = {field.name: type(field.default) for field in fields(MMDiTConfig)}
+    unknown = sorted(set(found) - set(kinds))
+    require((not unknown, f"{where}: unknown sizes {', '.join(unknown)}, known are {', '.join(kinds)}"))
+    for name, value in found.items():
+        least = 0 if name == "text_length" else 1
+        require((type(value) is kinds[name] and (kinds[name] is not int or value >= least),
+                 f"{where}: \"{name}\" is {shown(value)}, expected {kinds[name].__name__}"
+                 + f" of at least {least}" * (kinds[name] is int)))
+    c = MMDiTConfig(**found)
+    side = f"{where}: \"position_size\" is {c.position_size}, expected"
+    require((c.position_base <= c.position_size, f"{side} at least \"position_base\", {c.position_base}"),
+            (c.position_size ** 2 * c.width < 2**30, f"{side} a table of less than 4 GiB"))
+    return c
 
 
 def own_entries(module: nn.Module, *buffers: str) -> dict[str, Entry]:
@@ -117,32 +171,40 @@ def own_entries(module: nn.Module, *buffers: str) -> dict[str, Entry]:
 
 def mmdit_config(tensors, config: dict | None, naming: str, vocab_size: int = 32100) -> MMDiTConfig:
     """Sizes of a published transformer: from config.json where it says them, otherwise from the shapes."""
-    c, number, where = said(tensors, config)
-    if c.get("dual_attention_layers"):
-        raise UserError(f"{where}: \"dual_attention_layers\" is not empty (SD3.5-medium), expected SD3's")
+    c = Config(tensors, config)
+    c.only("dual_attention_layers", [], None)                    # SD3.5-medium has some
+    c.only("quantization_config", None)
+    c.only("qk_norm", None, "rms_norm")
     patch_in = "x_embedder.proj.weight" if naming == "file" else "pos_embed.proj.weight"
-    table, block = ("pos_embed", "joint_blocks.{}.x_block.attn.qkv.weight") if naming == "file" else (
-        "pos_embed.pos_embed", "transformer_blocks.{}.attn.to_q.weight")
+    table, blocks = ("pos_embed", "joint_blocks.") if naming == "file" else (
+        "pos_embed.pos_embed", "transformer_blocks.")
     qk_norm = ("joint_blocks.0.x_block.attn.ln_q.weight" if naming == "file" else
                "transformer_blocks.0.attn.norm_q.weight") in tensors
-    head = number("attention_head_dim", 64)                                   # 64 in every published model
-    heads = number("num_attention_heads", max(1, tensors.size(patch_in, 0) // head))
-    patch = number("patch_size", tensors.size(patch_in, 2))
-    side = number("pos_embed_max_size", math.isqrt(tensors.size(table, 1)))
-    if config:
-        base = max(1, number("sample_size", 64 * patch) // patch)
-    else:   # the table's second position is at base / size, and its first entry is the sine of that
-        second = float(tensors.read(table).flatten()[tensors.size(table, 2)])
-        base = max(1, round(side * math.asin(min(1, max(-1, second)))))
+    head = c.whole("attention_head_dim", 64)                                  # 64 in every published model
+    heads = c.size("num_attention_heads", max(1, tensors.size(patch_in, 0) // head))
+    patch = c.size("patch_size", tensors.size(patch_in, 2))
+    side = c.size("pos_embed_max_size", math.isqrt(tensors.size(table, 1)))
+    base = max(1, c.whole("sample_size", 64 * patch) // patch)
+    base = base if config else position_base(tensors, table, side)
     if "text_proj_out.weight" in tensors:
-        vocab_size = number("vocab_size", tensors.size("text_proj_out.weight", 0))
+        vocab_size = c.size("vocab_size", tensors.size("text_proj_out.weight", 0))
     nulls = tensors.size("null_image_embd", 1) if "null_image_embd" in tensors else 8
     return MMDiTConfig(
-        depth=number("num_layers", tensors.count(block)), heads=heads, width=heads * head, patch=patch,
-        channels=number("in_channels", tensors.size(patch_in, 1)), position_size=side, position_base=base,
+        depth=c.size("num_layers", tensors.count(blocks)), heads=heads, width=heads * head, patch=patch,
+        channels=c.size("in_channels", tensors.size(patch_in, 1)), position_size=side, position_base=base,
         vocab_size=vocab_size, null_tokens=nulls,
-        text_width=number("joint_attention_dim", tensors.size("context_embedder.weight", 1)),
-        qk_norm=c["qk_norm"] is not None if "qk_norm" in c else qk_norm)
+        text_width=c.size("joint_attention_dim", tensors.size("context_embedder.weight", 1)),
+        qk_norm=c.found["qk_norm"] is not None if "qk_norm" in c.found else qk_norm)
+
+
+def position_base(tensors, table: str, side: int) -> int:
+    """The base of a stored position table: its second position is at base / side, and the first entry there
+    is the sine of that.  Few bits say 61 for 64: then it is a power of two that rounds to what is stored."""
+    stored = tensors.read(table).flatten()[tensors.size(table, 2)]
+    exact = max(1.0, side * math.asin(min(1, max(-1, float(stored)))))
+    near = 2 ** round(math.log2(exact))
+    fits = float(torch.tensor(math.sin(near / side), device="cpu").to(stored.dtype)) == float(stored)
+    return near if fits else round(exact)
 
 
 def mmdit_entries(model: MMDiT, table: list[tuple[str, str]], from_sd3: bool) -> dict[str, Entry]:
@@ -176,19 +238,19 @@ def mmdit_entries(model: MMDiT, table: list[tuple[str, str]], from_sd3: bool) ->
 
 def vae_config(tensors, config: dict | None, naming: str) -> VAEConfig:
     """Sizes of an autoencoder: from config.json, otherwise from the shapes, with SD3's scale and shift."""
-    c, number, where = said(tensors, config)
-    pattern = ("encoder.down.{}.block.{}.conv1.weight" if naming == "file" else
-               "encoder.down_blocks.{}.resnets.{}.conv1.weight")
-    level, block = pattern.format("{}", 0), pattern.format(0, "{}")
-    found = [tensors.size(level.format(i), 0) for i in range(tensors.count(level))]
-    widths = c.get("block_out_channels", found)
-    if not isinstance(widths, list) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
-        raise UserError(f"{where}: \"block_out_channels\" is {widths!r}, expected whole numbers")
-    return VAEConfig(tuple(widths), number("layers_per_block", tensors.count(block)),
-                     number("latent_channels", tensors.size("decoder.conv_in.weight", 1)),
-                     number("norm_num_groups", VAEConfig.groups),
-                     float(c.get("scaling_factor") or VAEConfig.scale),
-                     float(c.get("shift_factor", VAEConfig.shift) or 0))
+    c = Config(tensors, config)
+    for key in ("latents_mean", "latents_std"):
+        c.only(key, None)
+    for key in ("use_quant_conv", "use_post_quant_conv"):
+        c.only(key, False, None)
+    level, block = ("encoder.down.", ".block.") if naming == "file" else ("encoder.down_blocks.", ".resnets.")
+    found = [tensors.size(f"{level}{i}{block}0.conv1.weight", 0) for i in range(tensors.count(level))]
+    c.only("block_out_channels", found)
+    shift = 0.0 if c.found.get("shift_factor", 0) is None else c.real("shift_factor", VAEConfig.shift)
+    return VAEConfig(tuple(found), c.size("layers_per_block", tensors.count(f"{level}0{block}")),
+                     c.size("latent_channels", tensors.size("decoder.conv_in.weight", 1)),
+                     c.whole("norm_num_groups", VAEConfig.groups),
+                     c.real("scaling_factor", VAEConfig.scale, 0), shift)
 
 
 def vae_entries(vae: AutoencoderKL, naming: str) -> dict[str, Entry]:
@@ -211,19 +273,19 @@ def vae_entries(vae: AutoencoderKL, naming: str) -> dict[str, Entry]:
 
 def t5_config(tensors, config: dict | None, naming: str) -> T5Config:
     """Sizes of a T5 encoder: from config.json where it says them, otherwise from the shapes."""
-    c, number, where = said(tensors, config)
-    if c.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
-        raise UserError(f"{where}: \"feed_forward_proj\" is {c['feed_forward_proj']!r}, expected gated-gelu")
+    c = Config(tensors, config)
+    c.only("feed_forward_proj", "gated-gelu")
+    c.only("quantization_config", None)
     table, attention = t5_table(tensors), "encoder.block.0.layer.0.SelfAttention."
     bias = attention + "relative_attention_bias.weight"
-    heads = number("num_heads", tensors.size(bias, 1))
-    return T5Config(number("vocab_size", tensors.size(table, 0)), number("d_model", tensors.size(table, 1)),
-                    number("num_layers", tensors.count("encoder.block.{}.layer.0.layer_norm.weight")), heads,
-                    number("d_kv", max(1, tensors.size(attention + "q.weight", 0) // heads)),
-                    number("d_ff", tensors.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0)),
-                    number("relative_attention_num_buckets", tensors.size(bias, 0)),
-                    number("relative_attention_max_distance", T5Config.distance),
-                    float(c.get("layer_norm_epsilon", T5Config.eps)))
+    heads = c.size("num_heads", tensors.size(bias, 1))
+    return T5Config(c.size("vocab_size", tensors.size(table, 0)), c.size("d_model", tensors.size(table, 1)),
+                    c.size("num_layers", tensors.count("encoder.block.")), heads,
+                    c.size("d_kv", max(1, tensors.size(attention + "q.weight", 0) // heads)),
+                    c.size("d_ff", tensors.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0)),
+                    c.size("relative_attention_num_buckets", tensors.size(bias, 0)),
+                    c.whole("relative_attention_max_distance", T5Config.distance),
+                    c.real("layer_norm_epsilon", T5Config.eps, 0))
 
 
 def t5_table(tensors) -> str:

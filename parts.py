@@ -14,6 +14,7 @@ from torch import Tensor
 import checkpoint
 from cli import UserError, require
 from t5 import T5Encoder
+from tensors import is_safetensors
 from tokenizer import Tokenizer
 from vae import AutoencoderKL, Pixels
 
@@ -28,7 +29,7 @@ def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
 
     width: E, if it is known.  A .pth is unpickled with weights_only.  Raises UserError."""
     path = Path(path)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         tensors = checkpoint.Tensors([path])
         held = {name: tensors.read(name) for name in tensors.file}
     else:

@@ -27,7 +27,7 @@ import numpy as np
 import tars
 from cli import UserError, require
 from tars import Tar
-from tensors import Tensors
+from tensors import Tensors, is_safetensors
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 TEXTS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
@@ -294,7 +294,7 @@ def of_path(pattern: str, length: int = 256) -> Folder | Tars | Latents | Tokens
         return Tars(pattern, paths)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return Tokens(path, length)
     if path.name.endswith(TEXTS):
         raise UserError(f"{path}: plain text is made tokens first: python data.py pack {path} "

@@ -1,6 +1,5 @@
 """Safetensors files: read strictly, one tensor at a time, and written so; and any file replaced whole."""
 
-import itertools
 import json
 import math
 from contextlib import contextmanager
@@ -13,7 +12,20 @@ from torch import Tensor
 
 from cli import UserError
 
+SUFFIXES = (".safetensors", ".sft")
+# how other files begin that lie in a safetensors' place
+OTHERS = {b"GGUF": "GGUF, quantised weights, which are not read here; fetch the same ones as safetensors",
+          b"PK\3\4": "a pickle, which can run code; convert it to safetensors first",
+          b"\x80\2\x8a\n": "a pickle, which can run code; convert it to safetensors first",
+          b"vers": "a pointer of Git LFS, not the file itself; git lfs pull fetches it",
+          **dict.fromkeys([b"<htm", b"<!DO", b"<!do"], "a web page, not the file; fetch it again")}
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}       # of types in safetensors
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its name."""
+    return path.suffix.lower() in SUFFIXES
 
 
 class Tensors:
@@ -33,13 +45,20 @@ class Tensors:
 
     @staticmethod
     def open(file: Path):
-        if file.suffix != ".safetensors":
+        try:
+            with open(file, "rb") as opened:
+                begins = opened.read(4)
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file")
+        except OSError as error:
+            raise UserError(f"{file}: can't be read ({error.strerror})")
+        if begins in OTHERS:
+            raise UserError(f"{file}: is {OTHERS[begins]}")
+        if not is_safetensors(file):
             raise UserError(f"{file}: expected .safetensors; a {file.suffix or 'file without suffix'} may be "
                             f"a pickle, which can run code; convert it first")
         try:
             return safe_open(file, framework="pt")
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again")
 
@@ -52,9 +71,9 @@ class Tensors:
             raise UserError(f"{self.files[0]}: {self.prefix}{name} is missing, so the sizes can't be read")
         return self.shape[name][axis]
 
-    def count(self, pattern: str) -> int:
-        """How many of pattern.format(0), pattern.format(1), ... there are."""
-        return next(number for number in itertools.count() if pattern.format(number) not in self.file)
+    def count(self, stem: str) -> int:
+        """How many numbers stand behind a stem: 24 of "blocks." for blocks.0.a, blocks.0.b, ..., 23.b."""
+        return len({name[len(stem):].split(".")[0] for name in self.file if name.startswith(stem)})
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """In the stored dtype (then mapped, not copied), or converted.  The pages of a mapped file that were
@@ -91,7 +110,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,
                   gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
-    """A safetensors file, one tensor after the other: `gather` makes each a whole one when its turn comes."""
+    """A safetensors file, one tensor after the other: `gather` makes each a whole one when its turn comes.
+
+    Raises UserError for one that is not finite in `dtype`: it would be refused when it is read."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         end = at + tensor.numel() * dtype.itemsize
@@ -101,6 +122,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             values = gather(tensor).detach().to("cpu", dtype).contiguous()
+            if not finite(values):
+                raise UserError(f"{path}: {name} is not finite in {NAMES[dtype]} (BF16 has F32's range); "
+                                f"nothing was written")
             file.write(values.reshape(-1).view(torch.uint8).numpy())

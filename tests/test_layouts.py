@@ -1,20 +1,26 @@
-"""layouts.py: the names and shapes of the published files at full size, without their weights."""
+"""layouts.py: names and shapes of the published files at full size, without their weights; config.json."""
 
 import gzip
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import checkpoint
 import layouts
 from checkpoint import find
-from model import MMDiT
+from cli import UserError
+from model import MMDiT, position_table
+from parts import Parts
 from t5 import T5Encoder
 from vae import AutoencoderKL
 
 KEYS = Path(__file__).parent / "fixtures" / "full_size_keys.json.gz"
+RELEASE, IN = Path(__file__).parent / "fixtures" / "release", "pos_embed.proj.weight"
 FULL = json.loads(gzip.decompress(KEYS.read_bytes()))
 
 
@@ -67,3 +73,96 @@ def test_full_size_files_have_exactly_our_parameters_after_renaming(entry, part,
                                                                               else set())
     count = sum(p.numel() for p in module.parameters())
     assert count == dict(transformer=2_102_856_100, vae=83_819_683, t5=4_762_310_656)[part]
+
+
+class Stored:
+    """A position table of SD3's form, alone in a file."""
+    def __init__(self, base, side, dtype):
+        self.table = position_table(64, side, base).reshape(1, side * side, 64).to(dtype)
+
+    def read(self, name):
+        return self.table
+
+    def size(self, name, axis):
+        return self.table.shape[axis]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_the_base_of_a_position_table_is_read_in_any_precision(dtype):
+    for base, side in ((64, 192), (32, 96), (16, 16), (128, 384)):
+        assert layouts.position_base(Stored(base, side, getattr(torch, dtype)), "t", side) == base
+    assert layouts.position_base(Stored(48, 192, torch.float32), "t", 192) == 48     # of no standard size
+
+
+LOAD = dict(transformer=checkpoint.load_mmdit, text_encoder=checkpoint.load_t5, vae=checkpoint.load_vae)
+
+
+@pytest.mark.parametrize("part, key, value, message", [
+    ("transformer", "num_layers", 10**6, "1000000, expected 2, which its tensors have"),
+    ("transformer", "patch_size", 0, "0, expected a whole number"),
+    ("transformer", "patch_size", 4, "4, expected 2,"),
+    ("transformer", "in_channels", "16", "'16', expected a whole number"),
+    ("transformer", "pos_embed_max_size", 8, "8, expected "),
+    ("transformer", "sample_size", None, "null, expected a whole number"),
+    ("transformer", "qk_norm", "no", "'no', expected null or 'rms_norm'"),
+    ("transformer", "qk_norm", True, "True, expected null or"),
+    ("transformer", "dual_attention_layers", [0, 1], r".*, expected \[\] or null"),
+    ("transformer", "quantization_config", dict(bits=4), "{'bits': 4}, expected null"),
+    ("transformer", "attention_head_dim", 1.0, "1.0, expected a whole number"),
+    ("vae", "scaling_factor", "1.5", "'1.5', expected a number above 0"),
+    ("vae", "scaling_factor", 0, "0, expected a number above 0"),
+    ("vae", "latents_mean", [0.0], ".*, expected null"),
+    ("vae", "block_out_channels", 32, "32, expected .32, "),
+    ("vae", "use_quant_conv", True, "True, expected False"),
+    ("text_encoder", "num_heads", 3, "3, expected "),
+    ("text_encoder", "d_ff", True, "True, expected a whole number"),
+    ("text_encoder", "layer_norm_epsilon", "1e-6", "'1e-6', expected a number above 0"),
+    ("text_encoder", "layer_norm_epsilon", float("nan"), "nan, expected a number"),
+    ("text_encoder", "feed_forward_proj", "relu", "'relu', expected 'gated-gelu'")])
+def test_a_config_that_contradicts_the_tensors_is_refused(part, key, value, message, tmp_path):
+    shutil.copytree(RELEASE, tmp_path / "release")
+    shutil.copytree(RELEASE.with_name("sd3_folder") / "vae", tmp_path / "release" / "vae")
+    folder = tmp_path / "release" / part
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=f'^{folder}/config.json: "{key}" is {message}') as error:
+        LOAD[part](tmp_path / "release")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("depth", 10**6, "1000000, model.safetensors has 2 blocks"),
+    ("patch", 0, "0, expected int of at least 1"),
+    ("position_size", 8, '8, expected at least "position_base", 16'),
+    ("position_size", 10**6, "1000000, expected a table of less than 4 GiB"),
+    ("qk_norm", "no", "'no', expected bool"), ("qk_norm", 1, "1, expected bool"),
+    ("heads", 2.0, "2.0, expected int"), ("width", "64", "'64', expected int"),
+    ("depth", None, "null, expected int"), ("channels", True, "True, expected int"),
+    ("text_length", -1, "-1, expected int of at least 0"),
+    ("pixels", "32", "'32', expected int"), ("latents", 5, "5, expected str"),
+    ("vae", ["a"], ".*, expected str")])
+def test_a_config_of_ours_is_checked_too(key, value, message, tiny, tmp_path):
+    """None hangs, and none loads."""
+    folder = shutil.copytree(tiny, tmp_path / "ours")
+    config = json.loads((folder / "config.json").read_text())
+    (config["mmdit"] if key in config["mmdit"] else config)[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f'^{folder}/config.json: "{key}" is {message}'):
+        Parts(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.update({"transformer_blocks.0.attn.to_q.scale_weight": torch.ones(1)}),
+     'of "scaled fp8" weights'),
+    (lambda t: t.update(scaled_fp8=torch.ones(1)), 'of "scaled fp8" weights, whose scales are not read'),
+    (lambda t: t.update({"transformer_blocks.0.attn2.to_q.weight": torch.ones(2, 2)}), "is of SD3.5-medium"),
+    (lambda t: t.update({IN: t[IN].to(torch.int8)}), "has numbers of type I8, expected floats"),
+    (lambda t: t.update({IN: t[IN] > 0}), "has numbers of type BOOL, expected floats")])
+def test_weights_that_are_not_as_this_model_has_them_are_named_as_what_they_are(change, message, tmp_path):
+    tensors = {}
+    for file in (RELEASE / "transformer").glob("*.safetensors"):
+        tensors |= load_file(file)
+    change(tensors)
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=f"^{tmp_path}/a.safetensors: .*{message}"):
+        checkpoint.load_mmdit(tmp_path / "a.safetensors")
