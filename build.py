@@ -60,10 +60,11 @@ class Models:
         return self.vae.encode(images.to(next(self.vae.parameters()).dtype)).float()
 
 
-def check(config: TrainConfig, sizes: MMDiTConfig, factor: int) -> None:
-    """Raises UserError for a stage that a model of these sizes can't have."""
+def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
+    """Raises UserError for a stage that a model of these sizes can't have.  factor: pixels per latent, along
+    a side, None where there are no pictures."""
     name = f"--init {config.init}" if config.init else f"--preset {config.preset}"
-    unit = sizes.patch * factor
+    unit = sizes.patch * (factor or 1)
     most = unit * sizes.position_size
     require((not sizes.text_length or config.stage != "mask-emb", f"--stage mask-emb: teaches T5's [MASK], "
              f"{name} has a token embedding of its own"),
@@ -71,8 +72,8 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int) -> None:
              f"{name} reads T5's states"),
             (config.text_length <= (sizes.text_length or config.text_length), f"--text-length "
              f"{config.text_length}: expected at most {sizes.text_length}, which {name} has positions for"),
-            (config.pixels % unit == 0 and config.pixels <= most, f"--pixels {config.pixels}: expected a "
-             f"multiple of the patch, {unit}, up to {most}, this model's position table"))
+            (not factor or config.pixels % unit == 0 and config.pixels <= most, f"--pixels {config.pixels}: "
+             f"expected a multiple of the patch, {unit}, up to {most}, this model's position table"))
 
 
 def places(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:

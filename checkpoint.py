@@ -202,7 +202,7 @@ def read_config(path: str | Path) -> dict:
     config = read_json(file)
     if config.get("format") != FORMAT or not isinstance(config.get("mmdit"), dict):
         raise UserError(f"{file}: expected \"format\": \"{FORMAT}\", found {config.get('format')!r}")
-    known = {"pixels": int, "text_length": int, "step": int, "latents": str, "t5": str, "vae": str}
+    known = dict(pixels=int, buckets=bool, text_length=int, step=int, latents=str, t5=str, vae=str)
     for name in known.keys() & config.keys():
         require((type(config[name]) in (known[name], type(None)), f"{file}: \"{name}\" is {config[name]!r}, "
                  f"expected {known[name].__name__}"))

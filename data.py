@@ -266,6 +266,13 @@ def readers_watched() -> Iterator[None]:
                         f"command goes on from the newest checkpoint")
 
 
+def latent_factor(specs: list[str]) -> int | None:
+    """Pixels per latent, along a side, of the first stored latents among the sources; None without any."""
+    folders = [Path(split_weight(spec)[0]) for spec in specs]
+    stored = (sources.Latents(folder) for folder in folders if any(folder.glob(sources.SHARDS.format("*"))))
+    return next((int(source.stamp["pixels"]) // source[0]["latents"].shape[-1] for source in stored), None)
+
+
 def choose_caption(sample: dict, recaption: float, chance: float) -> str:
     """One of a sample's captions or, for a share `recaption` of draws, the re-caption; chance: in [0, 1)."""
     again, captions = sample.get("recaption"), sample["captions"]

@@ -6,11 +6,15 @@
 Shapes: B batch, L tokens, E width of text states.
 """
 
+import math
+import os
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import buckets
 import checkpoint
 from cli import UserError, require
 from t5 import T5Encoder
@@ -78,12 +82,24 @@ def load_autoencoder(path: str | Path, channels: int) -> AutoencoderKL | Pixels:
     return autoencoder
 
 
+def available(device: torch.device) -> int:
+    """Bytes of memory that are free, or half of all where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024
+    except (OSError, TypeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 class Parts:
     """The parts that a checkpoint lacks are named: vae, t5, tokenizer (paths of any layout), mask_embedding
-    (the aligned [MASK] vector).  keep: all parts stay in memory once loaded; otherwise, which is the default
-    for the published weights, only those that the moment needs, so that a drawing takes the memory of its
-    largest part. height, width: of pictures, in pixels.  length: positions of a text.  Raises UserError where
-    parts don't fit."""
+    (the aligned [MASK] vector).  keep: all parts stay in memory once loaded, which is the default where they
+    take up two thirds of what is free at most; otherwise only those that the moment needs, so that a drawing
+    takes the memory of its largest part.  height, width: of pictures, in pixels.  length: positions of a
+    text.  trained: the (height, width) that the weights have learnt, if known.  UserError where parts don't
+    fit."""
 
     def __init__(self, path: str | Path = EMOJI, device: str = "cpu", dtype: torch.dtype | None = None, *,
                  vae: Path | None = None, t5: Path | None = None, tokenizer: Path | None = None,
@@ -96,7 +112,6 @@ class Parts:
         self.own = self.sizes.text_length > 0                             # the end-to-end variant's embedding
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.own else torch.bfloat16)
-        self.keep = self.own if keep is None else keep
         self.defaults = OWN if self.own else PUBLISHED
         self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
         self.length = length or self.sizes.text_length or 256
@@ -122,7 +137,11 @@ class Parts:
              "--mask-embedding is a row of T5's table; this checkpoint has an embedding of its own"),
             (fits(self.height), f"{path}: a picture's height of {self.height!r}, {expected}"),
             (fits(self.width), f"{path}: a picture's width of {self.width!r}, {expected}"))
-        if self.keep:
+        pixels = config.get("pixels") if self.family == "ours" else None
+        self.trained = [(pixels, pixels)] if pixels else []
+        self.trained += buckets.sizes(pixels, unit) if pixels and config.get("buckets") else []
+        self.keep = 1.5 * self.weight() < available(self.device) if keep is None else keep
+        if keep or self.own and self.keep:
             self.hold("text", "mmdit", "vae")
 
     @classmethod
@@ -135,6 +154,16 @@ class Parts:
             dtype=torch.float32, height=pixels, width=pixels, factor=models.vae.factor, length=length,
             answer_length=length)
         return parts
+
+    def weight(self) -> int:
+        """Bytes of all parts in memory, from headers alone."""
+        size = lambda tensors: sum(map(math.prod, tensors.shape.values()))
+        ours = self.family == "ours"
+        count = size(checkpoint.Tensors([checkpoint.own_weights(self.paths["mmdit"], False)]) if ours else
+                     checkpoint.find(self.paths["mmdit"], "transformer")[0])
+        count += 0 if self.own else size(checkpoint.find(self.paths["text"], "t5")[0])
+        vae = 0 if self.sizes.channels == 3 else size(checkpoint.find(self.paths["vae"], "vae")[0])
+        return count * self.dtype.itemsize + vae * 4
 
     def load_text(self):
         if self.own:

@@ -20,9 +20,11 @@ cli.interruptible(__name__)
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from PIL import Image
@@ -40,47 +42,60 @@ MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
 STEPS = dict(draw=28, text=128, answer=32)
 
 
-def watched(function, evaluations: int, what: str, large: bool):
-    """The function, and for a large model a line on stderr every five seconds of how far it is."""
+def watched(function, evaluations: int, what: str):
+    """The function, and every two seconds a line on stderr of how far it is."""
     calls, started, said = 0, time.time(), time.time()
 
     def call(*args):
         nonlocal calls, said
         result, calls = function(*args), calls + 1
-        if time.time() - said > 5:
+        if time.time() - said > 2:
             rate, said = calls / (time.time() - started), time.time()
             print(f"{what}: {calls}/{evaluations} evaluations, {rate:.2f}/s, "
                   f"{max(0, evaluations - calls) / rate:.0f} s left", file=sys.stderr, flush=True)
         return result
-    return call if large else function
+    return call
 
 
 @torch.no_grad()
-def draw(parts: Parts, prompts: list[str], negative: str = "", steps: int = STEPS["draw"],
-         guidance: float | None = None, seed: int = 0, shift: float | None = None,
-         trajectory: list | None = None) -> Tensor:
-    """One picture for each prompt: (B, 3, H, W) in [-1, 1], on the CPU.
+def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = STEPS["draw"],
+             guidance: float | None = None, seed: int = 0, shift: float | None = None,
+             trajectory: list | None = None) -> Iterator[Tensor]:
+    """A picture for each prompt, one after the other, (3, H, W) in [-1, 1] on the CPU.  They are walked in
+    batches of 16, of large models 4, and decoded one at a time; the batch changes no picture's noise.
 
-    trajectory, when given, is filled with the predicted clean picture of every step, (B, 3, H, W) each."""
+    trajectory, when given, is filled in the end with the predicted clean pictures of every step, (B, 3, H, W)
+    each."""
     guidance = parts.defaults["guidance"] if guidance is None else guidance
     shift = parts.defaults["shift"] if shift is None else shift
     parts.hold("text")
-    encode = lambda texts: parts.text(torch.stack(
-        [parts.tokenizer.encode(text, parts.length) for text in texts]).to(parts.device))
-    text, null = encode(prompts), encode([negative]).expand(len(prompts), -1, -1)   # (B, L, E)
+    texts = list(dict.fromkeys([*prompts, negative]))
+    states = parts.text(torch.stack([parts.tokenizer.encode(text, parts.length) for text in texts]).to(
+        parts.device))                                                            # (n, L, E)
     parts.hold("mmdit")
-    shape = (len(prompts), parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(parts.device)
-    condition = text if guidance == 1 else torch.cat([text, null])                # (B or 2B, L, E)
-    velocity = lambda x, t: parts.mmdit(x, condition, t, need="velocity")[0].float()
-    if guidance != 1:
-        velocity = flow.guide(velocity, guidance)
-    velocity = watched(velocity, steps, "drawing", not parts.keep)
-    z = flow.euler(velocity, noise, flow.sigmas(steps, shift), trajectory)
+    shape = parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
+    size, generator = 16 if parts.own else 4, torch.Generator().manual_seed(seed)
+    model = watched(lambda x, text, t: parts.mmdit(x, text, t, need="velocity")[0].float(),
+                    steps * math.ceil(len(prompts) / size), "drawing")
+    clean, walks = [], []
+    for some in (prompts[at:at + size] for at in range(0, len(prompts), size)):
+        rows = [texts.index(text) for text in some + [negative] * len(some) * (guidance != 1)]
+        noise = torch.randn(len(some), *shape, generator=generator).to(parts.device)
+        velocity = lambda x, t: model(x, states[rows], t)                         # of B or 2B rows
+        walks.append([])
+        clean += flow.euler(velocity if guidance == 1 else flow.guide(velocity, guidance), noise,
+                            flow.sigmas(steps, shift), None if trajectory is None else walks[-1])
     parts.hold("vae")
+    for z in clean:
+        yield parts.vae.decode(z[None])[0].float().clamp(-1, 1).cpu()
     if trajectory is not None:
-        trajectory[:] = [parts.vae.decode(state).float().cpu() for state in trajectory]
-    return parts.vae.decode(z).float().clamp(-1, 1).cpu()
+        trajectory[:] = [torch.cat([parts.vae.decode(z[None]).float().cpu() for z in torch.cat(step)])
+                         for step in zip(*walks)]
+
+
+def draw(parts: Parts, prompts: list[str], *args, **how) -> Tensor:
+    """`drawings` as one tensor, (B, 3, H, W)."""
+    return torch.stack(list(drawings(parts, prompts, *args, **how)))
 
 
 def encode(parts: Parts, images: Tensor, seed: int | None = None) -> Tensor:
@@ -107,7 +122,7 @@ def fill(parts: Parts, latents: Tensor, ids: Tensor, steps: int = STEPS["text"],
     order: "random", the paper's walk, or "confidence", the surest token first (`mask_diffusion.walk`)."""
     temperature = parts.defaults["temperature"] if temperature is None else temperature
     evaluations = min(steps, int((ids == parts.tokenizer.mask_id).sum(1).max()))
-    function = watched(logits(parts, latents), evaluations, "reading", not parts.keep)
+    function = watched(logits(parts, latents), evaluations, "reading")
     return mask_diffusion.sample(function, ids.to(parts.device), parts.tokenizer.mask_id, steps,
                                  torch.Generator().manual_seed(seed), temperature, trajectory,
                                  order or parts.defaults["order"], by_row=True).cpu()
@@ -178,7 +193,7 @@ def infill(parts: Parts, image: Tensor, text: str, posterior: str = "mean", seed
     rows, widths = cuts(parts, parts.tokenizer.lowered(text))                     # (n, L)
     latents = encode(parts, image[None], seed if posterior == "draw" else None)
     filled = fill(parts, latents.expand(len(rows), -1, -1, -1), rows, seed=seed, trajectory=trajectory, **how)
-    levels, mask_id = 64 if parts.keep else 16, parts.tokenizer.mask_id
+    levels, mask_id = 64 if parts.own else 16, parts.tokenizer.mask_id
     function = logits(parts, latents.expand(levels, -1, -1, -1))
     bound = lambda row: float(mask_diffusion.loss(function, row.expand(levels, -1).to(parts.device), mask_id,
                                                   generator=torch.Generator().manual_seed(0)))
@@ -293,6 +308,10 @@ def main(argv: list[str] | None = None) -> None:
     parts = Parts(args.get("checkpoint", EMOJI), device, dtype,
                   **take("vae", "t5", "tokenizer", "mask_embedding", "height", "width", "length"))
     states, out = [] if "trajectory" in args else None, args.get("out", Path("sample.png"))
+    if parts.trained and (parts.height, parts.width) not in parts.trained:
+        print(f"warning: a height of {parts.height} and a width of {parts.width}; these weights have learnt "
+              f"pictures of {' by '.join(map(str, parts.trained[0]))}, and may show tiles at another size",
+              file=sys.stderr)
 
     texts = {name: heard(parts, name, text) for name, text in take(
         "prompt", "negative_prompt", "question", "text").items()}
@@ -301,8 +320,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, text in texts.items():
             count, most = len(parts.tokenizer.pieces(text)), parts.length - 1
             require((count <= most, f"{cli.flag(name)} has {count} tokens, expected at most {most}; cut it"))
-        drawn = draw(parts, [texts["prompt"]] * args.get("n", 1), texts.get("negative_prompt", ""),
-                     trajectory=states, **take("steps", "guidance", "seed", "shift"))
+        drawn = drawings(parts, [texts["prompt"]] * args.get("n", 1), texts.get("negative_prompt", ""),
+                         trajectory=states, **take("steps", "guidance", "seed", "shift"))
         show.write_picture(out, show.grid(drawn))
         print(out)
         if states:

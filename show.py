@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, H and W height and width in pixels.
 import math
 import textwrap
 from pathlib import Path
+from typing import Iterable
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -22,8 +23,8 @@ def enlarge(picture: Image.Image, least: int = 256) -> Image.Image:
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.BICUBIC)
 
 
-def grid(images: Tensor) -> Image.Image:
-    """(B, 3, H, W) -> one picture, as square as B allows."""
+def grid(images: Iterable[Tensor]) -> Image.Image:
+    """Pictures (3, H, W) of one size -> one picture of all, as square as their number allows."""
     tiles = [enlarge(to_picture(image)) for image in images]
     columns = math.ceil(math.sqrt(len(tiles)))
     (width, height), gap = tiles[0].size, 8 if len(tiles) > 1 else 0

@@ -205,7 +205,8 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     where = build.places(config, sizes, about)
     vae = load_autoencoder(where["vae"], sizes.channels) if "vae" in where else (
         Pixels() if sizes.channels == 3 else None)
-    build.check(config, sizes, vae.factor if vae else 8)
+    factor = vae.factor if vae else data.latent_factor([*config.image_data, *config.text_data])
+    build.check(config, sizes, factor)
     settings = asdict(config) | dict(world=world, torch=torch.__version__)
     run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
     check_extension(config, run)
@@ -213,13 +214,13 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     encoder = vae and checkpoint.digest(vae)
     latents = data.check_stamps(mixes.get("image"), mixes["text"], sizes.channels, about.get("latents"),
                                 encoder)
-    factor = vae.factor if vae else 1
-    buckets = {name: Buckets(mixes[name], name, sizes.patch * factor) for name in mixes if config.buckets}
+    unit = sizes.patch * (factor or 1)
+    buckets = {name: Buckets(mixes[name], name, unit) for name in mixes if config.buckets}
     texts = [mix.texts() for mix in dict.fromkeys(mixes.values())]
     texts = None if None in texts else sum(texts, [])
     models = build.build(config, sizes, where, texts, mixes["text"].stamp is None, vae, device)
     stated = build.stated(config, mixes.get("image"), models, where)
-    held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, factor, stated, buckets)
+    held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, factor or 1, stated, buckets)
     data.check_tokens(mixes["text"], held.tokenizer, config.init or "gpt2")
     if config.stage == "instruct":
         data.check_questions(mixes["text"], texts or [], held.tokenizer, config.text_length)
@@ -229,7 +230,8 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
             parallel.shard_frozen(models.t5)
     remembered = {part: str(Path(path).resolve()) for part, path in where.items()}
     run.begin(models, optimizers_of(models.learns, config), remembered | dict(
-        pixels=config.pixels, text_length=config.text_length, stage=config.stage, latents=latents))
+        pixels=config.pixels, buckets=config.buckets, text_length=config.text_length, stage=config.stage,
+        latents=latents))
     if rank == 0:
         if family == "SD3":
             build.report(config, held.tokenizer.vocab_size)

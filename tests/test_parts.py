@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import checkpoint
+import parts as parts_module
 import prepare
 import sample
 from cli import UserError, require
@@ -22,7 +23,7 @@ def test_the_first_condition_that_does_not_hold_is_said():
 
 
 def test_parts_are_freed_when_they_are_not_needed():
-    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16)
+    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16, keep=False)
     held, names = [], ("text", "mmdit", "vae")
     for name in names:
         def watched(name=name, load=getattr(parts, f"load_{name}")):
@@ -31,6 +32,35 @@ def test_parts_are_freed_when_they_are_not_needed():
         setattr(parts, f"load_{name}", watched)
     sample.draw(parts, ["a red cat"], steps=2)
     assert held == [("text", []), ("mmdit", []), ("vae", [])]
+
+
+@pytest.mark.parametrize("free, loads", [(10**12, 1), (1000, 4)])
+def test_parts_stay_between_calls_where_there_is_room_for_them(free, loads, monkeypatch):
+    monkeypatch.setattr(parts_module, "available", lambda device: free)
+    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16)
+    counts = dict(text=0, mmdit=0, vae=0)
+    for name in counts:
+        def counted(name=name, load=getattr(parts, f"load_{name}")):
+            counts[name] += 1
+            return load()
+        setattr(parts, f"load_{name}", counted)
+    for _ in range(4):
+        sample.write(parts, torch.zeros(1, 3, 32, 32), steps=1)
+    assert counts == dict(text=loads, mmdit=loads, vae=loads)
+
+
+def test_what_all_parts_weigh_is_what_they_take_up():
+    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16, keep=True)
+    parts.hold("text", "mmdit", "vae")
+    held = sum(p.nbytes for part in (parts.text, parts.mmdit, parts.vae) for p in part.parameters())
+    assert held <= parts.weight() < 1.2 * held                  # and the position table
+    assert 2**20 < parts_module.available(torch.device("cpu")) < 2**50
+
+
+def test_pictures_have_the_size_that_is_asked_for_whatever_the_autoencoder_halves():
+    parts = Parts(RELEASE, vae=SD3_FILE, height=48, width=32, length=12)
+    assert parts.factor == parts.load_vae().factor != 8
+    assert sample.draw(parts, ["a red cat"], steps=1).shape == (1, 3, 48, 32)
 
 
 def test_the_posterior_is_drawn_from_when_asked_for():

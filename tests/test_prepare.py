@@ -194,6 +194,9 @@ def test_a_run_on_latents_says_whose_they_are_and_refuses_those_of_others(photos
     config, run = checkpoint.read_config(tmp_path / "run"), tmp_path / "run"
     assert config["latents"] == checkpoint.digest(checkpoint.load_vae(VAE)) and len(rows(run)) == 2
     assert Parts(run, vae=VAE).vae.channels == 16
+    twelve = encode(photos, tmp_path / "twelve", pixels=12)      # a multiple of 2 pixels a latent, not of 8
+    assert data.latent_factor([str(photos), str(twelve)]) == checkpoint.load_vae(VAE).factor == 2
+    assert go("--image-data", twelve, "--pixels", 12, "--steps", 1, "--out", tmp_path / "small") == ""
     changed = {name: x.float() for name, x in load_file(VAE).items() if name.startswith("first_stage")}
     changed["first_stage_model.decoder.conv_in.bias"] += 1
     save_file(changed, tmp_path / "changed.safetensors")

@@ -113,6 +113,38 @@ def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_t
     assert (plain - pushed).abs().max() > 0.01
 
 
+def test_many_are_drawn_in_batches_as_if_each_were_drawn_alone(parts):
+    """18 pictures, in batches of 16 and 2, of two prompts; each one's noise follows that of those before."""
+    noise = torch.randn(18, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    prompts, states = ["red apple, noto style", "snowman, noto style"] * 9, []
+    drawn = sample.draw(parts, prompts, steps=2, seed=7, guidance=1, trajectory=states)
+    assert drawn.shape == (18, 3, 32, 32) and [state.shape for state in states] == [drawn.shape] * 3
+    for i in (0, 15, 16, 17):
+        text = parts.text(parts.tokenizer.encode(prompts[i], parts.length)[None])
+        with torch.inference_mode():
+            alone = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise[i:i + 1], flow.sigmas(2, 1.0))
+        assert torch.allclose(drawn[i], alone[0].clamp(-1, 1), atol=1e-4)
+        assert torch.allclose(states[-1][i], alone[0], atol=1e-4)
+
+
+def test_a_walk_that_takes_long_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(100))                                     # a second passes between any two looks at it
+    monkeypatch.setattr(sample.time, "time", lambda: next(clock))
+    function = sample.watched(lambda x: x + 1, 6, "drawing")
+    assert [function(i) for i in range(6)] == list(range(1, 7))
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"drawing: {n}/6 evaluations, 0.60/s, {left} s left" for n, left in ((3, 5), (6, 0))]
+
+
+def test_a_size_that_was_not_learnt_gets_a_warning(tmp_path, capsys):
+    draw = ["--prompt", "snowman, noto style", "--steps", "1", "--out", str(tmp_path / "a.png")]
+    sample.main([*draw, "--height", "32", "--width", "32"])
+    assert capsys.readouterr().err == ""
+    sample.main([*draw, "--height", "64"])
+    assert capsys.readouterr().err.startswith("warning: a height of 64 and a width of 32; these weights have "
+                                              "learnt pictures of 32 by 32, and may show tiles")
+
+
 def test_the_shift_of_the_noise_levels_is_used(parts):
     noise = torch.randn(1, 3, parts.height, parts.width, generator=torch.Generator().manual_seed(5))
     text = parts.text(parts.tokenizer.encode("red apple, noto style", parts.length)[None])
