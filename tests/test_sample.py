@@ -1,6 +1,7 @@
 """sample.py, checkpoint.py and evaluate.py, with the shipped weights and as a person would call them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -46,9 +47,9 @@ def apple(tmp_path_factory):
             return path
 
 
-def run(*flags, expect=0):
+def run(*flags, expect=0, **environment):
     done = subprocess.run([sys.executable, "sample.py", *map(str, flags)], cwd=ROOT, capture_output=True,
-                          text=True)
+                          text=True, env=os.environ | environment)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -57,9 +58,9 @@ def test_one_command_draws_a_picture_and_the_same_seed_draws_it_again(tmp_path):
     started = time.time()
     run("--prompt", "red apple, noto style", "--out", tmp_path / "a.png", "--trajectory", tmp_path / "a.gif")
     assert time.time() - started < 15 * 2  # the promise is 15 s; a shared machine gets twice that
-    run("--prompt", "red apple, noto style", "--out", tmp_path / "b.png", "--seed", "0")
-    run("--prompt", "red apple, noto style", "--out", tmp_path / "c.png", "--seed", "1", "--n", "3",
-        "--steps", "4")
+    again = ["--prompt", "red apple, noto style", "--out"]
+    sample.main([*again, str(tmp_path / "b.png"), "--seed", "0"])
+    sample.main([*again, str(tmp_path / "c.png"), "--seed", "1", "--n", "3", "--steps", "4"])
     a, b, c = (Image.open(tmp_path / f"{name}.png") for name in "abc")
     assert a.size == (256, 256) and a.tobytes() == b.tobytes()
     assert c.size == (520, 520)                              # two by two, with a gap
@@ -68,15 +69,25 @@ def test_one_command_draws_a_picture_and_the_same_seed_draws_it_again(tmp_path):
     assert r > g and r > b                                   # an apple that is red
 
 
-def test_a_picture_is_captioned_and_answered_and_completed(apple, tmp_path):
-    assert run("--image", apple).stdout == "red apple, noto style\n"
-    answer = run("--image", apple, "--question", "Which style is it drawn in?", "--trajectory",
-                 tmp_path / "q.gif")
-    assert answer.stdout == "noto\n" and Image.open(tmp_path / "q.gif").n_frames >= 2
-    filled = run("--image", apple, "--text", "red [MASK], [MASK] style").stdout
-    assert filled == "red apple, noto style\n"
-    short = run("--image", apple, "--max-tokens", "1").stdout
-    assert short == "red\n"
+def test_a_picture_is_captioned_and_answered_and_completed(apple, tmp_path, capsys):
+    def said(*flags):
+        sample.main(["--image", str(apple), *map(str, flags)])
+        return capsys.readouterr().out
+    assert said() == "red apple, noto style\n"
+    answer = said("--question", "Which style is it drawn in?", "--trajectory", tmp_path / "q.gif")
+    assert answer == "noto\n" and Image.open(tmp_path / "q.gif").n_frames >= 2
+    assert said("--text", "red [MASK], [MASK] style") == "red apple, noto style\n"
+    assert said("--max-tokens", 1) == "red\n"
+
+
+def test_a_terminal_without_accents_and_a_reader_that_left_change_nothing(apple, tmp_path):
+    named = tmp_path / "pomme à l'été.webp"
+    named.write_bytes(apple.read_bytes())
+    assert run("--image", named, LC_ALL="C", PYTHONUTF8="0").stdout == "red apple, noto style\n"
+    left = subprocess.Popen([sys.executable, "sample.py", "--image", named], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+    left.stdout.close()                                          # as `| head -0` does
+    assert left.stderr.read() == "" and left.wait() == 1
 
 
 def test_infilling_changes_masked_tokens_only(parts, emoji_32):
