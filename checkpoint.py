@@ -253,7 +253,8 @@ def published(path: Path, vocab_size: int) -> tuple[MMDiT, Tensors, dict[str, En
     """(a transformer of a published one's sizes, without memory, its tensors, where each part is in them)."""
     tensors, config, naming = find(path, "transformer")
     from_sd3 = "text_proj_out.weight" not in tensors
-    model = build(lambda: MMDiT(layouts.mmdit_config(tensors, config, naming, vocab_size)), tensors.files[0])
+    sizes = layouts.mmdit_config(tensors, config, naming, vocab_size)
+    model = build(lambda: MMDiT(sizes), tensors.files[0])
     table = layouts.SD3_FILE if naming == "file" else layouts.SD3_FOLDER if from_sd3 else layouts.RELEASE
     return model, tensors, layouts.mmdit_entries(model, table, from_sd3)
 

@@ -132,6 +132,15 @@ class Tokenizer:
                 run.append(i)
 
 
+def read_merges(file: Path) -> list[tuple[str, ...]]:
+    """GPT-2's pairs of pieces, in the order in which they are merged.  Raises UserError."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[1:]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: GPT-2's merges can't be read ({error}); restore it from git")
+    return [tuple(line.split(" ")) for line in lines if line]
+
+
 def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES, **known) -> Tokenizer:
     """GPT-2's byte-level BPE, <|endoftext|> as end and padding, and [MASK] as one id more (50257).
 
@@ -139,11 +148,7 @@ def gpt2_tokenizer(keep: list[int] | None = None, merges: Path = MERGES, **known
     bytes and, for each id, the two ids it is merged from (`gpt2_subset` makes such a list).  Text made of
     kept tokens is cut up exactly as GPT-2 does; any other text falls into smaller pieces, down to bytes.
     known: `seen` and `capitals`."""
-    try:
-        lines = merges.read_text(encoding="utf-8").split("\n")[1:]
-    except OSError as error:
-        raise UserError(f"{merges}: GPT-2's merges can't be read ({error.strerror}); restore it from git")
-    pairs = [tuple(line.split(" ")) for line in lines if line]
+    pairs = read_merges(merges)
     # GPT-2's order: printable bytes first, then the rest moved up to 256 and on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
@@ -191,9 +196,9 @@ def t5_tokenizer(file: Path) -> Tokenizer:
 def gpt2_subset(texts: list[str]) -> list[int]:
     """The GPT-2 ids that the texts use, those they are merged from, and the 256 bytes, in ascending order."""
     full = gpt2_tokenizer()
-    halves = {}
-    for left, right in json.loads(full.bpe.to_str())["model"]["merges"]:
-        halves[full.bpe.token_to_id(left + right)] = [full.bpe.token_to_id(left), full.bpe.token_to_id(right)]
+    halves, number = {}, full.bpe.token_to_id
+    for left, right in read_merges(MERGES):
+        halves[number(left + right)] = [number(left), number(right)]
     wanted, todo = set(range(256)), set().union(*full.many(list(set(texts))))
     while todo:
         i = todo.pop()

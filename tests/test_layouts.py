@@ -38,14 +38,15 @@ def hollow(path, shapes):
 
 
 def sizes_and_entries(part, tensors, config, naming):
+    sizes, make = dict(vae=(layouts.vae_config, AutoencoderKL), t5=(layouts.t5_config, T5Encoder),
+                       transformer=(layouts.mmdit_config, MMDiT))[part]
+    found = sizes(tensors, config, naming)
     with torch.device("meta"):
-        if part == "vae":
-            module = AutoencoderKL(layouts.vae_config(tensors, config, naming))
-            return module, layouts.vae_entries(module, naming)
-        if part == "t5":
-            module = T5Encoder(layouts.t5_config(tensors, config, naming))
-            return module, layouts.t5_entries(module, "shared.weight")
-        module = MMDiT(layouts.mmdit_config(tensors, config, naming, 32100))
+        module = make(found)
+    if part == "vae":
+        return module, layouts.vae_entries(module, naming)
+    if part == "t5":
+        return module, layouts.t5_entries(module, "shared.weight")
     from_sd3 = "text_proj_out.weight" not in tensors
     table = layouts.SD3_FILE if naming == "file" else layouts.SD3_FOLDER if from_sd3 else layouts.RELEASE
     return module, layouts.mmdit_entries(module, table, from_sd3)
