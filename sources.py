@@ -75,7 +75,9 @@ class Folder:
     def __init__(self, path: Path):
         self.name, self.entries = str(path), []
         if (path / "metadata.jsonl").exists():
-            for number, line in enumerate(read_text(path / "metadata.jsonl").splitlines(), 1):
+            for number, line in enumerate(read_text(path / "metadata.jsonl").split("\n"), 1):
+                if not line.strip():
+                    continue
                 try:
                     entry = json.loads(line)
                     entry = path / entry["file_name"], entry["text"]
@@ -93,7 +95,7 @@ class Folder:
                     raise UserError(f"{(texts | pictures)[first]}: expected {lacking}, found none; "
                                     f"{len(alone)} such")
             self.entries = [(file,
-                             [line.strip() for line in read_text(texts[stem]).splitlines() if line.strip()])
+                             [line.strip() for line in read_text(texts[stem]).split("\n") if line.strip()])
                             for stem, file in pictures.items()]
         if not self.entries:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"

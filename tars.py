@@ -8,6 +8,7 @@ out: folders, hidden files (macOS leaves ._x and .DS_Store), READMEs and licence
 import gzip
 import io
 import os
+import re
 import tarfile
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,7 +25,7 @@ WHOLE_GZIP = 2**31      # bytes of a packed tar once unpacked: it is held in mem
 BLOCK = bytes(512)      # of zeros: behind the last file
 INDEX = ".index.npy"    # behind a tar's name; its last row is the tar's size, and
 RULES = 2               # of what is a sample, that made it
-BESIDE = ("readme", "license", "licence", "copying", "notice")
+BESIDE = re.compile(r"(readme|licen[sc]e|copying|notice)\.(md|txt|rst|html)", re.IGNORECASE)
 
 
 @contextmanager
@@ -74,8 +75,8 @@ def part(path: str, member: tarfile.TarInfo) -> tuple[str, str] | None:
     """(key, extension) of a member that belongs to a sample, None of another.  UserError for a link."""
     key, extension = split_name(member.name)
     *folders, file = member.name.split("/")
-    stem = file.partition(".")[0].lower()
-    if member.isdir() or not extension or not stem or stem in BESIDE or "__MACOSX" in folders:
+    beside = file.startswith(".") or BESIDE.fullmatch(file) or "__MACOSX" in folders
+    if member.isdir() or not extension or beside:
         return None
     if not member.isreg() or member.issparse():
         kind = "a hard link" if member.islnk() else "a symbolic link" if member.issym() else "no plain file"

@@ -88,8 +88,8 @@ class Tokenizer:
         """The text with the words in lower case that no training caption capitalises; [MASK] stays."""
         if self.seen is None:
             return text
-        return re.sub(r"\[MASK\]|\w+", lambda word: word[0] if word[0] in {*self.capitals, "[MASK]"}
-                      else word[0].lower(), text)
+        kept = self.capitals | {"[MASK]"}
+        return re.sub(r"\[MASK\]|\w+", lambda word: word[0] if word[0] in kept else word[0].lower(), text)
 
     def strange(self, text: str) -> list[str]:
         """The words with a piece that no training text had, or for which there is none."""

@@ -1,7 +1,7 @@
 """The published weights at full size, as random numbers: memory of drawing and captioning, time of loading.
 
     python tests/full_size.py make FOLDER         # 18 GB: a D-DiT release with T5-XXL, an SD3 file, float16
-    python tests/full_size.py memory FOLDER       # peak memory of two steps of each, in bfloat16
+    python tests/full_size.py memory FOLDER       # peak memory of two steps of each, in bfloat16, as if short
     python tests/full_size.py decode FOLDER       # the autoencoder's decoder at 1024x1024, float32
     python tests/full_size.py load FOLDER         # time to load the transformer against reading its bytes
 
@@ -88,7 +88,8 @@ def memory(folder: Path) -> None:
     for name, flags in (("draw", ["--prompt", "a red cat on a house", "--out", folder / "out.png"]),
                         ("caption", ["--image", folder / "red.png"])):
         started = time.time()
-        command = [sys.executable, "sample.py", "--checkpoint", folder, *flags, *sides]
+        short = "import cli, parts, sample; parts.available = lambda device: 0; cli.run(sample.main)"
+        command = [sys.executable, "-c", short, "--checkpoint", folder, *flags, *sides]
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         status, peak = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024 / 1e9

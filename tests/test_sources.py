@@ -37,10 +37,12 @@ def test_a_folder_of_pictures_with_captions(photos):
 
 def test_a_folder_with_a_metadata_file(photos):
     lines = [dict(file_name="IMG 1.png", text="one"), dict(file_name="more/IMG 4.jpg", text="four")]
-    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines += [dict(file_name="IMG 1.png", text="a line\u2028in a line")]
+    (photos / "metadata.jsonl").write_text(
+        "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\r\n", encoding="utf-8")
     source = sources.of_path(str(photos))
-    assert [sample["captions"] for sample in map(source.__getitem__, range(len(source)))] == [["one"],
-                                                                                              ["four"]]
+    assert [sample["captions"] for sample in map(source.__getitem__, range(len(source)))] == [
+        ["one"], ["four"], ["a line\u2028in a line"]]
 
 
 def test_a_list_of_pictures_with_captions_and_recaptions(photos):

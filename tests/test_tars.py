@@ -116,6 +116,8 @@ def test_what_lies_beside_the_samples_is_left_out(tmp_path):
     beside = [(folder, b""), *((name, b"x") for name in names)]
     mixed = [file for name, content in GOOD for file in ((f"._{name}", b"\0\5"), (name, content))]
     assert list(Tar(write(tmp_path / "a.tar", beside + mixed + beside[1:]))) == READ
+    own = [(f"license.{name[4:]}", content) for name, content in GOOD[:2]]       # a sample may be called so
+    assert list(Tar(write(tmp_path / "own.tar", own))) == [("license", READ[0][1])]
     upper = [(name.upper(), content) for name, content in GOOD]
     assert list(Tar(write(tmp_path / "b.tar", upper))) == READ
 
