@@ -6,14 +6,13 @@ to the tallest batch, and so on.  So each picture is seen as often as without bu
 a row depends on no other row: any number of processes sees the same.  The paper's pictures are all square.
 """
 
-import io
 import math
 
 import torch
-from PIL import Image
 
 import data
 from cli import require
+from pictures import picture_size
 
 WINDOW = 8
 LOOK = 256              # pictures whose shapes decide on the sizes
@@ -60,10 +59,8 @@ class Buckets:
                 self.shapes.clear()
             try:
                 k, epoch, at = place
-                content = self.mix.sources[k][self.mix.index(k, epoch, at)]["picture"]
-                picture = Image.open(io.BytesIO(content))
-                turned = picture.getexif().get(0x0112, 1) >= 5   # as the camera was held
-                self.shapes[place] = math.log(picture.width / picture.height) * (-1 if turned else 1)
+                width, height = picture_size(self.mix.sources[k][self.mix.index(k, epoch, at)]["picture"])
+                self.shapes[place] = math.log(width / height)
             except Exception:                                    # what is wrong is said when it is read
                 self.shapes[place] = 0.0
         return self.shapes[place]

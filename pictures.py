@@ -5,16 +5,37 @@ Shapes: P pixels a side.
 
 import io
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cli import UserError
 
 LONGEST = 4             # sides: training leaves out a picture longer than 4 to 1
+
+
+@contextmanager
+def decided() -> Iterator[None]:
+    """What Pillow warns of in here is an error, or nothing: it reads odd files all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def picture_size(content: bytes) -> tuple[int, int]:
+    """(width, height) the right way up, from a file's header.  Raises what Pillow raises."""
+    with decided():
+        picture = Image.open(io.BytesIO(content))
+        if picture.format == "TIFF":                             # which Pillow turns itself, sooner or later
+            return decode(content).size
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return picture.size[::-1] if turned else picture.size
 
 
 def read_picture(source: Path | bytes, name: str = "a picture") -> Image.Image:
@@ -26,9 +47,7 @@ def read_picture(source: Path | bytes, name: str = "a picture") -> Image.Image:
     name = source if isinstance(source, Path) else name
     try:
         content = source.read_bytes() if isinstance(source, Path) else source
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                      # of odd files that can be read all the same
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with decided():
             return flat(decode(content))
     except FileNotFoundError:
         raise UserError(f"{name}: no such picture file")

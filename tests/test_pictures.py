@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cli import UserError
-from pictures import fit_picture, read_picture, to_picture, to_tensor
+from pictures import fit_picture, picture_size, read_picture, to_picture, to_tensor
 
 
 def stored(picture, kind, **how):
@@ -62,8 +62,9 @@ def test_pictures_are_turned_as_the_camera_was_held(tag, turn, kind):
     picture, exif = Image.new("RGB", (60, 40), "red"), Image.Exif()
     picture.paste("blue", (0, 0, 30, 20))
     exif[0x0112] = tag
-    shown = read_picture(stored(picture.transpose(turn), kind, exif=exif))
-    assert shown.size == (60, 40)
+    content = stored(picture.transpose(turn), kind, exif=exif)
+    shown = read_picture(content)
+    assert shown.size == (60, 40) == picture_size(content)
     assert shown.getpixel((5, 5))[2] > 200                       # blue, the others are red
     assert shown.getpixel((55, 5))[0] > 200 and shown.getpixel((5, 35))[0] > 200
 
