@@ -303,8 +303,15 @@ def flags(tiny, small_tar):
 def alone(flags, tmp_path_factory):
     """Twenty steps of one process: its folder."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    run_to_the_end(1, *flags, "--out", out, "--steps", 20)
+    train.main(list(map(str, [*flags, "--out", out, "--steps", 20])))
     return out
+
+
+@pytest.fixture(scope="module")
+def two(flags, tmp_path_factory):
+    """The same by two processes: its folder, and what they said."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    return out, run_to_the_end(2, *flags, "--out", out, "--steps", 20, "--shard", "zero2")
 
 
 def equal_runs(one, other, tolerance=1e-5):
@@ -320,28 +327,31 @@ def equal_runs(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("processes, mode", [(2, "zero2"), (2, "zero3"), (4, "hsdp"), (2, "none")])
-def test_several_processes_take_the_same_steps_as_one(processes, mode, flags, alone, tmp_path):
-    said, complaints = run_to_the_end(processes, *flags, "--out", tmp_path, "--steps", 20, "--shard", mode)
-    equal_runs(alone, tmp_path)
+def test_several_processes_take_the_same_steps_as_one(processes, mode, flags, alone, two, tmp_path):
+    out, (said, complaints) = two if mode == "zero2" else (tmp_path, run_to_the_end(
+        processes, *flags, "--out", tmp_path, "--steps", 20, "--shard", mode))
+    equal_runs(alone, out)
     assert said.count("from step 0") == 1 and "Warning" not in complaints
-    assert (tmp_path / "samples_20.png").exists()
+    assert (out / "samples_20.png").exists()
 
 
 def test_two_processes_in_bfloat16_stay_close_to_one(flags, tmp_path):
-    for processes in (1, 2):
-        run_to_the_end(processes, *flags, "--dtype", "bfloat16", "--out", tmp_path / str(processes),
-                       "--steps", 6)
+    half = [*flags, "--dtype", "bfloat16", "--steps", 6, "--out"]
+    train.main(list(map(str, [*half, tmp_path / "1"])))
+    run_to_the_end(2, *half, tmp_path / "2")
     for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
         assert a["image_loss"] == pytest.approx(b["image_loss"], rel=0.02)
         assert a["text_loss"] == pytest.approx(b["text_loss"], rel=0.02)
 
 
-def test_what_two_processes_saved_one_and_four_go_on_from(flags, alone, tmp_path):
-    run_to_the_end(2, *flags, "--out", tmp_path / "one", "--steps", 10, "--shard", "zero2")
-    shutil.copytree(tmp_path / "one", tmp_path / "four")
-    run_to_the_end(1, *flags, "--out", tmp_path / "one", "--steps", 20)
-    run_to_the_end(4, *flags, "--out", tmp_path / "four", "--steps", 20, "--shard", "zero3")
+def test_what_two_processes_saved_one_and_four_go_on_from(flags, alone, two, tmp_path):
+    for name in ("one", "four"):
+        shutil.copytree(two[0], tmp_path / name)
+    from_ten = lambda name: list(map(str, [*flags, "--out", tmp_path / name, "--steps", 20, "--resume-step", 10]))
+    train.main(from_ten("one"))
+    run_to_the_end(4, *from_ten("four"), "--shard", "zero3")
     for out in (tmp_path / "one", tmp_path / "four"):
+        assert (out / "left_step_20").exists()                   # what two processes made of it
         equal_runs(alone, out)
 
 

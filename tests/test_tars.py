@@ -182,7 +182,7 @@ def test_texts_are_read_in_utf_8_and_nothing_else(tmp_path):
     assert again[0]["captions"] == [] and again[0]["recaption"] == "b"
 
 
-def test_a_stage_that_asks_refuses_an_empty_list_of_questions_and_sources_without_any(tmp_path):
+def test_a_stage_that_asks_refuses_an_empty_list_of_questions_and_sources_without_any(small_tar, tmp_path):
     empty = b'{"caption": "a", "questions": []}'
     path = write(tmp_path / "a.tar", [*GOOD[:2], GOOD[2], ("001.json", empty)])
     asks, learns = data.Mix([path], 16, asks=True), data.Mix([path], 16)
@@ -194,7 +194,7 @@ def test_a_stage_that_asks_refuses_an_empty_list_of_questions_and_sources_withou
     with pytest.raises(UserError, match=f"^{path}: no questions among the first 20 samples"):
         data.check_questions(asks, [], gpt2, 28)
     data.check_questions(learns, [], gpt2, 28)
-    data.check_questions(data.Mix([path, str(emoji.TAR)], 16, asks=True), [], gpt2, 28)
+    data.check_questions(data.Mix([path, small_tar], 16, asks=True), [], gpt2, 28)
 
 
 def test_a_picture_in_a_tar_is_named_by_tar_and_key(tmp_path):
