@@ -132,7 +132,8 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
         sizes = mmdit.config
     else:
         sizes = replace(sizes, vocab_size=tokenizer.vocab_size,
-                        text_length=config.text_length if own else 0)
+                        text_length=config.text_length if own else 0,
+                        predicts=config.predicts or sizes.predicts)
         mmdit = MMDiT(sizes)
     require((sizes.vocab_size == tokenizer.vocab_size, f"{config.init}: its text head has {sizes.vocab_size} "
              f"tokens, the tokenizer {tokenizer.vocab_size}; name the right one with --tokenizer"))

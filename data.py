@@ -223,12 +223,12 @@ class Mix:
             return None
         return [text for source in self.sources for text in source.texts()]
 
-    def shown(self, count: int, held: bool) -> list[dict]:
+    def shown(self, count: int, held: bool, captioned: bool = True) -> list[dict]:
         """Samples to look at, of the first source: learnt ones, or held-out ones where it has any."""
         source = self.sources[0]
         kept = getattr(source, "held", [])[:count] if held else []
-        return [self.cut(source[i]) for i in kept] or [
-            self.read(0, 0, place, True) for place in range(min(count, len(source)))]
+        return [self.cut(source[i], captioned) for i in kept] or [
+            self.read(0, 0, place, captioned) for place in range(min(count, len(source)))]
 
 
 class Ahead(torch.utils.data.Dataset):

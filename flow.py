@@ -22,23 +22,25 @@ def shifted(t: Tensor | float, shift: float) -> Tensor | float:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def draw(shape: tuple[int, ...], generator: torch.Generator | None = None,
-         shift: float = 1.0) -> tuple[Tensor, Tensor]:
+def draw(shape: tuple[int, ...], generator: torch.Generator | None = None, shift: float = 1.0,
+         times: str = "logit-normal") -> tuple[Tensor, Tensor]:
     """The random part of the loss: times t (B,) in (0, 1) and noise of the given shape (B, ...).
 
     t = sigmoid(N(0, 1)), SD3's logit-normal: most of the effort goes to the middle, where the velocity is
     hardest to tell.  A shift above 1 moves them towards noise, where what is in a picture is decided (2: the
-    middle from 0.5 to 0.67).  Drawn apart from the loss so that a batch split over processes keeps its draws.
-    """
+    middle from 0.5 to 0.67).  times "uniform": t ~ U(0, 1) before the shift.  Drawn apart from the loss so
+    that a batch split over processes keeps its draws."""
     device = generator.device if generator is not None else None
     t = torch.sigmoid(torch.randn(shape[0], generator=generator, device=device))  # (B,)
+    t = t if times == "logit-normal" else torch.special.ndtr(t.logit())           # N(0, 1)'s quantile
     return shifted(t, shift), torch.randn(shape, generator=generator, device=device)
 
 
 def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
-           t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+           t: Tensor | None = None, noise: Tensor | None = None, of: str = "velocity") -> Tensor:
     """Mean over pixels of |v(x_t, t) - (e - x)|^2 for each sample, (B,), in float32 whatever x is.
 
+    of "data": of |x_t - t v(x_t, t) - x|^2, as the published code has it; that is t^2 as much.
     x: clean latents (B, C, h, w).  t (B,) and noise (B, C, h, w) are drawn by `draw` unless both are given.
     Raises ValueError when only one of them is."""
     if (t is None) != (noise is None):
@@ -48,7 +50,7 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
     x, t, noise = precise(x), precise(t).to(x.device), precise(noise).to(x.device)
     tt = t.view(-1, *[1] * (x.ndim - 1))                                          # (B, 1, 1, 1)
     v = velocity((1 - tt) * x + tt * noise, t)
-    return (v.to(x.dtype) - (noise - x)).square().flatten(1).mean(1)
+    return (v.to(x.dtype) - (noise - x)).square().flatten(1).mean(1) * (t ** 2 if of == "data" else 1)
 
 
 def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None, **drawn: Tensor) -> Tensor:

@@ -35,12 +35,13 @@ def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tu
 
 
 def errors(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
-           generator: torch.Generator | None = None, t: Tensor | None = None,
-           uniform: Tensor | None = None) -> Tensor:
+           generator: torch.Generator | None = None, t: Tensor | None = None, uniform: Tensor | None = None,
+           unscored: Tensor | None = None, weight: str = "1/t") -> Tensor:
     """1/t-weighted cross-entropy of the clean tokens, summed over each row's masked positions, (B,) float32.
 
     ids: clean tokens (B, L) int64, padding included: predicting the padding is how the end is learned.
-    frozen: (B, L) bool, True at prompt tokens, which are never masked and carry no loss.
+    frozen: (B, L) bool, True at prompt tokens, which are never masked and carry no loss; unscored: at tokens
+    that are masked like others and carry none.  weight "flat": 2 in place of 1/t, as much over all times.
     t (B,), uniform (B, L): from `draw` unless both are given; ValueError when t comes without uniform."""
     if (t is None) != (uniform is None):
         raise ValueError("mask_diffusion takes t and uniform together, or neither")
@@ -50,9 +51,11 @@ def errors(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None
     masked = uniform.to(ids.device) < t[:, None]                                  # (B, L)
     if frozen is not None:
         masked &= ~frozen
-    logits = forbid(logits_fn(torch.where(masked, mask_id, ids))[masked].float(), mask_id)      # (n, V)
-    found = F.cross_entropy(logits, ids[masked], reduction="none")                # (n,)
-    return torch.zeros(len(ids), device=ids.device).index_add(0, masked.nonzero()[:, 0], found) / t
+    scored = masked if unscored is None else masked & ~unscored
+    logits = forbid(logits_fn(torch.where(masked, mask_id, ids))[scored].float(), mask_id)      # (n, V)
+    found = F.cross_entropy(logits, ids[scored], reduction="none")                # (n,)
+    found = torch.zeros(len(ids), device=ids.device).index_add(0, scored.nonzero()[:, 0], found)
+    return found / t if weight == "1/t" else 2 * found
 
 
 def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,

@@ -37,7 +37,8 @@ from tensors import replacing, write_tensors
 
 # what a run is: with another value of one of these it would be another run
 IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data", "text_data", "vocabulary",
-            "pixels", "buckets", "text_length", "image_batch", "text_batch", "optimizer", "seed")
+            "pixels", "buckets", "text_length", "image_batch", "text_batch", "optimizer", "seed", "predicts",
+            "image_loss", "times", "text_loss", "text_mean", "padding")
 FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)      # CheckpointException is no Exception
 DIGESTS = "digests.json"
 
@@ -320,18 +321,18 @@ class Run:
         self.sums = {name: self.sums.get(name, 0) + value for name, value in found.items()}
         self.summed += 1
 
-    def log(self, rate: float, samples: int, steps: int, bad: list[str], cut: list[str]) -> None:
+    def log(self, rate: float, samples: int, steps: int, bad: list[str], cut: list[str], found: dict) -> None:
         """A row of means over the last `over` steps, and a line with the pace and the time left.
 
         bad: samples of no use since the last row, that are named in this one; cut: texts that were cut since,
-        that are counted."""
+        that are counted; found: what validation and the meter say of this step."""
         means = parallel.mean(torch.stack([*self.sums.values()]) / self.summed).tolist()
         *losses, (_, norm) = zip(self.sums, means)
         elapsed = time.time() - self.started
         pace, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
         self.rows.append(dict(
             step=self.step, over=self.summed, **{f"{name}_loss": loss for name, loss in losses},
-            grad_norm=norm, lr=rate, seconds=seconds, samples_per_s=round(samples * pace, 1)))
+            grad_norm=norm, lr=rate, seconds=seconds, samples_per_s=round(samples * pace, 1), **found))
         self.sums, self.summed = {}, 0
         bad, cut = (sum(lists, []) for lists in zip(*parallel.gather([(bad, cut)])))
         if bad:
@@ -348,6 +349,8 @@ class Run:
             shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses)
             print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  {samples * pace:.0f} samples/s  "
                   f"{left:.1f} min left", flush=True)
+            if single := [f"{name} {x:.4f}" for name, x in found.items() if isinstance(x, float)]:
+                print(f"at step {self.step}  {'  '.join(single)}", flush=True)
 
 
 def sync_file(path: Path) -> None:

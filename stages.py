@@ -64,7 +64,7 @@ def settings(stage: str, preset: str, sizes: MMDiTConfig, about: dict) -> dict:
         found["pixels"] = about.get("pixels") or found["pixels"]
     if small:
         found |= dict(vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0, question_share=0.4,
-                      save_every=250, sample_every=500)
+                      save_every=250, sample_every=500, eval_every=250)
         found |= dict(image_data=[str(emoji.TAR)]) if stage != "text" else {}
         found |= dict(schedule="linear") if stage == "instruct" else {}
     if stage == "pretrain" and preset == "e2e-1.1b":
@@ -106,7 +106,13 @@ class TrainConfig:
     decay_from: int = value(0, low=1)           # when time is up: from this step on, which ends the run early
     optimizer: str = value("adamw", choices=["adamw", "muon"])  # of the blocks' matrices; of all else adamw
     weight_decay: float = value(1e-2, low=0, high=1)  # of either
+    times: str = value("logit-normal", choices=["logit-normal", "uniform"])  # of the image loss
     time_shift: float = value(1.0, low=0.001, high=1000)  # of the image loss's times; 1: the paper's
+    image_loss: str = value("velocity", choices=["velocity", "data"])  # what is compared; data: t^2 as much
+    predicts: str = value("", choices=["", "velocity", "data"])  # of the image head, instead of the preset's
+    text_loss: str = value("1/t", choices=["1/t", "flat"])  # weight of a masked token
+    text_mean: str = value("token", choices=["token", "answer"])  # over all tokens, or over each text's first
+    padding: str = value("all", choices=["all", "end", "random"])  # learnt; not; or so much of it, drawn anew
     clip: float = value(2.0, low=1e-6)              # largest gradient norm
     ema: float = value(0.9999, low=0, high=1)       # decay of the averaged weights
     seed: int = value(0, low=0, high=2**63 - 1)     # of weights, order, noise, times and masks
@@ -121,6 +127,9 @@ class TrainConfig:
     # the run
     out: str = ""                                   # its folder, instead of out/STAGE
     log_every: int = value(20, low=1)               # steps between lines
+    eval_every: int = value(1000, low=0)            # steps between validations; 0: never
+    eval_samples: int = value(160, low=10)          # pictures, and texts, of a validation
+    meter_every: int = value(0, low=0)              # steps between looks at the losses' gradients; 0: never
     save_every: int = value(1000, low=1)            # steps between checkpoints
     sample_every: int = value(5000, low=0)          # steps between pictures of samples; 0: never
     resume_step: int = value(0, low=1)              # go on from this step_N; 0: from the newest
@@ -149,10 +158,13 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
     plan = not config.print_plan and "--print-plan"
     idle = {"decay_steps": config.schedule == "constant" and "--schedule linear",
             "decay_from": not config.decay_steps and "--decay-steps, how long the rate takes to fall to zero",
+            "eval_samples": not config.eval_every and "--eval-every",
             "question_share": config.stage != "instruct" and "--stage instruct",
-            "preset": scratch, "vocabulary": scratch, "rate": plan, "mfu": plan, "peak": plan,
-            **dict.fromkeys(("image_data", "image_batch", "time_shift", "text_dropout", "recaption",
-                             "min_side", "pixels", "buckets", "sample_every"), pictures)}
+            **dict.fromkeys(("preset", "vocabulary", "predicts"), scratch),
+            **dict.fromkeys(("rate", "mfu", "peak"), plan),
+            **dict.fromkeys(("image_data", "image_batch", "times", "time_shift", "image_loss", "text_dropout",
+                             "recaption", "min_side", "pixels", "buckets", "sample_every", "meter_every"),
+                            pictures)}
     for name in given:
         if idle.get(name):
             parser.error(f"{cli.flag(name)} changes nothing without {idle[name]}")

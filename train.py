@@ -38,6 +38,7 @@ import checkpoint
 import data
 import flow
 import mask_diffusion
+import meter
 import parallel
 import plan
 import sample
@@ -50,36 +51,47 @@ from run import Run
 from stages import STAGES, TrainConfig, learning_rate, parse, start
 from tokenizer import Tokenizer
 from vae import Pixels
+from validate import Validation
 
 
 # --------------------------------------------------------------------------------------------- the two losses
 
-def image_batch(config: TrainConfig, held: "Held", step: int) -> dict:
-    """Noised pictures with clean captions, now and then with none: this process's rows of a global batch."""
-    samples, draws = held.rows(step, config.image_batch, "image")
+def image_batch(config: TrainConfig, held: "Held", samples: list[dict], draws: list[torch.Generator],
+                times: Tensor | None = None) -> dict:
+    """Noised pictures with clean captions, now and then with none; times (B,) in place of drawn ones."""
     images = data.latents_of(samples)
     shape = held.latent_shape(images)
-    t, noise = map(torch.cat, zip(*(flow.draw(shape, generator, config.time_shift) for generator in draws)))
+    t, noise = map(torch.cat, zip(*(flow.draw(shape, generator, config.time_shift, config.times)
+                                         for generator in draws)))
+    t = t if times is None else times
     chances = [torch.rand(2, generator=generator).tolist() for generator in draws]
     dropped = torch.tensor([drop < config.text_dropout for drop, _ in chances])
     texts = ["" if none else data.choose_caption(sample, config.recaption, chance)
              for sample, none, (_, chance) in zip(samples, dropped, chances)]
     ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    made = dict(images=images, ids=ids, dropped=dropped, t=t, noise=noise, count=len(ids))
+    made = dict(images=images, ids=ids, dropped=dropped, t=t, noise=noise, count=len(ids),
+                of=config.image_loss)
     return made | ({"states": torch.stack([sample["states"] for sample in samples])} if held.stated else {})
 
 
-def text_batch(config: TrainConfig, held: "Held", step: int) -> dict:
-    """Clean pictures, or none, with texts to be masked: this process's rows of a global batch.
-
-    Times are antithetic over the global batch; dealt out row by row, each process has early and late ones."""
-    samples, draws = held.rows(step, config.text_batch, "text")
-    t, _ = mask_diffusion.draw((config.text_batch, 0), data.seeded(held.key, "times", step))
+def text_batch(config: TrainConfig, held: "Held", samples: list[dict], draws: list[torch.Generator],
+               times: Tensor) -> dict:
+    """Clean pictures, or none, with texts to be masked, each with its probability, times (B,)."""
     uniform = torch.stack([torch.rand(config.text_length, generator=generator) for generator in draws])
     pairs = [text_sample(held.tokenizer, *row, config) for row in zip(samples, draws)]
     ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
-    return dict(images=data.latents_of(samples), ids=ids, frozen=frozen, t=t[held.rank::held.world],
-                uniform=uniform, count=int((~frozen).sum()), mask_id=held.tokenizer.mask_id)
+    behind = ((ids == held.tokenizer.end_id) & ~frozen).cumsum(1).cumsum(1) > 1   # the first end: padding
+    behind &= torch.tensor(["ids" not in sample for sample in samples])[:, None]  # plain text has none
+    if config.padding == "random":      # so many of the ends; what comes then is given (LLaDA-o)
+        kept = torch.stack([torch.rand((), generator=generator) for generator in draws]) * (behind.sum(1) + 1)
+        frozen |= behind & (behind.cumsum(1) > kept[:, None])
+    unscored = behind & (config.padding == "end")
+    tokens = (~frozen & ~unscored).sum(1)                                         # (B,)
+    count, over = (len(ids), tokens.clamp(min=1)) if config.text_mean == "answer" else (
+        int(tokens.sum()), torch.ones(len(ids)))
+    return dict(images=data.latents_of(samples), ids=ids, frozen=frozen, unscored=unscored, t=times,
+                uniform=uniform, over=over, count=count, mask_id=held.tokenizer.mask_id,
+                weight=config.text_loss)
 
 
 def text_sample(tokenizer: Tokenizer, sample: dict, generator: torch.Generator,
@@ -103,15 +115,20 @@ def image_errors(models: Models, batch: dict) -> Tensor:
     """The velocity's error of each picture, (B,): the text is clean, the picture noised to t."""
     text = models.captions(batch["ids"], batch["dropped"], batch.get("states"))            # (B, L, E)
     velocity = lambda x_t, t: models.learns["mmdit"](x_t, text, t, need="velocity")[0]
-    return flow.errors(velocity, models.latents(batch["images"]), t=batch["t"], noise=batch["noise"])
+    return flow.errors(velocity, models.latents(batch["images"]), t=batch["t"], noise=batch["noise"],
+                       of=batch["of"])
 
 
 def text_errors(models: Models, batch: dict) -> Tensor:
     """The masked tokens' error of each text, (B,): the picture, if any, is clean, so its time is 0."""
     images, clean = models.latents(batch["images"]), torch.zeros(1, device=batch["ids"].device)
     logits = lambda ids: models.learns["mmdit"](images, models.text(ids), clean, need="logits")[1]
-    return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"],
-                                 t=batch["t"], uniform=batch["uniform"])
+    return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"], t=batch["t"],
+                                 uniform=batch["uniform"], unscored=batch["unscored"],
+                                 weight=batch["weight"]) / batch["over"]
+
+
+ERRORS = dict(image=image_errors, text=text_errors)
 
 
 # ----------------------------------------------------------------------------------------------------- set-up
@@ -144,12 +161,24 @@ class Held:
         return (self.mixes[name].take(positions, name, shape),
                 [data.seeded(self.key, name, position) for position in positions])
 
+    def validation(self, config: TrainConfig) -> Validation:
+        """What this run is measured on, in the same way whatever the losses that it learns by."""
+        plain = replace(config, text_dropout=0.0, recaption=0.0, image_loss="velocity", text_loss="1/t",
+                        text_mean="token", padding="end")
+        make = dict(image=partial(image_batch, plain, self), text=partial(text_batch, plain, self))
+        return Validation(self.mixes, make, self.tokenizer, config.eval_samples)
+
     def batches(self, config: TrainConfig, step: int) -> dict:
         """This process's rows of both global batches, on the CPU, what samples were of no use for them, and
         what was lost of each text that was cut: a function of the step alone, so that it can be made ahead,
         anywhere."""
-        make, self.tokenizer.cut = dict(image=image_batch, text=text_batch), 0
-        made = {name: make[name](config, self, step) for name in self.mixes}
+        self.tokenizer.cut, made = 0, {}
+        if "image" in self.mixes:
+            made["image"] = image_batch(config, self, *self.rows(step, config.image_batch, "image"))
+        # antithetic over the global batch; dealt out row by row, each process has early and late times
+        t, _ = mask_diffusion.draw((config.text_batch, 0), data.seeded(self.key, "times", step))
+        made["text"] = text_batch(config, self, *self.rows(step, config.text_batch, "text"),
+                                  t[self.rank::self.world])
         return made | dict(bad=[name for mix in self.mixes.values() for name in mix.newly_bad()],
                            cut=[self.tokenizer.lost] * self.tokenizer.cut)
 
@@ -283,6 +312,10 @@ def asked_to_stop() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
 
+def on_device(batch: dict, device: torch.device) -> dict:
+    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+
+
 def micro_batches(batch: dict, size: int) -> list[dict]:
     """A batch in parts of so many rows; 0: as one."""
     rows = len(batch["ids"])
@@ -290,36 +323,66 @@ def micro_batches(batch: dict, size: int) -> list[dict]:
             for at in range(0, rows, size or rows)]
 
 
-def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list[int]) -> None:
-    """The loop: rate, both losses in micro-batches, clip, agree, update, log, save, show."""
-    model, samples = models.learns, config.image_batch + config.text_batch
-    device, dtype = next(model.parameters()).device, getattr(torch, config.dtype)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+@contextmanager
+def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """How products are made: in --dtype, and attention by what is fastest there."""
     # measured on a CPU: flash attention's backward took a third of the step, plain products a tenth
     kernels = [SDPBackend.MATH]
     if device.type == "cuda":
         kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    sides = [("image", 1.0, image_errors), ("text", config.text_weight, text_errors)][-len(held.mixes):]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), sdpa_kernel(kernels):
+        yield
+
+
+def backward(config: TrainConfig, models: Models, made: dict, world: int, metered: bool) -> tuple[dict, dict]:
+    """Add up the gradients of both losses, in micro-batches; returns the losses, and what the meter says."""
+    model, losses, image = models.learns, {}, []
+    device, dtype = next(model.parameters()).device, getattr(torch, config.dtype)
+    sides = [name for name in ERRORS if name in made]
+    counts = [float(made[name]["count"]) for name in sides]                     # of pictures, unfrozen tokens
+    counts = parallel.mean(torch.tensor(counts, device=device)).clamp(min=1 / world)
+    for name, count in zip(sides, counts):
+        weight = config.text_weight if name == "text" else 1.0
+        parts = micro_batches(made[name], config.micro_batch)
+        for part in parts:
+            of_loss = part is parts[-1]
+            parallel.last_backward(model, of_loss and (name == "text" or metered), of_loss, config.shard)
+            batch = on_device(part, device)
+            with precision(device, dtype):                       # the mean over processes is the global mean
+                loss = ERRORS[name](models, batch).sum() / count
+                (weight * loss).backward()
+            losses[name] = losses.get(name, 0) + loss.detach()
+        if metered and name == "image":
+            image = meter.gradients(model)
+    return losses, meter.compare(model, image) if image else {}
+
+
+def validate(config: TrainConfig, held: Held, models: Models, run: Run, validation: Validation) -> dict:
+    """The averaged weights on what is always the same."""
+    device = next(models.learns.parameters()).device
+    with (parallel.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"),
+          precision(device, getattr(torch, config.dtype))):
+        run.model.train()                                        # the loss that it learns by
+        return validation.measure({name: partial(errors, models) for name, errors in ERRORS.items()},
+                                  device, held.rank, held.world)
+
+
+def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list[int]) -> None:
+    """The loop: rate, both losses, clip, agree, update, log, measure, save, show."""
+    model, samples = models.learns, config.image_batch + config.text_batch
+    device, dtype = next(model.parameters()).device, getattr(torch, config.dtype)
     feed = data.feed(partial(held.batches, config), range(run.step, config.steps), config.workers)
+    validation = held.validation(config) if config.eval_every else None
+    due = lambda every, last=True: every and (run.step % every == 0 or last and run.step == config.steps)
     bad, cut = [], []               # samples of no use, and what was lost of texts, since the last row
 
     while run.step < config.steps:
         rate = learning_rate(run.step, config)
         for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
-        made, losses = next(feed), {}
-        counts = [float(made[name]["count"]) for name, _, _ in sides]           # of pictures, unfrozen tokens
-        counts = parallel.mean(torch.tensor(counts, device=device)).clamp(min=1 / run.world)
-        for (name, weight, errors), count in zip(sides, counts):
-            parts = micro_batches(made[name], config.micro_batch)
-            for part in parts:
-                of_loss = part is parts[-1]
-                parallel.last_backward(model, of_loss and name == "text", of_loss, config.shard)
-                batch = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in part.items()}
-                with autocast, sdpa_kernel(kernels):             # the mean over processes is the global mean
-                    loss = errors(models, batch).sum() / count
-                    (weight * loss).backward()
-                losses[name] = losses.get(name, 0) + loss.detach()
+        made = next(feed)
+        metered = config.meter_every and (run.step + 1) % config.meter_every == 0
+        losses, found = backward(config, models, made, run.world, bool(metered))
         norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         votes = bool(asked), not norm.isfinite(), bool(run.error)
         stopping, unsound, failed = parallel.agree(*votes, device=device)
@@ -332,14 +395,16 @@ def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list
         update(run, config.ema)
         run.step += 1
         run.note(losses | dict(grad=norm))
-        last, bad, cut = run.step == config.steps, bad + made["bad"], cut + made["cut"]
-        if run.step % config.log_every == 0 or last or run.step <= 5:
-            run.log(rate, samples, config.steps, bad, cut)
+        bad, cut = bad + made["bad"], cut + made["cut"]
+        if validation and due(config.eval_every) and not stopping:
+            found |= validate(config, held, models, run, validation)
+        if due(config.log_every) or run.step <= 5 or found:
+            run.log(rate, samples, config.steps, bad, cut, found)
             bad, cut = [], []
-        if run.step % config.save_every == 0 or last or stopping:
+        if due(config.save_every) or stopping:
             run.save()
-        if config.sample_every and (run.step % config.sample_every == 0 or last) and not stopping:
-            with autocast:
+        if due(config.sample_every) and not stopping:
+            with precision(device, dtype):
                 show_samples(config, run, held, models, device)
         if stopping:
             break

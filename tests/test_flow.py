@@ -116,3 +116,35 @@ def test_times_are_logit_normal_and_a_split_batch_keeps_its_draws():
                                                   rel=1e-6)
     with pytest.raises(ValueError, match="together"):
         flow.loss(v, x, t=t)
+
+
+def test_the_error_of_the_data_is_that_of_the_velocity_times_t_squared():
+    g = torch.Generator().manual_seed(0)
+    x, noise, t = torch.randn(64, 2, 3, 3, generator=g), torch.randn(64, 2, 3, 3, generator=g), torch.rand(64)
+    velocity = lambda x_t, t: 0.3 * x_t
+    plain = flow.errors(velocity, x, t=t, noise=noise)
+    data = flow.errors(velocity, x, t=t, noise=noise, of="data")
+    x_t = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * noise
+    clean = x_t - t.view(-1, 1, 1, 1) * velocity(x_t, t)
+    assert torch.allclose(data, (clean - x).square().flatten(1).mean(1), atol=1e-5)
+    assert torch.allclose(data, t ** 2 * plain, rtol=1e-5)
+
+
+def test_ablations_of_the_image_loss_change_it_as_gaussian_data_says():
+    """Of x, e ~ N(0, 1) and v = 0 the velocity's error is 2, the data's 2 t^2: 2/3 for uniform times."""
+    zero, found = (lambda x_t, t: torch.zeros_like(x_t)), {}
+    for times in ("logit-normal", "uniform"):
+        generator = torch.Generator().manual_seed(1)
+        t, noise = flow.draw((100_000, 1, 1, 4), generator, times=times)
+        x = torch.randn(noise.shape, generator=generator)
+        for of in ("velocity", "data"):
+            found[times, of] = float(flow.loss(zero, x, t=t, noise=noise, of=of))
+        if times == "uniform":          # 100,000 draws in 20 bins: 19 degrees of freedom, p = 0.001 is 43.8
+            bins = torch.bincount((t * 20).long().clamp(max=19), minlength=20).double()
+            assert float(((bins - 5000) ** 2 / 5000).sum()) < 43.8
+    square = torch.sigmoid(torch.linspace(-9, 9, 20001, dtype=torch.float64))
+    weight = torch.exp(-torch.linspace(-9, 9, 20001, dtype=torch.float64) ** 2 / 2)
+    normal = float((square ** 2 * weight).sum() / weight.sum())                   # E t^2 of the logit-normal
+    for key, true in ((("logit-normal", "velocity"), 2), (("uniform", "velocity"), 2),
+                      (("uniform", "data"), 2 / 3), (("logit-normal", "data"), 2 * normal)):
+        assert found[key] == pytest.approx(true, rel=0.01), key

@@ -1,5 +1,7 @@
 """mask_diffusion.py against an oracle: the exact conditionals of a known joint over 3 tokens of 4 values."""
 
+import math
+
 import pytest
 import torch
 
@@ -188,3 +190,30 @@ def test_bad_arguments_are_refused():
             mask_diffusion.sample(oracle, ids, MASK, **how)
     with pytest.raises(ValueError, match="together"):
         mask_diffusion.loss(oracle, ids, MASK, t=torch.ones(1))
+
+
+def test_a_flat_weight_is_as_much_as_one_over_t_over_all_times_and_less_at_small_ones():
+    """Of four tokens that are equally likely both losses are log 4 a token; a row's is 2 t against 1."""
+    ids = torch.randint(0, 4, (4000, 8), generator=torch.Generator().manual_seed(0))
+    drawn = dict(zip(("t", "uniform"), mask_diffusion.draw((4000, 8), torch.Generator().manual_seed(1))))
+    even = lambda ids: torch.zeros(*ids.shape, 5)
+    steep, flat = (mask_diffusion.errors(even, ids, 4, **drawn, weight=weight) for weight in ("1/t", "flat"))
+    assert torch.allclose(flat, 2 * drawn["t"] * steep, rtol=1e-5)
+    assert float(flat.mean()) / 8 == pytest.approx(math.log(4), rel=0.03)
+    assert float(steep.mean()) / 8 == pytest.approx(math.log(4), rel=0.1)
+
+
+def test_tokens_that_are_not_scored_are_masked_like_others():
+    ids, seen = torch.arange(6).expand(3, 6), []
+    unscored = torch.arange(6).expand(3, 6) > 3
+    uniform = torch.rand(3, 6, generator=torch.Generator().manual_seed(2))
+    drawn = dict(t=torch.full((3,), 0.5), uniform=uniform)
+
+    def even(ids):
+        seen.append(ids)
+        return torch.zeros(*ids.shape, 8)
+    found = mask_diffusion.errors(even, ids, 7, **drawn, unscored=unscored)
+    mask_diffusion.errors(even, ids, 7, **drawn)
+    masked = drawn["uniform"] < 0.5
+    assert torch.equal(*seen) and (masked & unscored).any()
+    assert torch.allclose(found, (masked & ~unscored).sum(1) * math.log(7) / 0.5)

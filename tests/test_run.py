@@ -347,7 +347,8 @@ def test_two_processes_in_bfloat16_stay_close_to_one(flags, tmp_path):
 def test_what_two_processes_saved_one_and_four_go_on_from(flags, alone, two, tmp_path):
     for name in ("one", "four"):
         shutil.copytree(two[0], tmp_path / name)
-    from_ten = lambda name: list(map(str, [*flags, "--out", tmp_path / name, "--steps", 20, "--resume-step", 10]))
+    on = [*flags, "--steps", 20, "--resume-step", 10, "--out"]
+    from_ten = lambda name: list(map(str, [*on, tmp_path / name]))
     train.main(from_ten("one"))
     run_to_the_end(4, *from_ten("four"), "--shard", "zero3")
     for out in (tmp_path / "one", tmp_path / "four"):

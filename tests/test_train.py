@@ -24,7 +24,8 @@ import checkpoint
 import data
 import flow
 import mask_diffusion
-from train import Held, learning_rate, parse
+from tokenizer import gpt2_tokenizer
+from train import Held, learning_rate, parse, text_batch
 from train import main as train_main
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,37 @@ def plain_loop(config, folder, tar):
     return rows, dict(model.named_parameters()), average
 
 
+def test_padding_and_the_mean_are_learnt_from_as_the_flags_say():
+    """Two captions of 3 and 6 tokens with their end, in 10 positions; plain text, which has no padding."""
+    tokenizer = gpt2_tokenizer()
+    pieces = tokenizer.pieces("one two three four five")
+    samples = [dict(key="a", latents=torch.zeros(3, 8, 8), captions=["one two"]),
+               dict(key="b", latents=torch.zeros(3, 8, 8), captions=["one two three four five"])]
+    plain = [dict(ids=torch.tensor([*pieces, tokenizer.end_id, *pieces[:4]]), captions=[])]
+    held = Held(tokenizer, {}, "key", 0, 1)
+    base = replace(parse([]), text_length=10, stage="pretrain")
+
+    def made(samples, **changes):
+        draws = [torch.Generator().manual_seed(i) for i in range(len(samples))]
+        return text_batch(replace(base, **changes), held, samples, draws, torch.full((len(samples),), 0.5))
+    whole, end, answer = made(samples), made(samples, padding="end"), made(samples, text_mean="answer")
+    assert whole["count"] == 20 and not whole["frozen"].any() and not whole["unscored"].any()
+    assert end["count"] == 9 and end["unscored"].sum(1).tolist() == [7, 4] and not end["frozen"].any()
+    assert answer["count"] == 2 and answer["over"].tolist() == [10, 10] and whole["over"].tolist() == [1, 1]
+    both = made(samples, text_mean="answer", padding="end")
+    assert both["over"].tolist() == [3, 6]
+    for padding in ("all", "end", "random"):
+        given = made(plain, padding=padding)
+        assert given["count"] == 10 and not given["frozen"].any()
+    kept = [int((~made(samples * 200, padding="random")["frozen"]).sum(1)[i]) for i in range(2)]
+    many = made([samples[0]] * 400, padding="random")
+    sizes = (~many["frozen"]).sum(1)
+    assert set(sizes.tolist()) == set(range(3, 11)) and 3 <= kept[0] <= 10 and 6 <= kept[1] <= 10
+    assert abs(float(sizes.float().mean()) - 6.5) < 0.5 and many["count"] == int(sizes.sum())
+    cut = many["frozen"].float()
+    assert (cut.diff(dim=1) >= 0).all()                          # what is given stands at the end
+
+
 def test_texts_that_are_cut_are_said_once_and_counted(tiny, small_tar, tmp_path, capsys):
     """By two processes that read ahead, in steps of 8 captions; after a stop it is not said again."""
     flags = list(map(str, ["--init", tiny, "--image-data", small_tar, "--out", tmp_path, *QUICK,
@@ -163,7 +195,7 @@ def test_a_run_sees_the_same_samples_with_any_number_of_processes_and_of_workers
             held = Held(tokenizer, mixes, "key", rank, world)
             made.append(list(data.feed(partial(held.batches, config), range(9), workers)))
         rows = [{(name, key): torch.stack([part[name][key] for part in parts], dim=1).flatten(0, 1)
-                 for name in ("image", "text") for key in parts[0][name] if key not in ("count", "mask_id")}
+                 for name in ("image", "text") for key, x in parts[0][name].items() if torch.is_tensor(x)}
                 for parts in zip(*made)]
         return rows, sorted(sum((part["bad"] for parts in made for part in parts), []))
     alone, bad = seen(1, 0)

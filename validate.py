@@ -1,0 +1,99 @@
+"""What a run has learnt: the same pictures, texts, times, noise and masks every --eval-every steps.
+
+    val_image      the velocity's error, mean over t ~ U(0, 1)
+    val_nats       E_l [n/l sum of the masked tokens' cross-entropies] in nats for each token, up to and with
+                   the end; l of the n positions are masked, 1 to n as likely, which is the bound of
+                   -log p(text | picture) with far less noise than 1/t (LLaDA, arXiv 2502.09992); padding is
+                   masked as well, and not counted: the end implies it
+    val_bits       the same in bits for each byte of text: tokenizers compare
+    val_image_t    the error in each of ten bins of t
+    val_text_t     the cross-entropy of a masked token in each, in nats
+
+Pictures are held-out ones where the first source has some, otherwise the first of it.  What is drawn for a
+sample depends on its number alone, not on the run, its seed or its processes, so that curves of runs compare.
+The averaged weights are measured, with the loss that they were trained with.
+
+Shapes: B samples at once, L tokens.
+"""
+
+import math
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import data
+import parallel
+from tokenizer import Tokenizer
+
+BINS = 10
+ROWS = 32               # samples at once
+
+
+def spread(rows: list[int], size: int) -> Tensor:
+    """A time for each of `size` samples: row i is in bin i mod 10, and its times there are evenly apart."""
+    each = -(-size // BINS)
+    return torch.tensor([(row % BINS + (row // BINS + 0.5) / each) / BINS for row in rows])
+
+
+def exact(made: dict) -> dict:
+    """A batch of texts of which not each token is masked with probability t, but exactly l of n tokens are,
+    l = ceil(t n); the weight 1/t is n/l."""
+    n = (~made["frozen"]).sum(1, keepdim=True)                                    # (B, 1)
+    rank = made["uniform"].masked_fill(made["frozen"], 2).argsort(1).argsort(1)
+    t = (made["t"][:, None] * n).ceil().clamp(min=1) / n
+    return made | dict(uniform=(rank + 0.5) / n, t=t[:, 0])
+
+
+class Validation:
+    """`size` samples for each loss of a run.
+
+    make: of each loss, a batch of (samples, generators, times (B,)), as train.py makes it."""
+
+    def __init__(self, mixes: dict[str, data.Mix], make: dict[str, Callable], tokenizer: Tokenizer,
+                 size: int):
+        self.make, self.tokenizer, self.size = make, tokenizer, size
+        self.samples = {name: mix.shown(size, True, name == "image") for name, mix in mixes.items()}
+
+    def batches(self, name: str, rank: int, world: int) -> Iterator[tuple[list[int], dict]]:
+        """This process's rows, as many as any other's: where they run out the first ones are read again."""
+        rows, samples = list(range(rank, world * -(-self.size // world), world)), self.samples[name]
+        for some in (rows[at:at + ROWS] for at in range(0, len(rows), ROWS)):
+            real = [row % self.size for row in some]
+            yield some, self.make[name]([samples[row % len(samples)] for row in real],
+                                        [data.seeded("validation", name, row) for row in real],
+                                        spread(real, self.size))
+
+    @torch.no_grad()
+    def measure(self, errors: dict[str, Callable], device: torch.device, rank: int, world: int) -> dict:
+        """errors: of each loss, those of a batch (B,).  Collective."""
+        tables = {name: torch.zeros(4, self.size, dtype=torch.float64) for name in self.samples}
+        for name, table in tables.items():
+            for rows, made in self.batches(name, rank, world):
+                made = exact(made) if name == "text" else made
+                found = torch.zeros(4, len(rows), dtype=torch.float64)
+                found[0] = errors[name]({key: x.to(device) if isinstance(x, Tensor) else x
+                                         for key, x in made.items()}).double().cpu()
+                found[1:] = self.counts(made) if name == "text" else 0
+                own = [i for i, row in enumerate(rows) if row < self.size]
+                table[:, [rows[i] for i in own]] = found[:, own]
+            parallel.mean(table).mul_(world)
+        found = {}
+        if "image" in tables:
+            found |= dict(val_image=float(tables["image"][0].mean()),
+                          val_image_t=[float(tables["image"][0, b::BINS].mean()) for b in range(BINS)])
+        bound, each, tokens, size = tables["text"]
+        found |= dict(val_nats=float(bound.sum() / tokens.sum()),
+                      val_bits=float(bound.sum() / size.sum()) / math.log(2),
+                      val_text_t=[float((bound / each)[b::BINS].mean()) for b in range(BINS)])
+        return {name: [round(x, 6) for x in value] if isinstance(value, list) else round(value, 6)
+                for name, value in found.items()}
+
+    def counts(self, made: dict) -> Tensor:
+        """How many tokens of each text may be masked, how many of these are counted, their bytes, (3, B)."""
+        ours = self.tokenizer
+        counted = ~made["frozen"] & ~made["unscored"]
+        words = [[i for i in ids[own].tolist() if i not in (ours.end_id, ours.pad_id)]
+                 for ids, own in zip(made["ids"], counted)]
+        size = [max(1, len(ours.bpe.decode(some).encode())) for some in words]
+        return torch.stack([(~made["frozen"]).sum(1), counted.sum(1), torch.tensor(size)]).double()
