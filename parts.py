@@ -110,7 +110,7 @@ class Parts:
         self.paths = dict(text=t5 or config.get("t5") or path, mmdit=path,
                           vae=vae or config.get("vae") or path)
         self.own = self.sizes.text_length > 0                             # the end-to-end variant's embedding
-        self.device = torch.device(device)
+        self.device, self.trains = torch.device(device), False
         self.dtype = dtype or (torch.float32 if self.own else torch.bfloat16)
         self.defaults = OWN if self.own else PUBLISHED
         self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
@@ -152,7 +152,7 @@ class Parts:
             family="ours", own=own, keep=True, defaults=OWN if own else PUBLISHED, sizes=mmdit.config,
             mmdit=mmdit, vae=models.vae, text=models.text, tokenizer=models.tokenizer, device=device,
             dtype=torch.float32, height=pixels, width=pixels, factor=models.vae.factor, length=length,
-            answer_length=length)
+            answer_length=length, trains=True)
         return parts
 
     def weight(self) -> int:

@@ -1,7 +1,8 @@
 """A run's folder: what the run is, its checkpoints, its log, and going on from the newest.
 
     train.json          what the run is, and the settings of its last start
-    log.jsonl           a row of numbers for each line on the screen; loss.png draws both losses
+    log.jsonl           a row of numbers for each line on the screen
+    loss.png run.html   the log drawn; a page of it, of the samples over time and of the settings
     step_N/             all that a resume needs, in shards that any number of processes reads; the newest two
     step_N/digests.json the SHA-256 of each file there: DCP itself would load a flipped bit without a word
     model.safetensors config.json tokenizer.json    the averaged weights in half precision, for sample.py
@@ -30,7 +31,7 @@ import checkpoint
 import cli
 import data
 import parallel
-import show
+import report
 from cli import UserError
 from sources import sha256
 from tensors import replacing, write_tensors
@@ -77,7 +78,16 @@ class Run:
         found = parallel.first(lambda: self.open(fresh, resume_step))
         self.folder, self.rows, self.was, self.key = found
         self.step = number(Path(self.folder)) if self.folder else 0
+        self.others = [self.other(Path(path)) for path in settings.get("compare", [])]  # runs to stand beside
         self.before = self.rows[-1]["seconds"] if self.rows else 0.0     # seconds that earlier processes took
+
+    def other(self, path: Path) -> list[dict]:
+        """The rows of another run's log.  Raises UserError for one without a validation."""
+        rows = read_log(path)
+        if not any("val_nats" in row for row in rows):
+            raise UserError(f"--compare {path}: expected a log.jsonl with validations (--eval-every), found "
+                            f"{len(rows)} rows without any")
+        return rows
 
     def open(self, fresh: bool, resume_step: int) -> tuple[str, list[dict], dict, str]:
         """(folder to go on from or "", the log's rows until there, the settings before, the key of draws)."""
@@ -288,9 +298,14 @@ class Run:
             half = torch.bfloat16 if wide else torch.float16
             checkpoint.save(self.out, ema, self.model["mmdit"].config, self.tokenizer, half, parallel.whole,
                             step=self.step, **self.about)
-            show.curves(self.rows, self.out / "loss.png")
+            self.show()
         except OSError as error:
             raise self.failed(reason(error))
+
+    def show(self) -> None:
+        """loss.png and run.html, as of now; on process 0."""
+        report.curves(self.rows, self.out / "loss.png", self.others)
+        report.page(self.out, self.settings)
 
     def exported(self) -> bool:
         """Whether the weights of this step are there; on process 0."""
@@ -351,6 +366,8 @@ class Run:
                   f"{left:.1f} min left", flush=True)
             if single := [f"{name} {x:.4f}" for name, x in found.items() if isinstance(x, float)]:
                 print(f"at step {self.step}  {'  '.join(single)}", flush=True)
+            if said := report.verdict(self.others, self.rows[-1]):
+                print(f"at step {self.step}  {said}", flush=True)
 
 
 def sync_file(path: Path) -> None:
@@ -362,7 +379,7 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
-def read_log(path: Path, until: int) -> list[dict]:
+def read_log(path: Path, until: float = float("inf")) -> list[dict]:
     """The rows of a log up to a step; lines that are no rows, such as one cut off by a kill, are dropped."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:

@@ -42,8 +42,8 @@ MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
 STEPS = dict(draw=28, text=128, answer=32)
 
 
-def watched(function, evaluations: int, what: str):
-    """The function, and every two seconds a line on stderr of how far it is."""
+def watched(parts: Parts, function, evaluations: int, what: str):
+    """The function, and every two seconds a line on stderr of how far it is; none while a run trains."""
     calls, started, said = 0, time.time(), time.time()
 
     def call(*args):
@@ -54,7 +54,7 @@ def watched(function, evaluations: int, what: str):
             print(f"{what}: {calls}/{evaluations} evaluations, {rate:.2f}/s, "
                   f"{max(0, evaluations - calls) / rate:.0f} s left", file=sys.stderr, flush=True)
         return result
-    return call
+    return function if parts.trains else call
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = 
     parts.hold("mmdit")
     shape = parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
     size, generator = 16 if parts.own else 4, torch.Generator().manual_seed(seed)
-    model = watched(lambda x, text, t: parts.mmdit(x, text, t, need="velocity")[0].float(),
+    model = watched(parts, lambda x, text, t: parts.mmdit(x, text, t, need="velocity")[0].float(),
                     steps * math.ceil(len(prompts) / size), "drawing")
     clean, walks = [], []
     for some in (prompts[at:at + size] for at in range(0, len(prompts), size)):
@@ -122,7 +122,7 @@ def fill(parts: Parts, latents: Tensor, ids: Tensor, steps: int = STEPS["text"],
     order: "random", the paper's walk, or "confidence", the surest token first (`mask_diffusion.walk`)."""
     temperature = parts.defaults["temperature"] if temperature is None else temperature
     evaluations = min(steps, int((ids == parts.tokenizer.mask_id).sum(1).max()))
-    function = watched(logits(parts, latents), evaluations, "reading")
+    function = watched(parts, logits(parts, latents), evaluations, "reading")
     return mask_diffusion.sample(function, ids.to(parts.device), parts.tokenizer.mask_id, steps,
                                  torch.Generator().manual_seed(seed), temperature, trajectory,
                                  order or parts.defaults["order"], by_row=True).cpu()

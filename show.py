@@ -1,4 +1,4 @@
-"""Every picture that a person looks at: grids, pages of results, a text being unmasked, loss curves.
+"""Every picture that a person looks at: grids, pages of results, a text being unmasked.
 
 Shapes: B batch, L tokens, H and W height and width in pixels.
 """
@@ -8,7 +8,6 @@ import textwrap
 from pathlib import Path
 from typing import Iterable
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -66,27 +65,6 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
         pen.text((x, y), word, fill=colour, font=font)
         x += width
     return frame
-
-
-def curves(rows: list[dict], path: Path, size: tuple[int, int] = (720, 360)) -> None:
-    """The losses over steps on log axes of their own: left of images, blue, right of texts, red."""
-    picture = Image.new("RGB", size, "white")
-    pen, (width, height), margin = ImageDraw.Draw(picture), size, 50
-    for key, colour, side in (("image_loss", (40, 90, 200), "left"), ("text_loss", (200, 60, 40), "right")):
-        if key not in rows[-1]:
-            continue
-        values = torch.tensor([row[key] for row in rows]).clamp(min=1e-4).log10()
-        low, high = float(values.min()), float(values.max())
-        spread = max(high - low, 1e-3)
-        at = lambda i, v: (margin + (width - 2 * margin) * rows[i]["step"] / max(rows[-1]["step"], 1),
-                           height - margin - (height - 2 * margin) * (float(v) - low) / spread)
-        pen.line([at(i, v) for i, v in enumerate(values)], fill=colour, width=2)
-        for value, y in ((low, height - margin), (high, margin)):
-            pen.text((4 if side == "left" else width - margin + 4, y - 6), f"{10 ** value:.3g}", fill=colour)
-        pen.text((margin if side == "left" else width - 140, 12), key.replace("_", " "), fill=colour)
-    pen.rectangle((margin, margin, width - margin, height - margin), outline=(180, 180, 180))
-    pen.text((width // 2 - 40, height - 30), f"{rows[-1]['step']} steps", fill="black")
-    picture.save(path)
 
 
 def write_picture(path: Path, *frames: Image.Image) -> None:

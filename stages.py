@@ -128,6 +128,7 @@ class TrainConfig:
     out: str = ""                                   # its folder, instead of out/STAGE
     log_every: int = value(20, low=1)               # steps between lines
     eval_every: int = value(1000, low=0)            # steps between validations; 0: never
+    compare: list = value([])                       # logs of other runs, whose validation is drawn beside
     eval_samples: int = value(160, low=10)          # pictures, and texts, of a validation
     meter_every: int = value(0, low=0)              # steps between looks at the losses' gradients; 0: never
     save_every: int = value(1000, low=1)            # steps between checkpoints
@@ -158,7 +159,7 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
     plan = not config.print_plan and "--print-plan"
     idle = {"decay_steps": config.schedule == "constant" and "--schedule linear",
             "decay_from": not config.decay_steps and "--decay-steps, how long the rate takes to fall to zero",
-            "eval_samples": not config.eval_every and "--eval-every",
+            **dict.fromkeys(("eval_samples", "compare"), not config.eval_every and "--eval-every"),
             "question_share": config.stage != "instruct" and "--stage instruct",
             **dict.fromkeys(("preset", "vocabulary", "predicts"), scratch),
             **dict.fromkeys(("rate", "mfu", "peak"), plan),

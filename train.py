@@ -297,6 +297,7 @@ def show_samples(config: TrainConfig, run: Run, held: Held, models: Models, devi
         results = sample.results(parts, captions(known + kept[:2]), captions(kept), data.latents_of(kept))
     if run.rank == 0:
         show.write_picture(run.out / f"samples_{run.step}.png", results)
+        run.show()
 
 
 @contextmanager

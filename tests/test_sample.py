@@ -138,10 +138,10 @@ def test_many_are_drawn_in_batches_as_if_each_were_drawn_alone(parts):
         assert torch.allclose(states[-1][i], alone[0], atol=1e-4)
 
 
-def test_a_walk_that_takes_long_says_how_far_it_is(monkeypatch, capsys):
+def test_a_walk_that_takes_long_says_how_far_it_is(parts, monkeypatch, capsys):
     clock = iter(range(100))                                     # a second passes between any two looks at it
     monkeypatch.setattr(sample.time, "time", lambda: next(clock))
-    function = sample.watched(lambda x: x + 1, 6, "drawing")
+    function = sample.watched(parts, lambda x: x + 1, 6, "drawing")
     assert [function(i) for i in range(6)] == list(range(1, 7))
     said = capsys.readouterr().err.splitlines()
     assert said == [f"drawing: {n}/6 evaluations, 0.60/s, {left} s left" for n, left in ((3, 5), (6, 0))]

@@ -190,11 +190,12 @@ def losses_of(path, latents, context):
     t, noise = EXPECTED["ddit.t"], torch.randn(latents.shape, generator=generator)
     tt = t.view(-1, 1, 1, 1)
     image = dict(images=(latents - tt * noise) / (1 - tt), ids=torch.zeros(2, 9), t=t, noise=noise,
-                 dropped=torch.tensor([False, False]), states=context)
+                 dropped=torch.tensor([False, False]), states=context, of="velocity")
     ids = torch.randint(2, 100, (2, 9), generator=generator)
     t, uniform = mask_diffusion.draw((2, 9), generator)
-    text = dict(images=latents, ids=ids, frozen=torch.zeros(2, 9, dtype=torch.bool), t=t, uniform=uniform,
-                mask_id=109)
+    none = torch.zeros(2, 9, dtype=torch.bool)
+    text = dict(images=latents, ids=ids, frozen=none, unscored=none, over=torch.ones(2), t=t, uniform=uniform,
+                mask_id=109, weight="1/t")
     return models, image, text
 
 
