@@ -160,6 +160,8 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
     idle = {"decay_steps": config.schedule == "constant" and "--schedule linear",
             "decay_from": not config.decay_steps and "--decay-steps, how long the rate takes to fall to zero",
             **dict.fromkeys(("eval_samples", "compare"), not config.eval_every and "--eval-every"),
+            "text_mean": config.padding == "all" and config.stage != "instruct" and (
+                "--padding end or random, or --stage instruct, where texts differ in length"),
             "question_share": config.stage != "instruct" and "--stage instruct",
             **dict.fromkeys(("preset", "vocabulary", "predicts"), scratch),
             **dict.fromkeys(("rate", "mfu", "peak"), plan),

@@ -27,9 +27,9 @@ FLAGS = {
     "--times uniform": ["--times", "uniform"],
     "--text-weight 1": ["--text-weight", "1"],
     "--text-loss flat": ["--text-loss", "flat"],
-    "--text-mean answer": ["--text-mean", "answer"],
     "--padding end": ["--padding", "end"],
     "--padding random": ["--padding", "random"],
+    "--padding end --text-mean answer": ["--padding", "end", "--text-mean", "answer"],
 }
 
 

@@ -130,6 +130,8 @@ def test_a_value_out_of_range_is_refused_by_name(flags, said, capsys):
     (train.main, ["--lr", "0"], "--lr: expected a number from 1e-12 to 1"),
     (train.main, ["--lr", "nan"], "--lr: expected a number from 1e-12 to 1"),
     (train.main, ["--question-share", "1"], "--question-share changes nothing without --stage instruct"),
+    (train.main, ["--text-mean", "answer"], "--text-mean changes nothing without --padding end or random"),
+    (train.main, ["--eval-every", "0", "--compare", "x"], "--compare changes nothing without --eval-every"),
     (train.main, ["--init", "assets/emoji", "--preset", "emoji"],
      "--preset changes nothing without a start from scratch"),
     (train.main, ["--init", "assets/emoji", "--vocabulary", "full"],
