@@ -86,9 +86,9 @@ def test_what_may_change_changes(go, tmp_path):
     go("--steps", 2)
     changed = ["--lr", 1e-4, "--log-every", 2, "--save-every", 3, "--sample-every", 4, "--workers", 1]
     assert go("--steps", 5, *changed) == ""
-    assert names(tmp_path / "run") == [".lock", "config.json", "log.jsonl", "loss.png", "model.safetensors", "run.html",
-                                       "samples_4.png", "samples_5.png", "step_3", "step_5", "tokenizer.json",
-                                       "train.json", "weights.safetensors"]
+    assert names(tmp_path / "run") == [".lock", "config.json", "log.jsonl", "loss.png", "model.safetensors",
+                                       "run.html", "samples_4.png", "samples_5.png", "step_3", "step_5",
+                                       "tokenizer.json", "train.json", "weights.safetensors"]
     assert json.loads((tmp_path / "run" / "train.json").read_text())["lr"] == 1e-4
     assert go("--steps", 3) == "" and json.loads((tmp_path / "run" / "train.json").read_text())["steps"] == 5
 
