@@ -55,10 +55,9 @@ def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Mode
     return Models(learns.to(device).train(), None, t5, Pixels(), None if t5 is None else states)
 
 
-def random_batch(config, sizes: MMDiTConfig) -> dict:
-    """Both losses' batches, as train.py makes them."""
+def random_batch(config, sizes: MMDiTConfig, side: int) -> dict:
+    """Both losses' batches, as train.py makes them; of latents of side x side."""
     g, L, V = torch.Generator().manual_seed(0), config.text_length, sizes.vocab_size
-    side = config.pixels // (1 if sizes.channels == 3 else 8)
     images = lambda rows: torch.randn(rows, sizes.channels, side, side, generator=g)
     ids = lambda rows: torch.randint(0, V - 1, (rows, L), generator=g)
     B, n = config.image_batch, config.text_batch
@@ -144,7 +143,9 @@ def bench_train(config, rounds: int, steps: int, against: bool, peak: float) -> 
     device = torch.device(cli.device(config.device))
     sizes = MMDiTConfig(**PRESETS[config.preset])
     sizes = replace(sizes, text_length=config.text_length if sizes.text_length else 0)
-    made, models = random_batch(config, sizes), random_models(sizes, config.text_length, device)
+    _, vae = plan.frozen_sizes(config, sizes, {})
+    made = random_batch(config, sizes, config.pixels // (vae.factor if vae else 1))
+    models = random_models(sizes, config.text_length, device)
     ours, plain = Ours(config, models), Plain(config, models) if against else None
     for stepper in filter(None, (ours, plain)):
         seconds_of(stepper, made, 1)                             # what is made once is not counted
@@ -152,9 +153,7 @@ def bench_train(config, rounds: int, steps: int, against: bool, peak: float) -> 
     pairs = [(seconds_of(ours, made, steps), seconds_of(plain, made, steps) if plain else 0.0)
              for _ in range(rounds)]
     second = statistics.median(one for one, _ in pairs)
-    side = made["image"]["images"].shape[-1] // sizes.patch
-    flops = sum(rows * plan.sample_flops(sizes, side * side, config.text_length, need) for rows, need in (
-        (config.image_batch, "velocity"), (config.text_batch, "logits")))
+    flops, _ = plan.arithmetic(config, sizes, None, None, plan.image_tokens(config, sizes, vae))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak or next((value for key, value in PEAKS.items() if key in name), 0.0)
     found = dict(device=name, preset=config.preset, dtype=config.dtype, seconds=second, tflop=flops / 1e12,
@@ -184,9 +183,9 @@ def main() -> None:
     parser.add_argument("--peak", type=cli.number(float, 1e-3), default=0.0, help="of the device, TFLOP/s")
     parser.add_argument("--against-plain", action="store_true", help="in turns with a plain loop")
     args = parser.parse_args()
-    flags = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in (
-        "preset", "image-batch", "text-batch", "pixels", "dtype", "device", "optimizer")
-        if getattr(args, name.replace("-", "_")) is not None]
+    settings = ("preset", "image_batch", "text_batch", "pixels", "dtype", "device", "optimizer")
+    flags = [f"{cli.flag(name)}={value}" for name, value in vars(args).items()
+             if name in settings and value is not None]
     found = bench_train(parse(flags), args.rounds, args.steps, args.against_plain, args.peak)
     for key, value in found.items():
         print(f"{key:16}{value}")

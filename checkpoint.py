@@ -141,9 +141,8 @@ def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
     if not path.exists():
         raise UserError(f"{path}: expected a checkpoint, a folder or a .safetensors file, found nothing")
     folder, wanted = part_folder(path, part), " or ".join(layouts.SUBFOLDERS[part])
-    named = path.is_dir() and any(is_safetensors(file) or ".safetensors.index" in file.name
-                                  for file in path.iterdir())
-    if folder == path and path.is_dir() and not named:
+    if folder == path and path.is_dir() and not any(
+            is_safetensors(file) or ".safetensors.index" in file.name for file in path.iterdir()):
         raise UserError(f"{path}: expected a folder {wanted} with safetensors, found {listing(path)}")
     files = shards(folder) if path.is_dir() else [path]
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None

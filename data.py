@@ -102,7 +102,7 @@ def open_source(path: str, pixels: int, length: int = 256):
     if re.search(r"\.json(@|$)", path):
         return questions.of_json(path)
     source = sources.of_path(path, length)
-    return emoji.Emoji(Path(path), pixels) if emoji.is_emoji(source) else source
+    return emoji.Emoji(source.tars[0], pixels) if emoji.is_emoji(source) else source
 
 
 def split_weight(spec: str) -> tuple[str, float]:
@@ -268,9 +268,11 @@ def readers_watched() -> Iterator[None]:
 
 def latent_factor(specs: list[str]) -> int | None:
     """Pixels per latent, along a side, of the first stored latents among the sources; None without any."""
-    folders = [Path(split_weight(spec)[0]) for spec in specs]
-    stored = (sources.Latents(folder) for folder in folders if any(folder.glob(sources.SHARDS.format("*"))))
-    return next((int(source.stamp["pixels"]) // source[0]["latents"].shape[-1] for source in stored), None)
+    for spec in specs:
+        for file in map(str, Path(split_weight(spec)[0]).glob(sources.SHARDS.format("*"))):
+            side = sources.mapped(file).get_slice("latents").get_shape()[-1]
+            return int(sources.read_stamp(file)["pixels"]) // side
+    return None
 
 
 def choose_caption(sample: dict, recaption: float, chance: float) -> str:

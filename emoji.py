@@ -254,11 +254,12 @@ def build(out: Path = TAR) -> None:
     print(f"\n{out}: {out.stat().st_size / 2**20:.1f} MiB, splits {dict(counts)}")
 
 
-def load(path: Path = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
+def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
     """Every record of the emoji tar, with questions, and the pictures as uint8 (n, 3, P, P)."""
     records, pictures = [], []
-    for key, files in Tar(str(path)):
-        where = f"{path}: {key}"
+    tar = path if isinstance(path, Tar) else Tar(str(path))
+    for key, files in tar:
+        where = f"{tar.path}: {key}"
         require(({"webp", "json"} <= files.keys(), f"{where}: expected a webp and a json, found "
                  f"{', '.join(files)}"))
         record = parsed(files["json"], f"{where}.json")
@@ -300,13 +301,13 @@ def is_emoji(source) -> bool:
 class Emoji:
     """The set as a source (data.Mix): a place is an emoji in a style, its skin tone drawn anew each epoch."""
 
-    def __init__(self, path: Path, pixels: int):
-        self.name, (self.records, self.pictures) = str(path), load(path, pixels)
+    def __init__(self, tar: Tar, pixels: int):
+        self.name, (self.records, self.pictures) = tar.path, load(tar, pixels)
         self.groups = fair(self.records)
         self.every = sorted(i for group in self.groups for i in group)
         self.held = [i for i, record in enumerate(self.records) if record["split"] != "train"]
         if not self.groups:
-            raise UserError(f"{path}: no sample of this tar is in the split \"train\"")
+            raise UserError(f"{tar.path}: no sample of this tar is in the split \"train\"")
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -35,6 +35,7 @@ import tars
 from cli import UserError, require
 from parts import load_text_encoder
 from tensors import finite, replacing
+from tokenizer import Tokenizer
 
 SHARD = 512             # samples of a file of latents
 DOCUMENT = 2**16        # characters: a longer text is cut up in pieces of about as many
@@ -101,10 +102,12 @@ def preview(sample: dict) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------- latents
 
-def encoder(args: argparse.Namespace, device: torch.device) -> tuple[Callable, dict[str, str]]:
-    """(samples -> latents (B, C, h, w) and, with --t5, captions, their states (B, L, E) and how many were cut
-    so far; the stamp)."""
-    dtype, vae, t5 = getattr(torch, args.dtype), checkpoint.load_vae(args.vae), None
+def encoder(args: argparse.Namespace,
+            device: torch.device) -> tuple[Callable, dict[str, str], Tokenizer | None]:
+    """(samples -> latents (B, C, h, w) and, with --t5, captions and their states (B, L, E); the stamp; the
+    tokenizer, with --t5)."""
+    dtype, vae = getattr(torch, args.dtype), checkpoint.load_vae(args.vae)
+    tokenizer = t5 = None
     require((args.pixels % vae.factor == 0,
              f"--pixels {args.pixels}: expected a multiple of {vae.factor}"))
     stamp = dict(vae=checkpoint.digest(vae), pixels=str(args.pixels), channels=str(vae.channels),
@@ -125,9 +128,9 @@ def encoder(args: argparse.Namespace, device: torch.device) -> tuple[Callable, d
             made["stated"] = [data.choose_caption(sample, args.recaption, data.fraction(sample["key"]))
                               for sample in samples]
             ids = torch.stack([tokenizer.encode(text, args.text_length) for text in made["stated"]])
-            made |= dict(states=t5(ids.to(device)).to("cpu", dtype), cut=tokenizer.cut)
+            made["states"] = t5(ids.to(device)).to("cpu", dtype)
         return made
-    return encode, stamp
+    return encode, stamp, tokenizer
 
 
 def read(mix: data.Mix, captioned: bool, batches: list[range], number: int) -> dict:
@@ -143,7 +146,7 @@ def read(mix: data.Mix, captioned: bool, batches: list[range], number: int) -> d
 
 def latents(args: argparse.Namespace) -> None:
     """Store a source's pictures as latents, in files that are written whole or not at all."""
-    encode, stamp = encoder(args, torch.device(cli.device(args.device)))
+    encode, stamp, tokenizer = encoder(args, torch.device(cli.device(args.device)))
     mix = data.Mix([args.source], args.pixels, min_side=args.min_side)
     require((not hasattr(mix.sources[0], "stamp"), f"{args.source}: has no pictures to encode"))
     every = getattr(mix.sources[0], "every", range(len(mix)))
@@ -161,7 +164,7 @@ def latents(args: argparse.Namespace) -> None:
                for file, places in files.items()}
     flat = sum(batches.values(), [])
     reading = data.feed(partial(read, mix, args.t5 is not None, flat), range(len(flat)), args.workers)
-    rate, seen, lost, cut = Rate("samples", sum(map(len, flat))), 0, 0, 0
+    rate, seen, lost = Rate("samples", sum(map(len, flat))), 0, 0
     for file, parts in batches.items():
         rows = []
         for places, made in zip(parts, reading):
@@ -172,12 +175,12 @@ def latents(args: argparse.Namespace) -> None:
                      f"use, the last: {(made['bad'] or [''])[-1]}"))
             if made["samples"]:
                 rows.append((made["samples"], encode(made["samples"])))
-                cut = rows[-1][1].get("cut", 0)
             rate.at(seen)
         require((rows, f"{args.source}: {len(places)} samples in a row are of no use"))
         write_shard(file, rows, stamp)
     print(f"{args.out}: {len(shards)} shards, {seen - lost:,} samples encoded now, {lost:,} left out"
-          + (f", {cut:,} captions cut to {args.text_length - 1} tokens" if cut else ""))
+          + (f", {tokenizer.cut:,} captions cut to {args.text_length - 1} tokens"
+             if tokenizer and tokenizer.cut else ""))
 
 
 def write_shard(file: Path, rows: list[tuple[list[dict], dict]], stamp: dict[str, str]) -> None:

@@ -73,21 +73,13 @@ class Run:
 
     def __init__(self, out: Path, settings: dict, rank: int, fresh: bool = False, resume_step: int = 0):
         self.out, self.settings, self.rank, self.world = out, settings, rank, settings["world"]
+        self.others = [read_other(Path(path)) for path in settings.get("compare", [])]  # before --fresh acts
         self.group = dist.new_group(backend="gloo") if parallel.several() else None  # of the saving thread
         self.thread, self.error, self.saved = None, "", 0
         found = parallel.first(lambda: self.open(fresh, resume_step))
         self.folder, self.rows, self.was, self.key = found
         self.step = number(Path(self.folder)) if self.folder else 0
-        self.others = [self.other(Path(path)) for path in settings.get("compare", [])]  # runs to stand beside
         self.before = self.rows[-1]["seconds"] if self.rows else 0.0     # seconds that earlier processes took
-
-    def other(self, path: Path) -> list[dict]:
-        """The rows of another run's log.  Raises UserError for one without a validation."""
-        rows = read_log(path)
-        if not any("val_nats" in row for row in rows):
-            raise UserError(f"--compare {path}: expected a log.jsonl with validations (--eval-every), found "
-                            f"{len(rows)} rows without any")
-        return rows
 
     def open(self, fresh: bool, resume_step: int) -> tuple[str, list[dict], dict, str]:
         """(folder to go on from or "", the log's rows until there, the settings before, the key of draws)."""
@@ -388,4 +380,13 @@ def read_log(path: Path, until: float = float("inf")) -> list[dict]:
             rows += [row] * (row["step"] <= until and isinstance(row["seconds"], float))
         except (ValueError, TypeError, KeyError):
             continue
+    return rows
+
+
+def read_other(path: Path) -> list[dict]:
+    """The rows of another run's log, for --compare.  Raises UserError for one without a validation."""
+    rows = read_log(path)
+    if not any("val_nats" in row for row in rows):
+        raise UserError(f"--compare {path}: expected a log.jsonl with validations (--eval-every), found "
+                        f"{len(rows)} rows without any")
     return rows

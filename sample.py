@@ -86,11 +86,11 @@ def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = 
         clean += flow.euler(velocity if guidance == 1 else flow.guide(velocity, guidance), noise,
                             flow.sigmas(steps, shift), None if trajectory is None else walks[-1])
     parts.hold("vae")
+    decode = lambda z: parts.vae.decode(z[None])[0].float().cpu()                 # (3, H, W)
     for z in clean:
-        yield parts.vae.decode(z[None])[0].float().clamp(-1, 1).cpu()
+        yield decode(z).clamp(-1, 1)
     if trajectory is not None:
-        trajectory[:] = [torch.cat([parts.vae.decode(z[None]).float().cpu() for z in torch.cat(step)])
-                         for step in zip(*walks)]
+        trajectory[:] = [torch.stack(list(map(decode, torch.cat(step)))) for step in zip(*walks)]
 
 
 def draw(parts: Parts, prompts: list[str], *args, **how) -> Tensor:

@@ -361,11 +361,11 @@ def backward(config: TrainConfig, models: Models, made: dict, world: int, metere
 def validate(config: TrainConfig, held: Held, models: Models, run: Run, validation: Validation) -> dict:
     """The averaged weights on what is always the same."""
     device = next(models.learns.parameters()).device
+    errors = lambda name: lambda batch: ERRORS[name](models, on_device(batch, device))
     with (parallel.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"),
           precision(device, getattr(torch, config.dtype))):
         run.model.train()                                        # the loss that it learns by
-        return validation.measure({name: partial(errors, models) for name, errors in ERRORS.items()},
-                                  device, held.rank, held.world)
+        return validation.measure({name: errors(name) for name in ERRORS}, held.rank, held.world)
 
 
 def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list[int]) -> None:
@@ -374,7 +374,7 @@ def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list
     device, dtype = next(model.parameters()).device, getattr(torch, config.dtype)
     feed = data.feed(partial(held.batches, config), range(run.step, config.steps), config.workers)
     validation = held.validation(config) if config.eval_every else None
-    due = lambda every, last=True: every and (run.step % every == 0 or last and run.step == config.steps)
+    due = lambda every: every and (run.step % every == 0 or run.step == config.steps)
     bad, cut = [], []               # samples of no use, and what was lost of texts, since the last row
 
     while run.step < config.steps:

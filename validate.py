@@ -17,6 +17,7 @@ Shapes: B samples at once, L tokens.
 """
 
 import math
+from functools import cached_property
 from typing import Callable, Iterator
 
 import torch
@@ -52,8 +53,12 @@ class Validation:
 
     def __init__(self, mixes: dict[str, data.Mix], make: dict[str, Callable], tokenizer: Tokenizer,
                  size: int):
-        self.make, self.tokenizer, self.size = make, tokenizer, size
-        self.samples = {name: mix.shown(size, True, name == "image") for name, mix in mixes.items()}
+        self.mixes, self.make, self.tokenizer, self.size = mixes, make, tokenizer, size
+
+    @cached_property
+    def samples(self) -> dict[str, list[dict]]:
+        """Of each loss; read when they are first measured on, so that a run starts at once."""
+        return {name: mix.shown(self.size, True, name == "image") for name, mix in self.mixes.items()}
 
     def batches(self, name: str, rank: int, world: int) -> Iterator[tuple[list[int], dict]]:
         """This process's rows, as many as any other's: where they run out the first ones are read again."""
@@ -65,15 +70,14 @@ class Validation:
                                         spread(real, self.size))
 
     @torch.no_grad()
-    def measure(self, errors: dict[str, Callable], device: torch.device, rank: int, world: int) -> dict:
-        """errors: of each loss, those of a batch (B,).  Collective."""
+    def measure(self, errors: dict[str, Callable], rank: int, world: int) -> dict:
+        """errors: of each loss, those of a batch on the CPU, (B,).  Collective."""
         tables = {name: torch.zeros(4, self.size, dtype=torch.float64) for name in self.samples}
         for name, table in tables.items():
             for rows, made in self.batches(name, rank, world):
                 made = exact(made) if name == "text" else made
                 found = torch.zeros(4, len(rows), dtype=torch.float64)
-                found[0] = errors[name]({key: x.to(device) if isinstance(x, Tensor) else x
-                                         for key, x in made.items()}).double().cpu()
+                found[0] = errors[name](made).double().cpu()
                 found[1:] = self.counts(made) if name == "text" else 0
                 own = [i for i, row in enumerate(rows) if row < self.size]
                 table[:, [rows[i] for i in own]] = found[:, own]

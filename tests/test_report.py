@@ -91,4 +91,5 @@ def test_a_run_leaves_a_page_that_fetches_nothing_and_says_how_it_stands(tiny, s
     (tmp_path / "none.jsonl").write_text('{"step": 1, "seconds": 0.5}\n')
     for name in ("none.jsonl", "nothing.jsonl"):
         with pytest.raises(UserError, match=f"--compare .*{name}: expected a log.jsonl with validations"):
-            train.main([*flags, "--out", str(tmp_path / "three"), "--compare", str(tmp_path / name)])
+            train.main([*flags, "--out", str(tmp_path / "two"), "--fresh", "--compare", str(tmp_path / name)])
+    assert (tmp_path / "two" / "step_4").exists()                # which --fresh would have deleted

@@ -63,14 +63,14 @@ def test_a_validation_is_the_formulas_on_a_model_that_is_known():
         assert torch.equal(masked.sum(1), (batch["t"] * 5).round())      # exactly so many of five
         return math.log(4) * masked.sum(1) / batch["t"]
     validation = Validation(dict(image=Samples(), text=Samples()), dict(image=make, text=make), Words(), 40)
-    found = validation.measure(dict(image=lambda batch: batch["t"], text=errors), torch.device("cpu"), 0, 1)
+    found = validation.measure(dict(image=lambda batch: batch["t"], text=errors), 0, 1)
     assert found["val_text_t"] == pytest.approx([math.log(4)] * BINS, abs=1e-5)
     assert found["val_image_t"] == pytest.approx([(b + 0.5) / BINS for b in range(BINS)], abs=1e-5)
     assert found["val_image"] == pytest.approx(0.5, abs=1e-5)
     # five tokens are not frozen, two and the end are the text, of four bytes: no chance is left in the bound
     assert found["val_nats"] == pytest.approx(5 * math.log(4) / 3, abs=1e-5)
     assert found["val_bits"] == pytest.approx(5 * 2 / 4, abs=1e-5)
-    part = partial(validation.measure, dict(image=lambda batch: batch["t"], text=errors), torch.device("cpu"))
+    part = partial(validation.measure, dict(image=lambda batch: batch["t"], text=errors))
     parts = [part(rank, 3) for rank in range(3)]                 # each times three, for want of the others
     assert sum(part["val_image"] for part in parts) / 3 == pytest.approx(found["val_image"], abs=1e-5)
 
