@@ -2,12 +2,13 @@
 
     python bench.py train                                        # the emoji preset
     python bench.py train --preset sd3-medium --image-batch 4 --text-batch 4 --dtype bfloat16
-    python bench.py train --against-plain                        # against a plain loop, in turns
+    python bench.py train --against-plain --compile              # against a plain loop, in turns
 
-The plain loop is in the manner of the published trainer: both heads in each of two forwards, AdamW that is
-not fused, an average of the weights parameter by parameter.  Both step the same model on the same batch.
+The plain loop is in the manner of the published trainer: both heads in each of two forwards, logits of all
+tokens, AdamW that is not fused, an average of the weights parameter by parameter, torch's attention, nothing
+compiled, malloc as it comes.  Both step copies of one model on the same batch.
 
-    arithmetic of a step = that of plan.py;  MFU = arithmetic / (time x peak),   peak: dense, in --dtype
+    MFU = arithmetic / (time x peak of dense products);  arithmetic: plan.sample_flops, forward and backward
 
 A table, and one last line of JSON.
 """
@@ -15,6 +16,7 @@ A table, and one last line of JSON.
 import cli
 cli.interruptible(__name__)
 
+import copy
 import json
 import statistics
 import time
@@ -22,18 +24,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flow
 import mask_diffusion
+import parallel
 import plan
 import train
 from build import Models
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 from stages import parse
 from vae import Pixels
-
-PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}           # TFLOP/s in bfloat16, dense, by a GPU's name
 
 
 def synchronise(device: torch.device) -> float:
@@ -93,6 +95,7 @@ class Ours:
 
     def step(self, made: dict) -> None:
         plain, train.ERRORS = train.ERRORS, self.errors
+        parallel.keep_memory()
         begun, before = synchronise(self.device), self.seconds["forward"]
         train.backward(self.config, self.models, made, 1, False)
         train.ERRORS, done = plain, synchronise(self.device)
@@ -109,14 +112,17 @@ class Plain:
     def __init__(self, config, models: Models):
         self.config, self.models, self.mmdit = config, models, models.learns["mmdit"]
         self.device = next(models.learns.parameters()).device
+        for block in self.mmdit.blocks:
+            block.attention = F.scaled_dot_product_attention
         self.optimizer = torch.optim.AdamW(models.learns.parameters(), lr=config.lr, foreach=False,
                                            fused=False, weight_decay=config.weight_decay)
         self.ema = [p.detach().clone() for p in models.learns.parameters()]
 
     def step(self, made: dict) -> None:
-        dtype = getattr(torch, self.config.dtype)
-        image, text = (train.on_device(made[name], self.device) for name in ("image", "text"))
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        parallel.keep_memory(False)
+        there = lambda x: x.to(self.device) if isinstance(x, Tensor) else x
+        image, text = ({key: there(x) for key, x in made[name].items()} for name in ("image", "text"))
+        with train.precision(self.config, self.device):
             states = self.models.captions(image["ids"], image["dropped"])
             velocity = lambda x, t: self.mmdit(x, states, t, need="both")[0]
             flow.loss(velocity, image["images"], t=image["t"], noise=image["noise"]).backward()
@@ -138,28 +144,36 @@ def seconds_of(stepper, made: dict, steps: int) -> float:
     return (synchronise(stepper.device) - begun) / steps
 
 
-def bench_train(config, rounds: int, steps: int, against: bool, peak: float) -> dict:
+def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against: bool, peak: float) -> dict:
     """Medians of `rounds` of `steps`; with a plain loop the ratio's median and range, round by round."""
     device = torch.device(cli.device(config.device))
     sizes = MMDiTConfig(**PRESETS[config.preset])
-    sizes = replace(sizes, text_length=config.text_length if sizes.text_length else 0)
+    sizes = replace(sizes, text_length=config.text_length if sizes.text_length else 0,
+                    vocab_size=vocab_size or sizes.vocab_size)
     _, vae = plan.frozen_sizes(config, sizes, {})
-    made = random_batch(config, sizes, config.pixels // (vae.factor if vae else 1))
+    factor = vae.factor if vae else 1
+    made = random_batch(config, sizes, config.pixels // factor)
     models = random_models(sizes, config.text_length, device)
-    ours, plain = Ours(config, models), Plain(config, models) if against else None
+    plain = Plain(config, replace(models, learns=copy.deepcopy(models.learns))) if against else None
+    for block in models.learns["mmdit"].blocks if config.compile else []:
+        block.compile()
+    ours = Ours(config, models)
     for stepper in filter(None, (ours, plain)):
-        seconds_of(stepper, made, 1)                             # what is made once is not counted
-    ours.seconds = dict.fromkeys(ours.seconds, 0.0)
+        seconds_of(stepper, made, 2)                             # what is made once is not counted
+    ours.seconds, begun = dict.fromkeys(ours.seconds, 0.0), time.perf_counter()
+    made = random_batch(config, sizes, config.pixels // factor)
+    drawn = time.perf_counter() - begun
     pairs = [(seconds_of(ours, made, steps), seconds_of(plain, made, steps) if plain else 0.0)
              for _ in range(rounds)]
     second = statistics.median(one for one, _ in pairs)
-    flops, _ = plan.arithmetic(config, sizes, None, None, plan.image_tokens(config, sizes, vae))
+    work, peak = plan.work(config, sizes, factor), peak or plan.peak(device, config.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    peak = peak or next((value for key, value in PEAKS.items() if key in name), 0.0)
-    found = dict(device=name, preset=config.preset, dtype=config.dtype, seconds=second, tflop=flops / 1e12,
-                 samples_per_s=(config.image_batch + config.text_batch) / second)
+    found = dict(device=name, preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,
+                 compiled=config.compile, seconds=second)
     found |= {part: total / (rounds * steps) for part, total in ours.seconds.items()}
-    found |= dict(mfu=flops / second / peak / 1e12) if peak else {}
+    found |= dict(data=drawn)
+    found |= {f"{each}_per_s": amount / second for each, amount in work.items()}
+    found |= dict(mfu=work["tflop"] / second / peak) if peak else {}
     if device.type == "cuda":
         found["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     if plain:
@@ -178,6 +192,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--compile", action="store_true", help="ours, block by block")
+    parser.add_argument("--vocab-size", type=count, help="(the preset's; runs/emoji.sh comes to 3680)")
     parser.add_argument("--rounds", type=count, default=9, help="(9)")
     parser.add_argument("--steps", type=count, default=2, help="of a round (2)")
     parser.add_argument("--peak", type=cli.number(float, 1e-3), default=0.0, help="of the device, TFLOP/s")
@@ -185,8 +201,8 @@ def main() -> None:
     args = parser.parse_args()
     settings = ("preset", "image_batch", "text_batch", "pixels", "dtype", "device", "optimizer")
     flags = [f"{cli.flag(name)}={value}" for name, value in vars(args).items()
-             if name in settings and value is not None]
-    found = bench_train(parse(flags), args.rounds, args.steps, args.against_plain, args.peak)
+             if name in settings and value is not None] + ["--compile"] * args.compile
+    found = bench_train(parse(flags), args.vocab_size, args.rounds, args.steps, args.against_plain, args.peak)
     for key, value in found.items():
         print(f"{key:16}{value}")
     print(json.dumps(found))

@@ -47,7 +47,7 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
         raise ValueError("flow takes t and noise together, or neither")
     if t is None:
         t, noise = draw(tuple(x.shape), generator)
-    x, t, noise = precise(x), precise(t).to(x.device), precise(noise).to(x.device)
+    x, (t, noise) = precise(x), (precise(y).to(x.device, non_blocking=True) for y in (t, noise))
     tt = t.view(-1, *[1] * (x.ndim - 1))                                          # (B, 1, 1, 1)
     v = velocity((1 - tt) * x + tt * noise, t)
     return (v.to(x.dtype) - (noise - x)).square().flatten(1).mean(1) * (t ** 2 if of == "data" else 1)

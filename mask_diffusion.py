@@ -12,6 +12,7 @@ Shapes: B batch, L tokens, V vocabulary, n positions picked out of B x L.
 """
 
 import itertools
+from functools import partial
 from typing import Callable, Iterator
 
 import torch
@@ -36,26 +37,30 @@ def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tu
 
 def errors(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
            generator: torch.Generator | None = None, t: Tensor | None = None, uniform: Tensor | None = None,
-           unscored: Tensor | None = None, weight: str = "1/t") -> Tensor:
+           unscored: Tensor | None = None, weight: str = "1/t", picks: bool = False) -> Tensor:
     """1/t-weighted cross-entropy of the clean tokens, summed over each row's masked positions, (B,) float32.
 
     ids: clean tokens (B, L) int64, padding included: predicting the padding is how the end is learned.
     frozen: (B, L) bool, True at prompt tokens, which are never masked and carry no loss; unscored: at tokens
     that are masked like others and carry none.  weight "flat": 2 in place of 1/t, as much over all times.
-    t (B,), uniform (B, L): from `draw` unless both are given; ValueError when t comes without uniform."""
+    t (B,), uniform (B, L): from `draw` unless both are given; ValueError when t comes without uniform.
+    picks: `logits_fn` is called with ids and the tokens that are scored, (n,) out of B x L, and gives (n, V).
+    """
     if (t is None) != (uniform is None):
         raise ValueError("mask_diffusion takes t and uniform together, or neither")
     if t is None:
         t, uniform = draw(tuple(ids.shape), generator)
-    t = t.to(ids.device)
-    masked = uniform.to(ids.device) < t[:, None]                                  # (B, L)
+    there = partial(Tensor.to, device=ids.device, non_blocking=True)      # draws of a CPU wait for no GPU
+    masked = uniform < t[:, None]                                                 # (B, L)
     if frozen is not None:
-        masked &= ~frozen
-    scored = masked if unscored is None else masked & ~unscored
-    logits = forbid(logits_fn(torch.where(masked, mask_id, ids))[scored].float(), mask_id)      # (n, V)
-    found = F.cross_entropy(logits, ids[scored], reduction="none")                # (n,)
-    found = torch.zeros(len(ids), device=ids.device).index_add(0, scored.nonzero()[:, 0], found)
-    return found / t if weight == "1/t" else 2 * found
+        masked &= ~frozen.to(masked.device)
+    scored = masked if unscored is None else masked & ~unscored.to(masked.device)
+    at = scored.flatten().nonzero()[:, 0]                                         # (n,)
+    rows, at, noised = there(at // ids.shape[1]), there(at), torch.where(there(masked), mask_id, ids)
+    logits = logits_fn(noised, at) if picks else logits_fn(noised).flatten(0, 1)[at]
+    found = F.cross_entropy(forbid(logits.float(), mask_id), ids.flatten()[at], reduction="none")    # (n,)
+    found = torch.zeros(len(ids), device=ids.device).index_add(0, rows, found)
+    return found / there(t) if weight == "1/t" else 2 * found
 
 
 def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
@@ -67,7 +72,7 @@ def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None =
 
 def forbid(logits: Tensor, mask_id: int) -> Tensor:
     """"SUBS": the logit of [MASK] is minus infinity, so [MASK] is never predicted.  (..., V) -> (..., V)."""
-    return logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), float("-inf"))
+    return logits.index_fill(-1, torch.tensor([mask_id]).to(logits.device, non_blocking=True), float("-inf"))
 
 
 def walk(logits_fn: Callable, ids: Tensor, mask_id: int, steps: int, generator: torch.Generator | None = None,

@@ -8,8 +8,8 @@ Shapes: N image tokens, L text tokens, T = N + L, D width, E width of text state
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import build
@@ -20,6 +20,7 @@ from t5 import T5Block, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 
 NODE = 8                # GPUs of a machine, within which hsdp shards
+PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}           # TFLOP/s in bfloat16, dense, by a GPU's name
 
 
 def values(make) -> int:
@@ -53,7 +54,7 @@ def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
     return 3 * forward
 
 
-def kept_bytes(block: nn.Module, *inputs: Tensor, kernel: SDPBackend, dtype: torch.dtype) -> int:
+def kept_bytes(block: nn.Module, *inputs: Tensor, dtype: torch.dtype) -> int:
     """What a block keeps for its backward pass; casts of weights count too, and drop out of a slope."""
     kept: dict[int, int] = {}
 
@@ -61,7 +62,7 @@ def kept_bytes(block: nn.Module, *inputs: Tensor, kernel: SDPBackend, dtype: tor
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), sdpa_kernel(kernel), autocast:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
         held = block(*inputs)                                    # alive: its memory isn't reused
     del held
     return sum(kept.values())
@@ -77,9 +78,8 @@ def block_activations(c: MMDiTConfig, T: int, dtype: torch.dtype, gpu: bool) -> 
     """Bytes of one sample in one block.  A GPU has flash attention, and its autocast keeps layer norms in
     float32: input and output of both, 12 D bytes a token more than on a CPU."""
     block, x = Block(c), lambda rows: torch.zeros(1, rows, c.width, dtype=dtype, requires_grad=True)
-    kernel = SDPBackend.FLASH_ATTENTION if gpu else SDPBackend.MATH
-    measure = lambda size: kept_bytes(block, x(size // 2), x(size // 2), torch.zeros(1, c.width),
-                                      kernel=kernel, dtype=dtype)
+    block.attention = F.scaled_dot_product_attention if gpu else block.attention
+    measure = lambda size: kept_bytes(block, x(size // 2), x(size // 2), torch.zeros(1, c.width), dtype=dtype)
     return activation_bytes(measure, T) + 12 * c.width * T * (gpu and dtype != torch.float32)
 
 
@@ -87,8 +87,7 @@ def t5_activations(t5: T5Config, L: int, dtype: torch.dtype) -> float:
     """Bytes of one text in one block of T5, whose weights are frozen."""
     block = T5Block(t5).to(dtype).requires_grad_(False)
     measure = lambda size: kept_bytes(block, torch.zeros(1, size, t5.width, requires_grad=True),
-                                      torch.zeros(1, t5.heads, size, size), kernel=SDPBackend.MATH,
-                                      dtype=torch.float32)
+                                      torch.zeros(1, t5.heads, size, size), dtype=torch.float32)
     return activation_bytes(measure, L)
 
 
@@ -104,11 +103,11 @@ def frozen_sizes(config: TrainConfig, c: MMDiTConfig,
     return t5, None if STAGES[config.stage].losses == "text" else vae
 
 
-def image_tokens(config: TrainConfig, c: MMDiTConfig, vae: VAEConfig | None) -> int:
-    """N of a picture, or of the null image in its place."""
+def image_tokens(config: TrainConfig, c: MMDiTConfig, factor: int) -> int:
+    """N of a picture, or of the null image in its place.  factor: pixels per latent, along a side."""
     if STAGES[config.stage].losses == "text":
         return c.null_tokens
-    return (config.pixels // (c.patch * (vae.factor if vae else 1))) ** 2
+    return (config.pixels // (c.patch * factor)) ** 2
 
 
 def arithmetic(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAEConfig | None,
@@ -129,6 +128,19 @@ def arithmetic(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VA
         frozen += forward_flops(lambda: AutoencoderKL(vae).encoder, picture) * (
             config.image_batch + config.text_batch)
     return learns, frozen
+
+
+def peak(device: torch.device, dtype: str) -> float:
+    """Of dense products in TFLOP/s, 0 where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == "bfloat16" else ""
+    return next((value for key, value in PEAKS.items() if key in name), 0.0)
+
+
+def work(config: TrainConfig, c: MMDiTConfig, factor: int) -> dict[str, float]:
+    """What an update computes: samples, tokens of pictures and texts, TFLOP of what learns."""
+    samples, N = config.image_batch + config.text_batch, image_tokens(config, c, factor)
+    learns, _ = arithmetic(config, c, None, None, N)
+    return dict(samples=samples, tokens=samples * (N + config.text_length), tflop=learns / 1e12)
 
 
 def learning(c: MMDiTConfig) -> int:
@@ -165,7 +177,7 @@ def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAECon
         "T5": half * values(lambda: T5Encoder(t5)) / (gpus if config.shard_t5 else 1) if t5 else 0,
         "autoencoder": half * values(lambda: AutoencoderKL(vae)) if vae else 0,
         "activations": rows * kept,
-        "logits": rows * config.text_length * c.vocab_size * 4 * (1 + 2 * masked),
+        "logits": rows * config.text_length * c.vocab_size * 4 * 3 * masked,
         "gradients of a block, of a layer": rows * one + 4 * max(c.vocab_size * c.width, 6 * c.width ** 2),
     }
     if t5 and config.stage == "mask-emb":
@@ -181,7 +193,7 @@ def show(config: TrainConfig) -> str:
     row, L, gpus = STAGES[config.stage], config.text_length, config.print_plan
     t5, vae = frozen_sizes(config, c, about)
     build.check(config, c, vae.factor if vae else 1)
-    N = image_tokens(config, c, vae)
+    N = image_tokens(config, c, vae.factor if vae else 1)
     learns, frozen = arithmetic(config, c, t5, vae, N)
     parts = memory(config, c, t5, vae, N, gpus, config.device != "cpu")
     P, samples = learning(c), config.image_batch + config.text_batch

@@ -14,6 +14,7 @@ What is written is written beside and renamed when it is whole; a step_N is sync
 import fcntl
 import json
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -31,6 +32,7 @@ import checkpoint
 import cli
 import data
 import parallel
+import plan
 import report
 from cli import UserError
 from sources import sha256
@@ -131,12 +133,12 @@ class Run:
                 raise UserError(f"{self.out}: this run began with {said}; go on so, or start another with "
                                 f"another --out (--init {self.out} takes its weights along)")
 
-    def begin(self, models, optimizers: list, about: dict) -> None:
+    def begin(self, models, optimizers: list, about: dict, work: dict[str, float]) -> None:
         """Take what is trained, and fill it from the checkpoint to go on from.  Raises UserError.
 
-        models: `build.Models`; about: what goes into config.json beside the sizes."""
+        models: `build.Models`; about: what goes into config.json beside the sizes; work: `plan.work`."""
         self.model, self.tokenizer, self.kept = models.learns, models.tokenizer, models.kept
-        self.optimizers, self.about = optimizers, about
+        self.optimizers, self.about, self.work = optimizers, about, work
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         if self.folder:
             self.load(Path(self.folder))
@@ -328,8 +330,21 @@ class Run:
         self.sums = {name: self.sums.get(name, 0) + value for name, value in found.items()}
         self.summed += 1
 
-    def log(self, rate: float, samples: int, steps: int, bad: list[str], cut: list[str], found: dict) -> None:
+    def device_shown(self, pace: float) -> dict[str, float]:
+        """mfu and gib, of a row."""
+        device = next(self.model.parameters()).device
+        peak, most = plan.peak(device, self.settings["dtype"]) * self.settings["world"], (
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        return ({"mfu": round(self.work["tflop"] * pace / peak, 4)} if peak else {}) | {
+            "gib": round(most / 2**30, 3)}
+
+    def log(self, rate: float, steps: int, bad: list[str], cut: list[str], found: dict) -> None:
         """A row of means over the last `over` steps, and a line with the pace and the time left.
+
+        Pace, tokens, arithmetic: of all processes since this start, validation, samples and saving included.
+        mfu: that arithmetic over the peak of so many devices, where it is known; gib: the most memory that
+        this process has had, of the GPU or else in all.
 
         bad: samples of no use since the last row, that are named in this one; cut: texts that were cut since,
         that are counted; found: what validation and the meter say of this step."""
@@ -339,7 +354,9 @@ class Run:
         pace, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
         self.rows.append(dict(
             step=self.step, over=self.summed, **{f"{name}_loss": loss for name, loss in losses},
-            grad_norm=norm, lr=rate, seconds=seconds, samples_per_s=round(samples * pace, 1), **found))
+            grad_norm=norm, lr=rate, seconds=seconds, **{f"{name}_per_s": round(amount * pace, 3)
+                                                         for name, amount in self.work.items()},
+            **self.device_shown(pace), **found))
         self.sums, self.summed = {}, 0
         bad, cut = (sum(lists, []) for lists in zip(*parallel.gather([(bad, cut)])))
         if bad:
@@ -354,8 +371,8 @@ class Run:
                 log.write(json.dumps(self.rows[-1]) + "\n")
             left = (steps - self.step) / pace / 60
             shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses)
-            print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  {samples * pace:.0f} samples/s  "
-                  f"{left:.1f} min left", flush=True)
+            print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  "
+                  f"{self.work['samples'] * pace:.0f} samples/s  {left:.1f} min left", flush=True)
             if single := [f"{name} {x:.4f}" for name, x in found.items() if isinstance(x, float)]:
                 print(f"at step {self.step}  {'  '.join(single)}", flush=True)
             if said := report.verdict(self.others, self.rows[-1]):

@@ -45,6 +45,14 @@ SMALL = {
 }
 
 
+# The validations of three seeds of the emoji preset's first stage (runs/expected.sh), with which a run is
+# compared where no flag but these is given: they leave what is learnt as it is.
+EXPECTED = emoji.TAR.parent / "emoji" / "expected"
+SAME = {"stage", "preset", "seed", "steps", "workers", "micro_batch", "checkpoint_activations", "dtype",
+        "device", "compile", "shard", "out", "log_every", "eval_every", "meter_every", "save_every",
+        "sample_every", "resume_step", "extend", "fresh"}
+
+
 def start(init: str, preset: str) -> tuple[str, MMDiTConfig, dict]:
     """(family, sizes, config.json) of what --init names; of a preset ("", its sizes, {}).  UserError."""
     if not init:
@@ -128,7 +136,7 @@ class TrainConfig:
     out: str = ""                                   # its folder, instead of out/STAGE
     log_every: int = value(20, low=1)               # steps between lines
     eval_every: int = value(1000, low=0)            # steps between validations; 0: never
-    compare: list = value([])                       # logs of other runs, whose validation is drawn beside
+    compare: list = value([])                       # logs of other runs; of the emoji recipe: EXPECTED
     eval_samples: int = value(160, low=10)          # pictures, and texts, of a validation
     meter_every: int = value(0, low=0)              # steps between looks at the losses' gradients; 0: never
     save_every: int = value(1000, low=1)            # steps between checkpoints
@@ -171,6 +179,9 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
     for name in given:
         if idle.get(name):
             parser.error(f"{cli.flag(name)} changes nothing without {idle[name]}")
+    if not set(given) - SAME and (config.stage, config.preset, bool(config.eval_every)) == (
+            "pretrain", "emoji", True):
+        config = replace(config, compare=[str(path) for path in sorted(EXPECTED.glob("*.jsonl"))])
     steps = config.decay_from + config.decay_steps if config.decay_from else config.steps
     return replace(config, out=config.out or f"out/{config.stage}", steps=steps)
 

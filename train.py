@@ -31,7 +31,6 @@ from typing import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import build
 import checkpoint
@@ -122,10 +121,10 @@ def image_errors(models: Models, batch: dict) -> Tensor:
 def text_errors(models: Models, batch: dict) -> Tensor:
     """The masked tokens' error of each text, (B,): the picture, if any, is clean, so its time is 0."""
     images, clean = models.latents(batch["images"]), torch.zeros(1, device=batch["ids"].device)
-    logits = lambda ids: models.learns["mmdit"](images, models.text(ids), clean, need="logits")[1]
+    logits = lambda ids, at: models.learns["mmdit"](images, models.text(ids), clean, need="logits", at=at)[1]
     return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"], t=batch["t"],
                                  uniform=batch["uniform"], unscored=batch["unscored"],
-                                 weight=batch["weight"]) / batch["over"]
+                                 weight=batch["weight"], picks=True) / batch["over"].to(batch["ids"].device)
 
 
 ERRORS = dict(image=image_errors, text=text_errors)
@@ -260,7 +259,7 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     remembered = {part: str(Path(path).resolve()) for part, path in where.items()}
     run.begin(models, optimizers_of(models.learns, config), remembered | dict(
         pixels=config.pixels, buckets=config.buckets, text_length=config.text_length, stage=config.stage,
-        latents=latents))
+        latents=latents), plan.work(config, sizes, factor or 1))
     if rank == 0:
         if family == "SD3":
             build.report(config, held.tokenizer.vocab_size)
@@ -314,7 +313,10 @@ def asked_to_stop() -> Iterator[list[int]]:
 
 
 def on_device(batch: dict, device: torch.device) -> dict:
-    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+    """With what is large there; times and masks stay on the CPU, so that nothing waits to learn of them."""
+    large = {key: batch[key] for key in ("images", "ids", "states", "noise") if batch.get(key) is not None}
+    pinned = lambda x: x.pin_memory() if device.type == "cuda" else x            # copied while others compute
+    return batch | {key: pinned(x).to(device, non_blocking=True) for key, x in large.items()}
 
 
 def micro_batches(batch: dict, size: int) -> list[dict]:
@@ -324,21 +326,15 @@ def micro_batches(batch: dict, size: int) -> list[dict]:
             for at in range(0, rows, size or rows)]
 
 
-@contextmanager
-def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """How products are made: in --dtype, and attention by what is fastest there."""
-    # measured on a CPU: flash attention's backward took a third of the step, plain products a tenth
-    kernels = [SDPBackend.MATH]
-    if device.type == "cuda":
-        kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), sdpa_kernel(kernels):
-        yield
+def precision(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Products are made in --dtype."""
+    return torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
 
 
 def backward(config: TrainConfig, models: Models, made: dict, world: int, metered: bool) -> tuple[dict, dict]:
     """Add up the gradients of both losses, in micro-batches; returns the losses, and what the meter says."""
     model, losses, image = models.learns, {}, []
-    device, dtype = next(model.parameters()).device, getattr(torch, config.dtype)
+    device = next(model.parameters()).device
     sides = [name for name in ERRORS if name in made]
     counts = [float(made[name]["count"]) for name in sides]                     # of pictures, unfrozen tokens
     counts = parallel.mean(torch.tensor(counts, device=device)).clamp(min=1 / world)
@@ -349,7 +345,7 @@ def backward(config: TrainConfig, models: Models, made: dict, world: int, metere
             of_loss = part is parts[-1]
             parallel.last_backward(model, of_loss and (name == "text" or metered), of_loss, config.shard)
             batch = on_device(part, device)
-            with precision(device, dtype):                       # the mean over processes is the global mean
+            with precision(config, device):                      # the mean over processes is the global mean
                 loss = ERRORS[name](models, batch).sum() / count
                 (weight * loss).backward()
             losses[name] = losses.get(name, 0) + loss.detach()
@@ -363,15 +359,14 @@ def validate(config: TrainConfig, held: Held, models: Models, run: Run, validati
     device = next(models.learns.parameters()).device
     errors = lambda name: lambda batch: ERRORS[name](models, on_device(batch, device))
     with (parallel.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"),
-          precision(device, getattr(torch, config.dtype))):
+          precision(config, device)):
         run.model.train()                                        # the loss that it learns by
         return validation.measure({name: errors(name) for name in ERRORS}, held.rank, held.world)
 
 
 def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list[int]) -> None:
     """The loop: rate, both losses, clip, agree, update, log, measure, save, show."""
-    model, samples = models.learns, config.image_batch + config.text_batch
-    device, dtype = next(model.parameters()).device, getattr(torch, config.dtype)
+    model, device = models.learns, next(models.learns.parameters()).device
     feed = data.feed(partial(held.batches, config), range(run.step, config.steps), config.workers)
     validation = held.validation(config) if config.eval_every else None
     due = lambda every: every and (run.step % every == 0 or run.step == config.steps)
@@ -400,12 +395,12 @@ def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list
         if validation and due(config.eval_every) and not stopping:
             found |= validate(config, held, models, run, validation)
         if due(config.log_every) or run.step <= 5 or found:
-            run.log(rate, samples, config.steps, bad, cut, found)
+            run.log(rate, config.steps, bad, cut, found)
             bad, cut = [], []
         if due(config.save_every) or stopping:
             run.save()
         if due(config.sample_every) and not stopping:
-            with precision(device, dtype):
+            with precision(config, device):
                 show_samples(config, run, held, models, device)
         if stopping:
             break

@@ -75,7 +75,8 @@ def measure(kind: str, flags: list[str]) -> None:
 def told(config) -> dict[str, float]:
     _, sizes, about = train.start(config.init, config.preset)
     t5, vae = plan.frozen_sizes(config, sizes, about)
-    return plan.memory(config, sizes, t5, vae, plan.image_tokens(config, sizes, vae), 1, False)
+    N = plan.image_tokens(config, sizes, vae.factor if vae else 1)
+    return plan.memory(config, sizes, t5, vae, N, 1, False)
 
 
 def main(kind: str) -> None:

@@ -203,6 +203,20 @@ def test_a_flat_weight_is_as_much_as_one_over_t_over_all_times_and_less_at_small
     assert float(steep.mean()) / 8 == pytest.approx(math.log(4), rel=0.1)
 
 
+def test_logits_of_the_scored_tokens_alone_are_enough():
+    ids = torch.randint(0, 4, (5, 8), generator=torch.Generator().manual_seed(0))
+    frozen, unscored = torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(1)) < 0.2
+    drawn = dict(zip(("t", "uniform"), mask_diffusion.draw((5, 8), torch.Generator().manual_seed(2))))
+    told = torch.randn(5, 8, 5, generator=torch.Generator().manual_seed(3))
+    asked, how = [], dict(frozen=frozen, unscored=unscored, **drawn)
+    whole = mask_diffusion.errors(lambda noised: told, ids, 4, **how)
+    answer = lambda noised, at: asked.append((noised, at)) or told.flatten(0, 1)[at]
+    some = mask_diffusion.errors(answer, ids, 4, **how, picks=True)
+    (noised, at), = asked
+    assert torch.equal(whole, some) and 0 < len(at) < 30
+    assert (noised.flatten()[at] == 4).all() and not unscored.flatten()[at].any()
+
+
 def test_tokens_that_are_not_scored_are_masked_like_others():
     ids, seen = torch.arange(6).expand(3, 6), []
     unscored = torch.arange(6).expand(3, 6) > 3

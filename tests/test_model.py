@@ -4,11 +4,13 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import emoji
 import flow
 import mask_diffusion
-from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding, position_table, timestep_embedding, velocity_to
+from model import (PRESETS, MMDiT, MMDiTConfig, TokenEmbedding, attention, position_table, timestep_embedding,
+                   velocity_to)
 from pictures import fit_picture, read_picture, to_tensor
 from tars import Tar
 
@@ -106,6 +108,21 @@ def test_asking_for_one_head_gives_the_same_numbers():
     assert none is None and torch.equal(v, velocity)
     none, l = model(x, text, t, need="logits")
     assert none is None and torch.equal(l, logits)
+
+
+def test_logits_of_some_tokens_alone():
+    model, (x, text, t), at = tiny(), inputs(), torch.tensor([0, 4, 5, 13])
+    velocity, some = model(x, text, t, at=at)
+    whole = model(x, text, t)
+    assert torch.equal(velocity, whole[0])
+    assert torch.allclose(some, whole[1].flatten(0, 1)[at], atol=1e-6)
+
+
+def test_attention_written_out_is_torchs():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found, kernels = attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    assert type(found.grad_fn) is not type(kernels.grad_fn) and torch.allclose(found, kernels, atol=1e-6)
+    assert torch.equal(attention(*(x.detach() for x in (q, k, v))), kernels)
 
 
 def test_gradients_reach_every_parameter_of_the_joint_loss():

@@ -88,6 +88,9 @@ def test_a_run_leaves_a_page_that_fetches_nothing_and_says_how_it_stands(tiny, s
     assert page.cells[page.cells.index("eval_samples") + 1] == "10" and "step 2" in page.cells
     rows = [json.loads(line) for line in other.open()]
     assert torch.tensor([row["val_nats"] for row in rows if "val_nats" in row]).isfinite().all()
+    for row in rows:                                             # 4 + 4 samples a step of 4 + 28 tokens
+        assert row["tokens_per_s"] / row["samples_per_s"] == pytest.approx(4 + 28, rel=0.01)
+        assert 0.1 < row["gib"] < 8 and row["tflop_per_s"] > 0 and "mfu" not in row
     (tmp_path / "none.jsonl").write_text('{"step": 1, "seconds": 0.5}\n')
     for name in ("none.jsonl", "nothing.jsonl"):
         with pytest.raises(UserError, match=f"--compare .*{name}: expected a log.jsonl with validations"):

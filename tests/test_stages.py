@@ -255,6 +255,19 @@ def test_dropped_captions_cost_no_t5_and_have_the_empty_prompts_states():
     assert torch.allclose(models.captions(ids, dropped, whole), whole, atol=1e-5) and seen == [2]
 
 
+def test_a_run_of_the_recipe_is_compared_with_its_three_seeds(tmp_path, monkeypatch):
+    for seed in (1, 0):
+        (tmp_path / f"seed_{seed}.jsonl").write_text("{}")
+    monkeypatch.setattr(stages, "EXPECTED", tmp_path)
+    logs = [str(tmp_path / "seed_0.jsonl"), str(tmp_path / "seed_1.jsonl")]
+    assert train.parse([]).compare == logs
+    assert train.parse(["--seed", "3", "--steps", "9", "--compile", "--out", "x"]).compare == logs
+    for flags in (["--lr", "1e-3"], ["--stage", "instruct"], ["--eval-every", "0"], ["--preset", "e2e-1.1b"],
+                  ["--image-data", "cats"], ["--eval-samples", "20"], ["--padding", "end"]):
+        assert train.parse(flags).compare == []
+    assert train.parse(["--compare", "mine.jsonl"]).compare == ["mine.jsonl"]
+
+
 def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, monkeypatch):
     """With stand-ins for python and torchrun, which note how they were called and end the stage."""
     shutil.copytree(ROOT / "runs", tmp_path / "runs")

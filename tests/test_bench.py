@@ -1,0 +1,82 @@
+"""bench.py and tests/ablations.py: what is timed is the same work, and the tables say what was found."""
+
+import json
+import sys
+from copy import deepcopy
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import ablations
+import pytest
+import torch
+
+import bench
+import plan
+from model import PRESETS, MMDiTConfig
+from stages import TrainConfig, parse
+
+SMALL = ["--preset", "emoji", "--image-batch", "3", "--text-batch", "2", "--pixels", "16"]
+
+
+def test_a_step_and_the_plain_one_that_it_is_set_against_are_the_same():
+    """To rounding, of the same weights and the same batch: losses' gradients, clipped, and AdamW."""
+    config = parse([*SMALL, "--dtype", "float32", "--optimizer", "adamw", "--device", "cpu", "--clip", "0.1"])
+    sizes = replace(MMDiTConfig(**PRESETS["emoji"]), depth=2, vocab_size=40)
+    models = bench.random_models(sizes, 28, torch.device("cpu"))
+    for p in models.learns["mmdit"].parameters():
+        torch.nn.init.normal_(p, std=0.1)                        # a new model's gates are zero
+    other = replace(models, learns=deepcopy(models.learns))
+    ours, plain = bench.Ours(config, models), bench.Plain(config, other)
+    before, made = deepcopy(models.learns), bench.random_batch(config, sizes, 16)
+    for stepper in (ours, plain):
+        stepper.step(made)
+    flat = [torch.cat([p.detach().flatten() for p in part.parameters() if p.requires_grad])
+            for part in (before, models.learns, other.learns)]
+    step, apart = (flat[1] - flat[0]).abs(), (flat[1] - flat[2]).abs()
+    assert (step > 0.5 * config.lr).float().mean() > 0.9              # AdamW's first step is about the rate
+    assert (apart > 0.01 * config.lr).float().mean() < 1e-3           # but where the gradient is all rounding
+
+
+def test_the_table_of_a_step(capsys, monkeypatch):
+    flags = [*SMALL, "--vocab-size", "60", "--rounds", "3", "--steps", "1", "--against-plain",
+             "--peak", "0.5", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "train", *flags])
+    bench.main()
+    *table, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert [line.split()[0] for line in table] == list(found) and found["vocabulary"] == 60
+    low, high = found["ratio_range"]
+    assert 0 < low <= found["ratio"] <= high
+    parts = [found[name] for name in ("forward", "backward", "optimizer")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(found["seconds"], rel=0.7)   # mean and median of 3
+    work = plan.work(parse(SMALL), replace(MMDiTConfig(**PRESETS["emoji"]), vocab_size=60), 1)
+    assert work["samples"] == 5 and work["tokens"] == 5 * (4 + 28)
+    assert found["mfu"] == pytest.approx(work["tflop"] / found["seconds"] / 0.5, rel=0.02)
+
+
+def test_each_ablation_is_one_flag_and_the_table_has_what_its_logs_say(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def trained(command, **how):
+        commands.append(command[2:])
+        seed, out = (command[command.index(flag) + 1] for flag in ("--seed", "--out"))
+        value = int(seed) + 10 * ("flat" in command)
+        row = dict(val_image=value, val_image_t=[0] * 5 + [value / 2] * 5, val_nats=value + 1, seconds=1.0)
+        Path(out).mkdir(parents=True)
+        (Path(out) / "log.jsonl").write_text(json.dumps(row) + "\n")
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(ablations.subprocess, "run", trained)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", str(tmp_path), "--steps", "9"])
+    ablations.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| the defaults | 1.000 (0.000–2.000) | 0.500 (0.000–1.000) | 2.000 (1.000–3.000) |" in lines
+    assert "| --text-loss flat | 11.000 (10.000–12.000) | 5.500 (5.000–6.000) | 12.000 (11.000–13.000) |" in lines
+    configs = {(config := parse(command)).out: config for command in commands}
+    assert len(configs) == 3 * len(ablations.FLAGS) == 3 * (len(lines) - 2)
+    plain = next(config for name, config in configs.items() if "the_defaults_1" in name)
+    for name, config in configs.items():
+        other = [field.name for field in fields(TrainConfig)
+                 if getattr(config, field.name) != getattr(plain, field.name)]
+        flags = {flag.replace("--", "").replace(" ", "_"): given for flag, given in ablations.FLAGS.items()}
+        assert len(set(other) - {"seed", "out"}) == len(flags[Path(name).name.rpartition("_")[0]]) // 2
