@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--compile", action="store_true", help="ours, block by block")
-    parser.add_argument("--vocab-size", type=count, help="(the preset's; runs/emoji.sh comes to 3680)")
+    parser.add_argument("--vocab-size", type=count, help="(the preset's; the shipped weights have 3680)")
     parser.add_argument("--rounds", type=count, default=9, help="(9)")
     parser.add_argument("--steps", type=count, default=2, help="of a round (2)")
     parser.add_argument("--peak", type=cli.number(float, 1e-3), default=0.0, help="of the device, TFLOP/s")

@@ -37,6 +37,7 @@ import sample
 import show
 from cli import UserError
 from parts import EMOJI, Parts
+from reading import STEPS, write
 
 BATCH = 64
 SPLITS = ["train", "tone", "style"]
@@ -84,13 +85,13 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
         raise UserError(f"no picture of the emoji tar is in the split \"{split}\"")
     right, answers = [], defaultdict(list)
     for batch in progress(f"{split}, captions", shown):
-        said = sample.write(parts, pictures[batch])
+        said = write(parts, pictures[batch])
         right += [text == records[i]["caption"] for text, i in zip(said, batch)]
 
     asked = [(i, q) for i in shown for q in one_of_each(records[i])]
     for batch in progress(f"{split}, answers", asked):
-        said = sample.write(parts, pictures[[i for i, _ in batch]], [q["question"] for _, q in batch],
-                            steps=sample.STEPS["answer"])
+        said = write(parts, pictures[[i for i, _ in batch]], [q["question"] for _, q in batch],
+                            steps=STEPS["answer"])
         for text, (_, q) in zip(said, batch):
             answers[q["type"]].append((text, q["answer"]))
     percent = lambda pairs: 100 * statistics.mean(said == true for said, true in pairs)
@@ -107,7 +108,7 @@ def drawing(parts: Parts, records: list[dict], pictures: Tensor, split: str, see
     for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts]):
         captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
         drawn = sample.draw(parts, captions, seed=start, **how)
-        for i, found, text in zip(batch, nearest(drawn, pictures), sample.write(parts, drawn)):
+        for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, drawn)):
             results["emoji"].append(records[found]["emoji"] == records[i]["emoji"])
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])
@@ -140,7 +141,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", **count(200, "prompts a split that are drawn"))
     parser.add_argument("--guidance", **above, help="of drawings (sample.py's default)")
     parser.add_argument("--shift", **above, help="of drawings (sample.py's default)")
-    parser.add_argument("--steps", **count(sample.STEPS["draw"], "Euler steps of a drawing"))
+    parser.add_argument("--steps", **count(sample.DRAW_STEPS, "Euler steps of a drawing"))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
     parser.add_argument("--page", type=Path, help="measure nothing: a picture of results on held-out samples")
     parser.add_argument("--json", type=Path, help="also write every figure of every seed here")

@@ -180,11 +180,12 @@ class Block(nn.Module):
         self.img = Stream(config)
         self.txt = Stream(config)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, need: str = "both") -> tuple[Tensor, Tensor]:
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, need: str = "both",
+                kept: list | None = None) -> tuple[Tensor, Tensor]:
         """img (B, N, D), txt (B, L, D), vec (B or 1, D) -> the same shapes.
 
         need: "both", "velocity" or "logits": in the last block the stream that no head reads stops after its
-        keys and values (its old value is returned)."""
+        keys and values (its old value is returned).  kept: gets the image's, each (B, H, N, D/H)."""
         (N, L), vec = (img.shape[1], txt.shape[1]), F.silu(vec)
         img_shift, img_scale, *img_mod = self.img.modulation(vec).chunk(6, dim=-1)  # 6 of (B or 1, D)
         txt_shift, txt_scale, *txt_mod = self.txt.modulation(vec).chunk(6, dim=-1)
@@ -193,6 +194,8 @@ class Block(nn.Module):
                       self.txt.attention_input(txt, txt_shift, txt_scale))
         q, k, v = (torch.cat([x.transpose(1, 2) for x in pair], dim=2)            # (B, H, N + L, D/H)
                    for pair in streams)
+        if kept is not None:
+            kept.append((k[:, :, :N], v[:, :, :N]))
         rows = dict(both=slice(None), velocity=slice(N), logits=slice(N, None))[need]
         y = self.attention(q[:, :, rows], k, v).transpose(1, 2).flatten(2)        # (B, <= N + L, D)
         if need != "logits":
@@ -200,6 +203,13 @@ class Block(nn.Module):
         if need != "velocity":
             txt = self.txt.finish(txt, y[:, -L:], *txt_mod)
         return img, txt
+
+    def read(self, txt: Tensor, vec: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The text's half alone, (B, L, D), beside an image's keys and values (B, H, N, D/H) of before."""
+        shift, scale, *mod = self.txt.modulation(F.silu(vec)).chunk(6, dim=-1)
+        q, k, v = (x.transpose(1, 2) for x in self.txt.attention_input(txt, shift, scale))   # (B, H, L, D/H)
+        y = self.attention(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2))
+        return self.txt.finish(txt, y.transpose(1, 2).flatten(2), *mod)
 
 
 class MMDiT(nn.Module):
@@ -249,7 +259,7 @@ class MMDiT(nn.Module):
         return self.positions[top:top + rows, left:left + columns].flatten(0, 1)
 
     def forward(self, latents: Tensor | None, text: Tensor, t: Tensor, need: str = "both",
-                at: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+                at: Tensor | None = None, kept: list | None = None) -> tuple[Tensor | None, Tensor | None]:
         """velocity (B, C, h, w), predicting noise - data; and logits (B, L, V) over the clean tokens.
 
         latents: (B, C, h, w) at noise level t, h and w multiples of the patch; None for text alone (then the
@@ -257,11 +267,16 @@ class MMDiT(nn.Module):
         the IMAGE's noise level, 0 for a clean picture; of shape (1,), one time for the whole batch, whose
         modulation is computed once.  need: "both", or "velocity" / "logits" alone; the other is then None.
         at: (n,) tokens, counted over B x L, whose logits are wanted, then (n, V); the head is most of a text.
+        kept: an empty list is filled with the image's (keys, values) in each block; a full one stands for the
+        image, of which nothing is computed again.  That is an approximation where the text has changed since,
+        for the image's stream sees the text; velocity is then None.
         Raises ValueError for latents the patch doesn't divide or larger than the position table."""
-        p, C = self.config.patch, self.config.channels
+        p, C, before = self.config.patch, self.config.channels, list(kept or [])
         vec = self.time_in(t)                                                     # (B or 1, D)
         txt = self.txt_in(text)                                                   # (B, L, D)
-        if latents is None:
+        if before:
+            img, need = None, "logits"
+        elif latents is None:
             img = self.null_image.expand(len(text), -1, -1).to(txt.dtype)         # (B, 8, D)
         else:
             B, _, h, w = latents.shape
@@ -271,7 +286,10 @@ class MMDiT(nn.Module):
             img = self.img_in(img.reshape(B, -1, C * p * p).to(txt.dtype))        # (B, N, D)
             img = img + self.crop_positions(h // p, w // p).to(img.dtype)
         for i, block in enumerate(self.blocks):
-            img, txt = block(img, txt, vec, need if i == len(self.blocks) - 1 else "both")
+            if before:
+                txt = block.read(txt, vec, *before[i])
+            else:
+                img, txt = block(img, txt, vec, need if i == len(self.blocks) - 1 else "both", kept)
 
         velocity = logits = None
         if latents is not None and need != "logits":

@@ -24,8 +24,8 @@ from vae import AutoencoderKL, Pixels
 
 EMOJI = Path(__file__).parent / "assets" / "emoji"      # the shipped weights
 # how each family of weights is sampled unless told otherwise; the published ones as published
-OWN = dict(guidance=4.0, shift=1.0, temperature=0.0, order="confidence")
-PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random")
+OWN = dict(guidance=4.0, shift=1.0, temperature=0.0, order="threshold", refresh=0)
+PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random", refresh=1)
 
 
 def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
@@ -138,6 +138,8 @@ class Parts:
             (fits(self.height), f"{path}: a picture's height of {self.height!r}, {expected}"),
             (fits(self.width), f"{path}: a picture's width of {self.width!r}, {expected}"))
         pixels = config.get("pixels") if self.family == "ours" else None
+        # published weights are trusted to have learnt it
+        self.null_learnt = self.family != "ours" or config.get("null_image") or config.get("stage") == "text"
         self.trained = [(pixels, pixels)] if pixels else []
         self.trained += buckets.sizes(pixels, unit) if pixels and config.get("buckets") else []
         self.keep = 1.5 * self.weight() < available(self.device) if keep is None else keep
@@ -149,7 +151,8 @@ class Parts:
         """The parts that are in memory, being trained (`build.Models`); nothing is read."""
         parts, mmdit, own = cls.__new__(cls), models.learns["mmdit"], models.t5 is None
         vars(parts).update(
-            family="ours", own=own, keep=True, defaults=OWN if own else PUBLISHED, sizes=mmdit.config,
+            family="ours", own=own, keep=True, sizes=mmdit.config,
+            defaults=(OWN if own else PUBLISHED) | dict(refresh=1),      # FSDP gathers what a forward needs
             mmdit=mmdit, vae=models.vae, text=models.text, tokenizer=models.tokenizer, device=device,
             dtype=torch.float32, height=pixels, width=pixels, factor=models.vae.factor, length=length,
             answer_length=length, trains=True)

@@ -4,6 +4,9 @@
     python sample.py --image apple.png                                      # picture -> caption
     python sample.py --image apple.png --question "What kind of thing is this?"
     python sample.py --image apple.png --text "red [MASK], [MASK] style"    # fills the masks and nothing else
+    python sample.py --image apple.png --question "Is this food?" --choices yes no     # which is likelier
+    python sample.py --image apple.png --score "red apple, noto style"      # how likely it is
+    python sample.py --image apple.png pear.png --questions questions.txt   # all of them about each
 
 Without --checkpoint the weights in assets/emoji are used; they were trained by train.py.  With it, any layout
 that checkpoint.py reads, D-DiT's releases and SD3 among them:
@@ -19,10 +22,8 @@ import cli
 cli.interruptible(__name__)
 
 import argparse
-import itertools
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Iterator
 
@@ -34,31 +35,16 @@ import data
 import flow
 import mask_diffusion
 import show
-from cli import require
+from cli import UserError, require
 from parts import EMOJI, Parts
 from pictures import fit_picture, read_picture, to_tensor
+from reading import STEPS, canvas, encode, infill, logits, ranked, score, watched, write
 
-MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
-STEPS = dict(draw=28, text=128, answer=32)
-
-
-def watched(parts: Parts, function, evaluations: int, what: str):
-    """The function, and every two seconds a line on stderr of how far it is; none while a run trains."""
-    calls, started, said = 0, time.time(), time.time()
-
-    def call(*args):
-        nonlocal calls, said
-        result, calls = function(*args), calls + 1
-        if time.time() - said > 2:
-            rate, said = calls / (time.time() - started), time.time()
-            print(f"{what}: {calls}/{evaluations} evaluations, {rate:.2f}/s, "
-                  f"{max(0, evaluations - calls) / rate:.0f} s left", file=sys.stderr, flush=True)
-        return result
-    return function if parts.trains else call
+DRAW_STEPS = 28
 
 
 @torch.no_grad()
-def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = STEPS["draw"],
+def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = DRAW_STEPS,
              guidance: float | None = None, seed: int = 0, shift: float | None = None,
              trajectory: list | None = None) -> Iterator[Tensor]:
     """A picture for each prompt, one after the other, (3, H, W) in [-1, 1] on the CPU.  They are walked in
@@ -98,110 +84,36 @@ def draw(parts: Parts, prompts: list[str], *args, **how) -> Tensor:
     return torch.stack(list(drawings(parts, prompts, *args, **how)))
 
 
-def encode(parts: Parts, images: Tensor, seed: int | None = None) -> Tensor:
-    """Clean latents of images (B, 3, H, W): the posterior's mean, or with a seed a draw from it."""
-    parts.hold("vae")
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    z = parts.vae.encode(images.to(parts.device), generator).to(parts.dtype)
+@torch.no_grad()
+def likeliest(parts: Parts, pictures: list[Tensor], prompt: str) -> list[tuple[float, Tensor]]:
+    """Pictures (3, H, W) by the bound of -log p(prompt | picture), in nats, the least first."""
+    ids = parts.tokenizer.encode(prompt, parts.length)
+    found = [(score(parts, encode(parts, picture[None]), ids)[0], picture) for picture in pictures]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+@torch.no_grad()
+def joint(parts: Parts, steps: int = DRAW_STEPS, seed: int = 0, shift: float | None = None,
+          temperature: float = 1.0) -> tuple[Tensor, str]:
+    """A picture (3, H, W) and its caption, from noise and [MASK]s, by turns: a step of the one beside the
+    text as it stands, then of the other beside the picture that is predicted.
+
+    Beyond what the paper trains, where one of the two is always clean: expect little."""
     parts.hold("text", "mmdit")
-    return z
-
-
-def logits(parts: Parts, latents: Tensor):
-    """The text half of the model given clean latents (B, C, h, w): ids (n, L) of some rows -> (n, L, V)."""
-    clean = torch.zeros(1, device=parts.device)
-    return lambda ids, rows=slice(None): parts.mmdit(latents[rows], parts.text(ids), clean, need="logits")[1]
-
-
-@torch.no_grad()
-def fill(parts: Parts, latents: Tensor, ids: Tensor, steps: int = STEPS["text"],
-         temperature: float | None = None, seed: int = 0, order: str | None = None,
-         trajectory: list | None = None) -> Tensor:
-    """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w); everything else stays.
-
-    order: "random", the paper's walk, or "confidence", the surest token first (`mask_diffusion.walk`)."""
-    temperature = parts.defaults["temperature"] if temperature is None else temperature
-    evaluations = min(steps, int((ids == parts.tokenizer.mask_id).sum(1).max()))
-    function = watched(parts, logits(parts, latents), evaluations, "reading")
-    return mask_diffusion.sample(function, ids.to(parts.device), parts.tokenizer.mask_id, steps,
-                                 torch.Generator().manual_seed(seed), temperature, trajectory,
-                                 order or parts.defaults["order"], by_row=True).cpu()
-
-
-def write(parts: Parts, images: Tensor, question: str | list[str] | None = None,
-          max_tokens: int | None = None, posterior: str = "mean", seed: int = 0, **how) -> list[str]:
-    """A caption for each picture (B, 3, H, W); with a question (or one for each), its answer.
-
-    posterior: what the autoencoder gives, "mean" or a "draw" as in the published code.  `how` goes to `fill`.
-    """
-    questions = question if isinstance(question, list) else [question] * len(images)
-    ids = torch.stack([canvas(parts, q, max_tokens) for q in questions])          # (B, L)
-    starts = [0 if q is None else len(parts.tokenizer.pieces(data.question_prompt(q))) for q in questions]
-    latents = encode(parts, images, seed if posterior == "draw" else None)
-    filled = fill(parts, latents, ids, seed=seed, **how)
-    return [parts.tokenizer.decode(row[start:]) for row, start in zip(filled, starts)]
-
-
-def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = None) -> Tensor:
-    """What a caption or an answer is written on, (L,): the prompt, [MASK]s, and padding past max_tokens."""
-    tokenizer = parts.tokenizer
-    prompt = [] if question is None else tokenizer.pieces(data.question_prompt(question))
-    room = (parts.length if question is None else parts.answer_length) - len(prompt)
-    require((room > 0, f"the question has {len(prompt)} tokens and leaves no room for an answer: this model "
-             f"reads {parts.answer_length}"))
-    masks = room if max_tokens is None else min(room, max_tokens)
-    return torch.tensor(prompt + [tokenizer.mask_id] * masks + [tokenizer.pad_id] * (room - masks))
-
-
-def cuts(parts: Parts, text: str) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """A text with up to two [MASK]s in all ways that give each 1 to 3 tokens, (n, L), and those numbers; more
-    get one each.
-
-    A [MASK] takes the space before it along, as GPT-2's tokens do.  Raises UserError for too long a text."""
-    first, *others = text.replace(" [MASK]", "[MASK]").split("[MASK]")
-    pieces = [parts.tokenizer.pieces(first)] + [parts.tokenizer.continuation(other) for other in others]
-    masks, rows, widths = len(others), [], []
-    for cut in itertools.product(range(1, 1 + (MAX_MASK_TOKENS if masks <= 2 else 1)), repeat=masks):
-        ids = list(pieces[0])
-        for width, piece in zip(cut, pieces[1:]):
-            ids += [parts.tokenizer.mask_id] * width + piece
-        if len(ids) < parts.length:
-            rows.append(parts.tokenizer.fit(ids, parts.length))
-            widths.append(cut)
-    count, most = sum(map(len, pieces)) + masks, parts.length - 1
-    require((count <= most, f"--text has {count} tokens, expected at most {most}"))
-    return torch.stack(rows), widths
-
-
-def written(parts: Parts, text: str, words: list[Tensor]) -> str:
-    """A text with words, as ids (n,), in the place of its [MASK]s.  What was given stays as it was written,
-    also where the tokenizer has no piece for it."""
-    said, *others = text.split("[MASK]")
-    for ids, other in zip(words, others, strict=True):
-        word = parts.tokenizer.behind(ids)
-        said += (word.lstrip(" ") if said[-1:] in ("", " ") else word) + other
-    return said
-
-
-@torch.no_grad()
-def infill(parts: Parts, image: Tensor, text: str, posterior: str = "mean", seed: int = 0,
-           trajectory: list | None = None, **how) -> str:
-    """Fill the [MASK]s of a text about one picture (3, H, W).
-
-    All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept: by the bound of
-    `mask_diffusion.loss`, averaged over 64 levels of masking (16 for large models)."""
-    rows, widths = cuts(parts, parts.tokenizer.lowered(text))                     # (n, L)
-    latents = encode(parts, image[None], seed if posterior == "draw" else None)
-    filled = fill(parts, latents.expand(len(rows), -1, -1, -1), rows, seed=seed, trajectory=trajectory, **how)
-    levels, mask_id = 64 if parts.own else 16, parts.tokenizer.mask_id
-    function = logits(parts, latents.expand(levels, -1, -1, -1))
-    bound = lambda row: float(mask_diffusion.loss(function, row.expand(levels, -1).to(parts.device), mask_id,
-                                                  generator=torch.Generator().manual_seed(0)))
-    best = min(range(len(filled)), key=lambda i: bound(filled[i])) if len(filled) > 1 else 0
-    if trajectory is not None:
-        trajectory[:] = [(step[best:best + 1], ids[best:best + 1]) for step, ids in trajectory]
-    words = filled[best][rows[best] == mask_id].split(widths[best])
-    return written(parts, text, words)
+    generator, mask_id = torch.Generator().manual_seed(seed), parts.tokenizer.mask_id
+    shape = 1, parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
+    x = torch.randn(shape, generator=generator).to(parts.device)
+    levels = flow.sigmas(steps, parts.defaults["shift"] if shift is None else shift).to(parts.device)
+    walk = mask_diffusion.walk(lambda ids, at, rows: logits(parts, clean)(ids, at), canvas(parts)[None].to(
+        parts.device), mask_id, steps, generator, temperature, "confidence", picks=True,
+        end=(parts.tokenizer.end_id, parts.tokenizer.pad_id))
+    _, ids = next(walk)
+    for t, s in zip(levels[:-1], levels[1:]):
+        v = parts.mmdit(x.to(parts.dtype), parts.text(ids), t.view(1), need="velocity")[0].float()
+        clean, x = (x - t * v).to(parts.dtype), x + (s - t) * v
+        _, ids = next(walk, (None, ids))                         # of the tokens as large a part
+    parts.hold("vae")
+    return parts.vae.decode(x.to(parts.dtype))[0].float().cpu().clamp(-1, 1), parts.tokenizer.decode(ids[0])
 
 
 def results(parts: Parts, prompts: list[str], captions: list[str], images: Tensor) -> Image.Image:
@@ -216,30 +128,50 @@ def results(parts: Parts, prompts: list[str], captions: list[str], images: Tenso
 # ------------------------------------------------------------------------------------------------ the command
 
 def flags() -> tuple[cli.Parser, dict[str, str]]:
-    """The parser, and for each flag that one of the two ways has alone, the flag it goes with."""
+    """The parser, and for each flag that some of the ways have alone, the flags it goes with."""
     parser, goes_with = cli.Parser(__doc__), {}
 
     def add(name: str, mode: str = "", **how) -> None:
         parser.add_argument(name, default=argparse.SUPPRESS, **how)
         if mode:
             goes_with[name.removeprefix("--").replace("-", "_")] = mode
-    above = dict(type=cli.number(float, 0.001), metavar="X")
+    above = dict(type=cli.number(float, 1e-9), metavar="X")
     count = lambda low, text: dict(type=cli.number(int, low), metavar="N", help=text)
+    other = lambda word, value, low: lambda text: value if text == word else cli.number(int, low)(text)
+    draws, reads = "--prompt or --joint", "--image or --text"
+    levels = ", ".join(f"{order} {x}" for order, x in mask_diffusion.LEVELS.items() if x)
     add("--prompt", help="draw this")
-    add("--image", type=Path, help="caption this picture, or answer about it, or complete --text about it")
+    add("--image", type=Path, nargs="+", metavar="FILE", help="caption these pictures, a line each, or "
+        "answer about them, or score a text; fill --text, or --chat, about one")
+    add("--joint", action="store_true", help="a picture and its caption together, from nothing; the paper "
+        "trains no such thing")
     add("--negative-prompt", "--prompt", help="guide away from this, not from the empty prompt")
     add("--n", "--prompt", **count(1, "pictures drawn, as one grid (1)"))
+    add("--best", "--prompt", action="store_true", help="the --n pictures in the order of how likely they "
+        "make the prompt")
     add("--guidance", "--prompt", **above, help="classifier-free guidance; 1: none (4; published weights: 7)")
-    add("--shift", "--prompt", **above, help="shift of the noise levels; 1: none (1; published weights: 3)")
-    add("--out", "--prompt", type=Path, help="where the picture goes (sample.png)")
+    add("--shift", draws, **above, help="shift of the noise levels; 1: none (1; published weights: 3)")
+    add("--out", draws, type=Path, help="where the picture goes (sample.png)")
     add("--question", "--image", help="what to answer")
-    add("--text", "--image", help="a text whose [MASK]s to fill")
-    add("--temperature", "--image", type=cli.number(float, 0), metavar="X",
-        help="0 takes the likeliest token, 1 samples (0; published weights: 1)")
-    add("--order", "--image", choices=mask_diffusion.ORDERS, help="of unmasking: the surest token first; or "
-        "random, which with --temperature 1 is the paper's sampler (confidence; published weights: random)")
+    add("--questions", "--image", type=Path, metavar="FILE", help="what to answer, a line each")
+    add("--chat", "--image", action="store_true", help="ask in the terminal, until an empty line")
+    add("--choices", "--question", nargs="+", metavar="TEXT", help="how likely each of these answers is")
+    add("--score", "--image", metavar="TEXT", help="how likely this caption, or answer to --question, is")
+    add("--text", help="a text whose [MASK]s to fill; without --image about no picture")
+    add("--temperature", f"{reads} or --joint", type=cli.number(float, 0), metavar="X",
+        help="0 takes the likeliest token, 1 samples (0; published weights, --joint: 1)")
+    add("--top-p", reads, type=cli.number(float, 1e-6, 1), metavar="X", help="sample out of so much of p (1)")
+    add("--order", reads, choices=mask_diffusion.ORDERS, help="of unmasking, see mask_diffusion.py; random, "
+        "with --temperature 1, is the paper's sampler (threshold; published weights: random)")
+    add("--level", reads, **above, help=f"of the orders that have one ({levels})")
+    add("--tokens-per-step", reads, **count(1, "of confidence, margin, entropy, in place of --steps"))
+    add("--refresh", reads, type=other("once", 0, 1), metavar="N", help="look at the picture again every N "
+        "evaluations, or once; 1 is exact (once; published weights: 1)")
+    add("--text-guidance", "--image", **above, help="away from what is written without the picture (1: none)")
+    add("--ramp", "--text-guidance", action="store_true", help="weak while little is written")
     add("--posterior", "--image", choices=["mean", "draw"], help="what the autoencoder gives (mean)")
-    add("--max-tokens", "--image", **count(1, "longest caption or answer"))
+    add("--max-tokens", "--image", **count(1, "longest caption or answer; above --length it goes on in "
+                                           "blocks"))
     add("--steps", **count(1, "of the walk: 28 to draw, 128 for a text, 32 to answer"))
     add("--seed", type=cli.number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same result (0)")
     add("--trajectory", type=Path, help="a .gif of the picture forming, or of the text being unmasked")
@@ -248,7 +180,8 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     add("--dtype", choices=["float32", "bfloat16"], help="of transformer and T5 (bfloat16 if published)")
     add("--height", **count(1, "of the picture (as trained; published weights: 512)"))
     add("--width", **count(1, "of the picture (as trained; published weights: 512)"))
-    add("--length", **count(2, "tokens of a text (as trained; published weights: 256, with --question 128)"))
+    add("--length", type=other("auto", "auto", 2), metavar="N", help="tokens of a text (as trained; "
+        "published weights: 256, with --question 128); auto: as many as the first evaluation expects")
     add("--vae", type=Path, help="where the autoencoder is, if not in --checkpoint")
     add("--t5", type=Path, help="where T5 is, if not in --checkpoint")
     add("--tokenizer", type=Path, help="where T5's tokenizer.json is, if not in --checkpoint")
@@ -256,26 +189,43 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     return parser, goes_with
 
 
+# of these at most one
+APART = [("text", "question", "questions", "score", "chat"), ("choices", "score", "text"),
+         ("trajectory", "questions", "score", "choices", "chat", "joint"), ("prompt", "text"),
+         ("joint", "text")]
+
+
 def parse(argv: list[str] | None = None) -> dict:
     """The flags that were given, checked against each other."""
     parser, goes_with = flags()
     args = vars(parser.parse_args(argv))
-    if ("prompt" in args) == ("image" in args):
+    ways, pictures = [way for way in ("prompt", "image", "joint") if way in args], len(args.get("image", []))
+    if len(ways) > 1 or not ways and "text" not in args:
         parser.error("give --prompt TEXT to draw, or --image FILE to read a picture, and not both")
-    if "question" in args and "text" in args:
-        parser.error("give --question or --text, not both")
+    for group in APART:
+        given = [cli.flag(name) for name in group if name in args]
+        if len(given) > 1 and given != ["--question", "--score"]:
+            parser.error(f"give {given[0]} or {given[1]}, not both")
     for name, mode in goes_with.items():
-        if name in args and mode.removeprefix("--") not in args:
+        if name in args and not any(cli.flag(given) in mode.split(" or ") for given in args):
             parser.error(f"{cli.flag(name)} changes nothing without {mode}")
-    if "max_tokens" in args and "text" in args:
-        parser.error("--max-tokens changes nothing with --text, which is as long as it is")
-    for name, use in dict(prompt="draw", question="ask", text="fill").items():
+    for name, idle, why in (
+            ("max_tokens", "text" in args, "with --text, which is as long as it is"),
+            ("length", "text" in args and args.get("length") == "auto", "with --text, which has its own"),
+            ("best", args.get("n", 1) == 1, "without --n, of which to show the best"),
+            ("text", pictures > 1, "more than one picture: it is about one"),
+            ("chat", pictures > 1, "more than one picture: it is about one"),
+            ("trajectory", pictures > 1, "more than one picture: it shows one text")):
+        if name in args and idle:
+            says = "" if why.startswith("more") else "changes nothing "
+            parser.error(f"{cli.flag(name)} {says or 'takes no '}{why}")
+    for name, use in dict(prompt="draw", question="ask", text="fill", score="score").items():
         if not args.get(name, "x").strip():
             parser.error(f"--{name} is empty; write what to {use}")
     if "[MASK]" not in args.get("text", "[MASK]"):
         parser.error("--text holds no [MASK]; write [MASK] where words are missing")
-    pictures = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    for name, kinds, such in (("out", pictures, ".png"), ("trajectory", {".gif"}, ".gif")):
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    for name, kinds, such in (("out", kinds, ".png"), ("trajectory", {".gif"}, ".gif")):
         path = args.get(name, Path(f"sample{such}"))
         if not path.parent.is_dir():
             parser.error(f"--{name} {path}: the folder {path.parent} does not exist")
@@ -299,47 +249,128 @@ def heard(parts: Parts, name: str, text: str) -> str:
     return read
 
 
+def paint(args: dict, parts: Parts, texts: dict, states: list | None, take) -> None:
+    """--prompt, --joint: what is drawn goes to --out."""
+    out = args.get("out", Path("sample.png"))
+    if "joint" in args:
+        print("note: the paper trains one of picture and text while the other is clean; here both come from "
+              "nothing", file=sys.stderr)
+        picture, text = joint(parts, **take("steps", "seed", "shift", "temperature"))
+        show.write_picture(out, show.grid([picture]))
+        print(f"{out}: {text}")
+        return
+    for name, text in texts.items():
+        count, most = len(parts.tokenizer.pieces(text)), parts.length - 1
+        require((count <= most, f"{cli.flag(name)} has {count} tokens, expected at most {most}; cut it"))
+    drawn = drawings(parts, [texts["prompt"]] * args.get("n", 1), texts.get("negative_prompt", ""),
+                     trajectory=states, **take("steps", "guidance", "seed", "shift"))
+    if "best" in args:
+        nats, drawn = zip(*likeliest(parts, list(drawn), texts["prompt"]))
+        print("nats of the prompt: " + " ".join(f"{x:.2f}" for x in nats))
+    show.write_picture(out, show.grid(drawn))
+    print(out)
+    if states:
+        show.write_picture(args["trajectory"], *map(show.grid, states))
+
+
+def told(parts: Parts, latents: Tensor, args: dict) -> Iterator[str]:
+    """Lines of --choices, the likeliest first, or of --score, for one picture."""
+    for answer, share, nats, error in ranked(parts, latents, args.get("question"),
+                                             args.get("choices") or [args["score"]]):
+        tokens = len(parts.tokenizer.pieces(answer)) + 1                          # with the end
+        each = f"{nats:.2f} +- {error:.2f} nats, {nats / tokens:.3f} a token, " \
+               f"{nats / math.log(2) / max(1, len(answer.encode())):.3f} bits a byte"
+        yield f"{answer}: {share:.1%}, {each}" if "choices" in args else f"{answer}: {each}"
+
+
+def lines(args: dict, parts: Parts, images: list[Tensor], how: dict) -> Iterator[str]:
+    """What is said of pictures (3, H, W), line after line; of several, each after its file's name."""
+    questions = [args.get("question")]
+    if "questions" in args:
+        questions = [heard(parts, "question", line) for line in read_lines(args["questions"])]
+    several = len(images) > 1 or len(questions) > 1
+    asked = [(path, image, question) for path, image in zip(args["image"], images) for question in questions]
+    for some in (asked[at:at + 16] for at in range(0, len(asked), 16)):
+        if {"choices", "score"} & set(args):
+            said = ["\n".join(told(parts, encode(parts, image[None]), args)) for _, image, _ in some]
+        else:
+            questions = [question for _, _, question in some]
+            batch = torch.stack([image for _, image, _ in some])
+            said = write(parts, batch, questions, args.get("max_tokens"), **how)
+        for (path, _, question), text in zip(some, said):
+            yield "\t".join([str(path), *[question] * ("questions" in args), text]) if several else text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not empty.  Raises UserError."""
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})")
+    require((bool(found), f"{path}: holds no question; write one a line"))
+    return found
+
+
+def chat(parts: Parts, image: Tensor, max_tokens: int | None, how: dict) -> None:
+    """Ask about a picture (3, H, W) in the terminal, until an empty line."""
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        try:
+            print(write(parts, image[None], question, max_tokens, **how)[0], flush=True)
+        except UserError as error:
+            print(error, flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     take = lambda *names: {name: args[name] for name in names if name in args}
-    device = cli.device(args.get("device", "auto"))
-    image = read_picture(args["image"]) if "image" in args else None     # a bad file, before a slow load
+    device, auto = cli.device(args.get("device", "auto")), args.get("length") == "auto"
+    images = [read_picture(path) for path in args.get("image", [])]      # a bad file, before a slow load
     dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
-    parts = Parts(args.get("checkpoint", EMOJI), device, dtype,
-                  **take("vae", "t5", "tokenizer", "mask_embedding", "height", "width", "length"))
-    states, out = [] if "trajectory" in args else None, args.get("out", Path("sample.png"))
+    parts = Parts(args.get("checkpoint", EMOJI), device, dtype, **take(
+        "vae", "t5", "tokenizer", "mask_embedding", "height", "width", *["length"] * (not auto)))
+    states = [] if "trajectory" in args else None
     if parts.trained and (parts.height, parts.width) not in parts.trained:
         print(f"warning: a height of {parts.height} and a width of {parts.width}; these weights have learnt "
               f"pictures of {' by '.join(map(str, parts.trained[0]))}, and may show tiles at another size",
               file=sys.stderr)
-
     texts = {name: heard(parts, name, text) for name, text in take(
-        "prompt", "negative_prompt", "question", "text").items()}
-
-    if "prompt" in args:
-        for name, text in texts.items():
-            count, most = len(parts.tokenizer.pieces(text)), parts.length - 1
-            require((count <= most, f"{cli.flag(name)} has {count} tokens, expected at most {most}; cut it"))
-        drawn = drawings(parts, [texts["prompt"]] * args.get("n", 1), texts.get("negative_prompt", ""),
-                         trajectory=states, **take("steps", "guidance", "seed", "shift"))
-        show.write_picture(out, show.grid(drawn))
-        print(out)
-        if states:
-            show.write_picture(args["trajectory"], *map(show.grid, states))
+        "prompt", "negative_prompt", "question", "text", "score").items()}
+    args |= {name: texts[name] for name in ("score",) if name in texts}
+    args |= {name: [heard(parts, name, text) for text in given] for name, given in take("choices").items()}
+    require((parts.family != "SD3" or "prompt" in args,
+             "this checkpoint is SD3's, which has no text head: it only draws"))
+    if "prompt" in args or "joint" in args:
+        paint(args, parts, texts, states, take)
         return
 
-    longest = args.get("max_tokens", 1)
-    require((parts.family != "SD3", "this checkpoint is SD3's, which has no text head: it only draws"),
-            (longest <= parts.length, f"--max-tokens {longest}: expected at most {parts.length}"))
-    pixels = to_tensor(fit_picture(image, parts.height, parts.width))
-    steps = args.get("steps", STEPS["answer" if "question" in args else "text"])
-    how = take("temperature", "order", "seed", "posterior") | dict(steps=steps, trajectory=states)
-    if "text" in args:
-        print(infill(parts, pixels, args["text"], **how))
+    steps = args.get("steps", STEPS["answer" if {"question", "questions", "chat"} & set(args) else "text"])
+    order = args.get("order", parts.defaults["order"])
+    how = take("temperature", "order", "seed", "level", "top_p", "refresh", "ramp",
+               *["posterior"] * bool(images))
+    how |= dict(steps=steps, guidance=args.get("text_guidance", 1.0), canvas=0.95 if auto else None,
+                per_step=args.get("tokens_per_step"))
+    try:
+        mask_diffusion.check(steps, 0, order, *(how.get(name) for name in ("level", "per_step")))
+    except ValueError as error:
+        raise UserError(f"--order {order}: {error}".replace("per_step", "--tokens-per-step"))
+    pixels = [to_tensor(fit_picture(image, parts.height, parts.width)) for image in images]
+    if not images and not parts.null_learnt:
+        print("warning: these weights have never learnt text without a picture", file=sys.stderr)
+    if "chat" in args:
+        chat(parts, pixels[0], args.get("max_tokens"), how)
+    elif "text" in args:
+        print(infill(parts, pixels[0] if pixels else None, args["text"], trajectory=states, **how))
     else:
-        print(write(parts, pixels[None], **take("question", "max_tokens"), **how)[0])
+        for line in lines(args, parts, pixels, how | dict(trajectory=states)):
+            print(line, flush=True)
     if states:
-        steps = steps if args.get("order", parts.defaults["order"]) == "random" else int(states[-1][0][0])
+        steps = steps if order == "random" else int(states[-1][0][0])
         show.write_picture(args["trajectory"], *[show.text_frame(parts.tokenizer, ids[0], int(step[0]), steps)
                                                  for step, ids in states])
 

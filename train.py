@@ -259,7 +259,7 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     remembered = {part: str(Path(path).resolve()) for part, path in where.items()}
     run.begin(models, optimizers_of(models.learns, config), remembered | dict(
         pixels=config.pixels, buckets=config.buckets, text_length=config.text_length, stage=config.stage,
-        latents=latents), plan.work(config, sizes, factor or 1))
+        latents=latents, null_image=mixes["text"].stamp is None), plan.work(config, sizes, factor or 1))
     if rank == 0:
         if family == "SD3":
             build.report(config, held.tokenizer.vocab_size)

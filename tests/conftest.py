@@ -1,5 +1,6 @@
 """What several test files call."""
 
+import json
 import subprocess
 import tarfile
 from pathlib import Path
@@ -12,6 +13,8 @@ import checkpoint
 import emoji
 from cli import UserError
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
+from parts import Parts
+from tars import Tar
 from tokenizer import gpt2_subset, gpt2_tokenizer
 
 
@@ -69,3 +72,26 @@ def tiny(tmp_path_factory, small_tar):
     weights = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in parts.named_parameters()}
     checkpoint.save(folder, weights, sizes, gpt2_tokenizer(keep), pixels=16)
     return folder
+
+
+@pytest.fixture(scope="session")
+def parts():
+    """The shipped weights, in float32."""
+    return Parts(dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def emoji_32(parts):
+    """(records, pictures (7572, 3, 32, 32) in [-1, 1]), as the shipped weights read them."""
+    records, pictures = emoji.load(pixels=parts.height)
+    return records, pictures.float() / 127.5 - 1
+
+
+@pytest.fixture(scope="session")
+def apple(tmp_path_factory):
+    """The set's own red apple, as a file."""
+    for _, files in Tar(str(emoji.TAR)):
+        if json.loads(files["json"])["caption"] == "red apple, noto style":
+            path = tmp_path_factory.mktemp("apple") / "apple.webp"
+            path.write_bytes(files["webp"])
+            return path

@@ -98,19 +98,25 @@ def test_sampling_changes_masked_tokens_only():
         assert torch.equal(before[before != MASK], after[before != MASK])     # once revealed, for good
 
 
+def picked(ids, at, rows=None):
+    return oracle(ids).flatten(0, 1)[at]
+
+
 def test_a_batch_costs_at_most_one_evaluation_a_masked_token_and_rows_that_are_done_cost_none():
-    whole, rows = [], []
+    whole, rows, tokens = [], [], []
     masked = torch.full((500, 3), MASK)
     masked[100:, 1:], masked[300:] = 2, torch.tensor([3, 1, 0])
     how = dict(mask_id=MASK, steps=1000, temperature=0)
-    for order in mask_diffusion.ORDERS:
-        whole.clear(), rows.clear()
+    for order in ("random", "confidence", "margin", "entropy"):
+        for seen in (whole, rows, tokens):
+            seen.clear()
         a = mask_diffusion.sample(lambda ids: whole.append(len(ids)) or oracle(ids), masked, order=order,
                                   generator=torch.Generator().manual_seed(0), **how)
-        b = mask_diffusion.sample(lambda ids, live: rows.append(live) or oracle(ids), masked, order=order,
-                                  generator=torch.Generator().manual_seed(0), by_row=True, **how)
+        b = mask_diffusion.sample(lambda ids, at, live: rows.append(live) or tokens.append(len(at)) or picked(
+            ids, at), masked, order=order, generator=torch.Generator().manual_seed(0), picks=True, **how)
         assert whole == [500] * 3 and torch.equal(a, b)
         assert [len(live) for live in rows] == [300, 100, 100] and rows[1].tolist() == list(range(100))
+        assert tokens == ([300, 100, 100] if order == "random" else [500, 200, 100])   # of the head
 
 
 def test_every_token_may_come_first_in_the_random_order():
@@ -159,33 +165,180 @@ def test_training_times_cover_the_unit_interval_evenly():
     assert 0.001 <= t.min() < 0.0011 and t.max() > 0.9999
 
 
-def test_draws_follow_the_softmax_and_its_temperature():
-    logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
+def test_draws_follow_the_softmax_its_temperature_and_the_nucleus():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]], dtype=torch.float64)
+    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     for temperature in (1.0, 0.5):
-        drawn = mask_diffusion.categorical(logits.expand(100_000, 3), temperature,
-                                           torch.Generator().manual_seed(0))
-        share = torch.bincount(drawn, minlength=3) / 100_000
-        # 4 deviations
-        assert torch.allclose(share.double(), (logits[0] / temperature).softmax(0), atol=0.007)
-    assert mask_diffusion.categorical(logits, 0.0).tolist() == [2]
+        drawn = mask_diffusion.choose(logits.expand(100_000, 4), temperature, uniform)
+        share = torch.bincount(drawn, minlength=4) / 100_000
+        assert torch.allclose(share.double(), (logits[0] / temperature).softmax(0), atol=2e-5)
+    assert mask_diffusion.choose(logits, 0.0, uniform[:1]).tolist() == [2]
+    drawn = mask_diffusion.choose(logits.expand(100_000, 4), 1.0, uniform, top_p=0.8)     # 0.665 + 0.245
+    kept = logits[0, 1:3].softmax(0)
+    assert torch.allclose((torch.bincount(drawn, minlength=4) / 100_000).double()[1:3], kept, atol=2e-5)
+    assert drawn.min() == 1
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)       # the largest number below one
+    assert mask_diffusion.choose(logits, 1.0, last).tolist() == [2]
 
 
 def test_draws_are_made_in_float64_whatever_the_network_computes_in():
-    """float32 uniforms end at 1 - 2^-24: Gumbel noise over 17 never comes, nor do unlikely tokens."""
-    logits = torch.randn(1, 2000, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    ids, generator = torch.full((1, 2000), 49), torch.Generator().manual_seed(1)
-    found = mask_diffusion.sample(lambda ids: logits, ids, 49, 1, generator, temperature=0.7)
-    generator.manual_seed(1)
-    torch.randint(1, 2, ids.shape, generator=generator)
-    gumbel = -(-torch.rand(2000, 50, generator=generator, dtype=torch.float64).log()).log()
-    assert torch.equal(found[0], (logits[0].double() / 0.7 + gumbel)[:, :49].argmax(-1))
+    """A float32 sum of 50,000 probabilities loses the tokens at its end, and a float32 number hits none."""
+    logits = torch.full((1, 1, 50_001), 0.0).bfloat16()
+    logits[..., 0] = 12.0                                        # a probability of 0.76
+    seen = set()
+    for seed in range(200):
+        found = mask_diffusion.sample(lambda ids: logits, torch.full((1, 1), 50_000), 50_000, 1, seeds=[seed])
+        u = mask_diffusion.uniforms((1, 1), torch.device("cpu"), None, [seed])
+        u()
+        p = logits[0, 0, :-1].double().softmax(0)
+        assert int(found) == int((p.cumsum(0) <= float(u()) * p.sum()).sum())
+        seen.add(int(found))
+    assert 0 in seen and len(seen) > 20
+
+
+@pytest.mark.parametrize("order, how", [
+    ("confidence", [(1, 2.0), (2, 40.0), (3, 0.0)]), ("margin", [(1, 2.0), (3, 0.0)]),
+    ("entropy", [(1, 2.0), (3, 0.0)])])
+def test_the_surest_first_is_exact_one_token_at_a_time(order, how):
+    """Whichever comes first is decided by what is known, not by what is drawn: the joint is kept."""
+    found = []
+    for steps, _ in how:
+        drawn = mask_diffusion.sample(oracle, torch.full((20_000, 3), MASK), MASK, steps,
+                                      torch.Generator().manual_seed(1), order=order)
+        statistic, freedom = chi_square(drawn)
+        found.append(statistic / freedom)
+    assert found == sorted(found, reverse=True) and found[-1] < 1 + 4 * (2 / freedom) ** 0.5 < 10 < found[0]
+
+
+@pytest.mark.parametrize("order, levels", [("threshold", [0.2, 0.4, 1.0]), ("factor", [4.0, 2.0, 0.1]),
+                                           ("eb", [9.0, 2.0, 0.01])])
+def test_a_parallel_order_loses_less_the_tighter_it_is_and_nothing_in_the_limit(order, levels):
+    found, evaluations = [], []
+    for level in levels:
+        calls = []
+        ask = lambda ids: calls.append(1) or oracle(ids)
+        drawn = mask_diffusion.sample(ask, torch.full((20_000, 3), MASK), MASK, 3,
+                                      torch.Generator().manual_seed(1), order=order, level=level)
+        statistic, freedom = chi_square(drawn)
+        found.append(statistic / freedom)
+        evaluations.append(len(calls))
+    assert found == sorted(found, reverse=True) and evaluations == sorted(evaluations)
+    assert evaluations[-1] == 3 and found[-1] < 1 + 4 * (2 / freedom) ** 0.5 and found[0] > 20
+
+
+def test_how_many_pass_at_once():
+    minus = -torch.inf
+    ranked = torch.tensor([[0.99, 0.95, 0.4, minus], [0.5, 0.3, 0.2, minus]], dtype=torch.float64)
+    count = lambda order, level: mask_diffusion.at_once(ranked, order, level, torch.tensor([2, 1])).tolist()
+    assert count("threshold", 0.9) == [2, 1] and count("threshold", 0.3) == [3, 2]
+    assert count("confidence", None) == [2, 1]
+    assert count("factor", 0.15) == [2, 1] and count("factor", 1.0) == [2, 1]
+    assert count("factor", 2.5) == [3, 2] and count("factor", 9.0) == [3, 3]
+    ranked = torch.tensor([[-0.1, -0.2, -0.3, minus], [-2.0, -2.0, -2.0, minus]], dtype=torch.float64)
+    assert count("eb", 0.11) == [2, 1] and count("eb", 0.31) == [3, 1] and count("eb", 4.0) == [3, 3]
+    logits = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+    assert float(mask_diffusion.sureness(logits, "confidence")) == pytest.approx(0.5)
+    assert float(mask_diffusion.sureness(logits, "margin")) == pytest.approx(0.2)
+    assert float(mask_diffusion.sureness(logits, "entropy")) == pytest.approx(
+        0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
+
+
+def test_masking_again_keeps_the_joint_the_finer_its_steps():
+    ids, found, how = torch.full((10_000, 3), MASK), [], dict(mask_id=MASK, order="remask")
+    given = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+    for steps in (10, 600):
+        states = []
+        drawn = mask_diffusion.sample(oracle, ids, steps=steps, generator=torch.Generator().manual_seed(1),
+                                      level=2 / steps, trajectory=states, **how)
+        statistic, freedom = chi_square(drawn)
+        found.append(statistic / freedom)
+        again = [((a != MASK) & (b == MASK)).any() for (_, a), (_, b) in zip(states, states[1:])]
+        assert any(again) and len(states) == steps + 1 and (drawn != MASK).all()
+    assert found[0] > 20 and found[1] < 1 + 4 * (2 / freedom) ** 0.5
+    some = torch.where(given, torch.tensor([0, 1, 2]), MASK)
+    out = mask_diffusion.sample(oracle, some, steps=20, generator=torch.Generator().manual_seed(1), level=0.5,
+                                **how)
+    assert torch.equal(out[given], some[given]) and (out != MASK).all()
+
+
+def ending(ids):
+    """Three tokens, 3 being the end: behind an end all is end, before it anything is as likely."""
+    logits = torch.zeros(*ids.shape, V + 1, dtype=torch.float64)
+    behind = ((ids == 3).cumsum(1) - (ids == 3).long()) > 0
+    logits[behind] = torch.tensor([-torch.inf] * 3 + [0.0, 9.0], dtype=torch.float64)
+    return logits
+
+
+def test_behind_an_end_all_is_padding_at_once_and_is_not_evaluated():
+    ids, asked = torch.full((200, 8), MASK), []
+    ids[:, 0] = 3                                                # given, and so no end of what is written
+    how = dict(mask_id=MASK, steps=100, end=(3, 2))
+    tail = lambda ids: ending(ids[:, 1:])[:, [0, *range(7)]].flatten(0, 1)       # of the first: never asked
+    out = mask_diffusion.sample(lambda ids, at, rows: asked.append(len(at)) or tail(ids)[at], ids,
+                                generator=torch.Generator().manual_seed(0), picks=True, **how)
+    for row in out.tolist():
+        assert row[0] == 3
+        if 3 in row[1:]:
+            at = row.index(3, 1)
+            assert row[at + 1:] == [2] * (7 - at)
+    plain = []
+    mask_diffusion.sample(lambda ids, at, rows: plain.append(len(at)) or tail(ids)[at], ids, MASK, 100,
+                          torch.Generator().manual_seed(0), picks=True)
+    assert sum(plain) == 200 * 7 and sum(asked) < 0.7 * sum(plain)
+    states = []                                                  # its marginal: 0.25 everywhere, so at 1
+    cut = mask_diffusion.sample(ending, ids[:, 1:], generator=torch.Generator().manual_seed(0), canvas=0.2,
+                                trajectory=states, **how)
+    assert (cut == torch.tensor([3] + [2] * 6)).all() and len(states) == 2
+
+
+def test_a_row_of_its_own_seed_is_the_same_in_any_batch():
+    ids = torch.full((64, 3), MASK)
+    for order in mask_diffusion.ORDERS:
+        how = dict(mask_id=MASK, steps=5, order=order)
+        seeds = list(range(64))
+        whole = mask_diffusion.sample(oracle, ids, seeds=seeds, **how)
+        some = mask_diffusion.sample(oracle, ids[:20], seeds=seeds[30:50], **how)
+        assert torch.equal(some, whole[30:50]) and len(whole.unique(dim=0)) > 8
+        same = mask_diffusion.sample(oracle, ids[:4], seeds=[7] * 4, **how)
+        assert torch.equal(same, whole[7:8].expand(4, -1))
+
+
+def test_the_likelihood_is_exact_with_the_oracle_within_its_error():
+    for x, given in (([0, 1, 2], 0), ([3, 3, 0], 0), ([2, 1, 0], 1)):
+        exact = -float(torch.log(JOINT[tuple(x)] / (JOINT[x[0]].sum() if given else 1)))
+        few, error = mask_diffusion.likelihood(picked, torch.tensor(x), MASK, torch.arange(3) < given, 60,
+                                               torch.Generator().manual_seed(0))
+        assert abs(few - exact) < 4 * error < 3.0
+        many, small = mask_diffusion.likelihood(picked, torch.tensor(x), MASK, torch.arange(3) < given, 6000,
+                                                torch.Generator().manual_seed(0))
+        assert abs(many - exact) < 4 * small and small == pytest.approx(error / 10, rel=0.5)
+    assert mask_diffusion.likelihood(picked, torch.tensor(x), MASK, torch.ones(3, dtype=torch.bool)) == (0, 0)
+
+
+def test_guidance_of_text_is_a_power_of_the_two_likelihoods():
+    """With scale s: p^s / q^(s - 1), normalised; with a ramp none of it while all is masked."""
+    known, null = torch.randn(2, 2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ask = lambda logits: lambda ids, at, rows: 3 + logits.flatten(0, 1)[at]
+    ids, at = torch.tensor([[MASK, MASK, MASK], [1, MASK, 2]]), torch.tensor([0, 4])
+    p, q = (mask_diffusion.forbid(x, MASK).softmax(-1).flatten(0, 1)[at] for x in (known, null))
+    found = mask_diffusion.guide(ask(known), ask(null), 2.5, MASK)(ids, at, None).softmax(-1)
+    wanted = (p ** 2.5 / q ** 1.5).nan_to_num(0.0)
+    assert torch.allclose(found, wanted / wanted.sum(-1, keepdim=True))
+    found = mask_diffusion.guide(ask(known), ask(null), 2.5, MASK, ramp=True)(ids, at, None).softmax(-1)
+    wanted = (p[1] ** 2 / q[1]).nan_to_num(0.0)                  # a third is masked: 1 + 1.5 (1 - 1/3) = 2
+    assert torch.allclose(found[0], p[0]) and torch.allclose(found[1], wanted / wanted.sum())
 
 
 def test_bad_arguments_are_refused():
     ids = torch.full((1, 3), MASK)
     for how, message in ((dict(steps=0), "steps must be at least 1"),
                          (dict(steps=1, order="sideways"), "sideways"),
-                         (dict(steps=1, temperature=-1), "temperature must be 0 or more")):
+                         (dict(steps=1, temperature=-1), "temperature must be 0 or more"),
+                         (dict(steps=1, top_p=0), "top_p must be above 0"),
+                         (dict(steps=1, level=0.5), "order random has no level"),
+                         (dict(steps=1, level=1.5, order="threshold"), "above 0 and at most 1, got 1.5"),
+                         (dict(steps=1, level=0, order="eb"), "must be above 0, got 0"),
+                         (dict(steps=1, per_step=2, order="eb"), "per_step is a number of tokens for the")):
         with pytest.raises(ValueError, match=message):
             mask_diffusion.sample(oracle, ids, MASK, **how)
     with pytest.raises(ValueError, match="together"):

@@ -14,37 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import emoji
 import evaluate
 import flow
-import mask_diffusion
+import reading
 import sample
 from cli import UserError
 from parts import EMOJI, Parts
-from tars import Tar
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def parts():
-    return Parts()
-
-
-@pytest.fixture(scope="module")
-def emoji_32(parts):
-    records, pictures = emoji.load(pixels=parts.height)
-    return records, pictures.float() / 127.5 - 1
-
-
-@pytest.fixture(scope="module")
-def apple(tmp_path_factory):
-    """The set's own red apple, as a file."""
-    for _, files in Tar(str(emoji.TAR)):
-        if json.loads(files["json"])["caption"] == "red apple, noto style":
-            path = tmp_path_factory.mktemp("apple") / "apple.webp"
-            path.write_bytes(files["webp"])
-            return path
 
 
 def run(*flags, expect=0, **environment):
@@ -90,16 +67,6 @@ def test_a_terminal_without_accents_and_a_reader_that_left_change_nothing(apple,
     assert left.stderr.read() == "" and left.wait() == 1
 
 
-def test_infilling_changes_masked_tokens_only(parts, emoji_32):
-    records, pictures = emoji_32
-    g = torch.Generator().manual_seed(0)
-    ids = torch.stack([parts.tokenizer.encode(r["caption"], parts.length) for r in records[:128]])
-    masked = torch.where(torch.rand(ids.shape, generator=g) < 0.5, parts.tokenizer.mask_id, ids)
-    filled = sample.fill(parts, pictures[:128], masked, steps=4, temperature=1.0)
-    kept = masked != parts.tokenizer.mask_id
-    assert torch.equal(filled[kept], ids[kept]) and (filled != parts.tokenizer.mask_id).all()
-
-
 def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_32):
     """A coarse guard that the right weights are shipped; evaluate.py has the figures."""
     records, pictures = emoji_32
@@ -140,8 +107,8 @@ def test_many_are_drawn_in_batches_as_if_each_were_drawn_alone(parts):
 
 def test_a_walk_that_takes_long_says_how_far_it_is(parts, monkeypatch, capsys):
     clock = iter(range(100))                                     # a second passes between any two looks at it
-    monkeypatch.setattr(sample.time, "time", lambda: next(clock))
-    function = sample.watched(parts, lambda x: x + 1, 6, "drawing")
+    monkeypatch.setattr(reading.time, "time", lambda: next(clock))
+    function = reading.watched(parts, lambda x: x + 1, 6, "drawing")
     assert [function(i) for i in range(6)] == list(range(1, 7))
     said = capsys.readouterr().err.splitlines()
     assert said == [f"drawing: {n}/6 evaluations, 0.60/s, {left} s left" for n, left in ((3, 5), (6, 0))]
@@ -165,21 +132,6 @@ def test_the_shift_of_the_noise_levels_is_used(parts):
     assert torch.allclose(drawn, true, atol=1e-4)
 
 
-def test_the_order_of_unmasking_is_the_one_asked_for(parts, emoji_32, monkeypatch):
-    """Each order's result is that of `mask_diffusion.sample`, and the default is the surest token first."""
-    _, pictures = emoji_32
-    ids = sample.canvas(parts).expand(8, -1)
-    with torch.inference_mode():
-        true = {order: mask_diffusion.sample(sample.logits(parts, pictures[:8]), ids, parts.tokenizer.mask_id,
-                                             6,
-                                             torch.Generator().manual_seed(3), 1.0, None, order, True)
-                for order in mask_diffusion.ORDERS}
-    assert not torch.equal(true["random"], true["confidence"])
-    for given, order in (("random", "random"), ("confidence", "confidence"), (None, "confidence")):
-        found = sample.fill(parts, pictures[:8], ids, 6, 1.0, 3, given)
-        assert torch.equal(found, true[order])
-
-
 def test_a_prompt_is_read_as_captions_are_written_and_words_never_met_are_named(apple, tmp_path, capsys):
     for given in ("red apple, noto style", "Red Apple, NOTO style"):
         sample.main(["--prompt", given, "--steps", "2", "--out", str(tmp_path / f"{given[0]}.png")])
@@ -195,18 +147,6 @@ def test_a_prompt_is_read_as_captions_are_written_and_words_never_met_are_named(
     assert capsys.readouterr().out == "Red apple, noto Style\n"
     sample.main(["--image", str(apple), "--question", "Which style is it drawn in?", "--steps", "1"])
     assert capsys.readouterr().err == ""
-
-
-def test_the_likeliest_cut_of_the_masks_is_kept(parts, emoji_32, monkeypatch):
-    """"[MASK] apple" about a red apple: one token for the mask, wherever that cut stands among the others."""
-    records, pictures = emoji_32
-    picture = pictures[[r["caption"] for r in records].index("red apple, noto style")]
-    cuts = sample.cuts
-    for order in (slice(None), slice(None, None, -1)):
-        rows, widths = cuts(parts, "[MASK] apple, noto style")
-        found = rows[list(range(3))[order]], widths[order]
-        monkeypatch.setattr(sample, "cuts", lambda parts, text: found)
-        assert sample.infill(parts, picture, "[MASK] apple, noto style") == "red apple, noto style"
 
 
 def test_bfloat16_stays_close_to_float32(parts):
@@ -237,7 +177,21 @@ def test_bfloat16_stays_close_to_float32(parts):
     (["--image", "APPLE", "--text", "no gap"], 2, "--text holds no [MASK]"),
     (["--image", "APPLE", "--text", "very " * 40 + "[MASK]"], 1, "expected at most 23"),
     (["--image", "APPLE", "--question", "why " * 40], 1, "leaves no room for an answer"),
-    (["--image", "APPLE", "--max-tokens", "99"], 1, "--max-tokens 99: expected at most 24"),
+    (["--image", "APPLE", "--order", "sideways"], 2, "invalid choice: 'sideways'"),
+    (["--image", "APPLE", "--order", "threshold", "--level", "1.5"], 1, "above 0 and at most 1, got 1.5"),
+    (["--image", "APPLE", "--level", "0"], 2, "--level: expected a number, at least 1e-09, got '0'"),
+    (["--image", "APPLE", "--order", "random", "--level", "1"], 1, "order random has no level"),
+    (["--image", "APPLE", "--tokens-per-step", "2"], 1, "--order threshold: --tokens-per-step is a number"),
+    (["--image", "APPLE", "--steps", "0"], 2, "--steps: expected a whole number, at least 1, got '0'"),
+    (["--image", "APPLE", "--choices", "yes", "no"], 2, "--choices changes nothing without --question"),
+    (["--image", "APPLE", "--question", "a", "--choices", "very " * 40], 1, "tokens with the question, exp"),
+    (["--image", "APPLE", "--questions", "nowhere.txt"], 1, "nowhere.txt: can't be read (No such file"),
+    (["--image", "APPLE", "APPLE", "--text", "a [MASK]"], 2, "--text takes no more than one picture"),
+    (["--image", "APPLE", "--text", "a [MASK]", "--question", "b"], 2, "give --text or --question, not both"),
+    (["--joint", "--prompt", "a"], 2, "give --prompt TEXT to draw, or --image FILE to read a picture"),
+    (["--prompt", "a", "--best"], 2, "--best changes nothing without --n"),
+    (["--image", "APPLE", "--length", "long"], 2, "--length: expected a whole number, at least 2"),
+    (["--image", "APPLE", "--ramp"], 2, "--ramp changes nothing without --text-guidance"),
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message, apple, mistake, monkeypatch):
     monkeypatch.chdir(ROOT)
