@@ -206,18 +206,18 @@ def walk(logits_fn: Callable, ids: Tensor, mask_id: int, steps: int, generator: 
     yield step, ids.clone()
     for evaluation in itertools.count():
         masked = ids == mask_id                                                   # (B, L)
-        open_ = written if order == "remask" and evaluation < steps else masked
-        live = open_.any(1).nonzero()[:, 0]                                       # (n,)
+        live = (written if order == "remask" and evaluation < steps else masked).any(1).nonzero()[:, 0]
         if not len(live):
             return
         now, step = turn(masked, written, whens, steps, evaluation, order, level)
-        wanted = masked if order not in ("random", "remask") or canvas and not evaluation else now
+        by_chance, drawn = order in ("random", "remask"), torch.zeros_like(ids)
+        wanted = masked & now if by_chance and not (canvas and not evaluation) else masked
         at = wanted[live].flatten().nonzero()[:, 0]                               # (m,) out of n x L
-        logits = logits_fn(ids[live], at, live) if picks else logits_fn(ids)[live].flatten(0, 1)[at]
-        logits = forbid(logits.double(), mask_id)                                 # (m, V)
-        drawn = torch.zeros_like(ids)
-        drawn[wanted] = choose(logits, temperature, tokens[wanted], top_p)
-        if order not in ("random", "remask"):
+        if len(at):  # else nothing is asked
+            logits = logits_fn(ids[live], at, live) if picks else logits_fn(ids)[live].flatten(0, 1)[at]
+            logits = forbid(logits.double(), mask_id)                             # (m, V)
+            drawn[wanted] = choose(logits, temperature, tokens[wanted], top_p)
+        if not by_chance:
             sure = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
             sure[wanted] = sureness(logits, order)                                # (B, L), else -inf
             quota = torch.full_like(step, per_step) if per_step else (

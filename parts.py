@@ -93,6 +93,17 @@ def available(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are made by the device itself; not known of a processor: no."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
+
+
 class Parts:
     """The parts that a checkpoint lacks are named: vae, t5, tokenizer (paths of any layout), mask_embedding
     (the aligned [MASK] vector).  keep: all parts stay in memory once loaded, which is the default where they
@@ -111,7 +122,7 @@ class Parts:
                           vae=vae or config.get("vae") or path)
         self.own = self.sizes.text_length > 0                             # the end-to-end variant's embedding
         self.device, self.trains = torch.device(device), False
-        self.dtype = dtype or (torch.float32 if self.own else torch.bfloat16)
+        self.dtype = dtype or (torch.bfloat16 if not self.own or has_bfloat16(self.device) else torch.float32)
         self.defaults = OWN if self.own else PUBLISHED
         self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
         self.length = length or self.sizes.text_length or 256

@@ -135,7 +135,7 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
         parser.add_argument(name, default=argparse.SUPPRESS, **how)
         if mode:
             goes_with[name.removeprefix("--").replace("-", "_")] = mode
-    above = dict(type=cli.number(float, 1e-9), metavar="X")
+    above = dict(type=cli.number(float, 0.001), metavar="X")
     count = lambda low, text: dict(type=cli.number(int, low), metavar="N", help=text)
     other = lambda word, value, low: lambda text: value if text == word else cli.number(int, low)(text)
     draws, reads = "--prompt or --joint", "--image or --text"
@@ -163,7 +163,7 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     add("--top-p", reads, type=cli.number(float, 1e-6, 1), metavar="X", help="sample out of so much of p (1)")
     add("--order", reads, choices=mask_diffusion.ORDERS, help="of unmasking, see mask_diffusion.py; random, "
         "with --temperature 1, is the paper's sampler (threshold; published weights: random)")
-    add("--level", reads, **above, help=f"of the orders that have one ({levels})")
+    add("--level", reads, type=cli.number(float, 1e-9), metavar="X", help=f"of an order with one ({levels})")
     add("--tokens-per-step", reads, **count(1, "of confidence, margin, entropy, in place of --steps"))
     add("--refresh", reads, type=other("once", 0, 1), metavar="N", help="look at the picture again every N "
         "evaluations, or once; 1 is exact (once; published weights: 1)")
@@ -177,7 +177,7 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     add("--trajectory", type=Path, help="a .gif of the picture forming, or of the text being unmasked")
     add("--checkpoint", type=Path, help="any layout (the shipped emoji weights)")
     add("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of transformer and T5 (bfloat16 if published)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of transformer, T5 (bfloat16 where it is native)")
     add("--height", **count(1, "of the picture (as trained; published weights: 512)"))
     add("--width", **count(1, "of the picture (as trained; published weights: 512)"))
     add("--length", type=other("auto", "auto", 2), metavar="N", help="tokens of a text (as trained; "
@@ -189,6 +189,9 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     return parser, goes_with
 
 
+# how a text is written
+WRITES = ["temperature", "top_p", "order", "level", "tokens_per_step", "refresh", "text_guidance",
+          "posterior", "max_tokens", "steps", "seed"]
 # of these at most one
 APART = [("text", "question", "questions", "score", "chat"), ("choices", "score", "text"),
          ("trajectory", "questions", "score", "choices", "chat", "joint"), ("prompt", "text"),
@@ -209,23 +212,22 @@ def parse(argv: list[str] | None = None) -> dict:
     for name, mode in goes_with.items():
         if name in args and not any(cli.flag(given) in mode.split(" or ") for given in args):
             parser.error(f"{cli.flag(name)} changes nothing without {mode}")
-    for name, idle, why in (
-            ("max_tokens", "text" in args, "with --text, which is as long as it is"),
-            ("length", "text" in args and args.get("length") == "auto", "with --text, which has its own"),
-            ("best", args.get("n", 1) == 1, "without --n, of which to show the best"),
-            ("text", pictures > 1, "more than one picture: it is about one"),
-            ("chat", pictures > 1, "more than one picture: it is about one"),
-            ("trajectory", pictures > 1, "more than one picture: it shows one text")):
-        if name in args and idle:
-            says = "" if why.startswith("more") else "changes nothing "
-            parser.error(f"{cli.flag(name)} {says or 'takes no '}{why}")
+    for name, wrong, why in (
+            ("max_tokens", "text" in args, "changes nothing with --text, which is as long as it is"),
+            ("length", "text" in args and args.get("length") == "auto", "auto changes nothing with --text"),
+            ("best", args.get("n", 1) == 1, "changes nothing without --n, of which to show the best"),
+            *((name, pictures > 1, "is about one picture") for name in ("text", "chat", "trajectory")),
+            *((name, bool({"score", "choices"} & set(args)), "changes nothing where no text is written")
+              for name in WRITES)):
+        if name in args and wrong:
+            parser.error(f"{cli.flag(name)} {why}")
     for name, use in dict(prompt="draw", question="ask", text="fill", score="score").items():
         if not args.get(name, "x").strip():
             parser.error(f"--{name} is empty; write what to {use}")
     if "[MASK]" not in args.get("text", "[MASK]"):
         parser.error("--text holds no [MASK]; write [MASK] where words are missing")
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    for name, kinds, such in (("out", kinds, ".png"), ("trajectory", {".gif"}, ".gif")):
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    for name, kinds, such in (("out", known, ".png"), ("trajectory", {".gif"}, ".gif")):
         path = args.get(name, Path(f"sample{such}"))
         if not path.parent.is_dir():
             parser.error(f"--{name} {path}: the folder {path.parent} does not exist")

@@ -1,0 +1,140 @@
+"""What the shipped weights read, by every way to read: the README's figures.
+
+    python tests/measure_reading.py orders --out orders.png     # captions by each order
+    python tests/measure_reading.py choices                     # yes or no: written, and ranked by likelihood
+    python tests/measure_reading.py infill --limit 1000         # held-out captions with gaps at random
+
+Not part of the test run.  Right: word for word, of 192 captions a split.  Evaluations: of the network, a text
+(of those rows that were not done).  Time: against the exact order that looks at the picture each time, one
+token a step, in the same run.
+"""
+
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import cli  # noqa: E402
+import emoji  # noqa: E402
+import reading  # noqa: E402
+import report  # noqa: E402
+from parts import Parts  # noqa: E402
+from tars import Tar  # noqa: E402
+
+ORDERS = {
+    "confidence": dict(order="confidence"), "margin": dict(order="margin"), "entropy": dict(order="entropy"),
+    "random": dict(order="random"), "remask 0.05, 32 steps": dict(order="remask", steps=32),
+    "confidence, 2 a step": dict(order="confidence", per_step=2),
+    **{f"threshold {x}": dict(order="threshold", level=x) for x in (0.99, 0.95, 0.9)},
+    **{f"eb {x}": dict(order="eb", level=x) for x in (0.01, 0.05)},
+    **{f"factor {x}": dict(order="factor", level=x) for x in (0.1, 0.5)},
+}
+REFRESH = {1: report.BLUE, 2: report.GREEN, 4: report.GREY, 0: report.RED}
+
+
+def measure(parts: Parts, pictures, true: list[str], **how) -> tuple[float, float, float]:
+    """Percent right, evaluations a text, seconds."""
+    calls, mmdit = [], parts.mmdit.forward
+    parts.mmdit.forward = lambda *a, **k: calls.append(len(a[1])) or mmdit(*a, **k)      # a[1]: the text
+    started = time.perf_counter()
+    said = reading.write(parts, pictures, **how)
+    seconds = time.perf_counter() - started
+    parts.mmdit.forward = mmdit
+    return 100 * sum(map(str.__eq__, said, true)) / len(true), sum(calls) / len(true), seconds
+
+
+def draw(found: dict, path: Path) -> None:
+    """Percent right against evaluations, and against time, a colour for each K."""
+    sheet = Image.new("RGB", (1080, 330), "white")
+    pen = ImageDraw.Draw(sheet)
+    for box, at, title in (((20, 40, 520, 300), 1, "right, %, against evaluations a text"),
+                           ((560, 40, 1060, 300), 2, "right, %, against time")):
+        lines = []
+        for refresh, colour in REFRESH.items():
+            points = sorted((row[at], row[0]) for (_, k), row in found.items() if k == refresh)
+            lines.append(([x for x, _ in points], [y for _, y in points], colour, 2))
+        report.chart(pen, box, title, lines, log=False)
+    pen.text((20, 4), "the picture is looked at each time: blue, every 2nd: green, 4th: grey, once: red",
+             fill="black")
+    sheet.save(path)
+
+
+def shown(records: list[dict], split: str, limit: int) -> list[int]:
+    return [i for i, record in enumerate(records) if record["split"] == split][:limit]
+
+
+def orders(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -> None:
+    found = {}
+    for split in ("tone", "train"):
+        some = shown(records, split, limit)
+        batch, true = pictures[some], [records[i]["caption"] for i in some]
+        measure(parts, batch, true, **ORDERS["threshold 0.9"])                    # warm
+        for name, how in ORDERS.items():
+            for refresh in REFRESH if "remask" not in name else (1, 0):
+                row = measure(parts, batch, true, refresh=refresh, **how)
+                found.setdefault((name, refresh), []).append(row)
+                print(name, refresh, row, file=sys.stderr, flush=True)
+    print("| order | look | right, `tone` | right, `train` | evaluations | time |\n|---|---|---|---|---|---|")
+    whole = sum(seconds for *_, seconds in found["confidence", 1])
+    rows = {}
+    for (name, refresh), (tone, train) in found.items():
+        right, evaluations, seconds = ((a + b) / 2 for a, b in zip(tone, train))
+        rows[name, refresh] = right, evaluations, 2 * seconds / whole
+        print(f"| {name} | {refresh or 'once'} | {tone[0]:.1f} | {train[0]:.1f} | {evaluations:.1f} | "
+              f"{2 * seconds / whole:.3f} |")
+    draw(rows, out)
+
+
+def choices(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -> None:
+    """Of the questions in the tar, which the shipped weights have learnt."""
+    stored = {record["key"]: record["questions"] for record in (
+        json.loads(files["json"]) for _, files in Tar(str(emoji.TAR)))}
+    print("| split | questions | written, % right | ranked |\n|---|---|---|---|")
+    for split in ("tone", "train"):
+        asked = [(i, q) for i in shown(records, split, limit) for q in stored[records[i]["key"]]
+                 if q["type"] == "yes/no"]
+        true = [q["answer"] for _, q in asked]
+        batch, questions = pictures[[i for i, _ in asked]], [q["question"] for _, q in asked]
+        said = reading.write(parts, batch, questions, steps=32)
+        ranks = [reading.ranked(parts, reading.encode(parts, pictures[i][None]), q["question"], ["yes", "no"])
+                 for i, q in asked]
+        right = lambda answers: 100 * sum(map(str.__eq__, answers, true)) / len(true)
+        print(f"| {split} | {len(asked)} | {right(said):.1f} | {right([rank[0][0] for rank in ranks]):.1f} |")
+
+
+def infill(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -> None:
+    """One or two words of a held-out caption are gaps."""
+    chance, right, kept, some = random.Random(0), 0, 0, shown(records, "tone", 10**6)
+    for i in (chance.choice(some) for _ in range(limit)):
+        words = records[i]["caption"].split(" ")
+        for at in chance.sample(range(len(words)), min(len(words), chance.randint(1, 2))):
+            words[at] = "[MASK]" + "," * words[at].endswith(",")
+        text = " ".join(words)
+        said = reading.infill(parts, pictures[i], text)
+        pattern = ".*".join(map(re.escape, text.split("[MASK]")))
+        right += said == records[i]["caption"]
+        kept += bool(re.fullmatch(pattern, said, re.DOTALL))
+    print(f"{limit} texts with gaps: {kept} keep every given character, {right} are the true caption")
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("what", choices=["orders", "choices", "infill"])
+    parser.add_argument("--out", type=Path, default=Path("orders.png"))
+    parser.add_argument("--limit", type=cli.number(int, 1), default=192)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    parts = Parts(dtype=getattr(torch, args.dtype))
+    records, pictures = emoji.load(pixels=parts.height)
+    globals()[args.what](parts, records, pictures.float() / 127.5 - 1, args.limit, args.out)
+
+
+if __name__ == "__main__":
+    cli.run(main)
