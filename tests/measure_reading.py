@@ -2,7 +2,7 @@
 
     python tests/measure_reading.py orders --out orders.png     # captions by each order
     python tests/measure_reading.py choices                     # yes or no: written, and ranked by likelihood
-    python tests/measure_reading.py infill --limit 1000         # held-out captions with gaps at random
+    python tests/measure_reading.py infill --limit 680          # held-out captions with gaps at random
 
 Not part of the test run.  Right: word for word, of 192 captions a split.  Evaluations: of the network, a text
 (of those rows that were not done).  Time: against the exact order that looks at the picture each time, one
@@ -10,6 +10,7 @@ token a step, in the same run.
 """
 
 import json
+import math
 import random
 import re
 import sys
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,18 +52,26 @@ def measure(parts: Parts, pictures, true: list[str], **how) -> tuple[float, floa
 
 
 def draw(found: dict, path: Path) -> None:
-    """Percent right against evaluations, and against time, a colour for each K."""
-    sheet = Image.new("RGB", (1080, 330), "white")
-    pen = ImageDraw.Draw(sheet)
-    for box, at, title in (((20, 40, 520, 300), 1, "right, %, against evaluations a text"),
-                           ((560, 40, 1060, 300), 2, "right, %, against time")):
-        lines = []
-        for refresh, colour in REFRESH.items():
-            points = sorted((row[at], row[0]) for (_, k), row in found.items() if k == refresh)
-            lines.append(([x for x, _ in points], [y for _, y in points], colour, 2))
-        report.chart(pen, box, title, lines, log=False)
-    pen.text((20, 4), "the picture is looked at each time: blue, every 2nd: green, 4th: grey, once: red",
-             fill="black")
+    """A dot for each row, percent right over evaluations and over time, both on a log axis."""
+    sheet, (least, most) = Image.new("RGB", (1080, 400), "white"), (74, 92)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    pen.text((20, 4), "captions right, %; the picture is looked at each time: blue, every 2nd time: green, "
+             "every 4th: grey, once: red", fill="black", font=font)
+    for left, at, title, low, high in ((40, 1, "evaluations a text", 2, 40), (580, 2, "time", 0.05, 1.3)):
+        place = lambda x, y: (left + 470 * math.log(x / low) / math.log(high / low),
+                              370 - 330 * (y - least) / (most - least))
+        pen.rectangle((left, 40, left + 470, 370), outline=(200, 200, 200))
+        pen.text((left, 24), f"over {title}, a log axis", fill="black", font=font)
+        for x in (low, high):
+            pen.text((place(x, least)[0] - 12, 374), f"{x:g}", fill=(90, 90, 90), font=font)
+        for y in range(least + 2, most, 4):
+            pen.text((left - 20, place(low, y)[1] - 6), str(y), fill=(90, 90, 90), font=font)
+        for (name, refresh), row in found.items():
+            x, y = place(row[at], row[0])
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=REFRESH[refresh])
+            if refresh == (1 if at == 1 else 0):
+                down = 12 * (name == "margin") - 10 * (name == "entropy") - 6
+                pen.text((x + 6, y + down), name.replace("confidence, ", ""), fill=(90, 90, 90), font=font)
     sheet.save(path)
 
 
@@ -77,7 +86,7 @@ def orders(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -
         batch, true = pictures[some], [records[i]["caption"] for i in some]
         measure(parts, batch, true, **ORDERS["threshold 0.9"])                    # warm
         for name, how in ORDERS.items():
-            for refresh in REFRESH if "remask" not in name else (1, 0):
+            for refresh in REFRESH if name in ("confidence", "threshold 0.99") else (1, 0):
                 row = measure(parts, batch, true, refresh=refresh, **how)
                 found.setdefault((name, refresh), []).append(row)
                 print(name, refresh, row, file=sys.stderr, flush=True)
@@ -96,32 +105,38 @@ def choices(parts: Parts, records: list[dict], pictures, limit: int, out: Path) 
     """Of the questions in the tar, which the shipped weights have learnt."""
     stored = {record["key"]: record["questions"] for record in (
         json.loads(files["json"]) for _, files in Tar(str(emoji.TAR)))}
-    print("| split | questions | written, % right | ranked |\n|---|---|---|---|")
+    right = lambda said, asked: 100 * sum(a == q["answer"] for a, (_, q) in zip(said, asked)) / len(asked)
+    print("| split | six questions, look each time | once | yes or no, each time | once | ranked |")
     for split in ("tone", "train"):
-        asked = [(i, q) for i in shown(records, split, limit) for q in stored[records[i]["key"]]
-                 if q["type"] == "yes/no"]
-        true = [q["answer"] for _, q in asked]
-        batch, questions = pictures[[i for i, _ in asked]], [q["question"] for _, q in asked]
-        said = reading.write(parts, batch, questions, steps=32)
+        asked = [(i, q) for i in shown(records, split, limit) for q in stored[records[i]["key"]]]
+        cells = []
+        for some in (asked, [(i, q) for i, q in asked if q["type"] == "yes/no"]):
+            batch, questions = pictures[[i for i, _ in some]], [q["question"] for _, q in some]
+            for refresh in (1, 0):
+                said = reading.write(parts, batch, questions, steps=32, refresh=refresh)
+                cells.append(f"{right(said, some):.1f}")
         ranks = [reading.ranked(parts, reading.encode(parts, pictures[i][None]), q["question"], ["yes", "no"])
-                 for i, q in asked]
-        right = lambda answers: 100 * sum(map(str.__eq__, answers, true)) / len(true)
-        print(f"| {split} | {len(asked)} | {right(said):.1f} | {right([rank[0][0] for rank in ranks]):.1f} |")
+                 for i, q in some]
+        cells.append(f"{right([rank[0][0] for rank in ranks], some):.1f}")
+        print(f"| {split} | {' | '.join(cells)} |", flush=True)
 
 
 def infill(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -> None:
-    """One or two words of a held-out caption are gaps."""
-    chance, right, kept, some = random.Random(0), 0, 0, shown(records, "tone", 10**6)
-    for i in (chance.choice(some) for _ in range(limit)):
-        words = records[i]["caption"].split(" ")
-        for at in chance.sample(range(len(words)), min(len(words), chance.randint(1, 2))):
-            words[at] = "[MASK]" + "," * words[at].endswith(",")
-        text = " ".join(words)
-        said = reading.infill(parts, pictures[i], text)
-        pattern = ".*".join(map(re.escape, text.split("[MASK]")))
-        right += said == records[i]["caption"]
-        kept += bool(re.fullmatch(pattern, said, re.DOTALL))
-    print(f"{limit} texts with gaps: {kept} keep every given character, {right} are the true caption")
+    """One or two words of a held-out caption are gaps; the picture is looked at once, and each time."""
+    some = shown(records, "tone", 10**6)
+    for refresh in (0, 1):
+        chance, right, kept, gaps = random.Random(0), 0, 0, 0
+        for i in (chance.choice(some) for _ in range(limit)):
+            words = records[i]["caption"].split(" ")
+            for at in chance.sample(range(len(words)), min(len(words), chance.randint(1, 2))):
+                words[at] = "[MASK]" + "," * words[at].endswith(",")
+            text, gaps = " ".join(words), gaps + " ".join(words).count("[MASK]")
+            said = reading.infill(parts, pictures[i], text, refresh=refresh)
+            pattern = ".*".join(map(re.escape, text.split("[MASK]")))
+            right += said == records[i]["caption"]
+            kept += bool(re.fullmatch(pattern, said, re.DOTALL))
+        print(f"look {refresh or 'once'}: {limit} texts, {gaps} gaps: {kept} keep every given character, "
+              f"{right} are the true caption", flush=True)
 
 
 def main() -> None:
