@@ -120,8 +120,7 @@ class Plain:
 
     def step(self, made: dict) -> None:
         parallel.keep_memory(False)
-        there = lambda x: x.to(self.device) if isinstance(x, Tensor) else x
-        image, text = ({key: there(x) for key, x in made[name].items()} for name in ("image", "text"))
+        image, text = (train.on_device(made[name], self.device) for name in ("image", "text"))
         with train.precision(self.config, self.device):
             states = self.models.captions(image["ids"], image["dropped"])
             velocity = lambda x, t: self.mmdit(x, states, t, need="both")[0]
@@ -152,7 +151,9 @@ def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against
                     vocab_size=vocab_size or sizes.vocab_size)
     _, vae = plan.frozen_sizes(config, sizes, {})
     factor = vae.factor if vae else 1
+    begun = time.perf_counter()
     made = random_batch(config, sizes, config.pixels // factor)
+    drawn = time.perf_counter() - begun
     models = random_models(sizes, config.text_length, device)
     plain = Plain(config, replace(models, learns=copy.deepcopy(models.learns))) if against else None
     for block in models.learns["mmdit"].blocks if config.compile else []:
@@ -160,9 +161,7 @@ def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against
     ours = Ours(config, models)
     for stepper in filter(None, (ours, plain)):
         seconds_of(stepper, made, 2)                             # what is made once is not counted
-    ours.seconds, begun = dict.fromkeys(ours.seconds, 0.0), time.perf_counter()
-    made = random_batch(config, sizes, config.pixels // factor)
-    drawn = time.perf_counter() - begun
+    ours.seconds = dict.fromkeys(ours.seconds, 0.0)
     pairs = [(seconds_of(ours, made, steps), seconds_of(plain, made, steps) if plain else 0.0)
              for _ in range(rounds)]
     second = statistics.median(one for one, _ in pairs)

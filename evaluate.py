@@ -91,7 +91,7 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
     asked = [(i, q) for i in shown for q in one_of_each(records[i])]
     for batch in progress(f"{split}, answers", asked):
         said = write(parts, pictures[[i for i, _ in batch]], [q["question"] for _, q in batch],
-                            steps=STEPS["answer"])
+                     steps=STEPS["answer"])
         for text, (_, q) in zip(said, batch):
             answers[q["type"]].append((text, q["answer"]))
     percent = lambda pairs: 100 * statistics.mean(said == true for said, true in pairs)

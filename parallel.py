@@ -33,12 +33,11 @@ def keep_memory(keep: bool = True) -> None:
     tensor is new pages, zeroed one fault at a time: a third of the step of the emoji preset at 50,258 tokens.
     keep False: as glibc would have come to do it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    names = dict(trim_threshold=-1, mmap_threshold=-3, mmap_max=-4)
-    kept, own = dict(trim_threshold=2**31 - 1, mmap_max=0), dict(
-        trim_threshold=2**26, mmap_threshold=2**25, mmap_max=2**16)
-    for name, value in (kept if keep else own).items():
-        if mallopt:
-            mallopt(names[name], value)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    settings = {trim_threshold: 2**31 - 1, mmap_max: 0} if keep else {
+        trim_threshold: 2**26, mmap_threshold: 2**25, mmap_max: 2**16}
+    for name, value in settings.items() if mallopt else ():
+        mallopt(name, value)
 
 
 def start(device: str) -> tuple[int, int, torch.device]:

@@ -150,7 +150,7 @@ class Parts:
             (fits(self.width), f"{path}: a picture's width of {self.width!r}, {expected}"))
         pixels = config.get("pixels") if self.family == "ours" else None
         # published weights are trusted to have learnt it
-        self.null_learnt = self.family != "ours" or config.get("null_image") or config.get("stage") == "text"
+        self.null_learnt = self.family != "ours" or bool(config.get("null_image"))
         self.trained = [(pixels, pixels)] if pixels else []
         self.trained += buckets.sizes(pixels, unit) if pixels and config.get("buckets") else []
         self.keep = 1.5 * self.weight() < available(self.device) if keep is None else keep

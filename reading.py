@@ -6,6 +6,8 @@ Shapes: B batch, L tokens, V vocabulary, C latent channels, h and w latent heigh
 import itertools
 import sys
 import time
+from functools import lru_cache
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -34,13 +36,14 @@ def watched(parts: Parts, function, evaluations: int, what: str):
     return function if parts.trains else call
 
 
-def logits(parts: Parts, latents: Tensor | None, refresh: int = 1):
+def logits(parts: Parts, latents: Tensor | None, refresh: int = 1, text=None):
     """The text half of the model given clean latents (B, C, h, w), or none: a function of ids (n, L) of some
-    `rows` (n,), -> (n, L, V), or of their tokens `at` (m,) alone, -> (m, V).
+    `rows` (n,), -> (n, L, V), or of their tokens `at` (m,) alone, -> (m, V).  text: in place of parts.text.
 
     refresh: the image's keys and values are computed at every so many calls, 0: at the first alone.  Above 1
     that is an approximation, for the image's stream sees the text that has been written meanwhile."""
     clean, calls, kept, whose = torch.zeros(1, device=parts.device), 0, [], None
+    text = text or parts.text
 
     def call(ids: Tensor, at: Tensor | None = None, rows: Tensor | slice = slice(None)) -> Tensor:
         nonlocal calls, kept, whose
@@ -50,14 +53,17 @@ def logits(parts: Parts, latents: Tensor | None, refresh: int = 1):
             left = torch.searchsorted(whose, rows)
             kept, whose = [(k[left], v[left]) for k, v in kept], rows
         calls += 1
-        return parts.mmdit(None if latents is None else latents[rows], parts.text(ids), clean, need="logits",
+        return parts.mmdit(None if latents is None else latents[rows], text(ids), clean, need="logits",
                            at=at, kept=None if refresh == 1 else kept)[1]
     return call
 
 
-def encode(parts: Parts, images: Tensor, seed: int | None = None) -> Tensor:
+def encode(parts: Parts, images: Tensor | None, seed: int | None = None) -> Tensor | None:
     """Clean latents of images (B, 3, H, W): the posterior's mean, or with a seed a draw from it, of each
-    image as if it were alone."""
+    image as if it were alone.  None of none."""
+    if images is None:
+        parts.hold("text", "mmdit")
+        return None
     parts.hold("vae")
     images, draws = images.to(parts.device), lambda: torch.Generator().manual_seed(seed)
     z = parts.vae.encode(images) if seed is None else torch.cat(
@@ -79,9 +85,10 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["
     given = dict(temperature=temperature, order=order, refresh=refresh)
     given = {name: parts.defaults[name] if value is None else value for name, value in given.items()}
     tokenizer, refresh = parts.tokenizer, given.pop("refresh")
-    function = logits(parts, latents, refresh)
+    text = lru_cache(maxsize=1)(parts.text)                      # with guidance both halves read the same ids
+    function = logits(parts, latents, refresh, text)
     if guidance != 1:
-        blind = logits(parts, None, refresh)
+        blind = logits(parts, None, refresh, text)
         function = mask_diffusion.guide(function, blind, guidance, tokenizer.mask_id, ramp)
     evaluations = min(steps, int((ids == tokenizer.mask_id).sum(1).max()))
     return mask_diffusion.sample(
@@ -105,10 +112,10 @@ def write(parts: Parts, images: Tensor, question: str | list[str] | None = None,
     texts = [row[start:].tolist() for row, start in zip(filled, starts)]
     for i, text in enumerate(texts) if max_tokens else []:
         while len(text) < max_tokens and not {parts.tokenizer.end_id, parts.tokenizer.pad_id} & set(text):
-            asked = prompt_ids(parts, questions[i])
-            asked = asked + text[-max(1, (ids.shape[1] - len(asked)) // 2):]
-            more = canvas(parts, None, max_tokens - len(text), asked, ids.shape[1])
-            text += fill(parts, latents[i:i + 1], more[None], seed=seed, **how)[0, len(asked):].tolist()
+            before = text[-max(1, (ids.shape[1] - starts[i]) // 2):]
+            more = canvas(parts, questions[i], max_tokens - len(text), before)[None]
+            filled = fill(parts, latents[i:i + 1], more, seed=seed, **how)
+            text += filled[0, starts[i] + len(before):].tolist()
     return [parts.tokenizer.decode(text) for text in texts]
 
 
@@ -118,12 +125,11 @@ def prompt_ids(parts: Parts, question: str | None) -> list[int]:
 
 
 def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = None,
-           given: list[int] | None = None, length: int | None = None) -> Tensor:
-    """What a caption or an answer is written on, (L,): the question or what is `given`, [MASK]s, and padding
-    past max_tokens."""
-    tokenizer = parts.tokenizer
-    given = prompt_ids(parts, question) if given is None else given
-    length = length or (parts.length if question is None else parts.answer_length)
+           before: Sequence[int] = ()) -> Tensor:
+    """What a caption or an answer is written on, (L,): the question, what was written `before`, [MASK]s, and
+    padding past max_tokens."""
+    tokenizer, given = parts.tokenizer, [*prompt_ids(parts, question), *before]
+    length = parts.length if question is None else parts.answer_length
     room = length - len(given)
     require((room > 0, f"the question has {len(given)} tokens and leaves no room for an answer: this model "
              f"reads {length}"))
@@ -168,7 +174,7 @@ def infill(parts: Parts, image: Tensor | None, text: str, posterior: str = "mean
 
     All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept (`score`)."""
     rows, widths = cuts(parts, parts.tokenizer.lowered(text))                     # (n, L)
-    latents = latents_of(parts, image, posterior, seed)
+    latents = encode(parts, None if image is None else image[None], seed if posterior == "draw" else None)
     several = None if latents is None else latents.expand(len(rows), -1, -1, -1)
     filled = fill(parts, several, rows, seed=seed, trajectory=trajectory, **how)
     bound = lambda row: score(parts, latents, row)[0]
@@ -177,14 +183,6 @@ def infill(parts: Parts, image: Tensor | None, text: str, posterior: str = "mean
         trajectory[:] = [(step[best:best + 1], ids[best:best + 1]) for step, ids in trajectory]
     words = filled[best][rows[best] == parts.tokenizer.mask_id].split(widths[best])
     return written(parts, text, words)
-
-
-def latents_of(parts: Parts, image: Tensor | None, posterior: str = "mean", seed: int = 0) -> Tensor | None:
-    """`encode` of one picture (3, H, W), or nothing of none."""
-    if image is None:
-        parts.hold("text", "mmdit")
-        return None
-    return encode(parts, image[None], seed if posterior == "draw" else None)
 
 
 @torch.no_grad()

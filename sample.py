@@ -277,8 +277,7 @@ def paint(args: dict, parts: Parts, texts: dict, states: list | None, take) -> N
 
 def told(parts: Parts, latents: Tensor, args: dict) -> Iterator[str]:
     """Lines of --choices, the likeliest first, or of --score, for one picture."""
-    for answer, share, nats, error in ranked(parts, latents, args.get("question"),
-                                             args.get("choices") or [args["score"]]):
+    for answer, share, nats, error in ranked(parts, latents, args.get("question"), args["answers"]):
         tokens = len(parts.tokenizer.pieces(answer)) + 1                          # with the end
         each = f"{nats:.2f} +- {error:.2f} nats, {nats / tokens:.3f} a token, " \
                f"{nats / math.log(2) / max(1, len(answer.encode())):.3f} bits a byte"
@@ -293,7 +292,7 @@ def lines(args: dict, parts: Parts, images: list[Tensor], how: dict) -> Iterator
     several = len(images) > 1 or len(questions) > 1
     asked = [(path, image, question) for path, image in zip(args["image"], images) for question in questions]
     for some in (asked[at:at + 16] for at in range(0, len(asked), 16)):
-        if {"choices", "score"} & set(args):
+        if "answers" in args:
             said = ["\n".join(told(parts, encode(parts, image[None]), args)) for _, image, _ in some]
         else:
             questions = [question for _, _, question in some]
@@ -342,9 +341,10 @@ def main(argv: list[str] | None = None) -> None:
               f"pictures of {' by '.join(map(str, parts.trained[0]))}, and may show tiles at another size",
               file=sys.stderr)
     texts = {name: heard(parts, name, text) for name, text in take(
-        "prompt", "negative_prompt", "question", "text", "score").items()}
-    args |= {name: texts[name] for name in ("score",) if name in texts}
-    args |= {name: [heard(parts, name, text) for text in given] for name, given in take("choices").items()}
+        "prompt", "negative_prompt", "question", "text").items()}
+    for name in {"choices", "score"} & set(args):
+        given = args[name] if name == "choices" else [args[name]]
+        args["answers"] = [heard(parts, name, text) for text in given]
     require((parts.family != "SD3" or "prompt" in args,
              "this checkpoint is SD3's, which has no text head: it only draws"))
     if "prompt" in args or "joint" in args:

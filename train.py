@@ -246,7 +246,8 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     buckets = {name: Buckets(mixes[name], name, unit) for name in mixes if config.buckets}
     texts = [mix.texts() for mix in dict.fromkeys(mixes.values())]
     texts = None if None in texts else sum(texts, [])
-    models = build.build(config, sizes, where, texts, mixes["text"].stamp is None, vae, device)
+    plain = mixes["text"].stamp is None                          # the null image learns
+    models = build.build(config, sizes, where, texts, plain, vae, device)
     stated = build.stated(config, mixes.get("image"), models, where)
     held = Held(models.tokenizer, mixes, run.key, rank, world, sizes.channels, factor or 1, stated, buckets)
     data.check_tokens(mixes["text"], held.tokenizer, config.init or "gpt2")
@@ -259,7 +260,8 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     remembered = {part: str(Path(path).resolve()) for part, path in where.items()}
     run.begin(models, optimizers_of(models.learns, config), remembered | dict(
         pixels=config.pixels, buckets=config.buckets, text_length=config.text_length, stage=config.stage,
-        latents=latents, null_image=mixes["text"].stamp is None), plan.work(config, sizes, factor or 1))
+        latents=latents, null_image=plain or bool(about.get("null_image"))),
+        plan.work(config, sizes, factor or 1))
     if rank == 0:
         if family == "SD3":
             build.report(config, held.tokenizer.vocab_size)

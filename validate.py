@@ -25,6 +25,7 @@ from torch import Tensor
 
 import data
 import parallel
+from mask_diffusion import exactly
 from tokenizer import Tokenizer
 
 BINS = 10
@@ -35,15 +36,6 @@ def spread(rows: list[int], size: int) -> Tensor:
     """A time for each of `size` samples: row i is in bin i mod 10, and its times there are evenly apart."""
     each = -(-size // BINS)
     return torch.tensor([(row % BINS + (row // BINS + 0.5) / each) / BINS for row in rows])
-
-
-def exact(made: dict) -> dict:
-    """A batch of texts of which not each token is masked with probability t, but exactly l of n tokens are,
-    l = ceil(t n); the weight 1/t is n/l."""
-    n = (~made["frozen"]).sum(1, keepdim=True)                                    # (B, 1)
-    rank = made["uniform"].masked_fill(made["frozen"], 2).argsort(1).argsort(1)
-    t = (made["t"][:, None] * n).ceil().clamp(min=1) / n
-    return made | dict(uniform=(rank + 0.5) / n, t=t[:, 0])
 
 
 class Validation:
@@ -75,7 +67,9 @@ class Validation:
         tables = {name: torch.zeros(4, self.size, dtype=torch.float64) for name in self.samples}
         for name, table in tables.items():
             for rows, made in self.batches(name, rank, world):
-                made = exact(made) if name == "text" else made
+                if name == "text":
+                    t, uniform = exactly(made["t"], made["uniform"], made["frozen"])
+                    made |= dict(t=t, uniform=uniform)
                 found = torch.zeros(4, len(rows), dtype=torch.float64)
                 found[0] = errors[name](made).double().cpu()
                 found[1:] = self.counts(made) if name == "text" else 0

@@ -3,9 +3,9 @@
     python tests/compare_captioning.py            # mid size, random weights, some minutes of two cores
 
 Theirs: batch 1; at each of 128 steps T5, the whole transformer with both heads, and logits of all 128
-positions, whether the step reveals a token or not.  Ours: `reading.fill`.  Depth 8, width 512, 256 image tokens,
-T5 of six blocks.  Random weights are sure of nothing, so that `threshold` is stood for by five tokens a step,
-the share of evaluations that it needs on the shipped weights.  Not part of the test run.
+positions, whether the step reveals a token or not. Ours: `reading.fill`. Depth 8, width 512, 256 image
+tokens, T5 of six blocks. Random weights are sure of nothing, so that `threshold` is stood for by five
+tokens a step, the share of evaluations that it needs on the shipped weights. Not part of the test run.
 """
 
 import statistics

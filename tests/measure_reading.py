@@ -148,7 +148,8 @@ def main() -> None:
     args = parser.parse_args()
     parts = Parts(dtype=getattr(torch, args.dtype))
     records, pictures = emoji.load(pixels=parts.height)
-    globals()[args.what](parts, records, pictures.float() / 127.5 - 1, args.limit, args.out)
+    measures = dict(orders=orders, choices=choices, infill=infill)
+    measures[args.what](parts, records, pictures.float() / 127.5 - 1, args.limit, args.out)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def test_each_ablation_is_one_flag_and_the_table_has_what_its_logs_say(tmp_path,
     ablations.main()
     lines = capsys.readouterr().out.splitlines()
     assert "| the defaults | 1.000 (0.000–2.000) | 0.500 (0.000–1.000) | 2.000 (1.000–3.000) |" in lines
-    assert "| --text-loss flat | 11.000 (10.000–12.000) | 5.500 (5.000–6.000) | 12.000 (11.000–13.000) |" in lines
+    assert ("| --text-loss flat | 11.000 (10.000–12.000) | 5.500 (5.000–6.000) | 12.000 (11.000–13.000) |"
+            in lines)
     configs = {(config := parse(command)).out: config for command in commands}
     assert len(configs) == 3 * len(ablations.FLAGS) == 3 * (len(lines) - 2)
     plain = next(config for name, config in configs.items() if "the_defaults_1" in name)

@@ -109,6 +109,12 @@ def test_guidance_away_from_no_picture_changes_what_is_read(parts, emoji_32):
     records, pictures = emoji_32
     ids = reading.canvas(parts).expand(16, -1)
     fill = lambda **how: reading.fill(parts, pictures[:16], ids, order="confidence", **how)
+    calls, text = [], parts.text.forward
+    parts.text.forward = lambda ids: calls.append(len(ids)) or text(ids)
+    states = []
+    fill(guidance=2.0, trajectory=states)
+    del parts.text.forward
+    assert len(calls) == len(states) - 1                         # once for both halves
     plain = fill(guidance=1.0)
     assert torch.equal(plain, fill(guidance=1.0 + 1e-9)) and not torch.equal(plain, fill(guidance=3.0))
 

@@ -162,6 +162,8 @@ def test_text_alone_teaches_the_null_image_and_nothing_that_makes_a_velocity(tin
                 "--text-batch", "4", "--steps", "1", "--sample-every", "0", "--out", str(tmp_path / "run")])
     again = load_file(tmp_path / "run" / "weights.safetensors")
     assert torch.equal(again["mmdit.null_image"], after["mmdit.null_image"])
+    assert Parts(tmp_path / "text").null_learnt and Parts(tmp_path / "run").null_learnt
+    assert not Parts(tiny).null_learnt
 
 
 def test_states_that_are_stored_stand_for_t5s(pictures, chain, tmp_path, mistake):
