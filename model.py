@@ -185,17 +185,18 @@ class Block(nn.Module):
         """img (B, N, D), txt (B, L, D), vec (B or 1, D) -> the same shapes.
 
         need: "both", "velocity" or "logits": in the last block the stream that no head reads stops after its
-        keys and values (its old value is returned).  kept: gets the image's, each (B, H, N, D/H)."""
+        keys and values (its old value is returned).  kept: gets what `read` takes."""
         (N, L), vec = (img.shape[1], txt.shape[1]), F.silu(vec)
+        modulation = self.txt.modulation(vec)                                     # (B or 1, 6D)
         img_shift, img_scale, *img_mod = self.img.modulation(vec).chunk(6, dim=-1)  # 6 of (B or 1, D)
-        txt_shift, txt_scale, *txt_mod = self.txt.modulation(vec).chunk(6, dim=-1)
+        txt_shift, txt_scale, *txt_mod = modulation.chunk(6, dim=-1)
         # (shift, scale) of the attention are used here; gate, shift, scale, gate of what follows in finish
         streams = zip(self.img.attention_input(img, img_shift, img_scale),
                       self.txt.attention_input(txt, txt_shift, txt_scale))
         q, k, v = (torch.cat([x.transpose(1, 2) for x in pair], dim=2)            # (B, H, N + L, D/H)
                    for pair in streams)
         if kept is not None:
-            kept.append((k[:, :, :N], v[:, :, :N]))
+            kept.append((k[:, :, :N], v[:, :, :N], modulation))
         rows = dict(both=slice(None), velocity=slice(N), logits=slice(N, None))[need]
         y = self.attention(q[:, :, rows], k, v).transpose(1, 2).flatten(2)        # (B, <= N + L, D)
         if need != "logits":
@@ -204,9 +205,10 @@ class Block(nn.Module):
             txt = self.txt.finish(txt, y[:, -L:], *txt_mod)
         return img, txt
 
-    def read(self, txt: Tensor, vec: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The text's half alone, (B, L, D), beside an image's keys and values (B, H, N, D/H) of before."""
-        shift, scale, *mod = self.txt.modulation(F.silu(vec)).chunk(6, dim=-1)
+    def read(self, txt: Tensor, keys: Tensor, values: Tensor, modulation: Tensor) -> Tensor:
+        """The text's half alone, (B, L, D), beside an image's keys and values (B, H, N, D/H) of before, and
+        with the text's modulation (B or 1, 6D) of before, which depends on t alone."""
+        shift, scale, *mod = modulation.chunk(6, dim=-1)
         q, k, v = (x.transpose(1, 2) for x in self.txt.attention_input(txt, shift, scale))   # (B, H, L, D/H)
         y = self.attention(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2))
         return self.txt.finish(txt, y.transpose(1, 2).flatten(2), *mod)
@@ -267,12 +269,12 @@ class MMDiT(nn.Module):
         the IMAGE's noise level, 0 for a clean picture; of shape (1,), one time for the whole batch, whose
         modulation is computed once.  need: "both", or "velocity" / "logits" alone; the other is then None.
         at: (n,) tokens, counted over B x L, whose logits are wanted, then (n, V); the head is most of a text.
-        kept: an empty list is filled with the image's (keys, values) in each block; a full one stands for the
-        image, of which nothing is computed again.  That is an approximation where the text has changed since,
-        for the image's stream sees the text; velocity is then None.
+        kept: an empty list is filled with each block's (image's keys, values, text's modulation); a full one
+        stands for image and t, of which nothing is computed again.  That is an approximation where the text
+        has changed since, for the image's stream sees the text; velocity is then None.
         Raises ValueError for latents the patch doesn't divide or larger than the position table."""
         p, C, before = self.config.patch, self.config.channels, list(kept or [])
-        vec = self.time_in(t)                                                     # (B or 1, D)
+        vec = None if before else self.time_in(t)                                 # (B or 1, D)
         txt = self.txt_in(text)                                                   # (B, L, D)
         if before:
             img, need = None, "logits"
@@ -287,7 +289,7 @@ class MMDiT(nn.Module):
             img = img + self.crop_positions(h // p, w // p).to(img.dtype)
         for i, block in enumerate(self.blocks):
             if before:
-                txt = block.read(txt, vec, *before[i])
+                txt = block.read(txt, *before[i])
             else:
                 img, txt = block(img, txt, vec, need if i == len(self.blocks) - 1 else "both", kept)
 

@@ -40,8 +40,8 @@ def logits(parts: Parts, latents: Tensor | None, refresh: int = 1, text=None):
     """The text half of the model given clean latents (B, C, h, w), or none: a function of ids (n, L) of some
     `rows` (n,), -> (n, L, V), or of their tokens `at` (m,) alone, -> (m, V).  text: in place of parts.text.
 
-    refresh: the image's keys and values are computed at every so many calls, 0: at the first alone.  Above 1
-    that is an approximation, for the image's stream sees the text that has been written meanwhile."""
+    refresh: the image's keys and values, and the modulation, are computed at every so many calls, 0: at the
+    first alone.  But for 1 that is an approximation: the image's stream sees the text written meanwhile."""
     clean, calls, kept, whose = torch.zeros(1, device=parts.device), 0, [], None
     text = text or parts.text
 
@@ -51,7 +51,7 @@ def logits(parts: Parts, latents: Tensor | None, refresh: int = 1, text=None):
             kept, whose = [], rows
         elif len(rows) < len(whose):                             # some are done
             left = torch.searchsorted(whose, rows)
-            kept, whose = [(k[left], v[left]) for k, v in kept], rows
+            kept, whose = [(k[left], v[left], modulation) for k, v, modulation in kept], rows
         calls += 1
         return parts.mmdit(None if latents is None else latents[rows], text(ids), clean, need="logits",
                            at=at, kept=None if refresh == 1 else kept)[1]

@@ -54,18 +54,20 @@ def test_a_picture_that_is_looked_at_once_costs_once_and_reads_the_same(parts, e
     records, pictures = emoji_32
     shown = [i for i, r in enumerate(records) if r["split"] == "train"][:48]
     image = type(parts.mmdit.blocks[0].img)
-    calls, finish = [], image.finish
+    calls, times, finish, time_in = [], [], image.finish, type(parts.mmdit.time_in).forward
     monkeypatch.setattr(image, "finish", lambda self, *a: calls.append(1) or finish(self, *a))
+    monkeypatch.setattr(type(parts.mmdit.time_in), "forward", lambda *a: times.append(1) or time_in(*a))
     said = {}
     for refresh in (1, 3, 0):
         states = []
-        calls.clear()
+        calls.clear(), times.clear()
         said[refresh] = reading.write(parts, pictures[shown], refresh=refresh, order="confidence", steps=12,
                                       trajectory=states)
         n, blocks = len(states) - 1, len(parts.mmdit.blocks)
         assert n == 12
         looks = {1: n, 3: -(-n // 3), 0: 1}[refresh]
         assert len(calls) == n * blocks + looks * (blocks - 1)   # the image's last block isn't finished
+        assert len(times) == looks
     right = {refresh: sum(text == records[i]["caption"] for text, i in zip(texts, shown))
              for refresh, texts in said.items()}
     assert min(right.values()) >= right[1] - 2 > 24
