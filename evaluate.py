@@ -37,7 +37,7 @@ import sample
 import show
 from cli import UserError
 from parts import EMOJI, Parts
-from reading import STEPS, write
+from reading import STEPS, encode, write
 
 BATCH = 64
 SPLITS = ["train", "tone", "style"]
@@ -85,12 +85,12 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
         raise UserError(f"no picture of the emoji tar is in the split \"{split}\"")
     right, answers = [], defaultdict(list)
     for batch in progress(f"{split}, captions", shown):
-        said = write(parts, pictures[batch])
+        said = write(parts, encode(parts, pictures[batch]))
         right += [text == records[i]["caption"] for text, i in zip(said, batch)]
 
     asked = [(i, q) for i in shown for q in one_of_each(records[i])]
     for batch in progress(f"{split}, answers", asked):
-        said = write(parts, pictures[[i for i, _ in batch]], [q["question"] for _, q in batch],
+        said = write(parts, encode(parts, pictures[[i for i, _ in batch]]), [q["question"] for _, q in batch],
                      steps=STEPS["answer"])
         for text, (_, q) in zip(said, batch):
             answers[q["type"]].append((text, q["answer"]))
@@ -108,7 +108,7 @@ def drawing(parts: Parts, records: list[dict], pictures: Tensor, split: str, see
     for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts]):
         captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
         drawn = sample.draw(parts, captions, seed=start, **how)
-        for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, drawn)):
+        for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, encode(parts, drawn))):
             results["emoji"].append(records[found]["emoji"] == records[i]["emoji"])
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])

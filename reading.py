@@ -58,18 +58,14 @@ def logits(parts: Parts, latents: Tensor | None, refresh: int = 1, text=None):
     return call
 
 
-def encode(parts: Parts, images: Tensor | None, seed: int | None = None) -> Tensor | None:
-    """Clean latents of images (B, 3, H, W): the posterior's mean, or with a seed a draw from it, of each
-    image as if it were alone.  None of none."""
-    if images is None:
-        parts.hold("text", "mmdit")
-        return None
+@torch.no_grad()
+def encode(parts: Parts, images: Tensor, posterior: str = "mean", seed: int = 0) -> Tensor:
+    """Clean latents (B, C, h, w) of images (B, 3, H, W), 16 at a time: the posterior's "mean", or as in the
+    published code a "draw" from it, by the seed and for each image as if it were alone."""
     parts.hold("vae")
-    images, draws = images.to(parts.device), lambda: torch.Generator().manual_seed(seed)
-    z = parts.vae.encode(images) if seed is None else torch.cat(
-        [parts.vae.encode(image[None], draws()) for image in images])
-    parts.hold("text", "mmdit")
-    return z.to(parts.dtype)
+    generator = lambda: torch.Generator().manual_seed(seed) if posterior == "draw" else None
+    return torch.cat([parts.vae.encode(some.to(parts.device), generator())
+                      for some in images.split(1 if posterior == "draw" else 16)]).to(parts.dtype)
 
 
 @torch.no_grad()
@@ -84,6 +80,7 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["
     `logits`.  guidance, ramp: of `mask_diffusion.guide`, away from what is written without a picture."""
     given = dict(temperature=temperature, order=order, refresh=refresh)
     given = {name: parts.defaults[name] if value is None else value for name, value in given.items()}
+    parts.hold("text", "mmdit")
     tokenizer, refresh = parts.tokenizer, given.pop("refresh")
     text = lru_cache(maxsize=1)(parts.text)                      # with guidance both halves read the same ids
     function = logits(parts, latents, refresh, text)
@@ -97,17 +94,16 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["
         end=(tokenizer.end_id, tokenizer.pad_id), **given, **how).cpu()
 
 
-def write(parts: Parts, images: Tensor, question: str | list[str] | None = None,
-          max_tokens: int | None = None, posterior: str = "mean", seed: int = 0, **how) -> list[str]:
-    """A caption for each picture (B, 3, H, W); with a question (or one for each), its answer.
+def write(parts: Parts, latents: Tensor, question: str | list[str] | None = None,
+          max_tokens: int | None = None, seed: int = 0, **how) -> list[str]:
+    """A caption for each picture, of latents (B, C, h, w); with a question (or one for each), its answer.
 
-    posterior: what the autoencoder gives, "mean" or a "draw" as in the published code.  `how` goes to `fill`.
-    max_tokens above what the model reads at once: a text without an end goes on in further blocks, of which
-    each reads the question and as many of the tokens before it as half of what is left has room for."""
-    questions = question if isinstance(question, list) else [question] * len(images)
+    `how` goes to `fill`.  max_tokens above what the model reads at once: a text without an end goes on in
+    further blocks, of which each reads the question and as many of the tokens before it as half of what is
+    left has room for."""
+    questions = question if isinstance(question, list) else [question] * len(latents)
     ids = torch.stack([canvas(parts, q, max_tokens) for q in questions])          # (B, L)
     starts = [len(prompt_ids(parts, q)) for q in questions]
-    latents = encode(parts, images, seed if posterior == "draw" else None)
     filled = fill(parts, latents, ids, seed=seed, **how)
     texts = [row[start:].tolist() for row, start in zip(filled, starts)]
     for i, text in enumerate(texts) if max_tokens else []:
@@ -168,13 +164,12 @@ def written(parts: Parts, text: str, words: list[Tensor]) -> str:
 
 
 @torch.no_grad()
-def infill(parts: Parts, image: Tensor | None, text: str, posterior: str = "mean", seed: int = 0,
-           trajectory: list | None = None, **how) -> str:
-    """Fill the [MASK]s of a text about one picture (3, H, W), or about none.
+def infill(parts: Parts, latents: Tensor | None, text: str, seed: int = 0, trajectory: list | None = None,
+           **how) -> str:
+    """Fill the [MASK]s of a text about one picture, of latents (1, C, h, w), or about none.
 
     All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept (`score`)."""
     rows, widths = cuts(parts, parts.tokenizer.lowered(text))                     # (n, L)
-    latents = encode(parts, None if image is None else image[None], seed if posterior == "draw" else None)
     several = None if latents is None else latents.expand(len(rows), -1, -1, -1)
     filled = fill(parts, several, rows, seed=seed, trajectory=trajectory, **how)
     bound = lambda row: score(parts, latents, row)[0]
@@ -192,6 +187,7 @@ def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
     (L,), all but the first `given`, padding included, from 64 levels of masking (16 for large models).
 
     Always the same draws, so that texts compare; the image is never left as it was."""
+    parts.hold("text", "mmdit")
     levels = levels or (64 if parts.own else 16)
     several = None if latents is None else latents.expand(levels, -1, -1, -1)
     return mask_diffusion.likelihood(logits(parts, several), ids.to(parts.device), parts.tokenizer.mask_id,

@@ -88,7 +88,8 @@ def draw(parts: Parts, prompts: list[str], *args, **how) -> Tensor:
 def likeliest(parts: Parts, pictures: list[Tensor], prompt: str) -> list[tuple[float, Tensor]]:
     """Pictures (3, H, W) by the bound of -log p(prompt | picture), in nats, the least first."""
     ids = parts.tokenizer.encode(prompt, parts.length)
-    found = [(score(parts, encode(parts, picture[None]), ids)[0], picture) for picture in pictures]
+    latents = encode(parts, torch.stack(pictures))
+    found = [(score(parts, latents[i:i + 1], ids)[0], picture) for i, picture in enumerate(pictures)]
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -119,7 +120,7 @@ def joint(parts: Parts, steps: int = DRAW_STEPS, seed: int = 0, shift: float | N
 def results(parts: Parts, prompts: list[str], captions: list[str], images: Tensor) -> Image.Image:
     """Two columns: prompts with what is drawn for them, and images (B, 3, H, W) with the caption that is
     written, above the true one."""
-    drawn, said = draw(parts, prompts), write(parts, images)
+    drawn, said = draw(parts, prompts), write(parts, encode(parts, images))
     return show.page([(image, [f"drawn: {text}"]) for image, text in zip(drawn, prompts)],
                      [(image, [f"read: {text}", f"true: {true}"])
                       for image, text, true in zip(images, said, captions)])
@@ -276,7 +277,7 @@ def paint(args: dict, parts: Parts, texts: dict, states: list | None, take) -> N
 
 
 def told(parts: Parts, latents: Tensor, args: dict) -> Iterator[str]:
-    """Lines of --choices, the likeliest first, or of --score, for one picture."""
+    """Lines of --choices, the likeliest first, or of --score, for one picture, (1, C, h, w)."""
     for answer, share, nats, error in ranked(parts, latents, args.get("question"), args["answers"]):
         tokens = len(parts.tokenizer.pieces(answer)) + 1                          # with the end
         each = f"{nats:.2f} +- {error:.2f} nats, {nats / tokens:.3f} a token, " \
@@ -284,19 +285,19 @@ def told(parts: Parts, latents: Tensor, args: dict) -> Iterator[str]:
         yield f"{answer}: {share:.1%}, {each}" if "choices" in args else f"{answer}: {each}"
 
 
-def lines(args: dict, parts: Parts, images: list[Tensor], how: dict) -> Iterator[str]:
-    """What is said of pictures (3, H, W), line after line; of several, each after its file's name."""
+def lines(args: dict, parts: Parts, latents: Tensor, how: dict) -> Iterator[str]:
+    """What is said of pictures (B, C, h, w), line after line; of several, each after its file's name."""
     questions = [args.get("question")]
     if "questions" in args:
         questions = [heard(parts, "question", line) for line in read_lines(args["questions"])]
-    several = len(images) > 1 or len(questions) > 1
-    asked = [(path, image, question) for path, image in zip(args["image"], images) for question in questions]
+    several = len(latents) > 1 or len(questions) > 1
+    asked = [(path, z, question) for path, z in zip(args["image"], latents) for question in questions]
     for some in (asked[at:at + 16] for at in range(0, len(asked), 16)):
         if "answers" in args:
-            said = ["\n".join(told(parts, encode(parts, image[None]), args)) for _, image, _ in some]
+            said = ["\n".join(told(parts, z[None], args)) for _, z, _ in some]
         else:
             questions = [question for _, _, question in some]
-            batch = torch.stack([image for _, image, _ in some])
+            batch = torch.stack([z for _, z, _ in some])
             said = write(parts, batch, questions, args.get("max_tokens"), **how)
         for (path, _, question), text in zip(some, said):
             yield "\t".join([str(path), *[question] * ("questions" in args), text]) if several else text
@@ -312,8 +313,8 @@ def read_lines(path: Path) -> list[str]:
     return found
 
 
-def chat(parts: Parts, image: Tensor, max_tokens: int | None, how: dict) -> None:
-    """Ask about a picture (3, H, W) in the terminal, until an empty line."""
+def chat(parts: Parts, latents: Tensor, max_tokens: int | None, how: dict) -> None:
+    """Ask about a picture (1, C, h, w) in the terminal, until an empty line."""
     while True:
         try:
             question = input("> ").strip()
@@ -322,7 +323,7 @@ def chat(parts: Parts, image: Tensor, max_tokens: int | None, how: dict) -> None
         if not question:
             return
         try:
-            print(write(parts, image[None], question, max_tokens, **how)[0], flush=True)
+            print(write(parts, latents, question, max_tokens, **how)[0], flush=True)
         except UserError as error:
             print(error, flush=True)
 
@@ -353,8 +354,7 @@ def main(argv: list[str] | None = None) -> None:
 
     steps = args.get("steps", STEPS["answer" if {"question", "questions", "chat"} & set(args) else "text"])
     order = args.get("order", parts.defaults["order"])
-    how = take("temperature", "order", "seed", "level", "top_p", "refresh", "ramp",
-               *["posterior"] * bool(images))
+    how = take("temperature", "order", "seed", "level", "top_p", "refresh", "ramp")
     how |= dict(steps=steps, guidance=args.get("text_guidance", 1.0), canvas=0.95 if auto else None,
                 per_step=args.get("tokens_per_step"))
     try:
@@ -362,14 +362,15 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise UserError(f"--order {order}: {error}".replace("per_step", "--tokens-per-step"))
     pixels = [to_tensor(fit_picture(image, parts.height, parts.width)) for image in images]
+    latents = encode(parts, torch.stack(pixels), **take("posterior", "seed")) if images else None
     if not images and not parts.null_learnt:
         print("warning: these weights have never learnt text without a picture", file=sys.stderr)
     if "chat" in args:
-        chat(parts, pixels[0], args.get("max_tokens"), how)
+        chat(parts, latents, args.get("max_tokens"), how)
     elif "text" in args:
-        print(infill(parts, pixels[0] if pixels else None, args["text"], trajectory=states, **how))
+        print(infill(parts, latents, args["text"], trajectory=states, **how))
     else:
-        for line in lines(args, parts, pixels, how | dict(trajectory=states)):
+        for line in lines(args, parts, latents, how | dict(trajectory=states)):
             print(line, flush=True)
     if states:
         steps = steps if order == "random" else int(states[-1][0][0])

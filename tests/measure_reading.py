@@ -45,7 +45,7 @@ def measure(parts: Parts, pictures, true: list[str], **how) -> tuple[float, floa
     calls, mmdit = [], parts.mmdit.forward
     parts.mmdit.forward = lambda *a, **k: calls.append(len(a[1])) or mmdit(*a, **k)      # a[1]: the text
     started = time.perf_counter()
-    said = reading.write(parts, pictures, **how)
+    said = reading.write(parts, reading.encode(parts, pictures), **how)
     seconds = time.perf_counter() - started
     parts.mmdit.forward = mmdit
     return 100 * sum(map(str.__eq__, said, true)) / len(true), sum(calls) / len(true), seconds
@@ -113,7 +113,8 @@ def choices(parts: Parts, records: list[dict], pictures, limit: int, out: Path) 
         for some in (asked, [(i, q) for i, q in asked if q["type"] == "yes/no"]):
             batch, questions = pictures[[i for i, _ in some]], [q["question"] for _, q in some]
             for refresh in (1, 0):
-                said = reading.write(parts, batch, questions, steps=32, refresh=refresh)
+                said = reading.write(parts, reading.encode(parts, batch), questions, steps=32,
+                                     refresh=refresh)
                 cells.append(f"{right(said, some):.1f}")
         ranks = [reading.ranked(parts, reading.encode(parts, pictures[i][None]), q["question"], ["yes", "no"])
                  for i, q in some]
@@ -131,7 +132,7 @@ def infill(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -
             for at in chance.sample(range(len(words)), min(len(words), chance.randint(1, 2))):
                 words[at] = "[MASK]" + "," * words[at].endswith(",")
             text, gaps = " ".join(words), gaps + " ".join(words).count("[MASK]")
-            said = reading.infill(parts, pictures[i], text, refresh=refresh)
+            said = reading.infill(parts, reading.encode(parts, pictures[i:i + 1]), text, refresh=refresh)
             pattern = ".*".join(map(re.escape, text.split("[MASK]")))
             right += said == records[i]["caption"]
             kept += bool(re.fullmatch(pattern, said, re.DOTALL))

@@ -45,8 +45,10 @@ def test_parts_stay_between_calls_where_there_is_room_for_them(free, loads, monk
             return load()
         setattr(parts, f"load_{name}", counted)
     for _ in range(4):
-        sample.write(parts, torch.zeros(1, 3, 32, 32), steps=1)
+        sample.write(parts, sample.encode(parts, torch.zeros(1, 3, 32, 32)), steps=1)
     assert counts == dict(text=loads, mmdit=loads, vae=loads)
+    sample.likeliest(parts, [torch.zeros(3, 32, 32)] * 3, "a cat")
+    assert counts == dict.fromkeys(counts, loads + (loads > 1))           # not for each picture
 
 
 def test_what_all_parts_weigh_is_what_they_take_up():
@@ -67,14 +69,13 @@ def test_the_posterior_is_drawn_from_when_asked_for():
     """The published code draws, for captions too; the draw is the seed's, and the default is the mean."""
     parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16, keep=True)
     image, generators, encode = torch.rand(1, 3, 32, 32) * 2 - 1, [], parts.vae.encode
-    parts.vae.encode = lambda images, generator=None: generators.append(generator) or encode(images,
-                                                                                             generator)
+    parts.vae.encode = lambda images, generator: generators.append(generator) or encode(images, generator)
     for how in (dict(), dict(posterior="mean"), dict(posterior="draw")):
-        sample.write(parts, image, seed=7, steps=1, **how)
-        sample.infill(parts, image[0], "a [MASK]", seed=7, steps=1, **how)
-    assert [generator and generator.initial_seed() for generator in generators] == [None] * 4 + [7] * 2
-    mean, drawn = sample.encode(parts, image), sample.encode(parts, image, 7)
-    assert torch.equal(drawn, sample.encode(parts, image, 7)) and not torch.equal(mean, drawn)
+        sample.encode(parts, image, seed=7, **how)
+    assert [generator and generator.initial_seed() for generator in generators] == [None, None, 7]
+    mean, drawn = sample.encode(parts, image), sample.encode(parts, image, "draw", 7)
+    second = sample.encode(parts, image.repeat(2, 1, 1, 1), "draw", 7)[1:]
+    assert torch.equal(drawn, second) and not torch.equal(mean, drawn)
 
 
 def test_a_tokenizer_of_more_ids_than_t5_has_rows_is_refused():

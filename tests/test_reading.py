@@ -130,7 +130,7 @@ def test_the_likeliest_cut_of_the_masks_is_kept(parts, emoji_32, monkeypatch):
         rows, widths = cuts(parts, "[MASK] apple, noto style")
         found = rows[list(range(3))[order]], widths[order]
         monkeypatch.setattr(reading, "cuts", lambda parts, text: found)
-        assert sample.infill(parts, picture, "[MASK] apple, noto style") == "red apple, noto style"
+        assert sample.infill(parts, picture[None], "[MASK] apple, noto style") == "red apple, noto style"
 
 
 def test_the_ways_to_read_and_to_score(parts, apple, tmp_path, capsys, monkeypatch):
