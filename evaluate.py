@@ -83,14 +83,14 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
     shown = [i for i, r in enumerate(records) if r["split"] == split][:limit]     # the tar is in random order
     if not shown:
         raise UserError(f"no picture of the emoji tar is in the split \"{split}\"")
-    right, answers = [], defaultdict(list)
+    right, answers, latents = [], defaultdict(list), dict(zip(shown, encode(parts, pictures[shown])))
     for batch in progress(f"{split}, captions", shown):
-        said = write(parts, encode(parts, pictures[batch]))
+        said = write(parts, torch.stack([latents[i] for i in batch]))
         right += [text == records[i]["caption"] for text, i in zip(said, batch)]
 
     asked = [(i, q) for i in shown for q in one_of_each(records[i])]
     for batch in progress(f"{split}, answers", asked):
-        said = write(parts, encode(parts, pictures[[i for i, _ in batch]]), [q["question"] for _, q in batch],
+        said = write(parts, torch.stack([latents[i] for i, _ in batch]), [q["question"] for _, q in batch],
                      steps=STEPS["answer"])
         for text, (_, q) in zip(said, batch):
             answers[q["type"]].append((text, q["answer"]))

@@ -287,9 +287,8 @@ def told(parts: Parts, latents: Tensor, args: dict) -> Iterator[str]:
 
 def lines(args: dict, parts: Parts, latents: Tensor, how: dict) -> Iterator[str]:
     """What is said of pictures (B, C, h, w), line after line; of several, each after its file's name."""
-    questions = [args.get("question")]
-    if "questions" in args:
-        questions = [heard(parts, "question", line) for line in read_lines(args["questions"])]
+    questions = [heard(parts, "question", line) for line in args.get("questions", [])]
+    questions = questions or [args.get("question")]
     several = len(latents) > 1 or len(questions) > 1
     asked = [(path, z, question) for path, z in zip(args["image"], latents) for question in questions]
     for some in (asked[at:at + 16] for at in range(0, len(asked), 16)):
@@ -333,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     take = lambda *names: {name: args[name] for name in names if name in args}
     device, auto = cli.device(args.get("device", "auto")), args.get("length") == "auto"
     images = [read_picture(path) for path in args.get("image", [])]      # a bad file, before a slow load
+    if "questions" in args:
+        args["questions"] = read_lines(args["questions"])
     dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
     parts = Parts(args.get("checkpoint", EMOJI), device, dtype, **take(
         "vae", "t5", "tokenizer", "mask_embedding", "height", "width", *["length"] * (not auto)))

@@ -40,12 +40,12 @@ ORDERS = {
 REFRESH = {1: report.BLUE, 2: report.GREEN, 4: report.GREY, 0: report.RED}
 
 
-def measure(parts: Parts, pictures, true: list[str], **how) -> tuple[float, float, float]:
+def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float, float]:
     """Percent right, evaluations a text, seconds."""
     calls, mmdit = [], parts.mmdit.forward
     parts.mmdit.forward = lambda *a, **k: calls.append(len(a[1])) or mmdit(*a, **k)      # a[1]: the text
     started = time.perf_counter()
-    said = reading.write(parts, reading.encode(parts, pictures), **how)
+    said = reading.write(parts, latents, **how)
     seconds = time.perf_counter() - started
     parts.mmdit.forward = mmdit
     return 100 * sum(map(str.__eq__, said, true)) / len(true), sum(calls) / len(true), seconds
@@ -79,11 +79,11 @@ def shown(records: list[dict], split: str, limit: int) -> list[int]:
     return [i for i, record in enumerate(records) if record["split"] == split][:limit]
 
 
-def orders(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -> None:
+def orders(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
     found = {}
     for split in ("tone", "train"):
         some = shown(records, split, limit)
-        batch, true = pictures[some], [records[i]["caption"] for i in some]
+        batch, true = latents[some], [records[i]["caption"] for i in some]
         measure(parts, batch, true, **ORDERS["threshold 0.9"])                    # warm
         for name, how in ORDERS.items():
             for refresh in REFRESH if name in ("confidence", "threshold 0.99") else (1, 0):
@@ -101,7 +101,7 @@ def orders(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -
     draw(rows, out)
 
 
-def choices(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -> None:
+def choices(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
     """Of the questions in the tar, which the shipped weights have learnt."""
     stored = {record["key"]: record["questions"] for record in (
         json.loads(files["json"]) for _, files in Tar(str(emoji.TAR)))}
@@ -111,18 +111,17 @@ def choices(parts: Parts, records: list[dict], pictures, limit: int, out: Path) 
         asked = [(i, q) for i in shown(records, split, limit) for q in stored[records[i]["key"]]]
         cells = []
         for some in (asked, [(i, q) for i, q in asked if q["type"] == "yes/no"]):
-            batch, questions = pictures[[i for i, _ in some]], [q["question"] for _, q in some]
+            batch, questions = latents[[i for i, _ in some]], [q["question"] for _, q in some]
             for refresh in (1, 0):
-                said = reading.write(parts, reading.encode(parts, batch), questions, steps=32,
-                                     refresh=refresh)
+                said = reading.write(parts, batch, questions, steps=32, refresh=refresh)
                 cells.append(f"{right(said, some):.1f}")
-        ranks = [reading.ranked(parts, reading.encode(parts, pictures[i][None]), q["question"], ["yes", "no"])
+        ranks = [reading.ranked(parts, latents[i:i + 1], q["question"], ["yes", "no"])
                  for i, q in some]
         cells.append(f"{right([rank[0][0] for rank in ranks], some):.1f}")
         print(f"| {split} | {' | '.join(cells)} |", flush=True)
 
 
-def infill(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -> None:
+def infill(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
     """One or two words of a held-out caption are gaps; the picture is looked at once, and each time."""
     some = shown(records, "tone", 10**6)
     for refresh in (0, 1):
@@ -132,7 +131,7 @@ def infill(parts: Parts, records: list[dict], pictures, limit: int, out: Path) -
             for at in chance.sample(range(len(words)), min(len(words), chance.randint(1, 2))):
                 words[at] = "[MASK]" + "," * words[at].endswith(",")
             text, gaps = " ".join(words), gaps + " ".join(words).count("[MASK]")
-            said = reading.infill(parts, reading.encode(parts, pictures[i:i + 1]), text, refresh=refresh)
+            said = reading.infill(parts, latents[i:i + 1], text, refresh=refresh)
             pattern = ".*".join(map(re.escape, text.split("[MASK]")))
             right += said == records[i]["caption"]
             kept += bool(re.fullmatch(pattern, said, re.DOTALL))
@@ -150,7 +149,8 @@ def main() -> None:
     parts = Parts(dtype=getattr(torch, args.dtype))
     records, pictures = emoji.load(pixels=parts.height)
     measures = dict(orders=orders, choices=choices, infill=infill)
-    measures[args.what](parts, records, pictures.float() / 127.5 - 1, args.limit, args.out)
+    latents = reading.encode(parts, pictures.float() / 127.5 - 1)
+    measures[args.what](parts, records, latents, args.limit, args.out)
 
 
 if __name__ == "__main__":

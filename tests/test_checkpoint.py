@@ -276,7 +276,7 @@ def test_every_layout_draws(path, parts, tmp_path):
     assert a.width / a.height == int(side[3]) / int(side[1]) and a.tobytes() == b.tobytes()
 
 
-def test_the_release_captions_answers_and_fills_in(tmp_path, capsys):
+def test_the_release_captions_answers_and_fills_in(tmp_path, capsys, monkeypatch):
     Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "red.png")
     flags = ["--checkpoint", RELEASE, "--vae", SD3_FILE, "--image", tmp_path / "red.png", *SMALL]
 
@@ -287,7 +287,11 @@ def test_the_release_captions_answers_and_fills_in(tmp_path, capsys):
     assert first == again != said("--seed", "1")
     torch.save(torch.zeros(64), tmp_path / "mask.pth")
     assert said("--mask-embedding", tmp_path / "mask.pth") != first
-    said("--question", "what is this?", "--posterior", "draw")
+    encode, asked = sample.encode, []
+    monkeypatch.setattr(sample, "encode", lambda *a, **how: asked.append(how) or encode(*a, **how))
+    for what in (["--question", "what is this?"], ["--text", "a [MASK]"], []):
+        said(*what, "--posterior", "draw", "--seed", 7)
+    assert asked == [dict(posterior="draw", seed=7)] * 3
     filled = said("--text", "a [MASK], red cat.")
     assert filled.startswith("a ") and filled.endswith(", red cat.\n")
     odd = "The {[MASK]},\n\n <b>  </s>\t<pad> [MASK] caf\u00e9\u2026"       # all of it stays, to the letter
