@@ -32,10 +32,12 @@ import torch
 from torch import Tensor
 
 import data
+import drawing
 import emoji
 import sample
 import show
 from cli import UserError
+from drawing import draw
 from parts import EMOJI, Parts
 from reading import STEPS, encode, write
 
@@ -101,13 +103,13 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
             | {f"POPE {name}": value for name, value in pope(*zip(*pairs)).items()})
 
 
-def drawing(parts: Parts, records: list[dict], pictures: Tensor, split: str, seed: int, prompts: int,
+def drawn_right(parts: Parts, records: list[dict], pictures: Tensor, split: str, seed: int, prompts: int,
             how: dict) -> dict[str, float]:
-    """Drawings of one split's captions, in percent; `how` goes to sample.draw."""
+    """Drawings of one split's captions, in percent; `how` goes to drawing.draw."""
     pool, results = [i for i, r in enumerate(records) if r["split"] == split], defaultdict(list)
     for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts]):
         captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
-        drawn = sample.draw(parts, captions, seed=start, **how)
+        drawn = draw(parts, captions, seed=start, **how)
         for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, encode(parts, drawn))):
             results["emoji"].append(records[found]["emoji"] == records[i]["emoji"])
             results["exact"].append(found == i)
@@ -141,7 +143,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", **count(200, "prompts a split that are drawn"))
     parser.add_argument("--guidance", **above, help="of drawings (sample.py's default)")
     parser.add_argument("--shift", **above, help="of drawings (sample.py's default)")
-    parser.add_argument("--steps", **count(sample.DRAW_STEPS, "Euler steps of a drawing"))
+    parser.add_argument("--steps", **count(drawing.STEPS, "Euler steps of a drawing"))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
     parser.add_argument("--page", type=Path, help="measure nothing: a picture of results on held-out samples")
     parser.add_argument("--json", type=Path, help="also write every figure of every seed here")
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {}
     for split in args.splits:
         read = reading(parts, records, pictures, split, args.limit)
-        results[split] = [read | drawing(parts, records, pictures, split, seed, args.prompts, how)
+        results[split] = [read | drawn_right(parts, records, pictures, split, seed, args.prompts, how)
                           for seed in args.seeds]
     print(table(results))
     if args.json:

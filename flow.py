@@ -9,7 +9,7 @@ Nothing here knows a network: `velocity` is any callable (x_t, t) -> v.
 Shapes: B batch, C latent channels, h and w latent height and width.
 """
 
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def precise(x: Tensor) -> Tensor:
 
 
 def sigmas(steps: int, shift: float = 3.0) -> Tensor:
-    """Noise levels of an Euler walk, (steps + 1,) float32, from 1 down to 0.
+    """Noise levels of a walk, (steps + 1,) float32, from 1 down to 0.
 
     The shift spends more steps at high noise, which large pictures need.  The grid ends at the shifted 1/1000
     and is shifted as a whole, its last level twice: the published scheduler does so, and released weights are
@@ -75,27 +75,68 @@ def sigmas(steps: int, shift: float = 3.0) -> Tensor:
     return torch.cat([shifted(grid, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
-def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor, trajectory: list | None = None) -> Tensor:
-    """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1]; returns x of noise's shape.
+SOLVERS = dict(euler=1, heun=2, ab2=1)      # and their evaluations a step
 
-    `velocity` gets t as a tensor of shape (1,), one time for the batch.  The walk is in float32 at least.
-    `trajectory`, when given, is filled with the predicted clean x - t v of every step, then the result."""
-    x, sigmas = precise(noise), precise(sigmas).to(noise.device)
-    for t, s in zip(sigmas[:-1], sigmas[1:]):
-        v = velocity(x, t.view(1)).to(x)
-        if trajectory is not None:
-            trajectory.append(x - t * v)
-        x = x + (s - t) * v
-    if trajectory is not None:
-        trajectory.append(x)
+
+def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler",
+         pin: Callable[[Tensor, Tensor], Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1]; yields before each step
+    (t, x_t, the predicted clean x_t - t v), and in the end (sigmas[-1], x, x).
+
+        euler   x_s = x_t + h v_t, h = s - t                      the paper's: the error falls like h
+        heun    x_s = x_t + h (v_t + v(x_t + h v_t, s)) / 2       like h^2, for two evaluations a step
+        ab2     x_s = x_t + h (v_t + h / (2 h') (v_t - v_t'))     like h^2, for one; t' and h' are of the step
+                                                                  before (Adams and Bashforth), at first Euler
+    Heun's last step is Euler's, for the velocity at t = 0 is 0/0 of a predicted x.  `velocity` gets t as a
+    tensor of shape (1,), one time for the batch.  The walk is in float32 at least.  pin(x, t): what x is put
+    to after each step, where a part of the picture is known.  Raises ValueError for another solver."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    x, sigmas, before = precise(noise), precise(sigmas).to(noise.device), None
+    for i, (t, s) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        v, h = velocity(x, t.view(1)).to(x), s - t
+        yield t, x, x - t * v
+        slope = v
+        if solver == "heun" and i < len(sigmas) - 2:
+            slope = (v + velocity(x + h * v, s.view(1)).to(x)) / 2
+        elif solver == "ab2" and before:
+            slope = v + h / (2 * before[1]) * (v - before[0])
+        x, before = x + h * slope, (v, h)
+        x = pin(x, s) if pin else x
+    yield sigmas[-1], x, x
+
+
+def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """The end of `walk` as the paper has it, of noise's shape."""
+    *_, (_, x, _) = walk(velocity, noise, sigmas)
     return x
 
 
-def guide(velocity: Velocity, scale: float) -> Velocity:
-    """Classifier-free guidance v = v_null + scale (v_text - v_null).
+RULES = ["plain", "zero-star", "renormalised"]
 
-    `velocity` must answer a doubled batch (2B, ...), the text half first; the pair is one evaluation."""
+
+def guide(velocity: Velocity, scale: float, rule: str = "plain",
+          interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
+    """Classifier-free guidance v = v_null + scale (v_text - v_null), for times in the interval; outside of it
+    v_text alone, for half the work (arXiv 2404.07724).
+
+        zero-star      v_null times <v_text, v_null> / |v_null|^2, its best fit to v_text (arXiv 2503.18886)
+        renormalised   v shrunk to the length of v_text where it is longer, picture by picture
+
+    `velocity` must answer a doubled batch (2B, ...), the text half first, and the text half alone.  Raises
+    ValueError for another rule, or an interval that is reversed."""
+    if rule not in RULES or not interval[0] <= interval[1]:
+        raise ValueError(f"rule must be one of {', '.join(RULES)} and the interval from low to high, got "
+                         f"{rule!r}, {interval}")
+    norm = lambda v: torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (v.ndim - 1))
+
     def guided(x: Tensor, t: Tensor) -> Tensor:
+        if interval != (0.0, 1.0) and not interval[0] <= float(t) <= interval[1]:
+            return velocity(x, t)
         v_text, v_null = velocity(torch.cat([x, x]), t).chunk(2)                  # (B, C, h, w) each
-        return v_null + scale * (v_text - v_null)
+        if rule == "zero-star":
+            dot = (v_text * v_null).flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
+            v_null = v_null * (dot / norm(v_null).square().clamp(min=1e-12))
+        v = v_null + scale * (v_text - v_null)
+        return v * (norm(v_text) / norm(v).clamp(min=1e-12)).clamp(max=1) if rule == "renormalised" else v
     return guided

@@ -6,6 +6,7 @@
 Shapes: B batch, L tokens, E width of text states.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -169,12 +170,24 @@ class Parts:
             answer_length=length, trains=True)
         return parts
 
+    def transformer(self) -> checkpoint.Tensors:
+        """Its tensors on disk."""
+        path = self.paths["mmdit"]
+        return checkpoint.Tensors([checkpoint.own_weights(path, False)]) if self.family == "ours" else (
+            checkpoint.find(path, "transformer")[0])
+
+    def digest(self) -> str:
+        """Of the files that the transformer is read from."""
+        found = hashlib.sha256()
+        for file in self.transformer().files:
+            with open(file, "rb") as opened:
+                found.update(hashlib.file_digest(opened, "sha256").digest())
+        return found.hexdigest()[:16]
+
     def weight(self) -> int:
         """Bytes of all parts in memory, from headers alone."""
         size = lambda tensors: sum(map(math.prod, tensors.shape.values()))
-        ours = self.family == "ours"
-        count = size(checkpoint.Tensors([checkpoint.own_weights(self.paths["mmdit"], False)]) if ours else
-                     checkpoint.find(self.paths["mmdit"], "transformer")[0])
+        count = size(self.transformer())
         count += 0 if self.own else size(checkpoint.find(self.paths["text"], "t5")[0])
         vae = 0 if self.sizes.channels == 3 else size(checkpoint.find(self.paths["vae"], "vae")[0])
         return count * self.dtype.itemsize + vae * 4

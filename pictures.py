@@ -11,10 +11,12 @@ from typing import Iterator
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from cli import UserError
+from tensors import replacing
 
 LONGEST = 4             # sides: training leaves out a picture longer than 4 to 1
 
@@ -94,15 +96,16 @@ def flat(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def fit_picture(picture: Image.Image, height: int, width: int | None = None) -> Image.Image:
-    """The largest middle part of the shape of height x width (a square without a width), resized (bicubic).
+def fit_picture(picture: Image.Image, height: int, width: int | None = None,
+                filter: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    """The largest middle part of the shape of height x width (a square without a width), resized.
 
     It is cut before it is resized: of a picture of 100,000 x 1 the other order would make gigabytes."""
     across, down, width = *picture.size, width or height
     size = (across, across * height / width) if across * height <= down * width else (
         down * width / height, down)
     left, top = (across - size[0]) / 2, (down - size[1]) / 2
-    return picture.resize((width, height), Image.Resampling.BICUBIC,
+    return picture.resize((width, height), filter,
                           (left, top, left + size[0], top + size[1]))
 
 
@@ -123,3 +126,37 @@ def to_picture(image: Tensor) -> Image.Image:
     """(3, P, P) in [-1, 1], clipped -> RGB picture."""
     array = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
+
+
+def read_mask(path: Path, like: Image.Image, height: int, width: int, factor: int) -> Tensor:
+    """Where a mask file, of the size of the picture that it is about, is not black, (1, 1, h, w) bool: cut as
+    that is (`fit_picture`), and a latent of which any pixel is meant counts as meant.  Raises UserError."""
+    mask = read_picture(path)
+    if mask.size != like.size:
+        raise UserError(f"{path}: a mask of {mask.width}x{mask.height}, the picture has {like.width}x"
+                        f"{like.height}; expected the same")
+    light = mask.convert("L").point(lambda value: 255 * (value > 127))
+    if not light.getbbox():
+        raise UserError(f"{path}: is black everywhere, so that nothing would be drawn; paint white what is "
+                        f"to be drawn anew")
+    fitted = torch.from_numpy(np.array(fit_picture(light, height, width, Image.Resampling.BOX)))
+    return F.max_pool2d((fitted > 0)[None, None].float(), factor) > 0
+
+
+def write_png(path: Path, picture: Image.Image, fields: dict[str, str]) -> None:
+    """A PNG with text fields, there whole or not at all.  Raises UserError."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in fields.items():
+        info.add_itxt(name, value)
+    try:
+        with replacing(path) as temporary:
+            picture.save(temporary, "PNG", pnginfo=info)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error})")
+
+
+def text_fields(path: Path) -> dict[str, str]:
+    """Those of a PNG; none of another picture.  Raises UserError."""
+    read_picture(path)                                           # whole, or refused by name
+    with Image.open(path) as picture:
+        return {name: str(value) for name, value in getattr(picture, "text", {}).items()}

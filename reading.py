@@ -59,25 +59,28 @@ def logits(parts: Parts, latents: Tensor | None, refresh: int = 1, text=None):
 
 
 @torch.no_grad()
-def encode(parts: Parts, images: Tensor, posterior: str = "mean", seed: int = 0) -> Tensor:
+def encode(parts: Parts, images: Tensor, posterior: str = "mean", seed: int = 0,
+           dtype: torch.dtype | None = None) -> Tensor:
     """Clean latents (B, C, h, w) of images (B, 3, H, W), 16 at a time: the posterior's "mean", or as in the
-    published code a "draw" from it, by the seed and for each image as if it were alone."""
+    published code a "draw" from it, by the seed and for each image as if it were alone.  dtype: parts.dtype
+    unless given."""
     parts.hold("vae")
     generator = lambda: torch.Generator().manual_seed(seed) if posterior == "draw" else None
     return torch.cat([parts.vae.encode(some.to(parts.device), generator())
-                      for some in images.split(1 if posterior == "draw" else 16)]).to(parts.dtype)
+                      for some in images.split(1 if posterior == "draw" else 16)]).to(dtype or parts.dtype)
 
 
 @torch.no_grad()
 def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["text"],
          temperature: float | None = None, seed: int | list[int] = 0, order: str | None = None,
          trajectory: list | None = None, refresh: int | None = None, guidance: float = 1.0,
-         ramp: bool = False, **how) -> Tensor:
+         ramp: bool = False, asked: list | None = None, **how) -> Tensor:
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no picture; all else stays.
 
     order, and `how` (level, per_step, top_p, canvas): of `mask_diffusion.walk`.  What is behind an end is
     padding at once.  seed: of every row, whose text is the same in any batch; or one for each.  refresh: of
-    `logits`.  guidance, ramp: of `mask_diffusion.guide`, away from what is written without a picture."""
+    `logits`.  guidance, ramp: of `mask_diffusion.guide`, away from what is written without a picture.  asked:
+    gets, of each evaluation, how many states the trajectory had, the tokens (m,), and their logits (m, V)."""
     given = dict(temperature=temperature, order=order, refresh=refresh)
     given = {name: parts.defaults[name] if value is None else value for name, value in given.items()}
     parts.hold("text", "mmdit")
@@ -87,6 +90,12 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["
     if guidance != 1:
         blind = logits(parts, None, refresh, text)
         function = mask_diffusion.guide(function, blind, guidance, tokenizer.mask_id, ramp)
+    if asked is not None:
+        plain = function
+
+        def function(ids: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+            asked.append((len(trajectory), at, plain(ids, at, rows)))
+            return asked[-1][2]
     evaluations = min(steps, int((ids == tokenizer.mask_id).sum(1).max()))
     return mask_diffusion.sample(
         watched(parts, function, evaluations, "reading"), ids.to(parts.device), tokenizer.mask_id, steps,

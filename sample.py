@@ -7,13 +7,17 @@
     python sample.py --image apple.png --question "Is this food?" --choices yes no     # which is likelier
     python sample.py --image apple.png --score "red apple, noto style"      # how likely it is
     python sample.py --image apple.png pear.png --questions questions.txt   # all of them about each
+    python sample.py --image apple.png --strength 0.6 --prompt "green apple, noto style"    # drawn over it
+    python sample.py --image apple.png --mask mask.png --prompt "red apple, noto style"    # where it is white
+    python sample.py --prompts prompts.txt --out drawn                      # a line each, into a folder
 
 Without --checkpoint the weights in assets/emoji are used; they were trained by train.py.  With it, any layout
 that checkpoint.py reads, D-DiT's releases and SD3 among them:
 
     python sample.py --checkpoint dual_diff_sd3_512_base --prompt "a red fox" --height 512 --width 768
 
-The same seed gives the same result.  --trajectory FILE.gif shows the picture form, or the text appear.
+The same seed gives the same result.  --trajectory FILE.gif shows the picture form, or the text appear, and
+FILE.html, for a browser, what the network looks at meanwhile.
 
 Shapes: B batch, L tokens, E width of text states, H and W height and width in pixels.
 """
@@ -25,96 +29,25 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 import data
+import drawing
 import flow
+import gallery
 import mask_diffusion
 import show
+import trajectory
+from checkpoint import write_text
 from cli import UserError, require
+from drawing import Edit, Seen, draw, drawings, joint, likeliest
 from parts import EMOJI, Parts
-from pictures import fit_picture, read_picture, to_tensor
-from reading import STEPS, canvas, encode, infill, logits, ranked, score, watched, write
-
-DRAW_STEPS = 28
-
-
-@torch.no_grad()
-def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = DRAW_STEPS,
-             guidance: float | None = None, seed: int = 0, shift: float | None = None,
-             trajectory: list | None = None) -> Iterator[Tensor]:
-    """A picture for each prompt, one after the other, (3, H, W) in [-1, 1] on the CPU.  They are walked in
-    batches of 16, of large models 4, and decoded one at a time; the batch changes no picture's noise.
-
-    trajectory, when given, is filled in the end with the predicted clean pictures of every step, (B, 3, H, W)
-    each."""
-    guidance = parts.defaults["guidance"] if guidance is None else guidance
-    shift = parts.defaults["shift"] if shift is None else shift
-    parts.hold("text")
-    texts = list(dict.fromkeys([*prompts, negative]))
-    states = parts.text(torch.stack([parts.tokenizer.encode(text, parts.length) for text in texts]).to(
-        parts.device))                                                            # (n, L, E)
-    parts.hold("mmdit")
-    shape = parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
-    size, generator = 16 if parts.own else 4, torch.Generator().manual_seed(seed)
-    model = watched(parts, lambda x, text, t: parts.mmdit(x, text, t, need="velocity")[0].float(),
-                    steps * math.ceil(len(prompts) / size), "drawing")
-    clean, walks = [], []
-    for some in (prompts[at:at + size] for at in range(0, len(prompts), size)):
-        rows = [texts.index(text) for text in some + [negative] * len(some) * (guidance != 1)]
-        noise = torch.randn(len(some), *shape, generator=generator).to(parts.device)
-        velocity = lambda x, t: model(x, states[rows], t)                         # of B or 2B rows
-        walks.append([])
-        clean += flow.euler(velocity if guidance == 1 else flow.guide(velocity, guidance), noise,
-                            flow.sigmas(steps, shift), None if trajectory is None else walks[-1])
-    parts.hold("vae")
-    decode = lambda z: parts.vae.decode(z[None])[0].float().cpu()                 # (3, H, W)
-    for z in clean:
-        yield decode(z).clamp(-1, 1)
-    if trajectory is not None:
-        trajectory[:] = [torch.stack(list(map(decode, torch.cat(step)))) for step in zip(*walks)]
-
-
-def draw(parts: Parts, prompts: list[str], *args, **how) -> Tensor:
-    """`drawings` as one tensor, (B, 3, H, W)."""
-    return torch.stack(list(drawings(parts, prompts, *args, **how)))
-
-
-@torch.no_grad()
-def likeliest(parts: Parts, pictures: list[Tensor], prompt: str) -> list[tuple[float, Tensor]]:
-    """Pictures (3, H, W) by the bound of -log p(prompt | picture), in nats, the least first."""
-    ids = parts.tokenizer.encode(prompt, parts.length)
-    latents = encode(parts, torch.stack(pictures))
-    found = [(score(parts, latents[i:i + 1], ids)[0], picture) for i, picture in enumerate(pictures)]
-    return sorted(found, key=lambda pair: pair[0])
-
-
-@torch.no_grad()
-def joint(parts: Parts, steps: int = DRAW_STEPS, seed: int = 0, shift: float | None = None,
-          temperature: float = 1.0) -> tuple[Tensor, str]:
-    """A picture (3, H, W) and its caption, from noise and [MASK]s, by turns: a step of the one beside the
-    text as it stands, then of the other beside the picture that is predicted.
-
-    Beyond what the paper trains, where one of the two is always clean: expect little."""
-    parts.hold("text", "mmdit")
-    generator, mask_id = torch.Generator().manual_seed(seed), parts.tokenizer.mask_id
-    shape = 1, parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
-    x = torch.randn(shape, generator=generator).to(parts.device)
-    levels = flow.sigmas(steps, parts.defaults["shift"] if shift is None else shift).to(parts.device)
-    walk = mask_diffusion.walk(lambda ids, at, rows: logits(parts, clean)(ids, at), canvas(parts)[None].to(
-        parts.device), mask_id, steps, generator, temperature, "confidence", picks=True,
-        end=(parts.tokenizer.end_id, parts.tokenizer.pad_id))
-    _, ids = next(walk)
-    for t, s in zip(levels[:-1], levels[1:]):
-        v = parts.mmdit(x.to(parts.dtype), parts.text(ids), t.view(1), need="velocity")[0].float()
-        clean, x = (x - t * v).to(parts.dtype), x + (s - t) * v
-        _, ids = next(walk, (None, ids))                         # of the tokens as large a part
-    parts.hold("vae")
-    return parts.vae.decode(x.to(parts.dtype))[0].float().cpu().clamp(-1, 1), parts.tokenizer.decode(ids[0])
+from pictures import fit_picture, read_mask, read_picture, to_tensor
+from reading import STEPS, encode, infill, ranked, write
 
 
 def results(parts: Parts, prompts: list[str], captions: list[str], images: Tensor) -> Image.Image:
@@ -128,31 +61,50 @@ def results(parts: Parts, prompts: list[str], captions: list[str], images: Tenso
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def flags() -> tuple[cli.Parser, dict[str, str]]:
-    """The parser, and for each flag that some of the ways have alone, the flags it goes with."""
-    parser, goes_with = cli.Parser(__doc__), {}
+above = dict(type=cli.number(float, 0.001), metavar="X")
+count = lambda low, text: dict(type=cli.number(int, low), metavar="N", help=text)
+other = lambda word, value, low: lambda text: value if text == word else cli.number(int, low)(text)
 
-    def add(name: str, mode: str = "", **how) -> None:
-        parser.add_argument(name, default=argparse.SUPPRESS, **how)
-        if mode:
-            goes_with[name.removeprefix("--").replace("-", "_")] = mode
-    above = dict(type=cli.number(float, 0.001), metavar="X")
-    count = lambda low, text: dict(type=cli.number(int, low), metavar="N", help=text)
-    other = lambda word, value, low: lambda text: value if text == word else cli.number(int, low)(text)
-    draws, reads = "--prompt or --joint", "--image or --text"
-    levels = ", ".join(f"{order} {x}" for order, x in mask_diffusion.LEVELS.items() if x)
+
+def draw_flags(add: Callable) -> None:
+    pictures, one = "--prompt or --prompts or --vary", "--prompt or --vary"
+    draws = f"{pictures} or --joint"
     add("--prompt", help="draw this")
+    add("--prompts", type=Path, metavar="FILE", help="draw these, a line each, into the folder --out; what "
+        "is there already is skipped")
     add("--image", type=Path, nargs="+", metavar="FILE", help="caption these pictures, a line each, or "
-        "answer about them, or score a text; fill --text, or --chat, about one")
+        "answer about them, or score a text; fill --text, or --chat, about one; with --prompt: draw over it")
+    add("--vary", action="store_true", help="draw over --image by its own caption")
+    add("--strength", type=cli.number(float, 0, 1), metavar="X", help="the noise level from which --image is "
+        "drawn over: 0 gives it back, 1 is a drawing from nothing (0.7; with --mask 1)")
+    add("--mask", type=Path, metavar="FILE", help="a picture of the size of --image; what is black "
+        "there stays")
     add("--joint", action="store_true", help="a picture and its caption together, from nothing; the paper "
         "trains no such thing")
-    add("--negative-prompt", "--prompt", help="guide away from this, not from the empty prompt")
-    add("--n", "--prompt", **count(1, "pictures drawn, as one grid (1)"))
-    add("--best", "--prompt", action="store_true", help="the --n pictures in the order of how likely they "
+    add("--negative-prompt", pictures, help="guide away from this, not from the empty prompt")
+    add("--n", pictures, **count(1, "pictures drawn of each prompt, with this seed and the next ones, as one "
+        "grid (1)"))
+    add("--separate", one, action="store_true", help="each as a file of its own in the folder --out")
+    add("--best", one, action="store_true", help="the --n pictures in the order of how likely they "
         "make the prompt")
-    add("--guidance", "--prompt", **above, help="classifier-free guidance; 1: none (4; published weights: 7)")
+    add("--guidance", pictures, **above, help="classifier-free guidance; 1: none (4; published weights: 7)")
+    add("--guidance-interval", pictures, nargs=2, type=cli.number(float, 0, 1), metavar="T", help="guided at "
+        "these noise levels alone, for half the work outside (0 1)")
+    add("--guidance-rule", pictures, choices=flow.RULES, help="see flow.py (plain)")
+    add("--zero-steps", pictures, **count(0, "first steps in which nothing moves (0)"))
+    add("--solver", pictures, choices=list(flow.SOLVERS), help="see flow.py; heun takes two evaluations a "
+        "step, and half of --steps (euler)")
+    add("--batch", pictures, **count(1, "pictures drawn at once; changes time and memory alone (16; large "
+        "models 4)"))
+    add("--compile", pictures, action="store_true", help="compile the blocks first, which takes a minute; on "
+        "a GPU one CUDA graph")
     add("--shift", draws, **above, help="shift of the noise levels; 1: none (1; published weights: 3)")
-    add("--out", draws, type=Path, help="where the picture goes (sample.png)")
+    add("--out", draws, type=Path, help="where the picture goes (sample.png), or the pictures (drawn)")
+
+
+def read_flags(add: Callable) -> None:
+    reads, levels = "--image or --text", ", ".join(f"{order} {x}" for order, x in
+                                                   mask_diffusion.LEVELS.items() if x)
     add("--question", "--image", help="what to answer")
     add("--questions", "--image", type=Path, metavar="FILE", help="what to answer, a line each")
     add("--chat", "--image", action="store_true", help="ask in the terminal, until an empty line")
@@ -173,9 +125,22 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     add("--posterior", "--image", choices=["mean", "draw"], help="what the autoencoder gives (mean)")
     add("--max-tokens", "--image", **count(1, "longest caption or answer; above --length it goes on in "
                                            "blocks"))
-    add("--steps", **count(1, "of the walk: 28 to draw, 128 for a text, 32 to answer"))
+
+
+def flags() -> tuple[cli.Parser, dict[str, str]]:
+    """The parser, and for each flag that some of the ways have alone, the flags it goes with."""
+    parser, goes_with = cli.Parser(__doc__), {}
+
+    def add(name: str, mode: str = "", **how) -> None:
+        parser.add_argument(name, default=argparse.SUPPRESS, **how)
+        if mode:
+            goes_with[name.removeprefix("--").replace("-", "_")] = mode
+    draw_flags(add)
+    read_flags(add)
+    add("--steps", **count(1, "evaluations of the walk: 28 to draw, 128 for a text, 32 to answer"))
     add("--seed", type=cli.number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same result (0)")
-    add("--trajectory", type=Path, help="a .gif of the picture forming, or of the text being unmasked")
+    add("--trajectory", type=Path, help="a .gif of the picture forming, x_t beside the predicted one, or of "
+        "the text being unmasked; or an .html page of it, with what the network looks at")
     add("--checkpoint", type=Path, help="any layout (the shipped emoji weights)")
     add("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
     add("--dtype", choices=["float32", "bfloat16"], help="of transformer, T5 (bfloat16 where it is native)")
@@ -195,44 +160,61 @@ WRITES = ["temperature", "top_p", "order", "level", "tokens_per_step", "refresh"
           "posterior", "max_tokens", "steps", "seed"]
 # of these at most one
 APART = [("text", "question", "questions", "score", "chat"), ("choices", "score", "text"),
-         ("trajectory", "questions", "score", "choices", "chat", "joint"), ("prompt", "text"),
-         ("joint", "text")]
+         ("trajectory", "questions", "score", "choices", "chat", "joint", "prompts", "separate"),
+         ("prompt", "prompts", "vary", "joint", "text"), ("prompts", "image"), ("joint", "image"),
+         ("separate", "best")]
 
 
 def parse(argv: list[str] | None = None) -> dict:
     """The flags that were given, checked against each other."""
     parser, goes_with = flags()
     args = vars(parser.parse_args(argv))
-    ways, pictures = [way for way in ("prompt", "image", "joint") if way in args], len(args.get("image", []))
-    if len(ways) > 1 or not ways and "text" not in args:
-        parser.error("give --prompt TEXT to draw, or --image FILE to read a picture, and not both")
+    if not {"prompt", "prompts", "image", "joint", "text"} & set(args):
+        parser.error("give --prompt TEXT to draw, or --image FILE to read a picture")
+    pictures, edits = len(args.get("image", [])), "image" in args and bool({"prompt", "vary"} & set(args))
+    if edits and not {"vary", "strength", "mask"} & set(args):
+        parser.error("--prompt with --image draws over it: say from which noise level, --strength 0.7, or "
+                     "where, --mask FILE")
     for group in APART:
         given = [cli.flag(name) for name in group if name in args]
         if len(given) > 1 and given != ["--question", "--score"]:
             parser.error(f"give {given[0]} or {given[1]}, not both")
     for name, mode in goes_with.items():
-        if name in args and not any(cli.flag(given) in mode.split(" or ") for given in args):
-            parser.error(f"{cli.flag(name)} changes nothing without {mode}")
+        given = set(args) - {"image"} if edits else set(args)
+        if name in args and not any(cli.flag(other) in mode.split(" or ") for other in given):
+            parser.error(f"{cli.flag(name)} changes nothing without {mode}" + edits * ", and no --prompt")
     for name, wrong, why in (
             ("max_tokens", "text" in args, "changes nothing with --text, which is as long as it is"),
             ("length", "text" in args and args.get("length") == "auto", "auto changes nothing with --text"),
             ("best", args.get("n", 1) == 1, "changes nothing without --n, of which to show the best"),
-            *((name, pictures > 1, "is about one picture") for name in ("text", "chat", "trajectory")),
+            *((name, not edits, "is about drawing over a picture: give --image with --prompt or --vary")
+              for name in ("strength", "mask", "vary")),
+            *((name, pictures > 1, "is about one picture") for name in ("text", "chat", "trajectory", "mask",
+                                                                        "strength", "prompt", "vary")),
+            ("trajectory", args.get("trajectory", Path()).suffix.lower() == ".html" and args.get("n", 1) > 1,
+             "FILE.html is about one picture; leave out --n"),
+            ("zero_steps", args.get("zero_steps", 0) >= args.get("steps", drawing.STEPS), "leaves no step"),
             *((name, bool({"score", "choices"} & set(args)), "changes nothing where no text is written")
               for name in WRITES)):
         if name in args and wrong:
             parser.error(f"{cli.flag(name)} {why}")
+    low, high = args.get("guidance_interval", (0, 1))
+    if low > high:
+        parser.error(f"--guidance-interval {low:g} {high:g}: expected the lower noise level first")
     for name, use in dict(prompt="draw", question="ask", text="fill", score="score").items():
         if not args.get(name, "x").strip():
             parser.error(f"--{name} is empty; write what to {use}")
     if "[MASK]" not in args.get("text", "[MASK]"):
         parser.error("--text holds no [MASK]; write [MASK] where words are missing")
+    if args.get("trajectory") is not None and args["trajectory"] == args.get("out"):
+        parser.error(f"--out and --trajectory are both {args['out']}; name two files")
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    for name, kinds, such in (("out", known, ".png"), ("trajectory", {".gif"}, ".gif")):
+    folder = bool({"prompts", "separate"} & set(args))
+    for name, kinds, such in (("out", known, ".png"), ("trajectory", {".gif", ".html"}, ".gif")):
         path = args.get(name, Path(f"sample{such}"))
         if not path.parent.is_dir():
             parser.error(f"--{name} {path}: the folder {path.parent} does not exist")
-        if path.suffix.lower() not in kinds:
+        if path.suffix.lower() not in kinds and not (name == "out" and folder):
             parser.error(f"--{name} {path}: expected a picture's name, such as {path.stem}{such}")
     return args
 
@@ -245,6 +227,7 @@ def heard(parts: Parts, name: str, text: str) -> str:
     if read != text:
         print(f"note: {cli.flag(name)} is read as {read!r}, as captions were written in training",
               file=sys.stderr)
+    name = "prompt" if name == "prompts" else name
     given = [data.question_prompt(read)] if asked else read.replace(" [MASK]", "[MASK]").split("[MASK]")
     if words := [word for text in given for word in tokenizer.strange(text)]:
         why = "no text in training had" if tokenizer.seen is not None else "the tokenizer has no piece for"
@@ -252,28 +235,61 @@ def heard(parts: Parts, name: str, text: str) -> str:
     return read
 
 
-def paint(args: dict, parts: Parts, texts: dict, states: list | None, take) -> None:
-    """--prompt, --joint: what is drawn goes to --out."""
+def paint_both(args: dict, parts: Parts, take) -> None:
+    """--joint."""
     out = args.get("out", Path("sample.png"))
-    if "joint" in args:
-        print("note: the paper trains one of picture and text while the other is clean; here both come from "
-              "nothing", file=sys.stderr)
-        picture, text = joint(parts, **take("steps", "seed", "shift", "temperature"))
-        show.write_picture(out, show.grid([picture]))
-        print(f"{out}: {text}")
+    print("note: the paper trains one of picture and text while the other is clean; here both come from "
+          "nothing", file=sys.stderr)
+    picture, text = joint(parts, **take("steps", "seed", "shift", "temperature"))
+    show.write_picture(out, show.grid([picture]))
+    print(f"{out}: {text}")
+
+
+def paint(args: dict, parts: Parts, images: list[Image.Image], take) -> None:
+    """--prompt, --prompts, --vary: what is drawn goes to --out."""
+    names = dict(guidance_interval="interval", guidance_rule="rule", zero_steps="zero", compile="fast")
+    how = {names.get(name, name): value for name, value in take(
+        "steps", "guidance", "shift", "solver", "batch", *names).items()}
+    how |= {"interval": tuple(how["interval"])} if "interval" in how else {}
+    prompts = args.get("prompts") or [args.get("prompt", "")]
+    if images:
+        pixels = to_tensor(fit_picture(images[0], parts.height, parts.width))[None]
+        if "vary" in args:
+            prompts = write(parts, encode(parts, pixels))
+            print(f"its caption: {prompts[0]}")
+        strength = args.get("strength", 1.0 if "mask" in args else 0.7)
+        how["edit"] = Edit(encode(parts, pixels, dtype=torch.float32), strength, args.get("mask"))
+    negative, flag = args.get("negative_prompt", ""), "prompts" if "prompts" in args else "prompt"
+    for text in [negative, *prompts]:
+        count, most = len(parts.tokenizer.pieces(parts.tokenizer.lowered(text))), parts.length - 1
+        which = "--negative-prompt" if text is negative else cli.flag(flag) + f", {text[:40]!r}," * (
+            flag == "prompts")
+        require((count <= most, f"{which} has {count} tokens, expected at most {most}; cut it"))
+    prompts = [heard(parts, flag, text) for text in prompts]
+    how["negative"] = heard(parts, "negative_prompt", negative)
+    seed, n = args.get("seed", 0), args.get("n", 1)
+    jobs = [(prompt, seed + i) for prompt in prompts for i in range(n)]
+    if {"prompts", "separate"} & set(args):
+        out = args.get("out", Path("drawn"))
+        there = gallery.fill(parts, jobs, out, **how)
+        print(f"{out}: {len(jobs)} pictures, {there} of which were there")
         return
-    for name, text in texts.items():
-        count, most = len(parts.tokenizer.pieces(text)), parts.length - 1
-        require((count <= most, f"{cli.flag(name)} has {count} tokens, expected at most {most}; cut it"))
-    drawn = drawings(parts, [texts["prompt"]] * args.get("n", 1), texts.get("negative_prompt", ""),
-                     trajectory=states, **take("steps", "guidance", "seed", "shift"))
+    out, path = args.get("out", Path("sample.png")), args.get("trajectory")
+    seen = trajectory.seen(parts, path.suffix == ".html") if path else Seen(states=None)
+    drawn = list(drawings(parts, [prompt for prompt, _ in jobs], seed=seed, seen=seen, **how))
     if "best" in args:
-        nats, drawn = zip(*likeliest(parts, list(drawn), texts["prompt"]))
+        nats, drawn = zip(*likeliest(parts, drawn, prompts[0]))
         print("nats of the prompt: " + " ".join(f"{x:.2f}" for x in nats))
     show.write_picture(out, show.grid(drawn))
-    print(out)
-    if states:
-        show.write_picture(args["trajectory"], *map(show.grid, states))
+    print(f"{out}: {seen.rows // n} evaluations a picture")
+    if path:
+        about = dict(seed=seed, evaluations=seen.rows) | {
+            name: how[name] for name in ("solver", "guidance", "rule", "interval") if name in how}
+        if path.suffix == ".html":
+            write_text(path, trajectory.drawing_page(parts, prompts[0], seen, about))
+        else:
+            show.write_picture(path, *trajectory.drawing_frames(seen))
+        print(path)
 
 
 def told(parts: Parts, latents: Tensor, args: dict) -> Iterator[str]:
@@ -302,13 +318,13 @@ def lines(args: dict, parts: Parts, latents: Tensor, how: dict) -> Iterator[str]
             yield "\t".join([str(path), *[question] * ("questions" in args), text]) if several else text
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, what: str = "question") -> list[str]:
     """The lines of a file that are not empty.  Raises UserError."""
     try:
         found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})")
-    require((bool(found), f"{path}: holds no question; write one a line"))
+    require((bool(found), f"{path}: holds no {what}; write one a line"))
     return found
 
 
@@ -332,8 +348,8 @@ def main(argv: list[str] | None = None) -> None:
     take = lambda *names: {name: args[name] for name in names if name in args}
     device, auto = cli.device(args.get("device", "auto")), args.get("length") == "auto"
     images = [read_picture(path) for path in args.get("image", [])]      # a bad file, before a slow load
-    if "questions" in args:
-        args["questions"] = read_lines(args["questions"])
+    args |= {name: read_lines(args[name], use) for name, use in (("questions", "question"),
+                                                                 ("prompts", "prompt")) if name in args}
     dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
     parts = Parts(args.get("checkpoint", EMOJI), device, dtype, **take(
         "vae", "t5", "tokenizer", "mask_embedding", "height", "width", *["length"] * (not auto)))
@@ -342,15 +358,17 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: a height of {parts.height} and a width of {parts.width}; these weights have learnt "
               f"pictures of {' by '.join(map(str, parts.trained[0]))}, and may show tiles at another size",
               file=sys.stderr)
-    texts = {name: heard(parts, name, text) for name, text in take(
-        "prompt", "negative_prompt", "question", "text").items()}
+    if "mask" in args:
+        args["mask"] = read_mask(args["mask"], images[0], parts.height, parts.width, parts.factor)
+    for name in {"question", "text"} & set(args):
+        heard(parts, name, args[name])
     for name in {"choices", "score"} & set(args):
         given = args[name] if name == "choices" else [args[name]]
         args["answers"] = [heard(parts, name, text) for text in given]
-    require((parts.family != "SD3" or "prompt" in args,
+    require((parts.family != "SD3" or bool({"prompt", "prompts"} & set(args)) and "best" not in args,
              "this checkpoint is SD3's, which has no text head: it only draws"))
-    if "prompt" in args or "joint" in args:
-        paint(args, parts, texts, states, take)
+    if {"prompt", "prompts", "vary", "joint"} & set(args):
+        paint_both(args, parts, take) if "joint" in args else paint(args, parts, images, take)
         return
 
     steps = args.get("steps", STEPS["answer" if {"question", "questions", "chat"} & set(args) else "text"])
@@ -374,9 +392,14 @@ def main(argv: list[str] | None = None) -> None:
         for line in lines(args, parts, latents, how | dict(trajectory=states)):
             print(line, flush=True)
     if states:
-        steps = steps if order == "random" else int(states[-1][0][0])
-        show.write_picture(args["trajectory"], *[show.text_frame(parts.tokenizer, ids[0], int(step[0]), steps)
-                                                 for step, ids in states])
+        path, start = args["trajectory"], states[0][1][0]
+        if path.suffix == ".html":
+            about = {name: args[name] for name in ("question", "seed") if name in args} | dict(order=order)
+            write_text(path, trajectory.reading_page(parts, pixels[0] if images else None, latents, start,
+                                                     about, **how))
+        else:
+            show.write_picture(path, *trajectory.reading_frames(parts, states, steps * (order == "random")))
+        print(path)
 
 
 if __name__ == "__main__":

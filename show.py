@@ -34,6 +34,14 @@ def grid(images: Iterable[Tensor]) -> Image.Image:
     return sheet
 
 
+def beside(*pictures: Image.Image) -> Image.Image:
+    """Pictures of one height in a row."""
+    sheet = Image.new("RGB", (sum(p.width + 8 for p in pictures) - 8, pictures[0].height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (sum(p.width + 8 for p in pictures[:i]), 0))
+    return sheet
+
+
 def page(*columns: list[tuple[Tensor, list[str]]]) -> Image.Image:
     """Columns of pictures (3, H, W), each with lines of text beside it."""
     sheet = Image.new("RGB", (500 * len(columns), 104 * max(map(len, columns))), "white")

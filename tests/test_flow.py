@@ -42,6 +42,40 @@ def test_euler_error_falls_like_one_over_the_steps():
         assert 1.8 < coarse / fine < 2.2
 
 
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("ab2", 2)])
+def test_the_error_of_each_solver_falls_with_its_order(solver, order):
+    """At 48 to 385 evaluations, of any solver, on a Gaussian, whose flow map is affine; uneven steps too."""
+    noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    exact = MEAN + VARIANCE.sqrt() * noise
+    for shift in (1.0, 3.0):
+        errors = []
+        for n in (48, 96, 192, 384):
+            grid = torch.linspace(1, 0, n // flow.SOLVERS[solver] + 1, dtype=torch.float64)
+            grid = flow.shifted(grid, shift)
+            *_, (t, x, clean) = flow.walk(velocity, noise, grid, solver)
+            errors.append((x - exact).abs().mean())
+            assert t == 0 and x is clean
+        for coarse, fine in zip(errors, errors[1:]):
+            assert 0.8 * 2 ** order < coarse / fine < 1.2 * 2 ** order
+    assert order == 1 or errors[0] < 0.5 * (flow.euler(velocity, noise, flow.shifted(
+        torch.linspace(1, 0, 49, dtype=torch.float64), 3.0)) - exact).abs().mean()
+    with pytest.raises(ValueError, match="solver must be one of euler, heun, ab2, got 'rk4'"):
+        next(flow.walk(velocity, noise, grid, "rk4"))
+
+
+def test_the_walk_shows_its_states_and_a_pinned_part_stays_on_its_line():
+    noise, known = torch.randn(5, 2), torch.tensor([3.0, -4.0])
+    where = torch.tensor([False, True])                          # the first axis is known
+    line = lambda t: (1 - t) * known + t * noise
+    states = list(flow.walk(lambda x, t: velocity(x, t).float(), noise, flow.sigmas(6, 1.0),
+                            pin=lambda x, t: torch.where(where, x, line(t))))
+    assert [float(t) for t, _, _ in states] == flow.sigmas(6, 1.0).tolist()
+    for t, x, clean in states:
+        assert torch.equal(x[:, 0], line(t)[:, 0])
+        assert torch.allclose(clean, x - t * velocity(x, t.view(1)).float() if t else x, atol=1e-6)
+    assert torch.equal(states[-1][1][:, 0], known[0].expand(5)) and len(set(states[-1][1][:, 1])) == 5
+
+
 def test_drawing_from_the_predicted_data_is_drawing_from_the_velocity():
     noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     predicted = lambda x, t: velocity_to(x - t.view(-1, 1) * velocity(x, t), x, t, T_FLOOR["draw"])
@@ -100,6 +134,43 @@ def test_guidance_is_the_published_combination_in_one_evaluation():
         return torch.cat([torch.full((2, 1), 3.0), torch.full((2, 1), 1.0)])
     v = flow.guide(pair, 7.0)(torch.zeros(2, 1), torch.ones(1))
     assert calls == [4] and v.flatten().tolist() == [1 + 7 * 2] * 2
+
+
+def both(x, t):
+    """Two velocities, the text's of x^2 and the null's of x, or of five rows the text's alone."""
+    return torch.cat([x[:5] ** 2, x[5:]])
+
+
+def test_guidance_on_an_interval_is_plain_outside_and_asks_half():
+    x, asked = torch.randn(5, 3, 2, 2), []
+    velocity = lambda y, t: asked.append(len(y)) or both(y, t)
+    guided = flow.guide(velocity, 3.0, interval=(0.2, 0.9))
+    for t in (0.1, 0.2, 0.5, 0.9, 0.95):
+        found, plain = guided(x, torch.tensor([t])), x ** 2
+        assert torch.equal(found, x + 3 * (plain - x) if 0.2 <= t <= 0.9 else plain)
+    assert asked == [5, 10, 10, 10, 5]
+    whole = flow.guide(both, 1.0, interval=(0.0, 1.0))(x, torch.tensor([0.5]))
+    assert torch.allclose(whole, x ** 2, atol=1e-6)              # a scale of 1 guides nowhere
+    for wrong in (dict(interval=(0.9, 0.2)), dict(rule="other")):
+        with pytest.raises(ValueError, match="the interval from low to high"):
+            flow.guide(both, 3.0, **wrong)
+
+
+def test_zero_star_and_renormalised_guidance_are_their_definitions():
+    x, t = torch.randn(5, 3, 2, 2), torch.tensor([0.5])
+    same = lambda y, t: torch.cat([y[:5], y[:5]])
+    for rule in flow.RULES:                                      # of equal velocities all are the identity
+        assert torch.allclose(flow.guide(same, 4.0, rule)(x, t), x, atol=1e-6)
+    text, null = x ** 2, x
+    for i in range(5):
+        s = float((text[i] * null[i]).sum() / (null[i] ** 2).sum())
+        found = flow.guide(both, 4.0, "zero-star")(x, t)[i]
+        assert torch.allclose(found, s * null[i] + 4 * (text[i] - s * null[i]), atol=1e-5)
+        off = lambda s: float((text[i] - s * null[i]).norm())
+        assert off(s) < off(s + 0.01) and off(s) < off(s - 0.01)             # the best fit
+        plain, found = (flow.guide(both, 4.0, rule)(x, t)[i] for rule in ("plain", "renormalised"))
+        assert torch.allclose(found / found.norm(), plain / plain.norm(), atol=1e-5)
+        assert float(found.norm()) == pytest.approx(min(float(plain.norm()), float(text[i].norm())), rel=1e-5)
 
 
 def test_times_are_logit_normal_and_a_split_batch_keeps_its_draws():

@@ -140,7 +140,8 @@ def test_the_ways_to_read_and_to_score(parts, apple, tmp_path, capsys, monkeypat
         sample.main(list(map(str, flags)))
         return capsys.readouterr().out.splitlines()
     other = tmp_path / "other.png"
-    assert said("--prompt", "dog face, noto style", "--steps", 4, "--out", other) == [str(other)]
+    assert said("--prompt", "dog face, noto style", "--steps", 4, "--out", other) == [
+        f"{other}: 8 evaluations a picture"]
     assert said("--image", apple, other)[0] == f"{apple}\tred apple, noto style"
     questions = tmp_path / "questions.txt"
     questions.write_text("Is it an animal?\n\nWhich style is it drawn in?\n")
@@ -155,7 +156,7 @@ def test_the_ways_to_read_and_to_score(parts, apple, tmp_path, capsys, monkeypat
     assert nats(right) < 2 < 8 < nats(wrong) and "bits a byte" in right
     best = said("--prompt", "red apple, noto style", "--n", 3, "--best", "--steps", 6, "--out", other)
     numbers = [float(x) for x in best[0].removeprefix("nats of the prompt: ").split()]
-    assert numbers == sorted(numbers) and len(numbers) == 3 and best[1] == str(other)
+    assert numbers == sorted(numbers) and len(numbers) == 3 and best[1].startswith(f"{other}: 12 ")
     assert said("--image", apple, "--length", "auto", "--order", "random") == ["red apple, noto style"]
     asked = iter(["Is it an animal?", "why " * 40, ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked))

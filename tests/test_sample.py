@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import drawing
 import evaluate
 import flow
 import reading
@@ -52,7 +53,7 @@ def test_a_picture_is_captioned_and_answered_and_completed(apple, tmp_path, caps
         return capsys.readouterr().out
     assert said() == "red apple, noto style\n"
     answer = said("--question", "Which style is it drawn in?", "--trajectory", tmp_path / "q.gif")
-    assert answer == "noto\n" and Image.open(tmp_path / "q.gif").n_frames >= 2
+    assert answer == f"noto\n{tmp_path / 'q.gif'}\n" and Image.open(tmp_path / "q.gif").n_frames >= 2
     assert said("--text", "red [MASK], [MASK] style") == "red apple, noto style\n"
     assert said("--max-tokens", 1) == "red\n"
 
@@ -92,17 +93,21 @@ def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_t
 
 
 def test_many_are_drawn_in_batches_as_if_each_were_drawn_alone(parts):
-    """18 pictures, in batches of 16 and 2, of two prompts; each one's noise follows that of those before."""
-    noise = torch.randn(18, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-    prompts, states = ["red apple, noto style", "snowman, noto style"] * 9, []
-    drawn = sample.draw(parts, prompts, steps=2, seed=7, guidance=1, trajectory=states)
-    assert drawn.shape == (18, 3, 32, 32) and [state.shape for state in states] == [drawn.shape] * 3
+    """18 pictures, in batches of 16 and 2, of two prompts; each has the next seed."""
+    noise = torch.cat([torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(7 + i))
+                       for i in range(18)])
+    prompts, seen = ["red apple, noto style", "snowman, noto style"] * 9, drawing.Seen()
+    drawn = sample.draw(parts, prompts, steps=2, seed=7, guidance=1, seen=seen)
+    assert drawn.shape == (18, 3, 32, 32) and seen.rows == 36
+    assert [t for t, _, _ in seen.states] == flow.sigmas(2, 1.0).tolist()
+    assert all(x.shape == clean.shape == drawn.shape for _, x, clean in seen.states)
+    assert torch.equal(seen.states[0][1], noise)
     for i in (0, 15, 16, 17):
         text = parts.text(parts.tokenizer.encode(prompts[i], parts.length)[None])
         with torch.inference_mode():
             alone = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise[i:i + 1], flow.sigmas(2, 1.0))
         assert torch.allclose(drawn[i], alone[0].clamp(-1, 1), atol=1e-4)
-        assert torch.allclose(states[-1][i], alone[0], atol=1e-4)
+        assert torch.allclose(seen.states[-1][2][i], alone[0], atol=1e-4)
 
 
 def test_a_walk_that_takes_long_says_how_far_it_is(parts, monkeypatch, capsys):
@@ -160,7 +165,25 @@ def test_bfloat16_stays_close_to_float32(parts):
 
 
 @pytest.mark.parametrize("flags, status, message", [
-    ([], 2, "give --prompt TEXT to draw, or --image FILE"),
+    ([], 2, "give --prompt TEXT to draw, or --image FILE to read a picture"),
+    (["--prompt", "a", "--image", "APPLE"], 2, "say from which noise level, --strength 0.7, or where"),
+    (["--prompt", "a", "--strength", "0.5"], 2, "--strength is about drawing over a picture: give --image"),
+    (["--prompt", "a", "--image", "APPLE", "--strength", "1.5"], 2, "a number from 0 to 1, got '1.5'"),
+    (["--prompt", "a", "--image", "APPLE", "--mask", "assets/readme.png"], 1, "a mask of 1000x"),
+    (["--prompt", "a", "--image", "APPLE", "--mask", "README.md"], 1, "README.md: not a picture that can be"),
+    (["--prompt", "a", "--image", "README.md", "--strength", "1"], 1, "README.md: not a picture that can be"),
+    (["--prompt", "a", "--image", "APPLE", "--vary"], 2, "give --prompt or --vary, not both"),
+    (["--image", "APPLE", "--vary", "--question", "b"], 2, "--question changes nothing without --image"),
+    (["--prompt", "a", "--guidance-interval", "0.9", "0.2"], 2, "0.9 0.2: expected the lower"),
+    (["--prompt", "a", "--guidance-interval", "0", "2"], 2, "expected a number from 0 to 1, got '2'"),
+    (["--prompt", "a", "--zero-steps", "28"], 2, "--zero-steps leaves no step"),
+    (["--prompt", "a", "--solver", "dpm"], 2, "invalid choice: 'dpm'"),
+    (["--prompts", "LICENSE", "--prompt", "a"], 2, "give --prompt or --prompts, not both"),
+    (["--prompts", "nowhere.txt"], 1, "nowhere.txt: can't be read (No such file"),
+    (["--prompts", os.devnull], 1, "holds no prompt; write one a line"),
+    (["--prompts", "README.md"], 1, " tokens, expected at most 23; cut it"),
+    (["--prompt", "a", "--out", "a.gif", "--trajectory", "a.gif"], 2, "--trajectory are both a.gif"),
+    (["--prompt", "a", "--n", "2", "--trajectory", "a.html"], 2, "FILE.html is about one picture"),
     (["--prompt", " "], 2, "--prompt is empty"),
     (["--prompt", "apple " * 200], 1, "--prompt has 201 tokens, expected at most 23; cut it"),
     (["--prompt", "a", "--steps", "0"], 2, "--steps: expected a whole number, at least 1, got '0'"),
@@ -188,7 +211,7 @@ def test_bfloat16_stays_close_to_float32(parts):
     (["--image", "APPLE", "--questions", "nowhere.txt"], 1, "nowhere.txt: can't be read (No such file"),
     (["--image", "APPLE", "APPLE", "--text", "a [MASK]"], 2, "--text is about one picture"),
     (["--image", "APPLE", "--text", "a [MASK]", "--question", "b"], 2, "give --text or --question, not both"),
-    (["--joint", "--prompt", "a"], 2, "give --prompt TEXT to draw, or --image FILE to read a picture"),
+    (["--joint", "--prompt", "a"], 2, "give --prompt or --joint, not both"),
     (["--image", "APPLE", "--score", "a", "--order", "eb"], 2, "--order changes nothing where no text is"),
     (["--prompt", "a", "--best"], 2, "--best changes nothing without --n"),
     (["--image", "APPLE", "--length", "long"], 2, "--length: expected a whole number, at least 2"),

@@ -1,0 +1,230 @@
+"""The emoji recipe on one GPU, its step as one CUDA graph: of so small a model launches are most of the time.
+
+    python runs/graphed.py --stage pretrain --steps 5000 --workers 12 --out out/pretrain
+    python runs/graphed.py --stage instruct --init out/pretrain --steps 15000 --decay-steps 4000 \
+        --question-share 0.5 --workers 12
+
+Flags, draws, losses, optimizers and the run's folder are train.py's, and either goes on from the other.  What
+differs: logits are made at all tokens, so that shapes are static; Muon takes matrices of one shape together;
+losses are looked at where something is logged or saved.  Saves, validations and samples take seconds each.
+
+Shapes: B pictures of the image loss, n texts, P pixels a side, L tokens.
+"""
+
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+cli.interruptible(__name__)
+
+import math
+import mmap
+import os
+import warnings
+from contextlib import closing
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import train as plain
+from stages import STAGES, TrainConfig, learning_rate, parse, start
+
+
+def views(config: TrainConfig, memory: Tensor | None) -> tuple[dict[str, Tensor], int]:
+    """What a step reads, in one piece of memory (bytes,), and how many bytes it takes; None: these alone."""
+    B, n, L, P = config.image_batch, config.text_batch, config.text_length, config.pixels
+    found, at = {}, 0
+    for name, *shape in (("images", B, 3, P, P), ("noise", B, 3, P, P), ("t", B), ("ids", B, L), ("rate",),
+                         ("seen", n, 3, P, P), ("noised", n, L), ("clean", n, L), ("weight", n, L),
+                         ("average",)):
+        dtype = torch.int64 if name in ("ids", "noised", "clean") else torch.float32
+        size = math.prod(shape) * dtype.itemsize
+        if memory is not None:
+            found[name] = memory[at:at + size].view(dtype).view(shape)
+        at += -(-size // 256) * 256                              # kernels like their tensors aligned
+    return found, at
+
+
+def pack(config: TrainConfig, held: plain.Held, ring: Tensor, step: int) -> dict:
+    """By a reader: what a step reads, into its slot of the ring (slots, bytes)."""
+    made = held.batches(config, step)
+    image, text = made["image"], made["text"]
+    masked = (text["uniform"] < text["t"][:, None]) & ~text["frozen"]             # as mask_diffusion.errors
+    each = (1 / text["t"] if text["weight"] == "1/t" else 2) / (text["over"] * max(1, text["count"]))
+    found = dict(image, seen=text["images"], noised=text["ids"].masked_fill(masked, text["mask_id"]),
+                 clean=text["ids"], weight=(masked & ~text["unscored"]) * each[:, None],
+                 rate=torch.tensor(learning_rate(step, config)),                  # and as train.update
+                 average=torch.tensor(1 - min(config.ema, (step + 1) / (step + 10))))
+    for name, part in views(config, ring[step % len(ring)])[0].items():
+        assert part.shape == found[name].shape, name
+        part.copy_(found[name])
+    return dict(bad=made["bad"], cut=made["cut"])
+
+
+def stacks_of(muon: torch.optim.Muon) -> list[tuple[list[Tensor], Tensor]]:
+    """Its matrices by shape, n of one, and their momenta, (n, rows, columns), which its state shares."""
+    matrices, stacks = muon.param_groups[0]["params"], []
+    for shape in dict.fromkeys(p.shape for p in matrices):
+        some = [p for p in matrices if p.shape == shape]
+        momenta = torch.stack([muon.state[p].get("momentum_buffer", torch.zeros_like(p)) for p in some])
+        for p, momentum in zip(some, momenta):
+            muon.state[p]["momentum_buffer"] = momentum
+        stacks.append((some, momenta))
+    return stacks
+
+
+def orthogonal(x: Tensor, group: dict) -> Tensor:
+    """torch.optim.Muon's Newton-Schulz iteration in bfloat16, of many matrices (n, rows, columns)."""
+    (a, b, c), tall = group["ns_coefficients"], x.shape[1] > x.shape[2]
+    x = x.bfloat16().mT if tall else x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+@torch.no_grad()
+def muon_step(stacks: list, group: dict, rate: Tensor) -> None:
+    """torch.optim.Muon's, with nesterov and "match_rms_adamw"; rate: a scalar of the device."""
+    for some, momenta in stacks:
+        grads = torch.stack([p.grad for p in some])                               # (n, rows, columns)
+        momenta.lerp_(grads, 1 - group["momentum"])
+        update = orthogonal(grads.lerp(momenta, group["momentum"]), group).float()
+        torch._foreach_mul_(some, 1 - rate * group["weight_decay"])
+        torch._foreach_sub_(some, (update * (rate * 0.2 * max(some[0].shape) ** 0.5)).contiguous().unbind())
+
+
+def take_step(config: TrainConfig, models, run, stacks: list, x: dict[str, Tensor], mask: Tensor) -> dict:
+    """A step on what is in x: losses, and the gradient's norm.  mask: [MASK], (1,).  Nothing here may wait
+    for the device, nor make a tensor on the host."""
+    model, device = models.learns, mask.device
+    for p in model.parameters():
+        p.grad = None                                            # of a graph they have its memory
+    with torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32",
+                        cache_enabled=False):                    # each weight is cast once a loss, as it is
+        image = plain.image_errors(models, x | dict(dropped=None, of=config.image_loss)).mean()
+        image.backward()
+        clean = torch.zeros(1, device=device)
+        logits = model["mmdit"](x["seen"], models.text(x["noised"]), clean, need="logits")[1]     # (n, L, V)
+        logits = logits.float().index_fill(-1, mask, float("-inf")).flatten(0, 1)
+        each = F.cross_entropy(logits, x["clean"].flatten(), reduction="none")    # (n L,)
+        text = (each * x["weight"].flatten()).sum()
+        (config.text_weight * text).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    run.optimizers[0].step()
+    if stacks:
+        muon_step(stacks, run.optimizers[1].param_groups[0], x["rate"])
+    with torch.no_grad():
+        apart = torch._foreach_sub([*model.parameters()], [*run.ema.values()])
+        torch._foreach_mul_(apart, x["average"])
+        torch._foreach_add_([*run.ema.values()], apart)
+    return dict(image=image.detach(), text=text.detach(), grad=norm)
+
+
+@torch.no_grad()
+def put_back(run, before: dict[int, Tensor]) -> dict[int, Tensor]:
+    """All that a step changes, in place as it was before; a moment that is new, zero.  Gives a copy of it."""
+    state = [x for optimizer in run.optimizers for kept in optimizer.state.values() for x in kept.values()]
+    held = {id(x): x for x in (*run.model.parameters(), *run.ema.values(), *filter(torch.is_tensor, state))}
+    for key, x in held.items() if before else ():
+        x.copy_(before[key]) if key in before else x.zero_()
+    return {key: x.detach().clone() for key, x in held.items()}
+
+
+def captured(take, run):
+    """A step as one graph, after three that are undone; as it is where that fails or gives something else."""
+    before, main, side = put_back(run, {}), torch.cuda.current_stream(), torch.cuda.Stream()
+    graph, numbers = torch.cuda.CUDAGraph(), lambda found: {name: float(x) for name, x in found.items()}
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        seen = [numbers(take()) for _ in range(3)]
+    main.wait_stream(side)
+    put_back(run, before)
+    try:
+        with torch.cuda.graph(graph):
+            found = take()
+        graph.replay()
+        again, step = numbers(found), lambda: (graph.replay(), found)[1]
+        assert all(abs(again[name] - value) <= 0.02 * abs(value) for name, value in seen[0].items()), again
+        print(f"one graph; the first step, and by the graph: {seen[0]} {again}", flush=True)
+    except Exception as error:                                   # whatever it is: a slow step is one, too
+        torch.cuda.set_stream(main)
+        said = [str(e).strip().splitlines()[:1] for e in (error.__context__, error) if e]
+        print(f"warning: no graph, a step's kernels are launched one by one: {said}", flush=True)
+        torch.cuda.synchronize()
+        step = take
+    put_back(run, before)
+    return step                                                  # its results are overwritten by the next
+
+
+def train(config: TrainConfig, held: plain.Held, models, run, asked: list[int]) -> None:
+    """train.py's loop; the device is waited for where something is due."""
+    device, size = next(models.learns.parameters()).device, views(config, None)[1]
+    cuda, slots = device.type == "cuda", 3 * config.workers + 2
+    # a DataLoader has two steps a reader on the way; forks share this memory, whatever /dev/shm can hold
+    ring = torch.frombuffer(mmap.mmap(-1, slots * size), dtype=torch.uint8).view(slots, size)
+    there, adamw = torch.zeros(size, dtype=torch.uint8, device=device), run.optimizers[0].param_groups[0]
+    x, take, bad, cut = views(config, there)[0], None, [], []
+    stacks, mask = sum(map(stacks_of, run.optimizers[1:]), []), x["ids"].new_tensor([held.tokenizer.mask_id])
+    step = partial(take_step, config, models, run, stacks, x, mask)
+    validation = config.eval_every and held.validation(config)
+    due = lambda every: every and (run.step % every == 0 or run.step == config.steps)
+    if cuda:
+        torch.set_num_threads(2)                                 # the readers want the other cores
+    for made in data.feed(partial(pack, config, held, ring), range(run.step, config.steps), config.workers):
+        slot = ring[run.step % slots]                            # pinned memory is kept until it is copied
+        there.copy_(slot.pin_memory() if cuda else slot, non_blocking=True)
+        adamw.update(lr=x["rate"], capturable=cuda)
+        take = take or (captured(step, run) if cuda else step)
+        run.note(take())
+        rate, stopping, found = learning_rate(run.step, config), bool(asked), {}
+        run.step, bad, cut = run.step + 1, bad + made["bad"], cut + made["cut"]
+        logs = due(config.log_every) or run.step <= 5
+        if logs or stopping or any(map(due, (config.eval_every, config.save_every, config.sample_every))):
+            means = {name: float(total) / run.summed for name, total in run.sums.items()}
+            if run.error or not all(map(math.isfinite, means.values())):
+                run.wait()                                       # says what went wrong with a save
+                raise cli.UserError(f"step {run.step}, or one since the last row: the gradient is not finite "
+                                    f"({means}); go on from {run.newest()} with a smaller --lr")
+        if validation and due(config.eval_every) and not stopping:
+            found = plain.validate(config, held, models, run, validation)
+        if logs or found:
+            run.log(rate, config.steps, bad, cut, found)
+            bad, cut = [], []
+        if due(config.save_every) or stopping:
+            adamw.update(lr=rate, capturable=False)              # as train.py has it
+            run.save()
+        if due(config.sample_every) and not stopping:
+            with plain.precision(config, device):
+                plain.show_samples(config, run, held, models, device)
+        if stopping:
+            break
+    run.end(config.steps)
+
+
+def main(argv: list[str] | None = None, eager: bool = False) -> None:
+    """eager: a CPU will do, where the step is run as it stands."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled|This instance was constructed")
+    config = parse(argv, __doc__)
+    sizes, one = start(config.init, config.preset)[1], int(os.environ.get("WORLD_SIZE", 1)) == 1
+    given = [cli.flag(flag) for flag in ("micro_batch", "meter_every", "checkpoint_activations", "compile",
+                                         "buckets", "text_data", "print_plan") if getattr(config, flag)]
+    cli.require(
+        (not given, f"{' '.join(given)}: not in this graph; train.py has it"),
+        (one, "several processes: a graph is of one; train.py has them"),
+        (sizes.text_length and sizes.channels == 3, f"{config.init or config.preset}: expected a token "
+         f"embedding of its own, and pixels; train.py has T5 and latents"),
+        (STAGES[config.stage].losses == "image, text", "--stage text: has one loss; train.py has it"),
+        (eager or cli.device(config.device) == "cuda", "a CUDA graph needs a GPU; train.py has CPUs"))
+    config, held, models, run = plain.set_up(config)
+    with closing(run), plain.asked_to_stop() as asked, data.readers_watched():
+        train(config, held, models, run, asked)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,131 @@
+"""gallery.py and drawing over a picture: the same bytes however it is done, and what is to stay stays."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import drawing
+import gallery
+import sample
+from cli import UserError
+from parts import EMOJI, Parts
+from pictures import fit_picture, read_mask, read_picture, text_fields, to_picture, to_tensor
+
+PROMPTS = ["red apple, noto style", "snowman, noto style", "flag of Chad, twemoji style"]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def either(request, parts):
+    return parts if request.param == torch.float32 else Parts(dtype=request.param)
+
+
+def test_a_prompt_and_a_seed_give_the_same_file_in_any_batch_and_at_any_place(either, tmp_path):
+    jobs = [(prompt, seed) for prompt in PROMPTS for seed in (0, 5)]
+    gallery.fill(either, jobs, tmp_path / "one", steps=3, batch=1)
+    gallery.fill(either, jobs[::-1], tmp_path / "all", steps=3, batch=64)
+    files = [[path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("one", "all")]
+    assert files[0] == files[1][::-1] and len(set(files[0])) == 6
+
+
+def test_what_is_there_is_skipped_and_what_was_made_otherwise_is_refused(parts, tmp_path):
+    jobs, folder = [(prompt, 3) for prompt in PROMPTS], tmp_path / "drawn"
+    assert gallery.fill(parts, jobs, folder, steps=2) == 0
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    fields = text_fields(folder / "00001.png")
+    assert fields == dict(
+        prompt=PROMPTS[1], seed="3", steps="2", solver="euler", rule="plain", interval="(0.0, 1.0)", zero="0",
+        negative="", guidance="4.0", shift="1.0", size="32x32", dtype="float32", checkpoint=parts.digest())
+    (folder / "00001.png").unlink()
+    assert gallery.fill(parts, jobs, folder, steps=2) == 2
+    for path, (content, when) in before.items():
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == when) == (path.name != "00001.png")
+    with pytest.raises(UserError, match="00000.png: was drawn with steps '2', asked for is '4'; name"):
+        gallery.fill(parts, jobs, folder, steps=4)
+    (folder / "00002.png").write_bytes(before[folder / "00002.png"][0][:200])
+    with pytest.raises(UserError, match="00002.png: not a picture that can be read"):
+        gallery.fill(parts, jobs, folder, steps=2)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: is a file, expected a folder"):
+        gallery.fill(parts, jobs, tmp_path / "file")
+
+
+def test_a_walk_that_is_stopped_leaves_whole_files_and_goes_on(parts, tmp_path, monkeypatch):
+    jobs, whole = [(prompt, 0) for prompt in PROMPTS], drawing.drawings
+
+    def stopped(*args, **how):
+        drawn = whole(*args, **how)
+        yield next(drawn)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(gallery.drawing, "drawings", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        gallery.fill(parts, jobs, tmp_path / "a", steps=2, batch=1)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["00000.png"]
+    assert gallery.fill(parts, jobs, tmp_path / "a", steps=2, batch=1) == 1
+    gallery.fill(parts, jobs, tmp_path / "b", steps=2)
+    for i in range(3):
+        assert (tmp_path / f"a/0000{i}.png").read_bytes() == (tmp_path / f"b/0000{i}.png").read_bytes()
+
+
+def test_the_command_fills_a_folder(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]) + "\n\n", encoding="utf-8")
+    flags = ["--prompts", tmp_path / "prompts.txt", "--n", 2, "--steps", 1, "--out", tmp_path / "drawn"]
+    sample.main(list(map(str, flags)))
+    assert capsys.readouterr().out == f"{tmp_path / 'drawn'}: 4 pictures, 0 of which were there\n"
+    found = [text_fields(path) for path in sorted((tmp_path / "drawn").iterdir())]
+    assert [(f["prompt"], f["seed"]) for f in found] == [(p, s) for p in PROMPTS[:2] for s in "01"]
+    sample.main(["--prompt", PROMPTS[1], "--seed", "1", "--separate", "--steps", "1", "--out",
+                 str(tmp_path / "one")])
+    assert (tmp_path / "one/00000.png").read_bytes() == (tmp_path / "drawn/00003.png").read_bytes()
+
+
+def test_a_strength_of_zero_gives_the_picture_back_and_of_one_draws_anew(either, apple):
+    picture = fit_picture(read_picture(apple), 32, 32)
+    latents = drawing.encode(either, to_tensor(picture)[None], dtype=torch.float32)
+    draw = lambda strength: drawing.draw(either, PROMPTS[1:2], steps=4, seed=2,
+                                         edit=drawing.Edit(latents, strength))[0]
+    assert np.array_equal(np.array(to_picture(draw(0.0))), np.array(picture))
+    fresh = drawing.draw(either, PROMPTS[1:2], steps=4, seed=2)[0]
+    assert torch.equal(draw(1.0), fresh)
+    far = [float((draw(strength) - latents[0].cpu()).norm()) for strength in (0.0, 0.3, 0.6, 1.0)]
+    assert far[0] < far[1] < far[2] < far[3]
+    seen = drawing.Seen()
+    drawing.draw(either, PROMPTS[1:2], steps=10, edit=drawing.Edit(latents, 0.5), guidance=1, seen=seen)
+    assert [t for t, _, _ in seen.states][0] == 0.5 and seen.rows == len(seen.states) - 1 == 6
+
+
+def test_what_the_mask_leaves_black_is_the_same_to_the_bit(either, apple):
+    picture, mask = fit_picture(read_picture(apple), 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    mask[..., :13, 5:] = True
+    latents = drawing.encode(either, to_tensor(picture)[None], dtype=torch.float32)
+    drawn = drawing.draw(either, PROMPTS[:2], steps=4, edit=drawing.Edit(latents, 1.0, mask))
+    for one in drawn:
+        same = (np.array(to_picture(one)) == np.array(picture)).all(2)
+        assert same[~mask[0, 0].numpy()].all() and same[mask[0, 0].numpy()].mean() < 0.5
+
+
+def test_a_mask_is_cut_as_its_picture_is_and_a_latent_of_one_white_pixel_is_drawn(tmp_path):
+    picture, mask = Image.new("RGB", (96, 64)), Image.new("L", (96, 64))
+    mask.putpixel((16, 0), 255)                                  # the first that is not cut off
+    mask.putpixel((16 + 8 * 5 + 7, 8 * 3), 128)
+    mask.putpixel((70, 40), 127)                                 # nearer to black
+    mask.putpixel((3, 3), 255)                                   # cut off
+    mask.save(tmp_path / "mask.png")
+    found = read_mask(tmp_path / "mask.png", picture, 64, 64, 8)
+    assert found.shape == (1, 1, 8, 8) and found.nonzero()[:, 2:].tolist() == [[0, 0], [3, 5]]
+    Image.new("L", (96, 64)).save(tmp_path / "black.png")
+    with pytest.raises(UserError, match="black everywhere"):
+        read_mask(tmp_path / "black.png", picture, 64, 64, 8)
+
+
+def test_a_picture_is_varied_by_its_own_caption(apple, tmp_path, capsys):
+    sample.main(["--image", str(apple), "--vary", "--strength", "0.4", "--steps", "4", "--out",
+                 str(tmp_path / "a.png")])
+    assert capsys.readouterr().out == (f"its caption: red apple, noto style\n"
+                                       f"{tmp_path / 'a.png'}: 6 evaluations a picture\n")
+
+
+def test_a_folder_is_of_one_checkpoint(parts):
+    assert parts.digest() == Parts(EMOJI, dtype=torch.bfloat16).digest() and len(parts.digest()) == 16

@@ -1,0 +1,80 @@
+"""runs/graphed.py on a CPU, where its step is run as it stands: it is train.py's."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import train
+
+sys.path.append(str(Path(__file__).parent.parent / "runs"))
+import graphed
+
+SMALL = ["--image-batch", 6, "--text-batch", 4, "--dtype", "float32", "--log-every", 1, "--sample-every", 0,
+         "--device", "cpu", "--warmup", 2]
+
+
+def state(folder):
+    """All tensors of a checkpoint: weights, moments, averages."""
+    parts = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+    held = {name: torch.empty(part.size) for name, part in parts if hasattr(part, "properties")}
+    dcp.load(held, checkpoint_id=folder, no_dist=True)
+    return held
+
+
+@pytest.mark.parametrize("stage, more", [
+    ("pretrain", ["--text-dropout", 0.5, "--eval-every", 4, "--eval-samples", 10]),
+    ("instruct", ["--padding", "end", "--text-mean", "answer", "--text-loss", "flat", "--image-loss", "data",
+                  "--schedule", "linear", "--decay-steps", 2, "--eval-every", 0, "--workers", 1])])
+def test_a_run_is_train_pys(stage, more, tiny, small_tar, tmp_path, monkeypatch):
+    """Four steps; of the first stage the third is made by train.py, from where the other stopped.
+    Muon's products in float64: of a gradient of few samples bfloat16's rounding is most of what they give in
+    the directions that it lacks, and two runs whose gradients differ by a rounding part at once."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+    threads, rows, held = torch.get_num_threads(), {}, {}
+    torch.set_num_threads(1)                                     # two on a busy machine: 20 times as long
+    mixed = [(graphed, 2), (train, 3), (graphed, 4)] if stage == "pretrain" else [(graphed, 4)]
+    for out, parts in {"plain": [(train, 4)], "graphed": mixed}.items():
+        for part, steps in parts:
+            flags = ["--stage", stage, "--init", tiny, "--image-data", small_tar, *SMALL, *more, "--steps",
+                     steps, "--out", tmp_path / out]
+            part.main(list(map(str, flags)), **(dict(eager=True) if part is graphed else {}))
+        rows[out] = list(map(json.loads, (tmp_path / out / "log.jsonl").open()))
+        held[out] = state(tmp_path / out / "step_4")
+    torch.set_num_threads(threads)
+    for row, ours in zip(*rows.values(), strict=True):
+        for name in ("image_loss", "text_loss", "grad_norm", "lr", "val_image", "val_nats"):
+            assert name not in row or ours[name] == pytest.approx(row[name], rel=1e-5), name
+    assert held["plain"].keys() == held["graphed"].keys() and len(held["plain"]) > 200
+    for name, x in held["plain"].items():                        # AdamW magnifies a gradient's rounding
+        apart = (held["graphed"][name] - x).abs()
+        assert apart.max() < 1e-4 and (apart > 1e-5).sum() <= 2, name
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_muon_of_stacked_matrices_is_torchs(rank):
+    start = [torch.randn(shape) for shape in ((96, 96), (96, 64), (64, 96), (96, 96), (64, 96))]
+    both = [[torch.nn.Parameter(x.clone()) for x in start] for _ in range(2)]
+    theirs, ours = (torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+                    for matrices in both)
+    stacks = graphed.stacks_of(ours)
+    for step in range(3):
+        for p, q in zip(*both):
+            p.grad = torch.randn(len(p), rank) @ torch.randn(rank, p.shape[1]) * 10 ** -step
+            q.grad = p.grad.clone()
+        theirs.step()
+        graphed.muon_step(stacks, ours.param_groups[0], torch.tensor(0.01))
+    for p, q in zip(*both):                                      # bfloat16's rounding is the same
+        momenta = theirs.state[p]["momentum_buffer"], ours.state[q]["momentum_buffer"]
+        assert torch.allclose(p, q, rtol=0, atol=1e-5) and torch.allclose(*momenta, atol=1e-6)
+
+
+def test_what_has_no_place_in_a_graph_is_said_in_a_line(mistake):
+    for flags, said in (([], "a CUDA graph needs a GPU"), (["--micro-batch", 2], "--micro-batch: not in"),
+                        (["--preset", "e2e-1.1b"], "expected a token embedding of its own, and pixels"),
+                        (["--stage", "text"], "--stage text: has one loss")):
+        status, shown = mistake(graphed.main, [*flags, "--device", "cpu"])
+        assert status == 1 and said in shown and shown.count("\n") == 1
