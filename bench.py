@@ -1,6 +1,8 @@
-"""How long a step of training takes, and where its time goes; random data, a CPU or a GPU.
+"""How long a step of training takes, a drawing, a caption, and where the time goes; on a CPU or a GPU.
 
-    python bench.py train                                        # the emoji preset
+    python bench.py sample                                       # drawings and captions a second
+    python bench.py sample --preset sd3-medium --pixels 512 --dtype bfloat16 --n 4 --compile
+    python bench.py train                                        # random data, the emoji preset
     python bench.py train --preset sd3-medium --image-batch 4 --text-batch 4 --dtype bfloat16
     python bench.py train --against-plain --compile              # against a plain loop, in turns
 
@@ -10,7 +12,9 @@ compiled, malloc as it comes.  Both step copies of one model on the same batch.
 
     MFU = arithmetic / (time x peak of dense products);  arithmetic: plan.sample_flops, forward and backward
 
-A table, and one last line of JSON.
+`sample` with a --preset has random weights, with an autoencoder if the preset has one, and T5's states given;
+a caption of such weights never ends, and takes all of its evaluations.  --profile: the operations that take
+longest, of one batch of drawings.  A table, and one last line of JSON.
 """
 
 import cli
@@ -18,15 +22,19 @@ cli.interruptible(__name__)
 
 import copy
 import json
+import resource
 import statistics
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import drawing
 import flow
 import mask_diffusion
 import parallel
@@ -34,8 +42,10 @@ import plan
 import train
 from build import Models
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
+from parts import EMOJI, OWN, PUBLISHED, Parts
+from reading import STEPS, encode, fill
 from stages import parse
-from vae import Pixels
+from vae import AutoencoderKL, Pixels, VAEConfig
 
 
 def synchronise(device: torch.device) -> float:
@@ -166,9 +176,8 @@ def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against
              for _ in range(rounds)]
     second = statistics.median(one for one, _ in pairs)
     work, peak = plan.work(config, sizes, factor), peak or plan.peak(device, config.dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    found = dict(device=name, preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,
-                 compiled=config.compile, seconds=second)
+    found = dict(device=name_of(device), preset=config.preset, vocabulary=sizes.vocab_size,
+                 dtype=config.dtype, compiled=config.compile, seconds=second)
     found |= {part: total / (rounds * steps) for part, total in ours.seconds.items()}
     found |= dict(data=drawn)
     found |= {f"{each}_per_s": amount / second for each, amount in work.items()}
@@ -179,12 +188,87 @@ def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against
         ratios = sorted(one / other for one, other in pairs)
         found |= dict(plain_seconds=statistics.median(other for _, other in pairs),
                       ratio=statistics.median(ratios), ratio_range=[ratios[0], ratios[-1]])
-    return {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
+    return found
 
 
-def main() -> None:
-    parser, count = cli.Parser(__doc__), cli.number(int, 1)
-    parser.add_argument("what", choices=["train"])
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: torch.dtype) -> Parts:
+    """The parts of a new model of a preset, its gates too, so that it computes all; T5's states are given."""
+    sizes = MMDiTConfig(**PRESETS[preset])
+    own, length = sizes.text_length > 0, sizes.text_length or 256
+    models = random_models(sizes, length, device)
+    for p in models.learns.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    models.vae = Pixels() if sizes.channels == 3 else AutoencoderKL(VAEConfig()).to(device).eval()
+    V = sizes.vocab_size
+    ids = lambda text, length: torch.full((length,), len(text) % (V - 1))
+    models.tokenizer = SimpleNamespace(encode=ids, mask_id=V - 1, end_id=-1, pad_id=-1)      # never an end
+    models.learns.to(dtype).eval().requires_grad_(False)
+    parts = Parts.of(models, pixels or (64 if own and sizes.channels == 3 else 512), length, device)
+    vars(parts).update(dtype=dtype, defaults=OWN if own else PUBLISHED)
+    if not own:
+        parts.text = lambda ids: models.text(ids).to(dtype)
+    return parts
+
+
+@torch.no_grad()
+def bench_sample(parts: Parts, n: int, steps: int, rounds: int, guidance: float | None, compiled: bool,
+                 profiled: bool) -> dict:
+    """Medians of `rounds` of n drawings, and of n captions of noise; what is made once is not counted."""
+    device, seen = parts.device, drawing.Seen(states=None)
+    how = dict(steps=steps, guidance=guidance, fast=compiled, batch=n)
+    draws = lambda seen=None: drawing.draw(parts, ["red apple, noto style"] * n, seen=seen, **how)
+    images, asked = torch.randn(n, 3, parts.height, parts.width).clamp(-1, 1), []
+    blank = torch.full((n, parts.length), parts.tokenizer.mask_id)
+
+    def reads() -> None:
+        asked.clear()
+        fill(parts, encode(parts, images), blank, STEPS["text"], trajectory=[], asked=asked)
+
+    def seconds(function) -> float:
+        begun = synchronise(device)
+        function()
+        return synchronise(device) - begun
+    first = seconds(lambda: draws(seen))
+    drawn = [seconds(draws) for _ in range(rounds)]
+    reads()
+    read = [seconds(reads) for _ in range(rounds)]
+    if profiled:
+        with torch.profiler.profile() as profile:
+            draws()
+        key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
+    found = dict(device=name_of(device), dtype=str(parts.dtype).removeprefix("torch."), compiled=compiled,
+                 n=n, pixels=[parts.width, parts.height], first_s=first, draws_per_s=n / statistics.median(drawn),
+                 draws_range=[round(n / s, 3) for s in (max(drawn), min(drawn))],
+                 evaluations_a_drawing=seen.rows // n, captions_per_s=n / statistics.median(read),
+                 captions_range=[round(n / s, 3) for s in (max(read), min(read))],
+                 evaluations_a_batch_of_captions=len(asked))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return found | dict(gib=peak / 2**30)
+
+
+def sample_flags(parser: cli.Parser) -> None:
+    count = cli.number(int, 1)
+    parser.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="random weights of these sizes")
+    parser.add_argument("--n", type=count, default=16, help="drawings, and captions, at once (16)")
+    parser.add_argument("--steps", type=count, default=drawing.STEPS, help="of a drawing (28)")
+    parser.add_argument("--guidance", type=cli.number(float, 1e-3), help="of a drawing (as sample.py)")
+    parser.add_argument("--pixels", type=count, help="side of the pictures (as trained; 512)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(as sample.py; presets float32)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--compile", action="store_true", help="of drawings, on a GPU as one CUDA graph")
+    parser.add_argument("--profile", action="store_true", help="what takes longest in a batch of drawings")
+    parser.add_argument("--rounds", type=count, default=3, help="(3)")
+
+
+def train_flags(parser: cli.Parser) -> None:
+    count = cli.number(int, 1)
     parser.add_argument("--preset", choices=list(PRESETS), default="emoji")
     for name in ("image-batch", "text-batch", "pixels"):
         parser.add_argument(f"--{name}", type=count, help="(the stage's)")
@@ -192,18 +276,34 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--compile", action="store_true", help="ours, block by block")
-    parser.add_argument("--vocab-size", type=count, help="(the preset's; the shipped weights have 3680)")
+    parser.add_argument("--vocab-size", type=count, help="(the preset's; the shipped weights have 4441)")
     parser.add_argument("--rounds", type=count, default=9, help="(9)")
     parser.add_argument("--steps", type=count, default=2, help="of a round (2)")
     parser.add_argument("--peak", type=cli.number(float, 1e-3), default=0.0, help="of the device, TFLOP/s")
     parser.add_argument("--against-plain", action="store_true", help="in turns with a plain loop")
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    kinds = parser.add_subparsers(dest="what", required=True)
+    train_flags(kinds.add_parser("train", doc="a step of training"))
+    sample_flags(kinds.add_parser("sample", doc="drawings and captions"))
     args = parser.parse_args()
-    settings = ("preset", "image_batch", "text_batch", "pixels", "dtype", "device", "optimizer")
-    flags = [f"{cli.flag(name)}={value}" for name, value in vars(args).items()
-             if name in settings and value is not None] + ["--compile"] * args.compile
-    found = bench_train(parse(flags), args.vocab_size, args.rounds, args.steps, args.against_plain, args.peak)
+    if args.what == "sample":
+        device, dtype = torch.device(cli.device(args.device)), getattr(torch, args.dtype or "float32")
+        parts = random_parts(args.preset, args.pixels, device, dtype) if args.preset else Parts(
+            args.checkpoint, device, dtype if args.dtype else None, height=args.pixels, width=args.pixels)
+        found = bench_sample(parts, args.n, args.steps, args.rounds, args.guidance, args.compile,
+                             args.profile)
+    else:
+        settings = ("preset", "image_batch", "text_batch", "pixels", "dtype", "device", "optimizer")
+        flags = [f"{cli.flag(name)}={value}" for name, value in vars(args).items()
+                 if name in settings and value is not None] + ["--compile"] * args.compile
+        found = bench_train(parse(flags), args.vocab_size, args.rounds, args.steps, args.against_plain,
+                            args.peak)
+    found = {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
     for key, value in found.items():
-        print(f"{key:16}{value}")
+        print(f"{key:32}{value}")
     print(json.dumps(found))
 
 

@@ -36,9 +36,11 @@ class Edit:
 class Seen:
     """What one may want to know of a walk: `states` (t, x_t (B, 3, H, W), predicted clean picture) of every
     step and the end; how many rows the network was asked for, over all pictures; and what the context
-    `watch`, entered with the network (page.watching), gives.  states None: not wanted."""
+    `watch`, entered with the network (page.watching), gives, and the times it was asked at.  states None: not
+    wanted."""
     watch: Callable | None = None
     watched: object = None
+    times: list[float] = field(default_factory=list)
     states: list | None = field(default_factory=list)
     rows: int = 0
 
@@ -126,7 +128,7 @@ def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = 
     shape = parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
     jobs = list(zip(prompts, seed if isinstance(seed, list) else range(seed, seed + len(prompts))))
     size, walks = min(batch or (16 if parts.own else 4), len(jobs)), []
-    evaluations = flow.SOLVERS[solver] * (len(sigmas) - 1) - (solver == "heun")
+    evaluations = len(sigmas) - 1 + (sum(flow.halves(sigmas)) if solver == "heun" else 0)
     velocity = lambda x, text, t: parts.mmdit(x, text, t, need="velocity")[0].float()
     velocity = graphed(velocity) if fast and parts.device.type == "cuda" else velocity
     keeps = seen is not None and seen.states is not None
@@ -140,6 +142,7 @@ def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = 
         def asked(x: Tensor, t: Tensor) -> Tensor:               # of B rows or of 2B
             if seen:
                 seen.rows += len(x) * len(few) // len(full)
+                seen.times += [float(t)] if seen.watch else []
             return velocity(x, text[:len(x)], t)
         guided = asked if guidance == 1 else flow.guide(asked, guidance, rule, interval)
         walks.append([] if keeps else None)

@@ -10,8 +10,9 @@ it in that style; `style`: an emoji never seen in that style),
     answers     the answer written to a question is the true one, by type of question, one phrasing of each;
                 all yes/no also the way POPE reports it (arXiv 2305.10355), "yes" being the positive class
     drawing     a prompt is drawn, and the nearest picture of the whole set by pixel distance has the right
-                emoji ("emoji"), or is the very picture asked for ("exact"); and the caption that the model
-                then writes for its own drawing is the prompt ("read back")
+                emoji ("emoji"; people, who come in many variants, and all else apart), or is the very
+                picture asked for ("exact"); and the caption that the model then writes for its own drawing
+                is the prompt ("read back")
 
 Shapes: B batch, n pictures, P pixels a side.
 """
@@ -111,7 +112,9 @@ def drawn_right(parts: Parts, records: list[dict], pictures: Tensor, split: str,
         captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
         drawn = draw(parts, captions, seed=start, **how)
         for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, encode(parts, drawn))):
-            results["emoji"].append(records[found]["emoji"] == records[i]["emoji"])
+            right = records[found]["emoji"] == records[i]["emoji"]
+            results["emoji"].append(right)
+            results["emoji, " + ("people" if records[i]["kind"] == "people & body" else "all else")].append(right)
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])
     return {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items()}
@@ -120,10 +123,13 @@ def drawn_right(parts: Parts, records: list[dict], pictures: Tensor, split: str,
 def table(results: dict[str, list[dict]]) -> str:
     """Splits as columns, figures as rows: mean over seeds, and from least to most where they differ."""
     lines = ["| % | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    for name in next(iter(results.values()))[0]:
+    for name in dict.fromkeys(name for runs in results.values() for name in runs[0]):
         cells = []
         for runs in results.values():
-            values = [run[name] for run in runs]
+            values = [run[name] for run in runs if name in run]
+            if not values:                                       # a split without such pictures
+                cells.append("")
+                continue
             spread = f" ({min(values):.1f}–{max(values):.1f})" if min(values) < max(values) else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

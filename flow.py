@@ -75,6 +75,12 @@ def sigmas(steps: int, shift: float = 3.0) -> Tensor:
     return torch.cat([shifted(grid, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
+def halves(sigmas: Tensor) -> list[bool]:
+    """Of each step whether half of the noise is left, or more.  Where less is, Heun's second velocity at s,
+    (x - x_clean) / s, would count what is wrong with the predicted clean picture |h| / 2s times."""
+    return (2 * sigmas[1:] >= sigmas[:-1] * (1 - 1e-6)).tolist()
+
+
 SOLVERS = dict(euler=1, heun=2, ab2=1)      # and their evaluations a step
 
 
@@ -87,17 +93,18 @@ def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler
         heun    x_s = x_t + h (v_t + v(x_t + h v_t, s)) / 2       like h^2, for two evaluations a step
         ab2     x_s = x_t + h (v_t + h / (2 h') (v_t - v_t'))     like h^2, for one; t' and h' are of the step
                                                                   before (Adams and Bashforth), at first Euler
-    Heun's last step is Euler's, for the velocity at t = 0 is 0/0 of a predicted x.  `velocity` gets t as a
+    Where a step takes away more than half of the noise (`halves`), Heun's is Euler's.  `velocity` gets t as a
     tensor of shape (1,), one time for the batch.  The walk is in float32 at least.  pin(x, t): what x is put
     to after each step, where a part of the picture is known.  Raises ValueError for another solver."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    x, sigmas, before = precise(noise), precise(sigmas).to(noise.device), None
-    for i, (t, s) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+    x, twice, before = precise(noise), halves(sigmas), None
+    sigmas = precise(sigmas).to(noise.device)
+    for t, s, again in zip(sigmas[:-1], sigmas[1:], twice):
         v, h = velocity(x, t.view(1)).to(x), s - t
         yield t, x, x - t * v
         slope = v
-        if solver == "heun" and i < len(sigmas) - 2:
+        if solver == "heun" and again:
             slope = (v + velocity(x + h * v, s.view(1)).to(x)) / 2
         elif solver == "ab2" and before:
             slope = v + h / (2 * before[1]) * (v - before[0])

@@ -25,7 +25,7 @@ from vae import AutoencoderKL, Pixels
 
 EMOJI = Path(__file__).parent / "assets" / "emoji"      # the shipped weights
 # how each family of weights is sampled unless told otherwise; the published ones as published
-OWN = dict(guidance=4.0, shift=1.0, temperature=0.0, order="threshold", refresh=0)
+OWN = dict(guidance=1.5, shift=1.0, temperature=0.0, order="threshold", refresh=0)
 PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random", refresh=1)
 
 

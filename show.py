@@ -56,6 +56,17 @@ def page(*columns: list[tuple[Tensor, list[str]]]) -> Image.Image:
     return sheet
 
 
+def rows(*tiles: list[tuple[Tensor, str]]) -> Image.Image:
+    """Rows of pictures (3, H, W), each above its line of text, 128 pixels wide."""
+    sheet = Image.new("RGB", (136 * max(map(len, tiles)), 152 * len(tiles)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for row, cells in enumerate(tiles):
+        for column, (image, line) in enumerate(cells):
+            sheet.paste(enlarge(to_picture(image), 128).resize((128, 128)), (136 * column + 4, 152 * row + 4))
+            pen.text((136 * column + 4, 152 * row + 134), line, fill="black", font=font)
+    return sheet
+
+
 def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Image.Image:
     """A state of a text being unmasked, as in the paper's Figure 2: [MASK]s grey, words black, ends blue."""
     frame, x, y = Image.new("RGB", (640, 200), "white"), 12, 40

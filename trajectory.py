@@ -35,10 +35,10 @@ def seen(parts: Parts, html: bool) -> Seen:
 
 
 def drawing_page(parts: Parts, prompt: str, found: Seen, about: dict) -> str:
-    """Of one picture's walk; of two evaluations a step (Heun) the attention of the first is shown."""
+    """Of one picture's walk; of two evaluations at a time (Heun's) the attention of the later is shown."""
     ids = parts.tokenizer.encode(prompt, parts.length).tolist()
     steps = [(t, x[0], clean[0]) for t, x, clean in found.states]
-    attention = found.watched[::2 if len(found.watched) >= len(steps) else 1]
+    attention = list(dict(zip(found.times, found.watched)).values())              # the later of two
     return page.drawing(prompt, pieces(parts, ids), steps, attention, grid(parts), about)
 
 

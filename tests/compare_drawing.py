@@ -3,7 +3,7 @@
     python tests/compare_drawing.py               # mid size, random weights, ten minutes of two cores
 
 Theirs: float32; at each of 28 steps both heads, 256 logits, a time and its modulation for each row. Ours:
-`flow.euler` and `flow.guide` as in `sample.drawings`. Depth 8, width 512, 256 image tokens, random states of
+`flow.euler` and `flow.guide` as in `drawing.drawings`. Depth 8, width 512, 256 image tokens, random states of
 the prompt; compiled block by block before the clock starts. Not part of the test run.
 """
 

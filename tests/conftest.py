@@ -81,8 +81,8 @@ def parts():
 
 
 @pytest.fixture(scope="session")
-def emoji_32(parts):
-    """(records, pictures (7572, 3, 32, 32) in [-1, 1]), as the shipped weights read them."""
+def emoji_all(parts):
+    """(records, pictures (7572, 3, P, P) in [-1, 1]), as the shipped weights read them."""
     records, pictures = emoji.load(pixels=parts.height)
     return records, pictures.float() / 127.5 - 1
 

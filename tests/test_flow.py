@@ -57,6 +57,7 @@ def test_the_error_of_each_solver_falls_with_its_order(solver, order):
             assert t == 0 and x is clean
         for coarse, fine in zip(errors, errors[1:]):
             assert 0.8 * 2 ** order < coarse / fine < 1.2 * 2 ** order
+    assert flow.halves(torch.tensor([1.0, 0.5, 0.3, 0.1, 0.0])) == [True, True, False, False]
     assert order == 1 or errors[0] < 0.5 * (flow.euler(velocity, noise, flow.shifted(
         torch.linspace(1, 0, 49, dtype=torch.float64), 3.0)) - exact).abs().mean()
     with pytest.raises(ValueError, match="solver must be one of euler, heun, ab2, got 'rk4'"):

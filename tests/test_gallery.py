@@ -35,7 +35,7 @@ def test_what_is_there_is_skipped_and_what_was_made_otherwise_is_refused(parts, 
     fields = text_fields(folder / "00001.png")
     assert fields == dict(
         prompt=PROMPTS[1], seed="3", steps="2", solver="euler", rule="plain", interval="(0.0, 1.0)", zero="0",
-        negative="", guidance="4.0", shift="1.0", size="32x32", dtype="float32", checkpoint=parts.digest())
+        negative="", guidance="1.5", shift="1.0", size="64x64", dtype="float32", checkpoint=parts.digest())
     (folder / "00001.png").unlink()
     assert gallery.fill(parts, jobs, folder, steps=2) == 2
     for path, (content, when) in before.items():
@@ -82,7 +82,7 @@ def test_the_command_fills_a_folder(tmp_path, capsys):
 
 
 def test_a_strength_of_zero_gives_the_picture_back_and_of_one_draws_anew(either, apple):
-    picture = fit_picture(read_picture(apple), 32, 32)
+    picture = fit_picture(read_picture(apple), either.height, either.width)
     latents = drawing.encode(either, to_tensor(picture)[None], dtype=torch.float32)
     draw = lambda strength: drawing.draw(either, PROMPTS[1:2], steps=4, seed=2,
                                          edit=drawing.Edit(latents, strength))[0]
@@ -97,8 +97,9 @@ def test_a_strength_of_zero_gives_the_picture_back_and_of_one_draws_anew(either,
 
 
 def test_what_the_mask_leaves_black_is_the_same_to_the_bit(either, apple):
-    picture, mask = fit_picture(read_picture(apple), 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.bool)
-    mask[..., :13, 5:] = True
+    P = either.height
+    picture, mask = fit_picture(read_picture(apple), P, P), torch.zeros(1, 1, P, P, dtype=torch.bool)
+    mask[..., :P // 2 + 1, 5:] = True
     latents = drawing.encode(either, to_tensor(picture)[None], dtype=torch.float32)
     drawn = drawing.draw(either, PROMPTS[:2], steps=4, edit=drawing.Edit(latents, 1.0, mask))
     for one in drawn:

@@ -8,8 +8,8 @@ import reading
 import sample
 
 
-def test_infilling_changes_masked_tokens_only(parts, emoji_32):
-    records, pictures = emoji_32
+def test_infilling_changes_masked_tokens_only(parts, emoji_all):
+    records, pictures = emoji_all
     g = torch.Generator().manual_seed(0)
     ids = torch.stack([parts.tokenizer.encode(r["caption"], parts.length) for r in records[:128]])
     masked = torch.where(torch.rand(ids.shape, generator=g) < 0.5, parts.tokenizer.mask_id, ids)
@@ -18,9 +18,9 @@ def test_infilling_changes_masked_tokens_only(parts, emoji_32):
     assert torch.equal(filled[kept], ids[kept]) and (filled != parts.tokenizer.mask_id).all()
 
 
-def test_the_order_of_unmasking_is_the_one_asked_for(parts, emoji_32):
+def test_the_order_of_unmasking_is_the_one_asked_for(parts, emoji_all):
     """Each order's result is that of `mask_diffusion.sample`, end and seeds included."""
-    _, pictures = emoji_32
+    _, pictures = emoji_all
     ids, tokenizer = reading.canvas(parts).expand(8, -1), parts.tokenizer
     with torch.inference_mode():
         true = {order: mask_diffusion.sample(
@@ -34,10 +34,10 @@ def test_the_order_of_unmasking_is_the_one_asked_for(parts, emoji_32):
 
 
 @pytest.mark.parametrize("order, refresh", [("random", 1), ("threshold", 0), ("remask", 1)])
-def test_a_text_is_the_same_alone_and_in_any_batch(parts, emoji_32, order, refresh):
-    records, pictures = emoji_32
-    asked = ["What kind of thing is this?", "Which style is it drawn in?", "Is it an animal?"] * 3
-    how = dict(order=order, refresh=refresh, temperature=1.0, steps=12)
+def test_a_text_is_the_same_alone_and_in_any_batch(parts, emoji_all, order, refresh):
+    records, pictures = emoji_all
+    asked = ["What kind of thing is this?", "Which style is it drawn in?", "Is this clothing?"] * 3
+    how = dict(order=order, refresh=refresh, temperature=3.0, steps=12)
     ids = torch.stack([reading.canvas(parts, question) for question in asked[:8]])
     seeds = [5, 6, 7, 5, 6, 7, 5, 6]
     batch = reading.fill(parts, pictures[:8], ids, seed=seeds, **how)
@@ -50,8 +50,8 @@ def test_a_text_is_the_same_alone_and_in_any_batch(parts, emoji_32, order, refre
     assert order == "threshold" or not torch.equal(batch, other)        # sure of each token
 
 
-def test_a_picture_that_is_looked_at_once_costs_once_and_reads_the_same(parts, emoji_32, monkeypatch):
-    records, pictures = emoji_32
+def test_a_picture_that_is_looked_at_once_costs_once_and_reads_the_same(parts, emoji_all, monkeypatch):
+    records, pictures = emoji_all
     shown = [i for i, r in enumerate(records) if r["split"] == "train"][:48]
     image = type(parts.mmdit.blocks[0].img)
     calls, times, finish, time_in = [], [], image.finish, type(parts.mmdit.time_in).forward
@@ -73,8 +73,8 @@ def test_a_picture_that_is_looked_at_once_costs_once_and_reads_the_same(parts, e
     assert min(right.values()) >= right[1] - 2 > 24
 
 
-def test_the_length_is_read_off_the_first_evaluation(parts, emoji_32):
-    records, pictures = emoji_32
+def test_the_length_is_read_off_the_first_evaluation(parts, emoji_all):
+    records, pictures = emoji_all
     shown = [i for i, r in enumerate(records) if r["split"] == "train"][:32]
     counts = {}
     for canvas in (None, 0.95):
@@ -85,8 +85,8 @@ def test_the_length_is_read_off_the_first_evaluation(parts, emoji_32):
     assert counts[0.95] < 0.7 * counts[None]
 
 
-def test_a_long_text_goes_on_in_blocks(parts, emoji_32, monkeypatch):
-    _, pictures = emoji_32
+def test_a_long_text_goes_on_in_blocks(parts, emoji_all, monkeypatch):
+    _, pictures = emoji_all
     tokenizer, length = parts.tokenizer, parts.length
     seen = []
 
@@ -99,7 +99,7 @@ def test_a_long_text_goes_on_in_blocks(parts, emoji_32, monkeypatch):
         return torch.tensor([row])
     monkeypatch.setattr(reading, "fill", counting)
     monkeypatch.setattr(tokenizer, "decode", list)
-    assert reading.write(parts, pictures[:1], max_tokens=60) == [list(range(300, 360))]
+    assert reading.write(parts, pictures[:1], max_tokens=60)[0][:60] == list(range(300, 360))
     assert all(len(row) == length for row in seen) and len(seen) > 2
     seen.clear()
     reading.write(parts, pictures[:1], "What kind of thing is this?", max_tokens=60)
@@ -107,8 +107,8 @@ def test_a_long_text_goes_on_in_blocks(parts, emoji_32, monkeypatch):
     assert len(seen) > 2 and all(row[:len(question)] == question for row in seen)
 
 
-def test_guidance_away_from_no_picture_changes_what_is_read(parts, emoji_32):
-    records, pictures = emoji_32
+def test_guidance_away_from_no_picture_changes_what_is_read(parts, emoji_all):
+    records, pictures = emoji_all
     ids = reading.canvas(parts).expand(16, -1)
     fill = lambda **how: reading.fill(parts, pictures[:16], ids, order="confidence", **how)
     calls, text = [], parts.text.forward
@@ -121,9 +121,9 @@ def test_guidance_away_from_no_picture_changes_what_is_read(parts, emoji_32):
     assert torch.equal(plain, fill(guidance=1.0 + 1e-9)) and not torch.equal(plain, fill(guidance=3.0))
 
 
-def test_the_likeliest_cut_of_the_masks_is_kept(parts, emoji_32, monkeypatch):
+def test_the_likeliest_cut_of_the_masks_is_kept(parts, emoji_all, monkeypatch):
     """"[MASK] apple" about a red apple: one token for the mask, wherever that cut stands among the others."""
-    records, pictures = emoji_32
+    records, pictures = emoji_all
     picture = pictures[[r["caption"] for r in records].index("red apple, noto style")]
     cuts = reading.cuts
     for order in (slice(None), slice(None, None, -1)):
@@ -144,11 +144,11 @@ def test_the_ways_to_read_and_to_score(parts, apple, tmp_path, capsys, monkeypat
         f"{other}: 8 evaluations a picture"]
     assert said("--image", apple, other)[0] == f"{apple}\tred apple, noto style"
     questions = tmp_path / "questions.txt"
-    questions.write_text("Is it an animal?\n\nWhich style is it drawn in?\n")
+    questions.write_text("Is this clothing?\n\nWhich style is it drawn in?\n")
     found = said("--image", apple, other, "--questions", questions)
-    assert found[:2] == [f"{apple}\tIs it an animal?\tno", f"{apple}\tWhich style is it drawn in?\tnoto"]
-    assert len(found) == 4 and found[2].startswith(f"{other}\tIs it an animal?\t")
-    found = said("--image", apple, "--question", "Is it an animal?", "--choices", "yes", "no")
+    assert found[:2] == [f"{apple}\tIs this clothing?\tno", f"{apple}\tWhich style is it drawn in?\tnoto"]
+    assert len(found) == 4 and found[2].startswith(f"{other}\tIs this clothing?\t")
+    found = said("--image", apple, "--question", "Is this clothing?", "--choices", "yes", "no")
     assert [line.split(":")[0] for line in found] == ["no", "yes"] and "nats" in found[1]
     right, wrong = (said("--image", apple, "--score", text)[0] for text in (
         "red apple, noto style", "dog face, noto style"))
@@ -158,7 +158,7 @@ def test_the_ways_to_read_and_to_score(parts, apple, tmp_path, capsys, monkeypat
     numbers = [float(x) for x in best[0].removeprefix("nats of the prompt: ").split()]
     assert numbers == sorted(numbers) and len(numbers) == 3 and best[1].startswith(f"{other}: 12 ")
     assert said("--image", apple, "--length", "auto", "--order", "random") == ["red apple, noto style"]
-    asked = iter(["Is it an animal?", "why " * 40, ""])
+    asked = iter(["Is this clothing?", "why " * 40, ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
     no, refused = said("--image", apple, "--chat")
     assert no == "no" and "leaves no room" in refused

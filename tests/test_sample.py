@@ -68,9 +68,9 @@ def test_a_terminal_without_accents_and_a_reader_that_left_change_nothing(apple,
     assert left.stderr.read() == "" and left.wait() == 1
 
 
-def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_32):
+def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_all):
     """A coarse guard that the right weights are shipped; evaluate.py has the figures."""
-    records, pictures = emoji_32
+    records, pictures = emoji_all
     shown = [i for i, r in enumerate(records) if r["split"] == "train"][:64]
     said = sample.write(parts, pictures[shown])
     assert sum(text == records[i]["caption"] for text, i in zip(said, shown)) >= 32
@@ -80,7 +80,7 @@ def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_32
 
 
 def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_the_drawing(parts):
-    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 3, parts.height, parts.width, generator=torch.Generator().manual_seed(0))
     text = parts.text(parts.tokenizer.encode("red apple, noto style", parts.length)[None])
     with torch.inference_mode():
         alone = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise, flow.sigmas(4, 1.0)).clamp(-1, 1)
@@ -94,11 +94,11 @@ def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_t
 
 def test_many_are_drawn_in_batches_as_if_each_were_drawn_alone(parts):
     """18 pictures, in batches of 16 and 2, of two prompts; each has the next seed."""
-    noise = torch.cat([torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(7 + i))
-                       for i in range(18)])
+    shape = 1, 3, parts.height, parts.width
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(7 + i)) for i in range(18)])
     prompts, seen = ["red apple, noto style", "snowman, noto style"] * 9, drawing.Seen()
     drawn = sample.draw(parts, prompts, steps=2, seed=7, guidance=1, seen=seen)
-    assert drawn.shape == (18, 3, 32, 32) and seen.rows == 36
+    assert drawn.shape == (18, *shape[1:]) and seen.rows == 36
     assert [t for t, _, _ in seen.states] == flow.sigmas(2, 1.0).tolist()
     assert all(x.shape == clean.shape == drawn.shape for _, x, clean in seen.states)
     assert torch.equal(seen.states[0][1], noise)
@@ -121,11 +121,11 @@ def test_a_walk_that_takes_long_says_how_far_it_is(parts, monkeypatch, capsys):
 
 def test_a_size_that_was_not_learnt_gets_a_warning(tmp_path, capsys):
     draw = ["--prompt", "snowman, noto style", "--steps", "1", "--out", str(tmp_path / "a.png")]
-    sample.main([*draw, "--height", "32", "--width", "32"])
+    sample.main([*draw, "--height", "64", "--width", "64"])
     assert capsys.readouterr().err == ""
-    sample.main([*draw, "--height", "64"])
-    assert capsys.readouterr().err.startswith("warning: a height of 64 and a width of 32; these weights have "
-                                              "learnt pictures of 32 by 32, and may show tiles")
+    sample.main([*draw, "--height", "128"])
+    assert capsys.readouterr().err.startswith("warning: a height of 128 and a width of 64; these weights have "
+                                              "learnt pictures of 64 by 64, and may show tiles")
 
 
 def test_the_shift_of_the_noise_levels_is_used(parts):
@@ -144,9 +144,9 @@ def test_a_prompt_is_read_as_captions_are_written_and_words_never_met_are_named(
         assert said == "" if given[0] == "r" else said == (
             "note: --prompt is read as 'red apple, noto style', as captions were written in training\n")
     assert (tmp_path / "r.png").read_bytes() == (tmp_path / "R.png").read_bytes()
-    sample.main(["--prompt", "a zebra, zebra", "--negative-prompt", "zoo", "--steps", "1", "--out",
+    sample.main(["--prompt", "a quasar, quasar", "--negative-prompt", "zoo", "--steps", "1", "--out",
                  str(tmp_path / "a.png")])
-    assert capsys.readouterr().err == ("warning: --prompt: no text in training had zebra\n"
+    assert capsys.readouterr().err == ("warning: --prompt: no text in training had quasar\n"
                                        "warning: --negative-prompt: no text in training had zoo\n")
     sample.main(["--image", str(apple), "--text", "Red [MASK], [MASK] Style"])
     assert capsys.readouterr().out == "Red apple, noto Style\n"
@@ -156,7 +156,8 @@ def test_a_prompt_is_read_as_captions_are_written_and_words_never_met_are_named(
 
 def test_bfloat16_stays_close_to_float32(parts):
     half = Parts(dtype=torch.bfloat16)
-    x, ids = torch.randn(2, 3, 32, 32), torch.randint(0, 1000, (2, 24))
+    x = torch.randn(2, 3, parts.height, parts.width)
+    ids = torch.randint(0, 1000, (2, parts.length))
     with torch.inference_mode():
         full = parts.mmdit(x, parts.text(ids), torch.tensor([0.5]))
         low = half.mmdit(x.bfloat16(), half.text(ids), torch.tensor([0.5]))
@@ -181,11 +182,11 @@ def test_bfloat16_stays_close_to_float32(parts):
     (["--prompts", "LICENSE", "--prompt", "a"], 2, "give --prompt or --prompts, not both"),
     (["--prompts", "nowhere.txt"], 1, "nowhere.txt: can't be read (No such file"),
     (["--prompts", os.devnull], 1, "holds no prompt; write one a line"),
-    (["--prompts", "README.md"], 1, " tokens, expected at most 23; cut it"),
+    (["--prompts", "README.md"], 1, " tokens, expected at most 27; cut it"),
     (["--prompt", "a", "--out", "a.gif", "--trajectory", "a.gif"], 2, "--trajectory are both a.gif"),
     (["--prompt", "a", "--n", "2", "--trajectory", "a.html"], 2, "FILE.html is about one picture"),
     (["--prompt", " "], 2, "--prompt is empty"),
-    (["--prompt", "apple " * 200], 1, "--prompt has 201 tokens, expected at most 23; cut it"),
+    (["--prompt", "apple " * 200], 1, "--prompt has 201 tokens, expected at most 27; cut it"),
     (["--prompt", "a", "--steps", "0"], 2, "--steps: expected a whole number, at least 1, got '0'"),
     (["--prompt", "a", "--n", "0"], 2, "--n: expected a whole number, at least 1, got '0'"),
     (["--prompt", "a", "--dtype", "float8"], 2, "invalid choice: 'float8'"),
@@ -198,7 +199,7 @@ def test_bfloat16_stays_close_to_float32(parts):
     (["--image", "nowhere.png"], 1, "nowhere.png: no such picture file"),
     (["--image", "README.md"], 1, "README.md: not a picture that can be read"),
     (["--image", "APPLE", "--text", "no gap"], 2, "--text holds no [MASK]"),
-    (["--image", "APPLE", "--text", "very " * 40 + "[MASK]"], 1, "expected at most 23"),
+    (["--image", "APPLE", "--text", "very " * 40 + "[MASK]"], 1, "expected at most 27"),
     (["--image", "APPLE", "--question", "why " * 40], 1, "leaves no room for an answer"),
     (["--image", "APPLE", "--order", "sideways"], 2, "invalid choice: 'sideways'"),
     (["--image", "APPLE", "--order", "threshold", "--level", "1.5"], 1, "above 0 and at most 1, got 1.5"),
@@ -251,8 +252,8 @@ def broken(tmp_path, change):
      "not a whole safetensors file"),
     (lambda f, t, c: t.__delitem__("mmdit.img_in.weight"), "mmdit.img_in.weight is missing"),
     (lambda f, t, c: t.update({"mmdit.more": torch.zeros(1)}), "mmdit.more is not a part of this model"),
-    (lambda f, t, c: c["mmdit"].update(patch=8),
-     "mmdit.img_in.weight is (192, 48), this model's sizes ask for (192, 192)"),
+    (lambda f, t, c: c["mmdit"].update(patch=4),
+     "mmdit.img_in.weight is (192, 192), this model's sizes ask for (192, 48)"),
     (lambda f, t, c: c["mmdit"].update(width=190), "no model has these sizes"),
     (lambda f, t, c: c["mmdit"].update(depht=3), "unknown sizes depht"),
     (lambda f, t, c: c.update(format="other"), "found 'other'"),

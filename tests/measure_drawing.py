@@ -1,0 +1,112 @@
+"""Solvers and guidance on the emoji set: how often the right emoji is drawn, how far off, for how much work.
+
+    python tests/measure_drawing.py                    # all rows, 192 prompts, some minutes of two cores
+    python tests/measure_drawing.py solvers --prompts 96 --checkpoint out/instruct
+    python tests/measure_drawing.py --page assets/drawing.png      # the README's picture, and no table
+
+Every row draws the same captions of the split with the same seeds. `emoji`: of the whole set the nearest picture,
+pixel by pixel, has the emoji asked for; `distance`: root mean square of the difference to the picture asked for,
+of 255; `evaluations`: of the network, a picture. Not part of the test run.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli  # noqa: E402
+import drawing  # noqa: E402
+import emoji  # noqa: E402
+import evaluate  # noqa: E402
+import flow  # noqa: E402
+import show  # noqa: E402
+from parts import EMOJI, Parts  # noqa: E402
+
+SOLVERS = {f"{solver}, {steps} evaluations": dict(solver=solver, steps=steps)
+           for steps in (28, 14, 7, 4) for solver in ("euler", "heun", "ab2")}
+GUIDANCE = {
+    **{f"guidance {scale:g}": dict(guidance=scale) for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 7.0)},
+    "guidance 4 for t in 0.2 .. 0.9": dict(guidance=4.0, interval=(0.2, 0.9)),
+    "guidance 4 for t in 0.3 .. 1": dict(guidance=4.0, interval=(0.3, 1.0)),
+    "guidance 4 for t in 0.5 .. 1": dict(guidance=4.0, interval=(0.5, 1.0)),
+    "guidance 4 for t in 0.7 .. 1": dict(guidance=4.0, interval=(0.7, 1.0)),
+    "guidance 4, zero-star": dict(guidance=4.0, rule="zero-star"),
+    "guidance 4, zero-star, a zero step": dict(guidance=4.0, rule="zero-star", zero=1),
+    "guidance 4, renormalised": dict(guidance=4.0, rule="renormalised"),
+}
+SHIFTS = {f"shift {shift:g}": dict(shift=shift) for shift in (0.5, 1.0, 2.0, 3.0)}
+TABLES = dict(solvers=SOLVERS, guidance=GUIDANCE, shifts=SHIFTS)
+
+
+@torch.no_grad()
+def measured(parts: Parts, captions: list[str], own: list[int], records: list[dict], pictures: torch.Tensor,
+             how: dict) -> dict[str, float]:
+    """One row.  own: the captions' pictures among all (n, 3, P, P)."""
+    seen, begun = drawing.Seen(states=None), time.time()
+    drawn = drawing.draw(parts, captions, seed=[i for i, _ in enumerate(own)], seen=seen, **how)
+    seconds, found = time.time() - begun, evaluate.nearest(drawn, pictures)
+    right = [records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, own)]
+    single = [hit for hit, i in zip(right, own) if records[i]["kind"] != "people & body"]
+    off = (drawn - pictures[own]).square().mean((1, 2, 3)).sqrt() * 127.5
+    return dict(emoji=100 * sum(right) / len(right), single=100 * sum(single) / max(1, len(single)),
+                distance=float(off.mean()), evaluations=seen.rows / len(own), seconds=seconds)
+
+
+@torch.no_grad()
+def write_page(parts: Parts, records: list[dict], pictures: torch.Tensor, path: Path) -> None:
+    """A walk, solvers at 7 evaluations, guidance, strengths, a hat drawn anew, variations; none chosen."""
+    draw = lambda prompt, **how: drawing.draw(parts, [prompt], seed=0, **how)[0]
+    number = {record["caption"]: i for i, record in enumerate(records)}
+    apple, farmer = "red apple, noto style", "woman farmer, medium skin tone, noto style"
+    original, seen = pictures[number[farmer]], drawing.Seen()
+    draw(apple, seen=seen)
+    walk = [[(state[which][0], f"{name} at t = {state[0]:.2f}") for state in seen.states[::4]]
+            for which, name in ((1, "x"), (2, "predicted"))]
+    few = [(draw(apple, steps=steps, solver=solver), f"{solver}, {steps} evaluations")
+           for steps in (4, 7) for solver in flow.SOLVERS]
+    guided = [(draw(apple, guidance=scale), f"guidance {scale:g}") for scale in (1, 2, 4, 7)]
+    guided += [(draw(apple, guidance=7.0, rule=rule), rule) for rule in flow.RULES[1:]]
+    over = [(draw("woman farmer, dark skin tone, noto style", edit=drawing.Edit(original[None], strength)),
+             f"dark, strength {strength:g}") for strength in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    mask = torch.zeros(1, 1, parts.height, parts.width, dtype=torch.bool)
+    mask[..., :parts.height * 15 // 32, :] = True
+    anew = [(draw(f"woman {who}, medium skin tone, noto style", edit=drawing.Edit(original[None], 1.0, mask)),
+             f"above: {who}") for who in ("firefighter", "astronaut", "cook", "mechanic", "artist")]
+    first = [(original, "the set's own picture")]
+    show.write_picture(path, show.rows(*walk, few, guided, first + over, first + anew))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("tables", nargs="*", choices=[[], *TABLES], metavar="TABLE", help=" ".join(TABLES))
+    parser.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
+    parser.add_argument("--split", choices=evaluate.SPLITS, default="train", help="(train)")
+    parser.add_argument("--prompts", type=cli.number(int, 1), default=192, help="(192)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(as sample.py)")
+    parser.add_argument("--json", type=argparse.FileType("w"), help="also write the rows here")
+    parser.add_argument("--page", type=Path, help="a picture of it all")
+    args = parser.parse_args(argv)
+    parts = Parts(args.checkpoint, cli.device("auto"), getattr(torch, args.dtype) if args.dtype else None)
+    records, pictures = emoji.load(pixels=parts.height)
+    pictures = pictures.float() / 127.5 - 1
+    if args.page:
+        write_page(parts, records, pictures, args.page)
+        return
+    own = [i for i, record in enumerate(records) if record["split"] == args.split][:args.prompts]
+    print("| | emoji, % | single objects, % | distance | evaluations | seconds |\n|---|---|---|---|---|---|")
+    rows = {}
+    for table in args.tables or TABLES:
+        for name, how in TABLES[table].items():
+            row = rows[name] = measured(parts, [records[i]["caption"] for i in own], own, records, pictures, how)
+            print(f"| {name} | {row['emoji']:.1f} | {row['single']:.1f} | {row['distance']:.1f} | "
+                  f"{row['evaluations']:.0f} | {row['seconds']:.0f} |", flush=True)
+    if args.json:
+        json.dump(rows, args.json, indent=1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
