@@ -242,13 +242,14 @@ def bench_sample(parts: Parts, n: int, steps: int, rounds: int, guidance: float 
         key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
     found = dict(device=name_of(device), dtype=str(parts.dtype).removeprefix("torch."), compiled=compiled,
-                 n=n, pixels=[parts.width, parts.height], first_s=first, draws_per_s=n / statistics.median(drawn),
+                 n=n, pixels=[parts.width, parts.height], first_s=first,
+                 draws_per_s=n / statistics.median(drawn),
                  draws_range=[round(n / s, 3) for s in (max(drawn), min(drawn))],
                  evaluations_a_drawing=seen.rows // n, captions_per_s=n / statistics.median(read),
                  captions_range=[round(n / s, 3) for s in (max(read), min(read))],
                  evaluations_a_batch_of_captions=len(asked))
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most
     return found | dict(gib=peak / 2**30)
 
 

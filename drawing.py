@@ -17,6 +17,7 @@ from torch import Tensor
 
 import flow
 import mask_diffusion
+from model import T_FLOOR
 from parts import Parts
 from reading import canvas, encode, logits, score, watched
 
@@ -45,11 +46,15 @@ class Seen:
     rows: int = 0
 
 
-def levels(steps: int, shift: float, solver: str = "euler", strength: float = 1.0, zero: int = 0) -> Tensor:
+def levels(parts: Parts, steps: int, shift: float | None = None, solver: str = "euler", strength: float = 1.0,
+           zero: int = 0) -> Tensor:
     """The noise levels of a walk of `steps` evaluations, of which Heun's takes two a step, from strength on.
+    A network that predicts the clean picture is not asked below the level to which it learnt it in earnest.
 
     zero: the velocity of so many first steps is taken as zero (CFG-Zero*): x stays noise, nobody is asked."""
-    whole = flow.sigmas(-(-steps // flow.SOLVERS[solver]), shift)[zero:]
+    shift = parts.defaults["shift"] if shift is None else shift
+    least = T_FLOOR["train"] if parts.sizes.predicts == "data" else 1e-3
+    whole = flow.sigmas(-(-steps // flow.SOLVERS[solver]), shift, least)[zero:]
     return whole if strength == 1 else torch.cat([torch.tensor([strength]), whole[whole < strength]])
 
 
@@ -123,8 +128,7 @@ def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = 
     up then, so that all have one shape.  Where the parts don't fit in memory together, 16 batches are drawn
     before they are decoded."""
     guidance = parts.defaults["guidance"] if guidance is None else guidance
-    shift = parts.defaults["shift"] if shift is None else shift
-    sigmas = levels(steps, shift, solver, edit.strength if edit else 1.0, zero)
+    sigmas = levels(parts, steps, shift, solver, edit.strength if edit else 1.0, zero)
     shape = parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
     jobs = list(zip(prompts, seed if isinstance(seed, list) else range(seed, seed + len(prompts))))
     size, walks = min(batch or (16 if parts.own else 4), len(jobs)), []
@@ -193,12 +197,12 @@ def joint(parts: Parts, steps: int = STEPS, seed: int = 0, shift: float | None =
     generator, mask_id = torch.Generator().manual_seed(seed), parts.tokenizer.mask_id
     shape = 1, parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
     x = torch.randn(shape, generator=generator).to(parts.device)
-    levels = flow.sigmas(steps, parts.defaults["shift"] if shift is None else shift).to(parts.device)
+    sigmas = levels(parts, steps, shift).to(parts.device)
     walk = mask_diffusion.walk(lambda ids, at, rows: logits(parts, clean)(ids, at), canvas(parts)[None].to(
         parts.device), mask_id, steps, generator, temperature, "confidence", picks=True,
         end=(parts.tokenizer.end_id, parts.tokenizer.pad_id))
     _, ids = next(walk)
-    for t, s in zip(levels[:-1], levels[1:]):
+    for t, s in zip(sigmas[:-1], sigmas[1:]):
         v = parts.mmdit(x.to(parts.dtype), parts.text(ids), t.view(1), need="velocity")[0].float()
         clean, x = (x - t * v).to(parts.dtype), x + (s - t) * v
         _, ids = next(walk, (None, ids))                         # of the tokens as large a part

@@ -114,7 +114,8 @@ def drawn_right(parts: Parts, records: list[dict], pictures: Tensor, split: str,
         for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, encode(parts, drawn))):
             right = records[found]["emoji"] == records[i]["emoji"]
             results["emoji"].append(right)
-            results["emoji, " + ("people" if records[i]["kind"] == "people & body" else "all else")].append(right)
+            whose = "people" if records[i]["kind"] == "people & body" else "all else"
+            results[f"emoji, {whose}"].append(right)
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])
     return {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items()}

@@ -63,15 +63,15 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sigmas(steps: int, shift: float = 3.0) -> Tensor:
+def sigmas(steps: int, shift: float = 3.0, least: float = 1e-3) -> Tensor:
     """Noise levels of a walk, (steps + 1,) float32, from 1 down to 0.
 
-    The shift spends more steps at high noise, which large pictures need.  The grid ends at the shifted 1/1000
-    and is shifted as a whole, its last level twice: the published scheduler does so, and released weights are
-    sampled with it.  Raises ValueError below one step."""
+    The shift spends more steps at high noise, which large pictures need.  The grid ends at the shifted least
+    level and is shifted as a whole, its last level twice: the published scheduler does so, with 1/1000, and
+    released weights are sampled with it.  Raises ValueError below one step."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    grid = torch.linspace(1, shifted(1e-3, shift), steps, dtype=torch.float64)
+    grid = torch.linspace(1, shifted(least, shift), steps, dtype=torch.float64)
     return torch.cat([shifted(grid, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 

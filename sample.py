@@ -87,7 +87,7 @@ def draw_flags(add: Callable) -> None:
     add("--separate", one, action="store_true", help="each as a file of its own in the folder --out")
     add("--best", one, action="store_true", help="the --n pictures in the order of how likely they "
         "make the prompt")
-    add("--guidance", pictures, **above, help="classifier-free guidance; 1: none (4; published weights: 7)")
+    add("--guidance", pictures, **above, help="classifier-free guidance; 1: none (1.5; published weights: 7)")
     add("--guidance-interval", pictures, nargs=2, type=cli.number(float, 0, 1), metavar="T", help="guided at "
         "these noise levels alone, for half the work outside (0 1)")
     add("--guidance-rule", pictures, choices=flow.RULES, help="see flow.py (plain)")

@@ -1,6 +1,6 @@
 """Drawing against a loop in the manner of the published one, in turns: how much of its time ours takes.
 
-    python tests/compare_drawing.py               # mid size, random weights, ten minutes of two cores
+    python tests/compare_drawing.py               # mid size, random weights, five minutes of two cores
 
 Theirs: float32; at each of 28 steps both heads, 256 logits, a time and its modulation for each row. Ours:
 `flow.euler` and `flow.guide` as in `drawing.drawings`. Depth 8, width 512, 256 image tokens, random states of
@@ -71,7 +71,7 @@ def ours(mmdit: MMDiT, noise: Tensor, states: Tensor) -> Tensor:
     return flow.euler(flow.guide(velocity, GUIDANCE), noise, flow.sigmas(STEPS, SHIFT))
 
 
-def main(rounds: int = 5) -> None:
+def main(rounds: int = 3) -> None:
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64     # of one code: a graph per block, and one for the last
     plain = MMDiT(SIZES).eval().requires_grad_(False)

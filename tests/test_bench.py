@@ -57,13 +57,13 @@ def test_the_table_of_a_step(capsys, monkeypatch):
 
 @pytest.mark.parametrize("of", [[], ["--preset", "emoji", "--pixels", "16"]])
 def test_the_table_of_drawings_and_captions(of, capsys, monkeypatch):
-    flags = ["--n", "2", "--steps", "3", "--rounds", "1", "--device", "cpu", "--dtype", "float32", "--profile"]
+    flags = "--n 2 --steps 3 --rounds 1 --device cpu --dtype float32 --profile".split()
     monkeypatch.setattr(sys, "argv", ["bench.py", "sample", *flags, *of])
     bench.main()
     *table, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
     assert [line.split()[0] for line in table[-len(found):]] == list(found) and found["n"] == 2
-    assert any(line.split()[:1] == ["aten::addmm"] for line in table)             # the profile
+    assert any(line.split()[:1] == ["aten::addmm"] for line in table)        # the profile
     assert found["evaluations_a_drawing"] == 6 and min(found["draws_per_s"], found["captions_per_s"]) > 0
     assert found["evaluations_a_batch_of_captions"] == 28 if of else (
         1 < found["evaluations_a_batch_of_captions"] <= 28)

@@ -122,6 +122,7 @@ def test_sigmas_are_the_published_schedulers():
     # printed by the release's scheduler (shift 3)
     assert flow.sigmas(4, 3.0).tolist() == pytest.approx([1.0, 0.857692, 0.602151, 0.008929, 0.0], abs=1e-6)
     assert flow.sigmas(28, 3.0)[-4:].tolist() == pytest.approx([0.199827, 0.110906, 0.008929, 0.0], abs=1e-6)
+    assert flow.sigmas(4, 1.0, 0.05).tolist() == pytest.approx([1, 0.683333, 0.366667, 0.05, 0], abs=1e-6)
     assert len(flow.sigmas(28)) == 29
     with pytest.raises(ValueError, match="at least 1, got 0"):
         flow.sigmas(0)

@@ -28,6 +28,26 @@ def test_a_prompt_and_a_seed_give_the_same_file_in_any_batch_and_at_any_place(ei
     assert files[0] == files[1][::-1] and len(set(files[0])) == 6
 
 
+def test_a_batch_that_is_filled_up_for_its_shape_gives_the_same_pictures(parts, monkeypatch):
+    shapes, forward = set(), parts.mmdit.forward
+    monkeypatch.setattr(drawing, "compiled", lambda parts: None)
+    monkeypatch.setattr(parts.mmdit, "forward", lambda x, *args, **how: shapes.add(x.shape) or forward(
+        x, *args, **how))
+    seen, prompts = drawing.Seen(), PROMPTS + PROMPTS[:2]
+    fast = drawing.draw(parts, prompts, steps=3, batch=2, fast=True, seen=seen)
+    assert shapes == {(4, 3, parts.height, parts.width)} and seen.rows == 5 * 6
+    assert seen.states[0][1].shape == fast.shape
+    assert torch.equal(fast, drawing.draw(parts, prompts, steps=3, batch=2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only with a GPU")
+def test_an_evaluation_replayed_as_a_cuda_graph_is_the_evaluation(monkeypatch):
+    parts = Parts(EMOJI, "cuda", torch.bfloat16)
+    monkeypatch.setattr(drawing, "compiled", lambda parts: None)
+    fast, plain = (drawing.draw(parts, PROMPTS, steps=3, fast=fast) for fast in (True, False))
+    assert torch.equal(fast, plain)
+
+
 def test_what_is_there_is_skipped_and_what_was_made_otherwise_is_refused(parts, tmp_path):
     jobs, folder = [(prompt, 3) for prompt in PROMPTS], tmp_path / "drawn"
     assert gallery.fill(parts, jobs, folder, steps=2) == 0

@@ -42,7 +42,8 @@ def test_one_command_draws_a_picture_and_the_same_seed_draws_it_again(tmp_path):
     a, b, c = (Image.open(tmp_path / f"{name}.png") for name in "abc")
     assert a.size == (256, 256) and a.tobytes() == b.tobytes()
     assert c.size == (520, 520)                              # two by two, with a gap
-    assert Image.open(tmp_path / "a.gif").n_frames > 10
+    motion = Image.open(tmp_path / "a.gif")
+    assert motion.n_frames > 10 and motion.size == (256 + 8 + 256, 256)           # x_t beside the prediction
     r, g, b = [sum(band.histogram()[i] * i for i in range(256)) / 256**2 for band in a.split()]
     assert r > g and r > b                                   # an apple that is red
 
@@ -83,10 +84,10 @@ def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_t
     noise = torch.randn(1, 3, parts.height, parts.width, generator=torch.Generator().manual_seed(0))
     text = parts.text(parts.tokenizer.encode("red apple, noto style", parts.length)[None])
     with torch.inference_mode():
-        alone = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise, flow.sigmas(4, 1.0)).clamp(-1, 1)
+        alone = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise, drawing.levels(parts, 4))
     how = dict(steps=4, seed=0)
     drawn = sample.draw(parts, ["red apple, noto style"], guidance=1, **how)
-    assert torch.allclose(drawn, alone, atol=1e-4)
+    assert torch.allclose(drawn, alone.clamp(-1, 1), atol=1e-4)
     plain, pushed = (sample.draw(parts, ["red apple, noto style"], negative=n, **how)
                      for n in ("", "flag of Brazil"))
     assert (plain - pushed).abs().max() > 0.01
@@ -99,13 +100,14 @@ def test_many_are_drawn_in_batches_as_if_each_were_drawn_alone(parts):
     prompts, seen = ["red apple, noto style", "snowman, noto style"] * 9, drawing.Seen()
     drawn = sample.draw(parts, prompts, steps=2, seed=7, guidance=1, seen=seen)
     assert drawn.shape == (18, *shape[1:]) and seen.rows == 36
-    assert [t for t, _, _ in seen.states] == flow.sigmas(2, 1.0).tolist()
+    assert [t for t, _, _ in seen.states] == drawing.levels(parts, 2).tolist()
     assert all(x.shape == clean.shape == drawn.shape for _, x, clean in seen.states)
     assert torch.equal(seen.states[0][1], noise)
     for i in (0, 15, 16, 17):
         text = parts.text(parts.tokenizer.encode(prompts[i], parts.length)[None])
         with torch.inference_mode():
-            alone = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise[i:i + 1], flow.sigmas(2, 1.0))
+            velocity = lambda x, t: parts.mmdit(x, text, t)[0]
+            alone = flow.euler(velocity, noise[i:i + 1], drawing.levels(parts, 2))
         assert torch.allclose(drawn[i], alone[0].clamp(-1, 1), atol=1e-4)
         assert torch.allclose(seen.states[-1][2][i], alone[0], atol=1e-4)
 
@@ -124,15 +126,16 @@ def test_a_size_that_was_not_learnt_gets_a_warning(tmp_path, capsys):
     sample.main([*draw, "--height", "64", "--width", "64"])
     assert capsys.readouterr().err == ""
     sample.main([*draw, "--height", "128"])
-    assert capsys.readouterr().err.startswith("warning: a height of 128 and a width of 64; these weights have "
-                                              "learnt pictures of 64 by 64, and may show tiles")
+    assert capsys.readouterr().err.startswith("warning: a height of 128 and a width of 64; these weights "
+                                              "have learnt pictures of 64 by 64, and may show tiles")
 
 
 def test_the_shift_of_the_noise_levels_is_used(parts):
     noise = torch.randn(1, 3, parts.height, parts.width, generator=torch.Generator().manual_seed(5))
     text = parts.text(parts.tokenizer.encode("red apple, noto style", parts.length)[None])
     with torch.inference_mode():
-        true = flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise, flow.sigmas(3, 4.0)).clamp(-1, 1)
+        velocity = lambda x, t: parts.mmdit(x, text, t)[0]
+        true = flow.euler(velocity, noise, drawing.levels(parts, 3, 4.0)).clamp(-1, 1)
     drawn = sample.draw(parts, ["red apple, noto style"], steps=3, seed=5, guidance=1, shift=4.0)
     assert torch.allclose(drawn, true, atol=1e-4)
 

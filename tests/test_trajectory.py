@@ -28,7 +28,7 @@ def test_a_drawing_is_shown_with_each_steps_states_and_attention(parts, told, so
     html = trajectory.drawing_page(parts, prompt, seen, dict(seed=0))
     (_, words, shown, attention, grid, _), = told
     assert "".join(words) == prompt and html.startswith("<!DOCTYPE html>") and grid == (8, 8)
-    assert [t for t, _, _ in shown] == drawing.levels(steps, 1.0, solver).tolist()
+    assert [t for t, _, _ in shown] == drawing.levels(parts, steps, solver=solver).tolist()
     assert torch.equal(shown[-1][1].clamp(-1, 1), drawn[0]) and len(attention) == len(shown) - 1
     text = parts.text(parts.tokenizer.encode(prompt, parts.length)[None])
     with torch.no_grad(), page.watching(parts.mmdit, 64, "words") as alone:
