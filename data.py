@@ -18,6 +18,7 @@ cli.interruptible(__name__)
 
 import hashlib
 import re
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -244,10 +245,17 @@ class Ahead(torch.utils.data.Dataset):
             return dict(error=str(error))
 
 
+def deaf(_: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def feed(make: Callable[[int], dict], steps: range, workers: int) -> Iterator[dict]:
-    """make(step) for each step in order: here, or by `workers` processes ahead.  The same either way."""
+    """make(step) for each step in order: here, or by `workers` processes ahead.  The same either way.
+
+    What ends a job (SLURM, `timeout`) sends SIGTERM to all of its processes: the workers leave it to this
+    one, which saves first, and end with it."""
     loader = map(make, steps) if workers == 0 else torch.utils.data.DataLoader(
-        Ahead(make), sampler=steps, batch_size=None, num_workers=workers)
+        Ahead(make), sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=deaf)
     for made in loader:
         if "error" in made:
             raise UserError(made["error"])
@@ -256,14 +264,16 @@ def feed(make: Callable[[int], dict], steps: range, workers: int) -> Iterator[di
 
 @contextmanager
 def readers_watched() -> Iterator[None]:
-    """torch says wherever the main process is that a worker of `feed` was killed: here it is a UserError."""
+    """torch says wherever the main process is that a worker of `feed` was killed, or that nobody is there
+    whose tensor it is about to take: here it is a UserError."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionResetError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a process that reads data ahead was lost ({str(error).splitlines()[0]}); the same "
-                        f"command goes on from the newest checkpoint")
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"a process that reads data ahead was lost ({said}); the same command goes on from "
+                        f"the newest checkpoint")
 
 
 def latent_factor(specs: list[str]) -> int | None:

@@ -193,6 +193,8 @@ def parse(argv: list[str] | None = None) -> dict:
                                                                         "strength", "prompt", "vary")),
             ("trajectory", args.get("trajectory", Path()).suffix.lower() == ".html" and args.get("n", 1) > 1,
              "FILE.html is about one picture; leave out --n"),
+            ("trajectory", args.get("trajectory", Path()).suffix.lower() == ".html" and "compile" in args,
+             "FILE.html looks into blocks that are not compiled; leave out --compile"),
             ("zero_steps", args.get("zero_steps", 0) >= args.get("steps", drawing.STEPS), "leaves no step"),
             *((name, bool({"score", "choices"} & set(args)), "changes nothing where no text is written")
               for name in WRITES)):

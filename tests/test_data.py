@@ -69,6 +69,22 @@ def test_a_mistake_in_a_worker_is_told_as_it_would_be_here(workers):
         list(data.feed(broken, range(9), workers))
 
 
+def terminated(step):
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return squares(step)
+
+
+def test_a_job_that_is_ended_ends_its_workers_last():
+    """SIGTERM goes to every process of a job; the one that trains finishes its step, and saves."""
+    made = data.feed(terminated, range(9), 2)
+    assert [int(one["step"]) for one in made] == list(range(9))
+    begun, made = time.time(), data.feed(terminated, range(50), 2)
+    next(made)
+    made.close()                                                 # the workers end without being told to
+    assert time.time() - begun < 5
+
+
 def killed(step):
     if step == 4:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -187,6 +187,7 @@ def test_bfloat16_stays_close_to_float32(parts):
     (["--prompts", os.devnull], 1, "holds no prompt; write one a line"),
     (["--prompts", "README.md"], 1, " tokens, expected at most 27; cut it"),
     (["--prompt", "a", "--out", "a.gif", "--trajectory", "a.gif"], 2, "--trajectory are both a.gif"),
+    (["--prompt", "a", "--compile", "--trajectory", "a.html"], 2, "blocks that are not compiled; leave out"),
     (["--prompt", "a", "--n", "2", "--trajectory", "a.html"], 2, "FILE.html is about one picture"),
     (["--prompt", " "], 2, "--prompt is empty"),
     (["--prompt", "apple " * 200], 1, "--prompt has 201 tokens, expected at most 27; cut it"),
