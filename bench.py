@@ -207,7 +207,7 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
     ids = lambda text, length: torch.full((length,), len(text) % (V - 1))
     models.tokenizer = SimpleNamespace(encode=ids, mask_id=V - 1, end_id=-1, pad_id=-1)      # never an end
     models.learns.to(dtype).eval().requires_grad_(False)
-    parts = Parts.of(models, pixels or (64 if own and sizes.channels == 3 else 512), length, device)
+    parts = Parts.of(models, pixels or (64 if sizes.channels == 3 else 512), length, device)
     vars(parts).update(dtype=dtype, defaults=OWN if own else PUBLISHED)
     if not own:
         parts.text = lambda ids: models.text(ids).to(dtype)
@@ -226,7 +226,7 @@ def bench_sample(parts: Parts, n: int, steps: int, rounds: int, guidance: float 
 
     def reads() -> None:
         asked.clear()
-        fill(parts, encode(parts, images), blank, STEPS["text"], trajectory=[], asked=asked)
+        fill(parts, encode(parts, images), blank, STEPS["text"], asked=asked)
 
     def seconds(function) -> float:
         begun = synchronise(device)

@@ -91,6 +91,15 @@ def compiled(parts: Parts) -> None:
         block.compile(dynamic=False)
 
 
+def prepared(parts: Parts, fast: bool) -> Callable:
+    """The network as it is loaded now, (x, text, t) -> velocity in float32.  fast: `compiled`, and on a GPU
+    `graphed`: a graph is of these very weights, and of no use when they are loaded again."""
+    velocity = lambda x, text, t: parts.mmdit(x, text, t, need="velocity")[0].float()
+    if fast:
+        compiled(parts)
+    return graphed(velocity) if fast and parts.device.type == "cuda" else velocity
+
+
 def walked(velocity: flow.Velocity, noise: Tensor, sigmas: Tensor, solver: str, edit: Edit | None,
            states: list | None) -> Tensor:
     """The end of flow.walk from noise (B, C, h, w), or from the picture to edit, of which the part that is
@@ -124,19 +133,17 @@ def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = 
 
     seed: of the first, and the next has the next; or one for each.  A prompt and a seed give the same
     picture in any batch (of 16; large models 4), at any place in it.  steps, solver, zero: of `levels`;
-    guidance, rule, interval: of `flow.guide`.  fast: `compiled`, on a GPU `graphed`; the last batch is filled
-    up then, so that all have one shape.  Where the parts don't fit in memory together, 16 batches are drawn
-    before they are decoded."""
+    guidance, rule, interval: of `flow.guide`.  fast: of `prepared`; the last batch is filled up then, so that
+    all have one shape.  Where the parts don't fit in memory together, 16 batches are drawn before they are
+    decoded."""
     guidance = parts.defaults["guidance"] if guidance is None else guidance
     sigmas = levels(parts, steps, shift, solver, edit.strength if edit else 1.0, zero)
     shape = parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
     jobs = list(zip(prompts, seed if isinstance(seed, list) else range(seed, seed + len(prompts))))
-    size, walks = min(batch or (16 if parts.own else 4), len(jobs)), []
+    size, walks, network = min(batch or (16 if parts.own else 4), len(jobs)), [], None
     evaluations = len(sigmas) - 1 + (sum(flow.halves(sigmas)) if solver == "heun" else 0)
-    velocity = lambda x, text, t: parts.mmdit(x, text, t, need="velocity")[0].float()
-    velocity = graphed(velocity) if fast and parts.device.type == "cuda" else velocity
     keeps = seen is not None and seen.states is not None
-    velocity = watched(parts, velocity, evaluations * -(-len(jobs) // size), "drawing")
+    velocity = watched(parts, lambda *given: network(*given), evaluations * -(-len(jobs) // size), "drawing")
 
     def drawn(few: list[tuple[str, int]], states: dict[str, Tensor]) -> Tensor:
         full = few + few[-1:] * (size - len(few)) * fast
@@ -158,12 +165,12 @@ def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = 
     for some in (jobs[at:at + once] for at in range(0, len(jobs), once)):
         states = encoded(parts, [prompt for prompt, _ in some] + [negative])
         parts.hold("mmdit")
-        if fast:
-            compiled(parts)
+        network = network or prepared(parts, fast)
         with seen.watch(parts.mmdit) if seen and seen.watch else nullcontext() as found:
             clean = [drawn(some[at:at + size], states) for at in range(0, len(some), size)]
         if found is not None:
             seen.watched = found
+        network = network if parts.keep else None
         parts.hold("vae")
         yield from (decode(z).clamp(-1, 1) for z in torch.cat(clean))
     if keeps:

@@ -38,7 +38,6 @@ import emoji
 import sample
 import show
 from cli import UserError
-from drawing import draw
 from parts import EMOJI, Parts
 from reading import STEPS, encode, write
 
@@ -110,7 +109,7 @@ def drawn_right(parts: Parts, records: list[dict], pictures: Tensor, split: str,
     pool, results = [i for i, r in enumerate(records) if r["split"] == split], defaultdict(list)
     for batch in progress(f"{split}, drawings, seed {seed}", pool[:prompts]):
         captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
-        drawn = draw(parts, captions, seed=start, **how)
+        drawn = drawing.draw(parts, captions, seed=start, **how)
         for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, encode(parts, drawn))):
             right = records[found]["emoji"] == records[i]["emoji"]
             results["emoji"].append(right)

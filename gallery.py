@@ -7,19 +7,36 @@ A number whose file is there is skipped, so that what was stopped goes on; a fil
 all.
 """
 
+import hashlib
+import inspect
 from pathlib import Path
 
+from torch import Tensor
+
 import drawing
-from cli import UserError, require
+from cli import require
 from parts import Parts
 from pictures import text_fields, to_picture, write_png
+
+
+DEFAULTS = {name: inspect.signature(drawing.drawings).parameters[name].default
+            for name in ("steps", "solver", "rule", "interval", "zero", "negative")}
+
+
+def digest_of(*tensors: Tensor | None) -> str:
+    """Of the values of what a drawing begins with."""
+    found = hashlib.sha256()
+    for x in tensors:
+        found.update(b"" if x is None else x.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def described(parts: Parts, jobs: list[tuple[str, int]], how: dict) -> list[dict[str, str]]:
     """The text fields of each drawing; `how`: what drawing.drawings is told of the walk."""
     guidance, shift = (how.get(name, parts.defaults[name]) for name in ("guidance", "shift"))
-    given = dict(steps=drawing.STEPS, solver="euler", rule="plain", interval=(0.0, 1.0), zero=0, negative="")
-    given |= {name: value for name, value in how.items() if name in given}
+    given = {name: how.get(name, default) for name, default in DEFAULTS.items()}
+    if edit := how.get("edit"):
+        given |= dict(strength=edit.strength, over=digest_of(edit.latents, edit.mask))
     same = given | dict(guidance=guidance, shift=shift, size=f"{parts.width}x{parts.height}",
                         dtype=str(parts.dtype).removeprefix("torch."), checkpoint=parts.digest())
     return [dict(prompt=prompt, seed=str(seed)) | {name: str(value) for name, value in same.items()}
@@ -33,11 +50,12 @@ def fill(parts: Parts, jobs: list[tuple[str, int]], folder: Path, **how) -> int:
     folder.mkdir(exist_ok=True)
     paths, fields = [folder / f"{i:05}.png" for i in range(len(jobs))], described(parts, jobs, how)
     missing = [i for i, path in enumerate(paths) if not path.exists()]
-    for i in set(range(len(jobs))) - set(missing):
-        found = text_fields(paths[i])
-        for name in (name for name in fields[i] if found.get(name) != fields[i][name]):
-            raise UserError(f"{paths[i]}: was drawn with {name} {found.get(name)!r}, asked for is "
-                            f"{fields[i][name]!r}; name another folder, or remove it")
+    for path, wanted in zip(paths, fields):
+        found = text_fields(path) if path.exists() else wanted
+        for name in wanted | found:
+            was, asked = found.get(name), wanted.get(name)
+            require((was == asked, f"{path}: was drawn with {name} {was!r}, asked for is {asked!r}; name "
+                     f"another folder, or remove it"))
     if missing:
         pictures = drawing.drawings(parts, [jobs[i][0] for i in missing], seed=[jobs[i][1] for i in missing],
                                     **how)

@@ -91,7 +91,7 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["
         blind = logits(parts, None, refresh, text)
         function = mask_diffusion.guide(function, blind, guidance, tokenizer.mask_id, ramp)
     if asked is not None:
-        plain = function
+        plain, trajectory = function, [] if trajectory is None else trajectory
 
         def function(ids: Tensor, at: Tensor, rows: Tensor) -> Tensor:
             asked.append((len(trajectory), at, plain(ids, at, rows)))

@@ -183,6 +183,7 @@ def parse(argv: list[str] | None = None) -> dict:
         given = set(args) - {"image"} if edits else set(args)
         if name in args and not any(cli.flag(other) in mode.split(" or ") for other in given):
             parser.error(f"{cli.flag(name)} changes nothing without {mode}" + edits * ", and no --prompt")
+    page = trajectory.is_page(args.get("trajectory", Path()))
     for name, wrong, why in (
             ("max_tokens", "text" in args, "changes nothing with --text, which is as long as it is"),
             ("length", "text" in args and args.get("length") == "auto", "auto changes nothing with --text"),
@@ -191,9 +192,8 @@ def parse(argv: list[str] | None = None) -> dict:
               for name in ("strength", "mask", "vary")),
             *((name, pictures > 1, "is about one picture") for name in ("text", "chat", "trajectory", "mask",
                                                                         "strength", "prompt", "vary")),
-            ("trajectory", args.get("trajectory", Path()).suffix.lower() == ".html" and args.get("n", 1) > 1,
-             "FILE.html is about one picture; leave out --n"),
-            ("trajectory", args.get("trajectory", Path()).suffix.lower() == ".html" and "compile" in args,
+            ("trajectory", page and args.get("n", 1) > 1, "FILE.html is about one picture; leave out --n"),
+            ("trajectory", page and "compile" in args,
              "FILE.html looks into blocks that are not compiled; leave out --compile"),
             ("zero_steps", args.get("zero_steps", 0) >= args.get("steps", drawing.STEPS), "leaves no step"),
             *((name, bool({"score", "choices"} & set(args)), "changes nothing where no text is written")
@@ -256,11 +256,12 @@ def paint(args: dict, parts: Parts, images: list[Image.Image], take) -> None:
     prompts = args.get("prompts") or [args.get("prompt", "")]
     if images:
         pixels = to_tensor(fit_picture(images[0], parts.height, parts.width))[None]
+        latents = encode(parts, pixels, dtype=torch.float32)                      # that pixels come back
         if "vary" in args:
-            prompts = write(parts, encode(parts, pixels))
+            prompts = write(parts, latents.to(parts.dtype))
             print(f"its caption: {prompts[0]}")
         strength = args.get("strength", 1.0 if "mask" in args else 0.7)
-        how["edit"] = Edit(encode(parts, pixels, dtype=torch.float32), strength, args.get("mask"))
+        how["edit"] = Edit(latents, strength, args.get("mask"))
     negative, flag = args.get("negative_prompt", ""), "prompts" if "prompts" in args else "prompt"
     for text in [negative, *prompts]:
         count, most = len(parts.tokenizer.pieces(parts.tokenizer.lowered(text))), parts.length - 1
@@ -277,7 +278,7 @@ def paint(args: dict, parts: Parts, images: list[Image.Image], take) -> None:
         print(f"{out}: {len(jobs)} pictures, {there} of which were there")
         return
     out, path = args.get("out", Path("sample.png")), args.get("trajectory")
-    seen = trajectory.seen(parts, path.suffix == ".html") if path else Seen(states=None)
+    seen = trajectory.seen(parts, path) if path else Seen(states=None)
     drawn = list(drawings(parts, [prompt for prompt, _ in jobs], seed=seed, seen=seen, **how))
     if "best" in args:
         nats, drawn = zip(*likeliest(parts, drawn, prompts[0]))
@@ -287,7 +288,7 @@ def paint(args: dict, parts: Parts, images: list[Image.Image], take) -> None:
     if path:
         about = dict(seed=seed, evaluations=seen.rows) | {
             name: how[name] for name in ("solver", "guidance", "rule", "interval") if name in how}
-        if path.suffix == ".html":
+        if trajectory.is_page(path):
             write_text(path, trajectory.drawing_page(parts, prompts[0], seen, about))
         else:
             show.write_picture(path, *trajectory.drawing_frames(seen))
@@ -395,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
             print(line, flush=True)
     if states:
         path, start = args["trajectory"], states[0][1][0]
-        if path.suffix == ".html":
+        if trajectory.is_page(path):
             about = {name: args[name] for name in ("question", "seed") if name in args} | dict(order=order)
             write_text(path, trajectory.reading_page(parts, pixels[0] if images else None, latents, start,
                                                      about, **how))

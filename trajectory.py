@@ -1,7 +1,9 @@
 """A drawing or a reading made into what shows how it came about: a page (page.py), an animation (show.py)."""
 
+import math
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -28,10 +30,15 @@ def pieces(parts: Parts, ids: list[int]) -> list[str]:
     return [special[i] if i in special else tokenizer.bpe.decode([i]) for i in ids]
 
 
-def seen(parts: Parts, html: bool) -> Seen:
+def is_page(path: Path) -> bool:
+    """Or an animation."""
+    return path.suffix.lower() == ".html"
+
+
+def seen(parts: Parts, path: Path) -> Seen:
     """What drawing.drawings fills in, for a page with the attention to words, or for an animation."""
-    rows, columns = grid(parts)
-    return Seen(watch=partial(page.watching, patches=rows * columns, reads="words") if html else None)
+    patches = math.prod(grid(parts))
+    return Seen(watch=partial(page.watching, patches=patches, reads="words") if is_page(path) else None)
 
 
 def drawing_page(parts: Parts, prompt: str, found: Seen, about: dict) -> str:
@@ -58,12 +65,11 @@ def reading_page(parts: Parts, picture: Tensor | None, latents: Tensor | None, i
                  **how) -> str:
     """Of the [MASK]s of ids (L,) being filled about a picture (3, H, W), of latents (1, C, h, w), or none.
     The text is written once more for it; `how` goes to reading.fill."""
-    rows, columns = grid(parts)
     parts.hold("text", "mmdit")
     states, asked = [], []          # (step, ids) of the walk; (number of the state it led to, tokens, logits)
     watching = nullcontext([])
     if latents is not None:
-        watching = page.watching(parts.mmdit, rows * columns, "patches")
+        watching = page.watching(parts.mmdit, math.prod(grid(parts)), "patches")
     with watching as maps:
         final = fill(parts, latents, ids[None], trajectory=states, asked=asked, **how)[0].tolist()
     steps, texts = [int(step[0]) for step, _ in states], [row[0].tolist() for _, row in states]
@@ -82,4 +88,4 @@ def reading_page(parts: Parts, picture: Tensor | None, latents: Tensor | None, i
     again = [(step, pieces(parts, text)) for step, text in zip(steps, texts)]
     return page.writing(picture, pieces(parts, final), revealed, probability,
                         again if how.get("order") == "remask" else None, attention if maps else None,
-                        (rows, columns) if picture is not None else None, about)
+                        grid(parts) if picture is not None else None, about)

@@ -46,7 +46,7 @@ def measured(parts: Parts, captions: list[str], own: list[int], records: list[di
              how: dict) -> dict[str, float]:
     """One row.  own: the captions' pictures among all (n, 3, P, P)."""
     seen, begun = drawing.Seen(states=None), time.time()
-    drawn = drawing.draw(parts, captions, seed=[i for i, _ in enumerate(own)], seen=seen, **how)
+    drawn = drawing.draw(parts, captions, seen=seen, **how)
     seconds, found = time.time() - begun, evaluate.nearest(drawn, pictures)
     right = [records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, own)]
     single = [hit for hit, i in zip(right, own) if records[i]["kind"] != "people & body"]
@@ -97,10 +97,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     own = [i for i, record in enumerate(records) if record["split"] == args.split][:args.prompts]
     print("| | emoji, % | single objects, % | distance | evaluations | seconds |\n|---|---|---|---|---|---|")
-    rows = {}
+    rows, captions = {}, [records[i]["caption"] for i in own]
     for table in args.tables or TABLES:
         for name, how in TABLES[table].items():
-            captions = [records[i]["caption"] for i in own]
             row = rows[name] = measured(parts, captions, own, records, pictures, how)
             print(f"| {name} | {row['emoji']:.1f} | {row['single']:.1f} | {row['distance']:.1f} | "
                   f"{row['evaluations']:.0f} | {row['seconds']:.0f} |", flush=True)

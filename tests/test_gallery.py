@@ -48,6 +48,26 @@ def test_an_evaluation_replayed_as_a_cuda_graph_is_the_evaluation(monkeypatch):
     assert torch.equal(fast, plain)
 
 
+@pytest.mark.parametrize("keep, loads", [(True, 1), (False, 2)])
+def test_a_network_is_made_ready_once_each_time_it_is_loaded(tiny, keep, loads, monkeypatch):
+    """17 batches, of which a machine that can't hold all parts draws 16 before it decodes them."""
+    parts, ready = Parts(tiny, dtype=torch.float32, keep=keep), []
+    monkeypatch.setattr(drawing, "compiled", lambda parts: ready.append(parts.mmdit))
+    drawing.draw(parts, PROMPTS[:1] * 17, steps=1, batch=1, fast=True)
+    assert len(ready) == len(set(map(id, ready))) == loads
+
+
+def test_what_is_drawn_over_a_picture_is_refused_as_that_of_another(parts, tmp_path):
+    P = parts.height
+    edit = lambda strength, value, mask=None: drawing.Edit(torch.full((1, 3, P, P), value), strength, mask)
+    fill = lambda edit: gallery.fill(parts, [(PROMPTS[0], 0)], tmp_path / "over", steps=2, edit=edit)
+    assert (fill(edit(0.5, 0.1)), fill(edit(0.5, 0.1))) == (0, 1)
+    for other, name in ((edit(0.6, 0.1), "strength"), (edit(0.5, 0.2), "over"), (None, "strength"),
+                        (edit(0.5, 0.1, torch.ones(1, 1, P, P, dtype=torch.bool)), "over")):
+        with pytest.raises(UserError, match=f"was drawn with {name} "):
+            fill(other)
+
+
 def test_what_is_there_is_skipped_and_what_was_made_otherwise_is_refused(parts, tmp_path):
     jobs, folder = [(prompt, 3) for prompt in PROMPTS], tmp_path / "drawn"
     assert gallery.fill(parts, jobs, folder, steps=2) == 0

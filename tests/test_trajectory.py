@@ -1,5 +1,7 @@
 """trajectory.py: what a page is told of a walk is what happened in it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def told(monkeypatch):
 
 @pytest.mark.parametrize("solver, steps", [("euler", 3), ("heun", 6)])
 def test_a_drawing_is_shown_with_each_steps_states_and_attention(parts, told, solver, steps):
-    seen, prompt = trajectory.seen(parts, True), "red apple, noto style"
+    seen, prompt = trajectory.seen(parts, Path("a.html")), "red apple, noto style"
     drawn = drawing.draw(parts, [prompt], steps=steps, solver=solver, seen=seen)
     html = trajectory.drawing_page(parts, prompt, seen, dict(seed=0))
     (_, words, shown, attention, grid, _), = told
@@ -63,7 +65,7 @@ def test_a_texts_tokens_are_shown_with_their_step_and_probability(parts, emoji_a
 def test_the_command_writes_the_page_and_names_it(apple, tmp_path, capsys):
     for flags in (["--image", apple], ["--image", apple, "--text", "red [MASK], noto style"],
                   ["--prompt", "snowman, noto style", "--steps", 2, "--out", tmp_path / "a.png"]):
-        path = tmp_path / f"{len(flags)}.html"
+        path = tmp_path / f"{len(flags)}.HTML"
         sample.main(list(map(str, [*flags, "--trajectory", path])))
         assert capsys.readouterr().out.splitlines()[-1] == str(path)
         assert "Content-Security-Policy" in path.read_text(encoding="utf-8")
