@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import time
 from typing import Any, Callable
 
 
@@ -109,6 +110,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+
+
+class Rate:
+    """A line on stderr every two seconds: how far, how fast, how long still."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done, self.started, self.said = what, total, 0, time.time(), time.time()
+
+    def at(self, done: int) -> None:
+        self.done, now = done, time.time()
+        if now - self.said > 2:
+            self.said, rate = now, done / (now - self.started)
+            left = f"{(self.total - done) / rate / 60:.1f} min left" if done else "nothing yet"
+            print(f"{self.what}: {done:,}/{self.total:,}, {rate:,.1f}/s, {left}", file=sys.stderr, flush=True)
 
 
 def device(name: str) -> str:

@@ -187,7 +187,7 @@ def one_voice() -> Iterator[None]:
             raise
         status, said = (130, "stopped") if isinstance(error, KeyboardInterrupt) else (1, f"error: {error}")
         if lost:
-            said = "error: another process was lost; the same command goes on from the newest checkpoint"
+            said = "error: another process was lost; the same command goes on from what was saved"
         try:
             store = dist.distributed_c10d._get_default_store()
             if store.add("ended", 1) == 1:

@@ -122,7 +122,7 @@ class Parts:
         self.paths = dict(text=t5 or config.get("t5") or path, mmdit=path,
                           vae=vae or config.get("vae") or path)
         self.own = self.sizes.text_length > 0                             # the end-to-end variant's embedding
-        self.device, self.trains = torch.device(device), False
+        self.device, self.silent = torch.device(device), False     # no line of how far it is
         self.dtype = dtype or (torch.bfloat16 if not self.own or has_bfloat16(self.device) else torch.float32)
         self.defaults = OWN if self.own else PUBLISHED
         self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
@@ -167,7 +167,7 @@ class Parts:
             defaults=(OWN if own else PUBLISHED) | dict(refresh=1),      # FSDP gathers what a forward needs
             mmdit=mmdit, vae=models.vae, text=models.text, tokenizer=models.tokenizer, device=device,
             dtype=torch.float32, height=pixels, width=pixels, factor=models.vae.factor, length=length,
-            answer_length=length, trains=True)
+            answer_length=length, silent=True)
         return parts
 
     def transformer(self) -> checkpoint.Tensors:

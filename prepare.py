@@ -14,7 +14,6 @@ import json
 import os
 import re
 import sys
-import time
 import zlib
 from collections import Counter
 from functools import partial
@@ -40,20 +39,6 @@ from tokenizer import Tokenizer
 SHARD = 512             # samples of a file of latents
 DOCUMENT = 2**16        # characters: a longer text is cut up in pieces of about as many
 HEADER = 512            # bytes of a token file before its tokens
-
-
-class Rate:
-    """A line on stderr every two seconds: how far, how fast, how long still."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.started, self.said = what, total, 0, time.time(), time.time()
-
-    def at(self, done: int) -> None:
-        self.done, now = done, time.time()
-        if now - self.said > 2:
-            self.said, rate = now, done / (now - self.started)
-            left = f"{(self.total - done) / rate / 60:.1f} min left" if done else "nothing yet"
-            print(f"{self.what}: {done:,}/{self.total:,}, {rate:,.1f}/s, {left}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- show
@@ -164,7 +149,7 @@ def latents(args: argparse.Namespace) -> None:
                for file, places in files.items()}
     flat = sum(batches.values(), [])
     reading = data.feed(partial(read, mix, args.t5 is not None, flat), range(len(flat)), args.workers)
-    rate, seen, lost = Rate("samples", sum(map(len, flat))), 0, 0
+    rate, seen, lost = cli.Rate("samples", sum(map(len, flat))), 0, 0
     for file, parts in batches.items():
         rows = []
         for places, made in zip(parts, reading):
@@ -249,7 +234,7 @@ def pack(args: argparse.Namespace) -> None:
         require((path.endswith(sources.TEXTS), f"{path}: expected {', '.join(sources.TEXTS)}"),
                 (Path(path).is_file(), f"{path}: no such file"))
     sizes, total, count = list(map(os.path.getsize, paths)), 0, 0
-    rate = Rate("bytes", sum(sizes))
+    rate = cli.Rate("bytes", sum(sizes))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.out) as temporary, open(temporary, "wb") as file:
         file.write(bytes(HEADER))

@@ -22,7 +22,7 @@ MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
 
 
 def watched(parts: Parts, function, evaluations: int, what: str):
-    """The function, and every two seconds a line on stderr of how far it is; none while a run trains."""
+    """The function, and every two seconds a line on stderr of how far it is; none where parts.silent."""
     calls, started, said = 0, time.time(), time.time()
 
     def call(*args):
@@ -33,7 +33,7 @@ def watched(parts: Parts, function, evaluations: int, what: str):
             print(f"{what}: {calls}/{evaluations} evaluations, {rate:.2f}/s, "
                   f"{max(0, evaluations - calls) / rate:.0f} s left", file=sys.stderr, flush=True)
         return result
-    return function if parts.trains else call
+    return function if parts.silent else call
 
 
 def logits(parts: Parts, latents: Tensor | None, refresh: int = 1, text=None):

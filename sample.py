@@ -127,20 +127,9 @@ def read_flags(add: Callable) -> None:
                                            "blocks"))
 
 
-def flags() -> tuple[cli.Parser, dict[str, str]]:
-    """The parser, and for each flag that some of the ways have alone, the flags it goes with."""
-    parser, goes_with = cli.Parser(__doc__), {}
-
-    def add(name: str, mode: str = "", **how) -> None:
-        parser.add_argument(name, default=argparse.SUPPRESS, **how)
-        if mode:
-            goes_with[name.removeprefix("--").replace("-", "_")] = mode
-    draw_flags(add)
-    read_flags(add)
+def part_flags(add: Callable) -> None:
     add("--steps", **count(1, "evaluations of the walk: 28 to draw, 128 for a text, 32 to answer"))
     add("--seed", type=cli.number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same result (0)")
-    add("--trajectory", type=Path, help="a .gif of the picture forming, x_t beside the predicted one, or of "
-        "the text being unmasked; or an .html page of it, with what the network looks at")
     add("--checkpoint", type=Path, help="any layout (the shipped emoji weights)")
     add("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
     add("--dtype", choices=["float32", "bfloat16"], help="of transformer, T5 (bfloat16 where it is native)")
@@ -152,7 +141,38 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     add("--t5", type=Path, help="where T5 is, if not in --checkpoint")
     add("--tokenizer", type=Path, help="where T5's tokenizer.json is, if not in --checkpoint")
     add("--mask-embedding", type=Path, help="the aligned [MASK] embedding, a .pth or .safetensors file")
+
+
+def flags() -> tuple[cli.Parser, dict[str, str]]:
+    """The parser, and for each flag that some of the ways have alone, the flags it goes with."""
+    parser, goes_with = cli.Parser(__doc__), {}
+
+    def add(name: str, mode: str = "", **how) -> None:
+        parser.add_argument(name, default=argparse.SUPPRESS, **how)
+        if mode:
+            goes_with[name.removeprefix("--").replace("-", "_")] = mode
+    draw_flags(add)
+    read_flags(add)
+    add("--trajectory", type=Path, help="a .gif of the picture forming, x_t beside the predicted one, or of "
+        "the text being unmasked; or an .html page of it, with what the network looks at")
+    part_flags(add)
     return parser, goes_with
+
+
+def open_parts(args: dict, device: torch.device | str) -> Parts:
+    """The models that the flags name."""
+    names = ["vae", "t5", "tokenizer", "mask_embedding", "height", "width"]
+    names += ["length"] * (args.get("length") != "auto")
+    dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
+    return Parts(args.get("checkpoint", EMOJI), device, dtype, **{n: args[n] for n in names if n in args})
+
+
+def walk(args: dict) -> dict:
+    """What drawing.drawings is told, of the flags."""
+    names = dict(steps="steps", guidance="guidance", shift="shift", solver="solver", batch="batch",
+                 guidance_interval="interval", guidance_rule="rule", zero_steps="zero", compile="fast")
+    how = {ours: args[name] for name, ours in names.items() if name in args}
+    return how | ({"interval": tuple(how["interval"])} if "interval" in how else {})
 
 
 # how a text is written
@@ -247,13 +267,9 @@ def paint_both(args: dict, parts: Parts, take) -> None:
     print(f"{out}: {text}")
 
 
-def paint(args: dict, parts: Parts, images: list[Image.Image], take) -> None:
+def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
     """--prompt, --prompts, --vary: what is drawn goes to --out."""
-    names = dict(guidance_interval="interval", guidance_rule="rule", zero_steps="zero", compile="fast")
-    how = {names.get(name, name): value for name, value in take(
-        "steps", "guidance", "shift", "solver", "batch", *names).items()}
-    how |= {"interval": tuple(how["interval"])} if "interval" in how else {}
-    prompts = args.get("prompts") or [args.get("prompt", "")]
+    how, prompts = walk(args), args.get("prompts") or [args.get("prompt", "")]
     if images:
         pixels = to_tensor(fit_picture(images[0], parts.height, parts.width))[None]
         latents = encode(parts, pixels, dtype=torch.float32)                      # that pixels come back
@@ -353,9 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     images = [read_picture(path) for path in args.get("image", [])]      # a bad file, before a slow load
     args |= {name: read_lines(args[name], use) for name, use in (("questions", "question"),
                                                                  ("prompts", "prompt")) if name in args}
-    dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
-    parts = Parts(args.get("checkpoint", EMOJI), device, dtype, **take(
-        "vae", "t5", "tokenizer", "mask_embedding", "height", "width", *["length"] * (not auto)))
+    parts = open_parts(args, device)
     states = [] if "trajectory" in args else None
     if parts.trained and (parts.height, parts.width) not in parts.trained:
         print(f"warning: a height of {parts.height} and a width of {parts.width}; these weights have learnt "
@@ -371,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     require((parts.family != "SD3" or bool({"prompt", "prompts"} & set(args)) and "best" not in args,
              "this checkpoint is SD3's, which has no text head: it only draws"))
     if {"prompt", "prompts", "vary", "joint"} & set(args):
-        paint_both(args, parts, take) if "joint" in args else paint(args, parts, images, take)
+        paint_both(args, parts, take) if "joint" in args else paint(args, parts, images)
         return
 
     steps = args.get("steps", STEPS["answer" if {"question", "questions", "chat"} & set(args) else "text"])

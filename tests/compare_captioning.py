@@ -50,7 +50,7 @@ def main(rounds: int = 5) -> None:
     t5 = T5Encoder(T5Config(depth=6, heads=8, width=512, hidden=1024)).eval().requires_grad_(False)
     tokenizer = SimpleNamespace(mask_id=MASK, end_id=1, pad_id=1)
     parts = SimpleNamespace(mmdit=mmdit, text=t5, device=torch.device("cpu"), tokenizer=tokenizer,
-                            trains=True, defaults=dict(temperature=1.0, order="random", refresh=1))
+                            silent=True, defaults=dict(temperature=1.0, order="random", refresh=1))
     latents, found = torch.randn(1, 16, 32, 32), {name: [] for name in WAYS}
     for _ in range(rounds):
         begun = time.perf_counter()

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import cli  # noqa: E402
 import drawing  # noqa: E402
 import emoji  # noqa: E402
-import evaluate  # noqa: E402
 import flow  # noqa: E402
 import show  # noqa: E402
+from metrics import emojis  # noqa: E402
 from parts import EMOJI, Parts  # noqa: E402
 
 SOLVERS = {f"{solver}, {steps} evaluations": dict(solver=solver, steps=steps)
@@ -47,7 +47,7 @@ def measured(parts: Parts, captions: list[str], own: list[int], records: list[di
     """One row.  own: the captions' pictures among all (n, 3, P, P)."""
     seen, begun = drawing.Seen(states=None), time.time()
     drawn = drawing.draw(parts, captions, seen=seen, **how)
-    seconds, found = time.time() - begun, evaluate.nearest(drawn, pictures)
+    seconds, found = time.time() - begun, emojis.nearest(drawn, pictures)
     right = [records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, own)]
     single = [hit for hit, i in zip(right, own) if records[i]["kind"] != "people & body"]
     off = (drawn - pictures[own]).square().mean((1, 2, 3)).sqrt() * 127.5
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("tables", nargs="*", choices=[[], *TABLES], metavar="TABLE", help=" ".join(TABLES))
     parser.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
-    parser.add_argument("--split", choices=evaluate.SPLITS, default="train", help="(train)")
+    parser.add_argument("--split", choices=emojis.SPLITS, default="train", help="(train)")
     parser.add_argument("--prompts", type=cli.number(int, 1), default=192, help="(192)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(as sample.py)")
     parser.add_argument("--json", type=argparse.FileType("w"), help="also write the rows here")

@@ -1,4 +1,4 @@
-"""sample.py, checkpoint.py and evaluate.py, with the shipped weights and as a person would call them."""
+"""sample.py and checkpoint.py, with the shipped weights and as a person would call them."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import drawing
-import evaluate
 import flow
 import reading
 import sample
 from cli import UserError
+from metrics import emojis
 from parts import EMOJI, Parts
 
 ROOT = Path(__file__).parent.parent
@@ -70,13 +70,13 @@ def test_a_terminal_without_accents_and_a_reader_that_left_change_nothing(apple,
 
 
 def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_all):
-    """A coarse guard that the right weights are shipped; evaluate.py has the figures."""
+    """A coarse guard that the right weights are shipped; README has the figures."""
     records, pictures = emoji_all
     shown = [i for i, r in enumerate(records) if r["split"] == "train"][:64]
     said = sample.write(parts, pictures[shown])
     assert sum(text == records[i]["caption"] for text, i in zip(said, shown)) >= 32
     drawn = sample.draw(parts, [records[i]["caption"] for i in shown[:32]], steps=20)
-    found = evaluate.nearest(drawn, pictures)
+    found = emojis.nearest(drawn, pictures)
     assert sum(records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, shown)) >= 8
 
 
@@ -281,23 +281,3 @@ def test_a_saved_checkpoint_loads_bit_for_bit(parts, tmp_path):
     for a, b in zip(parts.mmdit.state_dict().items(), again.mmdit.state_dict().items()):
         assert a[0] == b[0] and torch.equal(a[1], b[1])
     assert (EMOJI / "model.safetensors").stat().st_size <= 24 * 2**20
-
-
-def test_pope_figures_from_a_hand_made_confusion_table():
-    # 3 true positives, 1 false positive, 2 false negatives (one of them no answer at all), 4 true negatives
-    said = ["yes"] * 3 + ["yes"] + ["no", "perhaps"] + ["no"] * 4
-    true = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
-    figures = evaluate.pope(said, true)
-    assert figures == pytest.approx({"accuracy": 70, "precision": 75, "recall": 60, "F1": 200 / 3,
-                                     "yes-ratio": 40})
-
-
-def test_evaluation_of_the_emoji_set_prints_a_table_and_json(tmp_path):
-    done = subprocess.run([sys.executable, "evaluate.py", "emoji", "--splits", "tone", "--limit", "4",
-                           "--prompts", "2",
-                           "--steps", "2", "--seeds", "0", "1", "--json", str(tmp_path / "r.json")],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "| caption |" in done.stdout and "| drawing: emoji |" in done.stdout and "left" in done.stderr
-    runs = json.loads((tmp_path / "r.json").read_text())["results"]["tone"]
-    assert len(runs) == 2 and all(0 <= value <= 100 for run in runs for value in run.values())

@@ -43,6 +43,11 @@ def train(*flags, processes=1, expect=0):
     return done
 
 
+def here(*flags):
+    """The same in this process."""
+    train_main(list(map(str, flags)))
+
+
 def losses(out):
     return {row["step"]: (row["image_loss"], row["text_loss"])
             for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
@@ -207,20 +212,20 @@ def test_a_run_sees_the_same_samples_with_any_number_of_processes_and_of_workers
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_tar, tiny, tmp_path):
     flags = ["--image-data", small_tar, "--init", tiny, *QUICK, "--ema", "0.5", "--save-every", "3"]
-    train("--out", tmp_path / "whole", *flags, "--steps", 6)
-    train("--out", tmp_path / "parts", *flags, "--steps", 3)
-    train("--out", tmp_path / "parts", *flags, "--steps", 6)
+    here("--out", tmp_path / "whole", *flags, "--steps", 6)
+    here("--out", tmp_path / "parts", *flags, "--steps", 3)
+    torch.rand(3)                                                # what a new process's generator hasn't drawn
+    here("--out", tmp_path / "parts", *flags, "--steps", 6)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert ((tmp_path / "whole" / "model.safetensors").read_bytes()
             == (tmp_path / "parts" / "model.safetensors").read_bytes())
 
 
-def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
+def test_a_signal_saves_and_both_stages_run(small_tar, tiny, tmp_path):
     out = tmp_path / "pretrain"
     process = subprocess.Popen([sys.executable, "train.py", "--out", str(out), "--image-data", small_tar,
-                                "--steps",
-                                "9999",
-                                *QUICK, "--save-every", "9999"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                                "--init", str(tiny), "--steps", "9999", *QUICK, "--save-every", "9999"],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 3):
         assert process.poll() is None
         time.sleep(0.1)
@@ -229,9 +234,8 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tmp_path):
     assert process.returncode == 0 and "saved; the same command goes on" in said
     assert len(list(out.glob("step_*"))) == 1
 
-    train("--stage", "instruct", "--init", out, "--out", tmp_path / "instruct", "--image-data", small_tar,
-          "--steps", 2,
-          *QUICK, "--sample-every", "2")
+    here("--stage", "instruct", "--init", out, "--out", tmp_path / "instruct", "--image-data", small_tar,
+         "--steps", 2, *QUICK, "--sample-every", "2")
     made = {p.name for p in (tmp_path / "instruct").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "train.json", "log.jsonl", "loss.png",
             "samples_2.png", "step_2"} <= made
@@ -249,17 +253,19 @@ def test_the_rate_warms_up_stays_and_falls_to_zero():
 
 
 def test_a_run_whose_time_is_up_ends_early_and_a_finished_one_writes_its_weights_again(
-        small_tar, tiny, tmp_path):
+        small_tar, tiny, tmp_path, capsys):
     flags = ["--image-data", small_tar, "--init", tiny, "--out", tmp_path, *QUICK, "--save-every", "2",
              "--schedule", "linear", "--decay-steps", "2", "--lr", "1e-3"]
-    train(*flags, "--steps", 2)
-    train(*flags, "--steps", 90, "--decay-from", 3, "--extend")
+    here(*flags, "--steps", 2)
+    here(*flags, "--steps", 90, "--decay-from", 3, "--extend")
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and rows[-1]["lr"] == pytest.approx(1e-3 / 2)
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").unlink()                # as a kill between the last two files leaves it
-    said = train(*flags, "--steps", 5).stdout
-    assert "has its 5 steps" in said and (tmp_path / "model.safetensors").read_bytes() == weights
+    capsys.readouterr()
+    here(*flags, "--steps", 5)
+    assert "has its 5 steps" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
     assert not list(tmp_path.glob(".tmp*"))
 
 

@@ -1,0 +1,364 @@
+"""metrics/clip.py: towers and tokenizer against transformers' (tests/compare_clip.py made the fixture), the
+score against float64."""
+
+import gzip
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cli import UserError
+from metrics import clip
+from pictures import write_png
+
+FIXTURE = Path(__file__).parent / "fixtures" / "clip"
+RELEASE = Path(__file__).parent / "fixtures" / "release"
+BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
+         "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+ENDS = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm.weight": "ln_final.weight",
+        "text_model.final_layer_norm.bias": "ln_final.bias",
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",
+        "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
+        "vision_model.post_layernorm.weight": "visual.ln_post.weight",
+        "vision_model.post_layernorm.bias": "visual.ln_post.bias", "logit_scale": "logit_scale"}
+
+
+def as_openai(tensors):
+    """Hugging Face's tensors as OpenAI's files name and shape them, with the scalars of a converted .pt."""
+    scalars = dict(input_resolution=32, context_length=77, vocab_size=1114)
+    found = {key: torch.tensor(value) for key, value in scalars.items()}
+    for key, tensor in tensors.items():
+        if key in ENDS:
+            found[ENDS[key]] = tensor
+        elif key.endswith("projection.weight"):
+            found["visual.proj" if key.startswith("visual") else "text_projection"] = tensor.T.contiguous()
+        else:
+            tower, n, part, kind = re.fullmatch(r"(\w+)\.encoder\.layers\.(\d+)\.(.*)\.(\w+)", key).groups()
+            stem = f"{dict(text_model='', vision_model='visual.')[tower]}transformer.resblocks.{n}."
+            if part == "self_attn.q_proj":
+                parts = [tensors[key.replace("q_proj", f"{name}_proj")] for name in "qkv"]
+                found[f"{stem}attn.in_proj_{kind}"] = torch.cat(parts)
+            elif part in BLOCK:
+                found[f"{stem}{BLOCK[part]}.{kind}"] = tensor
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return load_file(FIXTURE / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return load_file(FIXTURE / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return clip.load(FIXTURE)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return clip.tokenizer_of(FIXTURE)
+
+
+def folder_of(path, tensors, **config):
+    """A checkpoint's folder, with the fixture's config.json, where each tower's section has `config` too."""
+    path.mkdir()
+    known = json.loads((FIXTURE / "config.json").read_text())
+    for section in ("text_config", "vision_config"):
+        known[section] |= config
+    (path / "config.json").write_text(json.dumps(known))
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@torch.no_grad()
+def difference(model, expected, suffix=""):
+    """The largest, of both towers' features."""
+    text, image = model.text(expected["ids"]), model.image(expected["pixels"])
+    return max(float((text - expected["text" + suffix]).abs().max()),
+               float((image - expected["image" + suffix]).abs().max()))
+
+
+def test_both_towers_have_transformers_features_in_both_layouts(tiny, weights, expected, tmp_path):
+    assert difference(tiny, expected) < 1e-4                     # of values up to 4; float32 leaves 1e-6
+    openai = folder_of(tmp_path / "openai", as_openai(weights))
+    assert difference(clip.load(openai), expected) < 1e-4
+    assert difference(clip.load(openai / "model.safetensors"), expected) < 1e-4  # config.json is beside it
+    assert (tiny.size, len(tiny.txt.positions), len(tiny.img.positions)) == (32, 77, 17)
+    assert {p.dtype for p in tiny.parameters()} == {torch.float32} and not tiny.training
+
+
+def test_half_precision_is_read_into_float32(weights, expected, tmp_path):
+    half = {key: tensor.half() if tensor.is_floating_point() else tensor
+            for key, tensor in as_openai(weights).items()}
+    model = clip.load(folder_of(tmp_path / "half", half))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert 1e-5 < difference(model, expected) < 0.03             # weights are off by 1/2048 at most
+
+
+def test_gelu_is_read_from_the_config_and_older_files_position_ids_left_alone(weights, expected, tmp_path):
+    ids = {f"{tower}_model.embeddings.position_ids": torch.arange(n)[None]
+           for tower, n in (("text", 77), ("vision", 17))}
+    model = clip.load(folder_of(tmp_path / "gelu", weights | ids, hidden_act="gelu"))
+    assert difference(model, expected, "_gelu") < 1e-4
+    assert difference(model, expected) > 0.01
+
+
+def test_without_a_config_heads_are_of_64_numbers(tmp_path):
+    config = dict(depth=1, heads=1, hidden=8, causal=False, activation="quick_gelu", eps=1e-5)
+    with torch.device("meta"):
+        towers = clip.TowerConfig(128, length=5, **config), clip.TowerConfig(192, length=10, **config)
+        known = clip.CLIP(*towers, vocab_size=9, patch=4, joint=2)
+    tensors = {}
+    for name, p in known.named_parameters():
+        shape = tuple(p.shape)[::-1] if name.endswith("proj.weight") else tuple(p.shape)
+        tensors[clip.rename(name, clip.OPENAI)[0][0]] = torch.zeros(shape)
+    save_file(tensors, tmp_path / "a.safetensors")
+    model = clip.load(tmp_path / "a.safetensors")
+    assert (model.txt.blocks[0].heads, model.img.blocks[0].heads, model.size) == (2, 3, 12)
+    assert (model.txt.blocks[0].causal, model.img.blocks[0].causal) == (True, False)
+
+
+@torch.no_grad()
+def test_what_stands_behind_the_first_end_token_changes_nothing(tiny, bpe):
+    end = bpe.token_to_id(clip.END)
+    ids = torch.tensor([bpe.encode("a photo of a cat").ids])
+    longer = torch.cat([ids, torch.tensor([[5, 7, end, 9, end]])], 1)
+    assert torch.allclose(tiny.text(ids), tiny.text(longer), atol=1e-6)
+    changed = longer.clone()
+    changed[0, 2] += 1                                           # before it, everything counts
+    assert float((tiny.text(changed) - tiny.text(longer)).abs().max()) > 0.01
+    with pytest.raises(ValueError, match="78 tokens are longer than the 77 positions"):
+        tiny.text(torch.full((1, 78), end))
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json", "merges.txt", "gz", "folder", "weights"])
+def test_fifty_odd_texts_have_transformers_ids_from_every_form_of_the_vocabulary(form, tmp_path):
+    known, path = json.loads((FIXTURE / "ids.json").read_text()), FIXTURE / form
+    if form == "merges.txt":
+        path = shutil.copy(path, tmp_path)                       # vocab.json is not beside it
+    elif form == "gz":
+        path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+        path.write_bytes(gzip.compress((FIXTURE / "merges.txt").read_bytes()))
+    elif form in ("folder", "weights"):
+        path = FIXTURE if form == "folder" else FIXTURE / "model.safetensors"
+    bpe = clip.tokenizer_of(path)
+    bpe.no_padding()
+    assert len(known) == 50 and bpe.get_vocab_size() == 2 * 256 + 600 + 2
+    for text, ids in known:
+        assert bpe.encode(text).ids == ids, ascii(text)
+
+
+def test_a_text_of_over_77_tokens_keeps_its_end_and_shorter_ones_are_filled_up(bpe):
+    start, end = bpe.token_to_id(clip.START), bpe.token_to_id(clip.END)
+    long, short = (found.ids for found in bpe.encode_batch(["7 " * 100, "a cat"]))
+    seven = bpe.encode("7").ids[1]
+    assert long == [start] + 75 * [seven] + [end]
+    first = bpe.encode("a cat").ids
+    assert first[0] == start and first[-1] == end and short == first + (77 - len(first)) * [end]
+    assert len(clip.tokenizer_of(FIXTURE, 8).encode("7 " * 100)) == 8
+
+
+def test_of_openais_merges_those_that_clip_has_ids_for_are_taken(tmp_path):
+    """Its file has 262,144; with 2 x 256 bytes and two specials, 48,894 of them make CLIP's 49,408 tokens."""
+    letters = sorted(clip.pre_tokenizers.ByteLevel.alphabet())
+    lines = ["#version"] + [f"{a} {b}" for a in letters for b in letters]                # 65,536
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode(), 1))
+    bpe = clip.tokenizer_of(tmp_path)
+    assert bpe.get_vocab_size() == 49408 and bpe.encode("").ids == [49406, 49407]
+    assert bpe.id_to_token(49405) == lines[48894].replace(" ", "") and bpe.token_to_id("a</w>") == 64 + 256
+
+
+def test_a_picture_is_prepared_as_by_resizing_all_of_it_and_cutting_out_the_middle():
+    draw = np.random.default_rng(0)
+    for width, height in ((32, 32), (75, 50), (33, 100), (65, 64), (20, 31)):
+        picture = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        short = min(width, height)
+        whole = picture.resize((int(32 * width / short), int(32 * height / short)), Image.Resampling.BICUBIC)
+        left, top = round((whole.width - 32) / 2), round((whole.height - 32) / 2)
+        cut = np.asarray(whole.crop((left, top, left + 32, top + 32)), np.float64).transpose(2, 0, 1) / 255
+        mean = np.array([0.48145466, 0.4578275, 0.40821073])
+        std = np.array([0.26862954, 0.26130258, 0.27577711])
+        known = (cut - mean[:, None, None]) / std[:, None, None]
+        found = clip.prepare(picture, 32).numpy()
+        assert found.shape == (3, 32, 32) and np.abs(found - known).max() < 1.01 / 255 / 0.26    # a level
+        assert np.abs(found - known).mean() < 1e-5               # and that of few pixels
+    assert clip.prepare(Image.new("RGB", (100_000, 1)), 224).shape == (3, 224, 224)
+
+
+def test_a_hand_made_picture_is_cut_in_the_middle_and_normalised():
+    """Red, then white, then blue, 4 x 4 each: only the white is left, and its numbers are known."""
+    picture = Image.new("RGB", (12, 4), "white")
+    picture.paste((255, 0, 0), (0, 0, 4, 4))
+    picture.paste((0, 0, 255), (8, 0, 12, 4))
+    x = clip.prepare(picture, 4)
+    white = [(1 - mean) / std for mean, std in zip(clip.MEAN, clip.STD)]
+    assert torch.allclose(x, torch.tensor(white).view(3, 1, 1).expand(3, 4, 4), atol=1e-6)
+
+
+def drawn(folder):
+    """Five pictures of noise: captions in a text field, a file, a list, and nowhere; the last is cut off."""
+    draw = np.random.default_rng(1)
+    for n, name in enumerate(["a.png", "b.png", "c.webp", "d.jpg", "e.png"]):
+        picture = Image.fromarray(draw.integers(0, 256, (40, 32 + n, 3), dtype=np.uint8))
+        if name in ("a.png", "e.png"):
+            write_png(folder / name, picture, {"prompt": f"a photo of {name}"})
+        else:
+            picture.save(folder / name)
+    (folder / "a.txt").write_text("a text field counts first\n")
+    (folder / "b.txt").write_text(" the first line \nand another\n")
+    listed = [dict(file_name="b.png", text="a file counts first"), dict(file_name="c.webp", text="two cats")]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in listed))
+    (folder / "e.png").write_bytes((folder / "e.png").read_bytes()[:-300])
+    return folder
+
+
+def test_captions_come_from_the_text_field_the_file_beside_and_the_list(tmp_path):
+    found = {name: caption for name, _, caption in clip.pairs_of(drawn(tmp_path))}
+    assert found == {"a.png": "a photo of a.png", "b.png": "the first line", "c.webp": "two cats",
+                     "d.jpg": None, "e.png": None}
+    (tmp_path / "none").mkdir()
+    for folder, message in ((tmp_path / "none", "found nothing"),
+                            (tmp_path / "no", "expected a folder of pictures")):
+        with pytest.raises(UserError, match=message):
+            clip.pairs_of(folder)
+
+
+@torch.no_grad()
+def test_the_score_is_the_mean_of_float64_cosines_with_its_standard_error(tiny, bpe, tmp_path):
+    pairs, told, cosines = clip.pairs_of(drawn(tmp_path)), [], {}
+    plain = [Image.new("RGB", (50, 40 + n), (40 * n, 200, 10 * n)) for n in range(6)]
+    pairs += [(f"plain {n}", lambda n=n: plain[n], word)
+              for n, word in enumerate(["cat", "dog", "the", "", " \n", None])]
+    found = clip.score(iter(pairs), tiny, bpe, "cpu", batch=4, say=lambda *counts: told.append(counts))
+    for name, source, word in pairs:
+        if name in ("d.jpg", "e.png") or not (word or "").strip():
+            continue
+        picture = source() if callable(source) else Image.open(source).convert("RGB")
+        a = tiny.image(clip.prepare(picture, 32)[None])[0].double().numpy()
+        b = tiny.text(torch.tensor([bpe.encode(word).ids]))[0].double().numpy()
+        cosines[name] = 100 * (a @ b) / math.sqrt((a @ a) * (b @ b))
+    values = np.array(list(cosines.values()))
+    assert list(found.values) == list(cosines) and found.count == len(values) == 6
+    assert np.allclose(list(found.values.values()), values, atol=1e-3) and values.min() < 0
+    assert found.mean == pytest.approx(values.mean(), abs=1e-3)
+    assert found.error == pytest.approx(math.sqrt(((values - values.mean()) ** 2).sum() / 5 / 6), abs=1e-3)
+    assert told == [(4, 11), (8, 11), (11, 11)]
+    assert len(found.bad) == 5 and found.bad[0] == "d.jpg: has no caption"
+    assert found.bad[1].startswith(f"{tmp_path / 'e.png'}: not a picture that can be read")
+    assert [line.split(":")[0] for line in found.bad[2:]] == ["plain 3", "plain 4", "plain 5"]
+
+
+def test_one_pair_has_no_error_none_is_refused_and_so_is_another_vocabulary(tiny, bpe, tmp_path):
+    pairs = clip.pairs_of(drawn(tmp_path))
+    one = clip.score(pairs[:1], tiny, bpe, "cpu")
+    assert one.count == 1 and math.isnan(one.error) and one.mean == one.values["a.png"]
+    same = clip.score([("bytes", pairs[0][1].read_bytes(), pairs[0][2])], tiny, bpe, "cpu")
+    assert same.mean == one.mean
+    with pytest.raises(UserError, match="^none of 2 pairs can be scored; d.jpg: has no caption$"):
+        clip.score(pairs[3:], tiny, bpe, "cpu")
+    with pytest.raises(UserError, match="^none of 0 pairs can be scored$"):
+        clip.score([], tiny, bpe, "cpu")
+    with pytest.raises(ValueError, match="the same name"):
+        clip.score(pairs[:1] * 2, tiny, bpe, "cpu")
+    (tmp_path / "merges.txt").write_text("#\ni n\n")
+    with pytest.raises(UserError, match="a vocabulary of 515 tokens, expected 1,114"):
+        clip.score(pairs[:1], tiny, clip.tokenizer_of(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("layout", ["hugging face", "openai"])
+@pytest.mark.parametrize("change, message", [
+    (lambda t, key: t.pop(key), "{key} is missing"),
+    (lambda t, key: t.update(extra=torch.ones(2)), "extra is not a part of this model"),
+    (lambda t, key: t.update({key: t[key][1:]}), r"{key} is \(.*\), this model's sizes ask for \(.*\)"),
+    (lambda t, key: t[key].view(-1)[3:4].fill_(math.nan), "{key} holds NaN or infinity"),
+    (lambda t, key: t.update({key: t[key].int()}), "{key} has numbers of type I32, expected floats")])
+def test_broken_tensors_are_named_in_one_line(layout, change, message, weights, tmp_path):
+    tensors = {key: tensor.clone() for key, tensor in weights.items()}
+    key = "vision_model.encoder.layers.1.self_attn.out_proj.weight"
+    if layout == "openai":
+        tensors, key = as_openai(tensors), "visual.transformer.resblocks.1.attn.out_proj.weight"
+    change(tensors, key)
+    folder = folder_of(tmp_path / "broken", tensors)
+    message = f"^{folder}/model.safetensors: {message.format(key=re.escape(key))}$"
+    with pytest.raises(UserError, match=message):
+        clip.load(folder)
+
+
+def test_several_broken_tensors_are_in_the_same_line(weights, tmp_path):
+    tensors = as_openai(weights) | dict(extra=torch.ones(2))
+    del tensors["ln_final.bias"]
+    tensors["visual.proj"] = tensors["visual.proj"].T.contiguous()
+    with pytest.raises(UserError) as error:
+        clip.load(folder_of(tmp_path / "broken", tensors))
+    assert "\n" not in str(error.value)
+    for part in ("extra is not a part", "ln_final.bias is missing", "visual.proj is (16, 32)"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("part, value, message", [
+    ("num_attention_heads", 5, "a width of 24 does not divide by 5 heads"),
+    ("num_attention_heads", "3", "'3', expected a whole number"),
+    ("hidden_act", "relu", "'relu', expected 'quick_gelu' or 'gelu'"),
+    ("hidden_size", 48, "48, expected 24, which its tensors have"),
+    ("layer_norm_eps", 0, "0, expected a number above 0")])
+def test_a_config_that_is_not_of_these_weights_is_refused(part, value, message, weights, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        clip.load(folder_of(tmp_path / "odd", weights, **{part: value}))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_clip_are_told_in_one_line(weights, tmp_path):
+    folder = folder_of(tmp_path / "cut", weights)
+    whole = folder / "model.safetensors"
+    whole.write_bytes(whole.read_bytes()[:-100])
+    archive, resnet = tmp_path / "ViT-L-14.pt", tmp_path / "rn50.safetensors"
+    archive.write_bytes(b"PK\3\4 and more")
+    save_file({"visual.layer1.0.conv1.weight": torch.ones(1)}, resnet)
+    section = folder_of(tmp_path / "section", weights)
+    (section / "config.json").write_text('{"text_config": "large"}')
+    (tmp_path / "empty").mkdir()
+    for path, message in ((folder, "not a whole safetensors file"),
+                          (tmp_path / "no.safetensors", "no such file"),
+                          (archive, "may be a program, .*; convert it to safetensors, .*Hugging Face folder"),
+                          (RELEASE / "transformer", "no CLIP in it; its tensors begin with "),
+                          (resnet, "a CLIP that sees with a ResNet, expected a ViT"),
+                          (tmp_path / "empty", "expected .safetensors files, found nothing"),
+                          (section, "config.json: expected an object for each tower, found large")):
+        with pytest.raises(UserError, match=message) as error:
+            clip.load(path)
+        assert "\n" not in str(error.value)
+
+
+def test_vocabularies_that_are_none_are_told_in_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress((FIXTURE / "merges.txt").read_bytes())[:-20])
+    (tmp_path / "plain.gz").write_bytes(b"#version\ni n\n")
+    (tmp_path / "three.txt").write_text("#version\ni n g\n")
+    (tmp_path / "unknown.txt").write_text("#version\nqu ick\n")
+    for path, message in ((tmp_path / "empty", "expected CLIP's vocabulary, tokenizer.json or merges.txt"),
+                          (tmp_path / "empty" / "a.safetensors", "found nothing; name the file or folder"),
+                          (tmp_path / "no" / "a.safetensors", "found no folder; name"),
+                          (tmp_path / "cut.txt.gz", "not a whole gzip file"),
+                          (tmp_path / "plain.gz", "not a whole gzip file"),
+                          (tmp_path / "three.txt", "not a vocabulary that can be read"),
+                          (tmp_path / "unknown.txt", "not a vocabulary that can be read"),
+                          (RELEASE / "tokenizer" / "tokenizer.json", "puts no <.startoftext.> and ")):
+        with pytest.raises(UserError, match=message) as error:
+            clip.tokenizer_of(path)
+        assert "\n" not in str(error.value)
