@@ -24,6 +24,7 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -133,30 +134,30 @@ def network(args: argparse.Namespace) -> tuple[inception.Inception, dict]:
     return inception.load(args.inception, args.device), dict(inception=sha256(args.inception)[:16])
 
 
-def listed(source: str) -> fid.Listing:
-    """The pictures of a folder or a tar, or of a split of the emoji set, emoji:train."""
+def progress(what: str) -> Callable[[int, int], None]:
+    """What is told how many of how many are done."""
+    rate = Rate(what, 0)
+
+    def say(done: int, total: int) -> None:
+        rate.total = total
+        rate.at(done)
+    return say
+
+
+def listed(source: str) -> fid.Listing | Path:
+    """A split of the emoji set, emoji:train, or what `fid.measure` makes of a path."""
     if not source.startswith("emoji:"):
-        return fid.pictures(Path(source))
+        return Path(source)
     split = source.removeprefix("emoji:")
     require((split in SPLITS, f"{source}: the emoji set has the splits {', '.join(SPLITS)}"))
     return [(record["key"], functools.partial(to_picture, picture / 127.5 - 1))
             for record, picture in zip(*emoji.load()) if record["split"] == split]
 
 
-def features(args: argparse.Namespace, net: inception.Inception, listing: fid.Listing,
-             what: str) -> tuple[np.ndarray, list[str]]:
-    rate = Rate(f"{what}, pictures", len(listing))
-    return fid.features(net, listing, args.batch, args.device, lambda done, total: rate.at(done))
-
-
 def of_source(args: argparse.Namespace, net: inception.Inception,
               source: str) -> tuple[fid.Statistics, list[str]]:
-    if source.endswith(".npz"):
-        return fid.load(Path(source)), []
-    found, bad = features(args, net, listed(source), source)
-    require((len(found) > 1, f"{source}: {len(found)} pictures that can be read, expected 2 or more"
-             + "".join(f"; {line}" for line in bad[:1])))
-    return fid.statistics(found), bad
+    return fid.measure(listed(source), net, batch=args.batch, device=args.device,
+                       say=progress(f"{source}, pictures"))
 
 
 def fid_command(args: argparse.Namespace) -> None:
@@ -201,7 +202,8 @@ def against(args: argparse.Namespace, net: inception.Inception, real: dict[str, 
         for which, source in (("drawn", lambda name: read_picture(args.drawn / name)), ("real", read)):
             if which == "drawn" or not stored:
                 listing = [(name, functools.partial(source, name)) for name in names]
-                found[which, group], lost = features(args, net, listing, f"{group}, {which}")
+                found[which, group], lost = fid.features(net, listing, args.batch, args.device,
+                                                         progress(f"{group}, {which} pictures"))
                 bad += lost
     for group in wanted:
         sides = {}
@@ -244,8 +246,7 @@ def mjhq(args: argparse.Namespace) -> None:
 def clip_score(args: argparse.Namespace, pairs: list) -> tuple[dict[str, float], int, list[str]]:
     """(scores, how many pairs, lines about the others)."""
     model, vocabulary = clip.load(args.clip, args.device), clip.tokenizer_of(args.vocabulary or args.clip)
-    rate = Rate("CLIP, pairs", len(pairs))
-    found = clip.score(pairs, model, vocabulary, args.device, args.batch, lambda done, total: rate.at(done))
+    found = clip.score(pairs, model, vocabulary, args.device, args.batch, progress("CLIP, pairs"))
     spread = {"its standard error": found.error} if found.count > 1 else {}
     return {"CLIP": found.mean} | spread, found.count, found.bad
 

@@ -25,7 +25,6 @@ from metrics.emojis import SPLITS
 from sources import parsed, read_json, read_text, text
 
 EACH = dict(geneval=4, t2i=10, dpg=4)                            # drawings of a prompt, as published; or one
-PLACE = dict(geneval="out", t2i="out/CATEGORY", dpg="out")       # what each scorer is given
 COCO = 30_000                                                    # captions, of as many pictures
 GENEVAL = dict(single_object="single object", two_object="two objects", counting="counting",
                colors="colors", position="position", color_attr="color attribution")

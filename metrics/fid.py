@@ -140,14 +140,16 @@ def load(path: Path) -> Statistics:
     return Statistics(mu, sigma, count, held["features"].astype(np.float32) if "features" in held else None)
 
 
-def measure(source: Path, network: Callable[[Tensor], Tensor] | None = None, where: str = "*",
+def measure(source: Path | Listing, network: Callable[[Tensor], Tensor] | None = None, where: str = "*",
             **how) -> tuple[Statistics, list[str]]:
-    """(statistics, a line about each picture that can't be read) of an .npz, which takes no network, or of
-    `pictures`.  how: batch, device and say of `features`.  Raises UserError for fewer than 2 that can."""
-    if source.suffix == ".npz":
+    """(statistics, a line about each picture that can't be read) of an .npz, which takes no network, of
+    `pictures`, or of a listing.  how: batch, device and say of `features`.  Raises UserError for fewer than 2
+    that can."""
+    if isinstance(source, Path) and source.suffix == ".npz":
         return load(source), []
-    found, bad = features(network, pictures(source, where), **how)
-    require((len(found) >= 2, f"{source}: {len(found)} pictures that can be read, expected 2 or more"
+    found, bad = features(network, pictures(source, where) if isinstance(source, Path) else source, **how)
+    name = source if isinstance(source, Path) else "the set"
+    require((len(found) >= 2, f"{name}: {len(found)} pictures that can be read, expected 2 or more"
              + "; ".join(["", *bad[:1]])))
     return statistics(found), bad
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# FID and KID between 200 drawings and the held-out emoji: the whole
-# chain on real pictures.  Inception has random weights here, so that the distances mean nothing but that
-# all of it runs: about three minutes of two CPU cores.  What was drawn is not drawn again.
+# FID and KID between 200 drawings and the held-out emoji: the whole chain on real pictures.  Inception has
+# random weights here, so that the distances mean nothing but that all of it runs: about three minutes of two
+# CPU cores.  What was drawn is not drawn again.
 #
 #   bash runs/fid.sh
 #   bash runs/fid.sh pt_inception-2015-12-05-6726825d.pth       # distances that mean something
