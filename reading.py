@@ -104,7 +104,7 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["
 
 
 def write(parts: Parts, latents: Tensor, question: str | list[str] | None = None,
-          max_tokens: int | None = None, seed: int = 0, **how) -> list[str]:
+          max_tokens: int | None = None, seed: int | list[int] = 0, **how) -> list[str]:
     """A caption for each picture, of latents (B, C, h, w); with a question (or one for each), its answer.
 
     `how` goes to `fill`.  max_tokens above what the model reads at once: a text without an end goes on in
@@ -119,7 +119,8 @@ def write(parts: Parts, latents: Tensor, question: str | list[str] | None = None
         while len(text) < max_tokens and not {parts.tokenizer.end_id, parts.tokenizer.pad_id} & set(text):
             before = text[-max(1, (ids.shape[1] - starts[i]) // 2):]
             more = canvas(parts, questions[i], max_tokens - len(text), before)[None]
-            filled = fill(parts, latents[i:i + 1], more, seed=seed, **how)
+            own = seed[i] if isinstance(seed, list) else seed
+            filled = fill(parts, latents[i:i + 1], more, seed=own, **how)
             text += filled[0, starts[i] + len(before):].tolist()
     return [parts.tokenizer.decode(text) for text in texts]
 

@@ -354,7 +354,7 @@ class Run:
         pace, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
         self.rows.append(dict(
             step=self.step, over=self.summed, **{f"{name}_loss": loss for name, loss in losses},
-            grad_norm=norm, lr=rate, seconds=seconds, **{f"{name}_per_s": round(amount * pace, 3)
+            grad_norm=norm, lr=rate, seconds=seconds, **{f"{name}_per_s": float(f"{amount * pace:.4g}")
                                                          for name, amount in self.work.items()},
             **self.device_shown(pace), **found))
         self.sums, self.summed = {}, 0

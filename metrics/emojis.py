@@ -26,6 +26,7 @@ import data
 import drawing
 import emoji
 from cli import require
+from metrics.answers import pope
 from parts import Parts
 from reading import STEPS, encode, write
 
@@ -39,17 +40,6 @@ def batches(what: str, items: list) -> Iterator[list]:
     for at in range(0, len(items), BATCH):
         yield items[at:at + BATCH]
         rate.at(min(at + BATCH, len(items)))
-
-
-def pope(said: list[str], true: list[str]) -> dict[str, float]:
-    """POPE's five figures for yes/no answers, in percent; an answer that is neither counts as a wrong no."""
-    pairs = list(zip(said, true))
-    hit = sum(s == t == "yes" for s, t in pairs)
-    claimed, positive = sum(s == "yes" for s in said), sum(t == "yes" for t in true)
-    precision, recall = hit / max(claimed, 1), hit / max(positive, 1)
-    return {"accuracy": 100 * sum(s == t for s, t in pairs) / len(pairs), "precision": 100 * precision,
-            "recall": 100 * recall, "F1": 200 * precision * recall / max(precision + recall, 1e-9),
-            "yes-ratio": 100 * claimed / len(pairs)}
 
 
 def nearest(drawn: Tensor, pictures: Tensor) -> list[int]:

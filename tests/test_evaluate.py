@@ -16,7 +16,7 @@ from PIL import Image
 
 import evaluate
 from cli import UserError
-from metrics import benchmarks, emojis, fid
+from metrics import benchmarks, comparisons, emojis, fid
 from parts import Parts
 from pictures import read_picture, text_fields
 
@@ -33,7 +33,7 @@ class Mean(torch.nn.Module):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(evaluate.inception, "untrained", Mean)
+    monkeypatch.setattr(comparisons.inception, "untrained", Mean)
 
 
 def run(*args):
@@ -110,13 +110,13 @@ def test_genevals_layout_and_its_results_read_back(tiny, tmp_path, capsys):
     results = [dict(tag=tag, prompt="p", correct=right) for tag, right in
                [("single_object", i < 3) for i in range(4)] + [("colors", False), ("colors", True)]]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, results)))
-    run("score", "geneval", tmp_path / "results.jsonl", "--drawn", out, "--json", tmp_path / "s.json")
+    run("score", "geneval", tmp_path / "results.jsonl", "--made", out, "--json", tmp_path / "s.json")
     said = capsys.readouterr().out
     assert "| these drawings | 0.7500 | 0.5000 | 0.6250 |" in said and "published |  |  | 0.6500 |" in said
     assert "no picture of counting" in said and "left out: 4" in said
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["scores"]["these drawings"] == {"single object": 0.75, "colors": 0.5, "overall": 0.625}
-    assert found["drawn"]["settings"]["checkpoint"] == Parts(tiny).digest()
+    assert found["made"]["settings"]["checkpoint"] == Parts(tiny).digest()
     assert found["command"].startswith("python evaluate.py score geneval ")
 
 
@@ -282,15 +282,6 @@ def test_results_that_no_scorer_wrote_are_refused_in_a_line(benchmark, content, 
 
 # ------------------------------------------------------------------------------------------------ the emoji
 
-def test_pope_figures_from_a_hand_made_confusion_table():
-    # 3 true positives, 1 false positive, 2 false negatives (one of them no answer at all), 4 true negatives
-    said = ["yes"] * 3 + ["yes"] + ["no", "perhaps"] + ["no"] * 4
-    true = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
-    figures = emojis.pope(said, true)
-    assert figures == pytest.approx({"accuracy": 70, "precision": 75, "recall": 60, "F1": 200 / 3,
-                                     "yes-ratio": 40})
-
-
 def test_the_emoji_set_is_measured_as_the_papers_tables(tmp_path, capsys, emoji_all, monkeypatch):
     monkeypatch.setattr(evaluate.emoji, "load", lambda *args: (emoji_all[0], (emoji_all[1] + 1) * 127.5))
     how, asked = ["emoji", "--splits", "tone", "--limit", 3, "--prompts", 2], []
@@ -326,5 +317,5 @@ def test_the_clip_score_of_a_drawn_folder_names_what_has_no_caption(tiny, tmp_pa
     assert found["left_out"] == ["other.png: has no caption"] and "pairs: 3" in capsys.readouterr().out
     drawn = sorted((tmp_path / "out").glob("0*.png"))
     pairs = [(str(path), path, text_fields(path)["prompt"]) for path in drawn]
-    model, vocabulary = evaluate.clip.load(clip_[1]), evaluate.clip.tokenizer_of(clip_[1])
-    assert scores["CLIP"] == pytest.approx(evaluate.clip.score(pairs, model, vocabulary, "cpu").mean)
+    model, vocabulary = comparisons.clip.load(clip_[1]), comparisons.clip.tokenizer_of(clip_[1])
+    assert scores["CLIP"] == pytest.approx(comparisons.clip.score(pairs, model, vocabulary, "cpu").mean)

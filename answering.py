@@ -1,0 +1,117 @@
+"""Questions answered and pictures captioned into a file, a line each, in the order in which they are asked.
+
+    fill(parts, asked, Path("val2014"), Path("answers.jsonl"))   # {"question_id": "42", "answer": "a cat"}
+
+What is asked is cut into blocks, always the same ones, each of which is a file beside the answers when it is
+done, whole or not at all: what was stopped goes on, several processes share what is missing, and the lines
+are the same ones however it was.  The last process joins them.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+import parallel
+from checkpoint import write_text
+from cli import UserError, require
+from data import fraction
+from parts import Parts
+from pictures import fit_picture, read_picture, to_tensor
+from reading import canvas, encode, ranked, write
+from sources import read_json, read_text
+
+BLOCK = 64              # questions
+
+
+@dataclass
+class Ask:
+    """One line to write: its number, a picture's file name, and a question, or None for a caption."""
+    id: str | int
+    image: str
+    question: str | None = None
+
+
+def block(parts: Parts, some: list[Ask], folder: Path, seed: int, choices: list[str] | None,
+          how: dict) -> list[dict]:
+    """Lines of these, {"question_id", "answer"} or {"image_id", "caption"}; {"id", "left_out": why} where a
+    picture can't be read or a question is too long.
+
+    The seed of each is its own: what else is asked changes nothing, but for the last bits of what is computed
+    beside other rows, and blocks are always the same ones.  choices: the likeliest of these is the
+    answer; else `how` goes to reading.write."""
+    why, pixels = {}, {}
+    for ask in some:
+        try:
+            canvas(parts, ask.question)
+            if ask.image not in pixels:
+                picture = read_picture(folder / ask.image)
+                pixels[ask.image] = to_tensor(fit_picture(picture, parts.height, parts.width))
+        except UserError as error:
+            why[ask.id] = str(error)
+    latents = dict(zip(pixels, encode(parts, torch.stack(list(pixels.values()))))) if pixels else {}
+    able = [ask for ask in some if ask.id not in why]
+    if choices:
+        said = [ranked(parts, latents[ask.image][None], ask.question, choices)[0][0] for ask in able]
+    elif able:
+        seeds = [int(fraction(f"{seed} {ask.id}") * 2**53) for ask in able]
+        said = write(parts, torch.stack([latents[ask.image] for ask in able]),
+                     [ask.question for ask in able], seed=seeds, **how)
+    answers = dict(zip((ask.id for ask in able), said)) if able else {}
+    line = lambda ask: dict(id=ask.id, left_out=why[ask.id]) if ask.id in why else (
+        dict(image_id=ask.id, caption=answers[ask.id]) if ask.question is None else
+        dict(question_id=ask.id, answer=answers[ask.id]))
+    return [line(ask) for ask in some]
+
+
+def lines_of(found: list[dict]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
+
+
+def part(out: Path, number: int) -> Path:
+    """The file of a block that is done."""
+    return Path(f"{out}.blocks") / f"{number:06}.jsonl"
+
+
+def started(out: Path, note: dict, blocks: int) -> list[int] | None:
+    """The blocks that aren't done, and a folder to put them in; None if the answers are there.  UserError."""
+    about = Path(f"{out}.json")
+    was = read_json(about) if about.exists() else None
+    differ = [] if was is None else [name for name in {**note, **was} if name != "made_by"
+                                     and was.get(name) != note.get(name)]
+    require((not differ, f"{out}: was made otherwise ({', '.join(differ)}); name another file, or remove it "
+             f"and {about.name}"),
+            (was is not None or not out.exists(), f"{out}: is there, and no {about.name}; name another file"))
+    if out.exists():
+        return None
+    part(out, 0).parent.mkdir(parents=True, exist_ok=True)
+    write_text(about, json.dumps(note, indent=1) + "\n")
+    return [number for number in range(blocks) if not part(out, number).exists()]
+
+
+def fill(parts: Parts, asked: list[Ask], folder: Path, out: Path, note: dict, rank: int = 0, world: int = 1,
+         seed: int = 0, choices: list[str] | None = None, say: Callable[[int, int], None] = lambda *_: None,
+         **how) -> list[str] | None:
+    """Write `out`; returns a line for each question that had to be left out, on all processes but the last
+    one None.
+
+    note: what makes the answers what they are; it is written beside `out`.  Raises UserError where answers
+    of another note are there."""
+    blocks = [asked[at:at + BLOCK] for at in range(0, len(asked), BLOCK)]
+    missing = parallel.first(lambda: started(out, note, len(blocks)))
+    if missing is None:
+        return []
+    share, file = missing[rank::world], lambda number: part(out, number)
+    for done, number in enumerate(share, 1):
+        write_text(file(number), lines_of(block(parts, blocks[number], folder, seed, choices, how)))
+        say(done * BLOCK, len(share) * BLOCK)
+    if not parallel.last():
+        return None
+    found = [json.loads(line) for number in range(len(blocks)) for line in
+             read_text(file(number)).splitlines()]
+    write_text(out, lines_of([line for line in found if "left_out" not in line]))
+    shutil.rmtree(file(0).parent)
+    return [f"{line['id']}: {line['left_out']}" for line in found if "left_out" in line]

@@ -1,0 +1,345 @@
+"""Scores of answers to questions about pictures, from a benchmark's own files; no model is imported.
+
+    asked, bad = questions("vqav2", ["v2_OpenEnded_mscoco_val2014_questions.json"])
+    ...                                          # a line {"question_id": q.id, "answer": "..."} for each q
+    answers, damaged = read_answers("answers.jsonl")
+    scores, amiss = score("vqav2", asked, answers)         # {"overall": ..., "yes/no": ...}, in percent
+
+    kind      files, as published                         an answer's score                  own means
+    vqav2     the questions; the annotations, if they     vqa                                types of answer
+              are not beside them                                                            and question
+    okvqa     the same                                    vqa, against "answer" (stemmed)    the same
+    textvqa   TextVQA_0.5.1_val.json                      textvqa
+    vizwiz    val.json; an id is the picture's name       vizwiz                             answer types
+    gqa       testdev_balanced_questions.json             exact                              binary, open,
+                                                                                             structural types
+    chartqa   test_human.json, test_augmented.json;       relaxed                            files
+              an id is FILE/NUMBER, from 0
+    pope      coco_pope_{random,popular,adversarial}      five figures (`pope`)              files, and the
+              .json; an id is random/1                                                       mean over them
+
+Any of the first four may be scored as another: score("vqav2", asked_of_textvqa, ...).  An id is a text here,
+whatever it is in the file.  What does not fit is counted and named in `bad`, a line a kind of trouble.
+"""
+
+import json
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Iterator
+
+from cli import UserError, require
+from data import question_prompt
+from questions import SHORT_ANSWER, UNANSWERABLE
+from sources import parsed, read_bytes, read_json, text
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                           # not ' : . and, oddly, not & $ % # * either
+NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11))),
+               none="0")
+CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+    mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
+    shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+    something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+    they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+    wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+# a word is mended that lacks one apostrophe; the last one is the official table's own slip
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in CONTRACTED for i, c in enumerate(word) if c == "'"}
+CONTRACTIONS["somebody'd"] = "somebodyd"
+
+
+# --------------------------------------------------------------------------------------- one answer's score
+
+def tidy(said: str) -> str:
+    return said.replace("\n", " ").replace("\t", " ").strip()
+
+
+@lru_cache(maxsize=2**16)
+def normal(said: str) -> str:
+    """VQA's normal form: its processPunctuation, then its processDigitArticle.
+
+    A mark that stands beside a space anywhere in the text is removed everywhere, as all marks are where a
+    comma stands between two digits; any other mark becomes a space.  Periods go unless a digit follows, the
+    first 32 of them: the official code passes re.UNICODE where `sub` takes its count.  Then lower case,
+    number words as digits, no articles, contractions with their apostrophe."""
+    compact = re.search("[0-9],[0-9]", said)
+    bare = said.translate({ord(mark): "" if compact or f"{mark} " in said or f" {mark}" in said else " "
+                           for mark in PUNCTUATION})
+    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?![0-9])", "", bare, count=32).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def agreement(said: str, answers: list[str]) -> float:
+    """The mean over the annotators of min(1, n / 3), n of the others having said it: of ten annotators 0,
+    1, 2, 3, 4 that said it make 0, 0.3, 0.6, 0.9, 1."""
+    same = [answer == said for answer in answers]
+    return sum(min(1, (sum(same) - own) / 3) for own in same) / len(same)
+
+
+def vqa(said: str, answers: list[str]) -> float:
+    """VQA accuracy in [0, 1] (arXiv 1505.00468), as GT-Vision-Lab/VQA's vqaEval.py has it: where all
+    annotators said the very same, nothing is normalised, and "Yes" is not their "yes"."""
+    said, *answers = map(tidy, (said, *answers))
+    if len(set(answers)) > 1:
+        said, *answers = map(normal, (said, *answers))
+    return agreement(said, answers)
+
+
+def textvqa(said: str, answers: list[str]) -> float:
+    """TextVQA accuracy in [0, 1], as facebookresearch/mmf's m4c_evaluators.py has it after EvalAI: all is
+    normalised always, after commas and question marks are dropped and 's is made a word."""
+    said, *answers = (normal(tidy(each.lower().replace(",", "").replace("?", "").replace("'s", " 's")))
+                      for each in (said, *answers))
+    return agreement(said, answers)
+
+
+def vizwiz(said: str, answers: list[str]) -> float:
+    """VizWiz accuracy in [0, 1], as its vqaEval.py has it: the answer is normalised always, the annotators'
+    never.  (Its table of contractions has curly apostrophes in many copies; here they are straight.)"""
+    return agreement(normal(tidy(said)), answers)
+
+
+def exact(said: str, answers: list[str]) -> float:
+    """GQA's accuracy, 0 or 1: the same word, whatever its case; a period at the end is dropped, as LLaVA does
+    before GQA's own eval.py compares."""
+    return float(said.strip().rstrip(".").lower() == answers[0].strip().lower())
+
+
+def number(said: str) -> float | None:
+    try:
+        value = float(said.replace(",", "").removesuffix("%")) / (100 if said.endswith("%") else 1)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def relaxed(said: str, answers: list[str]) -> float:
+    """ChartQA's relaxed accuracy (arXiv 2203.10244), 0 or 1: a number within 5 % of the true one, any other
+    text the same but for case.  As in google-research/pix2struct's metrics.py "10%" is 0.1, so not "10";
+    commas in numbers are dropped, which they are not there."""
+    said, true = said.strip(), answers[0].strip()
+    value, wanted = number(said), number(true)
+    if value is None or wanted is None:
+        return float(said.lower() == true.lower())
+    return float(abs(value - wanted) / abs(wanted) <= 0.05 if wanted else value == 0)
+
+
+def yes_or_no(said: str) -> str:
+    """What POPE's evaluate.py takes an answer for: "no" if "No", "no" or "not" is a word of its first
+    sentence, else "yes", also where it is neither ("Not", "no!", "nope" and nothing at all are a yes)."""
+    words = said.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def pope(said: list[str], true: list[str]) -> dict[str, float]:
+    """POPE's five figures (arXiv 2305.10355) in percent, "yes" being the positive class; 0 where a ratio has
+    nothing below it.  What is neither "yes" nor "no" counts as a wrong no."""
+    hit = sum(s == t == "yes" for s, t in zip(said, true))
+    claimed, positive = said.count("yes"), true.count("yes")
+    return {"accuracy": 100 * sum(s == t for s, t in zip(said, true)) / len(true),
+            "precision": 100 * hit / max(claimed, 1), "recall": 100 * hit / max(positive, 1),
+            "F1": 200 * hit / max(claimed + positive, 1), "yes-ratio": 100 * claimed / len(true)}
+
+
+# ------------------------------------------------------------------------------------------------ questions
+
+@dataclass
+class Asked:
+    id: str
+    image: str                  # a file's name
+    question: str
+    answers: list[str]          # of the annotators, or the true one
+    types: tuple[str, ...] = ()                                  # further means that its score goes into
+
+
+def of_vqa(path: Path, beside: Path | None = None, *, bad: dict[str, list[str]]) -> Iterator[Asked]:
+    """A file of questions, and its annotations, which by their published name lie beside it."""
+    name = path.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
+    content, annotated = read_json(path), read_json(beside or path.with_name(name))
+    notes, seen, names = {}, set(), annotated.get("question_types", {})          # which OK-VQA has, by number
+    for note in annotated["annotations"]:
+        if notes.setdefault(str(note["question_id"]), note) is not note:
+            bad["annotations of one id, the first counts"].append(str(note["question_id"]))
+    subset = content.get("data_subtype") or re.search(r"(train|val|test)\d+", path.name)[0]
+    for q in content["questions"]:
+        seen.add(str(q["question_id"]))
+        found = Asked(q["question_id"], f"COCO_{subset}_{q['image_id']:012}.jpg", q["question"], [])
+        if note := notes.get(str(q["question_id"])):
+            found.answers, kind = [given["answer"] for given in note["answers"]], note["question_type"]
+            found.types = note["answer_type"], f"question type: {names.get(kind, kind)}"
+        yield found
+    bad["annotations without a question"] += [name for name in notes if name not in seen]
+
+
+def of_textvqa(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
+    for q in read_json(path)["data"]:
+        yield Asked(q["question_id"], f"{q['image_id']}.jpg", q["question"], q.get("answers", []))
+
+
+def of_vizwiz(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
+    for q in read_json(path):
+        answers = [given["answer"] for given in q.get("answers", [])]            # the test set has none
+        yield Asked(q["image"], q["image"], q["question"], answers, (q["answer_type"],) if answers else ())
+
+
+def of_gqa(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
+    for name, q in read_json(path).items():
+        if not q.get("isBalanced", True):
+            bad["questions outside the balanced set, which are not scored"].append(name)
+            continue
+        kind = q.get("types", {}).get("structural")
+        yield Asked(name, f"{q['imageId']}.jpg", q["question"], [q["answer"]] if "answer" in q else [],
+                    ("open" if kind == "query" else "binary", f"structural: {kind}") if kind else ())
+
+
+def of_chartqa(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
+    for i, q in enumerate(read_json(path)):
+        yield Asked(f"{path.stem}/{i}", q["imgname"], q["query"], [q["label"]], (path.stem,))
+
+
+def of_pope(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
+    subset = path.stem.split("_")[-1]
+    for where, line in json_lines(path):
+        q = parsed(line, where)
+        require((q["label"] in ("yes", "no"), f"{where}: a label {ascii(q['label'])[:60]}, not yes or no"))
+        yield Asked(f"{subset}/{q['question_id']}", q["image"], q["text"], [q["label"]], (subset,))
+
+
+VQA = (of_vqa, "{questions: [{question_id, image_id, question}]}, and {annotations: [{question_id, "
+               "question_type, answer_type, answers: [{answer}]}]} beside it")
+READ = dict(vqav2=VQA, okvqa=VQA,
+            textvqa=(of_textvqa, "{data: [{question_id, image_id, question, answers: [text]}]}"),
+            vizwiz=(of_vizwiz, "[{image, question, answers: [{answer}], answer_type}]"),
+            gqa=(of_gqa, "{id: {imageId, question, answer}}"),
+            chartqa=(of_chartqa, "[{imgname, query, label}]"),
+            pope=(of_pope, "lines {question_id, image, text, label}"))
+SUFFIX = dict.fromkeys(READ, SHORT_ANSWER) | dict(vizwiz=f"{SHORT_ANSWER} {UNANSWERABLE}")   # when training
+ACCURACY = dict(vqav2=vqa, okvqa=vqa, textvqa=textvqa, vizwiz=vizwiz, gqa=exact, chartqa=relaxed)
+
+
+def known(kind: str) -> None:
+    require((kind in READ, f"{kind}: no such benchmark, expected one of {', '.join(READ)}"))
+
+
+def named(bad: dict[str, list[str]], where: str = "") -> list[str]:
+    return [f"{where}{what}: {len(ids):,} ({', '.join(ids[:5])}{', ...' * (len(ids) > 5)})"
+            for what, ids in bad.items() if ids]
+
+
+def identity(found, where: str) -> str:
+    require((isinstance(found, (int, str)) and not isinstance(found, bool),
+             f"{where}: \"question_id\" is {ascii(found)[:60]}, expected a number or a text"))
+    return text(str(found), where, "question_id")
+
+
+def checked(q: Asked, where: str, suffix: str) -> Asked:
+    """It, if all that should be a text is one.  Raises UserError."""
+    name = identity(q.id, where)
+    for field, given in dict(image=[q.image], question=[q.question], answer=q.answers, type=q.types).items():
+        for said in given:
+            text(said, f"{where}: {name}", field)
+    return Asked(name, q.image, f"{q.question.strip()} {suffix}".strip(), q.answers, q.types)
+
+
+def questions(kind: str, paths: list[str | Path], suffix: str = "") -> tuple[list[Asked], list[str]]:
+    """(a benchmark's questions in the order of its files, what of them had to be left out and why).
+
+    suffix: what to say behind every question; SUFFIX[kind] is what the trainer says.  Raises UserError for
+    files that are not of the kind, and where no question has a true answer."""
+    known(kind)
+    (read, form), every = READ[kind], " and ".join(map(str, paths))
+    pair = READ[kind] is VQA
+    require((bool(paths) and not (pair and len(paths) > 2), f"{kind}: {len(paths)} files, expected {form}"))
+    asked, bad = {}, defaultdict(list)
+    for part in [paths] if pair else [[path] for path in paths]:
+        where = " and ".join(map(str, part))
+        try:
+            for q in (checked(q, where, suffix) for q in read(*map(Path, part), bad=bad)):
+                if q.id in asked:
+                    bad["questions of one id, the first counts"].append(q.id)
+                elif not q.answers:
+                    bad["questions without a true answer, left out"].append(q.id)
+                else:
+                    asked[q.id] = q
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{where}: not of {kind} ({error!r}), expected {form}")
+    require((bool(asked), f"{every}: no question with a true answer, expected {form}"))
+    return list(asked.values()), named(bad, f"{every}: ")
+
+
+def shots(asked: list[Asked], k: int, key: str) -> str:
+    """k of the questions with their most common answer, the first of them in a tie: "Q: ... A: ... Q: ...
+    A: ... ", to stand before `data.question_prompt`.  The key, a seed and a question's id, say, decides
+    which."""
+    require((0 <= k <= len(asked), f"{k} examples, expected 0 to {len(asked)}, of as many questions"))
+    return "".join(f"{question_prompt(q.question)}{Counter(q.answers).most_common(1)[0][0]} "
+                   for q in random.Random(key).sample(asked, k))
+
+
+# --------------------------------------------------------------------------------------------------- scores
+
+def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """("PATH:NUMBER", line) of all that are not empty."""
+    for i, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        if line.strip():
+            yield f"{path}:{i}", line
+
+
+def read_answers(path: str | Path) -> tuple[dict[str, str], list[str]]:
+    """({question's id: answer} of a file of lines {"question_id": ..., "answer": ...}, what is wrong in it).
+
+    Of two answers to one question the first counts.  A last line that is cut off, as a killed run leaves it,
+    is left out.  Raises UserError for any other line that is not of this form."""
+    answers, bad, lines = {}, defaultdict(list), list(json_lines(Path(path)))
+    for where, line in lines:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            require((where == lines[-1][0], f"{where}: not readable as JSON ({error}); mend or remove it"))
+            bad["last line damaged, left out"].append(where)
+            continue
+        require((isinstance(found, dict) and "question_id" in found, f"{where}: expected an object with "
+                 f"question_id and answer, found {ascii(found)[:60]}"))
+        name, said = identity(found["question_id"], where), text(found.get("answer"), where, "answer")
+        if name in answers:
+            bad["answers to one question, the first counts"].append(name)
+        answers.setdefault(name, said)
+    return answers, named(bad, f"{path}: ")
+
+
+def score(kind: str, asked: list[Asked], answers: dict[str, str]) -> tuple[dict[str, float], list[str]]:
+    """(scores in percent, not rounded, what is amiss).  {"overall": ...} and a mean of each type; of POPE
+    {"random: accuracy": ..., ..., "mean: yes-ratio": ...}, the mean being over the files that were given.
+
+    A question without an answer is wrong, and in POPE not a yes; the official code refuses such a file, and
+    one with an answer to no question of it, which is left out here.  Both are counted and named."""
+    known(kind)
+    require((bool(asked), f"{kind}: no question to score"))
+    values, ids = defaultdict(list), {q.id for q in asked}
+    bad = named({"questions without an answer, scored as wrong": [q.id for q in asked if q.id not in answers],
+                 "answers to no question, left out": [name for name in answers if name not in ids]})
+    if kind == "pope":
+        for q in asked:
+            values[q.types[0]].append((yes_or_no(answers[q.id]) if q.id in answers else "", q.answers[0]))
+        found = {subset: pope(*map(list, zip(*pairs))) for subset, pairs in values.items()}
+        found["mean"] = {name: sum(each[name] for each in found.values()) / len(found)
+                         for name in found[asked[0].types[0]]}
+        return {f"{of}: {name}": value for of, each in found.items() for name, value in each.items()}, bad
+    for q in asked:
+        right = ACCURACY[kind](answers[q.id], q.answers) if q.id in answers else 0.0
+        for name in ("overall", *q.types):
+            values[name].append(right)
+    return {name: 100 * sum(each) / len(each) for name, each in values.items()}, bad
+
+
+def rounded(scores: dict[str, float]) -> dict[str, float]:
+    """Scores as the official code gives them: two decimals, halves up, which is how Python 2 rounds."""
+    return {name: float(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
+            for name, value in scores.items()}

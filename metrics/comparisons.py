@@ -1,0 +1,144 @@
+"""The commands of evaluate.py that compare pictures with pictures, or with their captions.
+
+They are functions of the command line's flags, which evaluate.py declares.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import emoji
+from cli import require
+from metrics import benchmarks, clip, fid, inception
+from metrics.emojis import SPLITS
+from metrics.tables import about, left_out, progress, tell
+from pictures import fit_picture, read_picture, to_picture
+from sources import sha256
+
+
+def network(args: argparse.Namespace) -> tuple[inception.Inception, dict]:
+    """(Inception, what to say of it)."""
+    if str(args.inception) == "random":
+        return inception.untrained().to(args.device), dict(
+            inception="random weights, which have learnt nothing: this shows that it runs, and no quality")
+    return inception.load(args.inception, args.device), dict(inception=sha256(args.inception)[:16])
+
+
+def listed(source: str) -> fid.Listing | Path:
+    """A split of the emoji set, emoji:train, or what `fid.measure` makes of a path."""
+    if not source.startswith("emoji:"):
+        return Path(source)
+    split = source.removeprefix("emoji:")
+    require((split in SPLITS, f"{source}: the emoji set has the splits {', '.join(SPLITS)}"))
+    return [(record["key"], functools.partial(to_picture, picture / 127.5 - 1))
+            for record, picture in zip(*emoji.load()) if record["split"] == split]
+
+
+def of_source(args: argparse.Namespace, net: inception.Inception,
+              source: str) -> tuple[fid.Statistics, list[str]]:
+    return fid.measure(listed(source), net, batch=args.batch, device=args.device,
+                       say=progress(f"{source}, pictures"))
+
+
+def fid_command(args: argparse.Namespace) -> None:
+    """FID, and KID where the features of both are there."""
+    net, said = network(args)
+    (a, bad), (b, more) = (of_source(args, net, source) for source in args.sources)
+    scores = {"FID": fid.frechet(a, b)}
+    if a.features is not None and b.features is not None:
+        mean, spread = fid.kid(a.features, b.features)
+        scores |= {"KID x 1000": 1000 * mean} | ({"its spread": 1000 * spread} if spread else {})
+    said |= {"pictures": " and ".join(f"{found.count or 'an unknown number'}" for found in (a, b))}
+    tell(args, about(Path(args.sources[0])), {args.sources[0]: scores}, bad + more, 3, **said)
+
+
+def statistics_command(args: argparse.Namespace) -> None:
+    """A source's statistics as a file that `fid`, and pytorch-fid, take in its place."""
+    found, bad = of_source(args, network(args)[0], args.source)
+    fid.save(args.out, found, args.features)
+    print(f"{args.out}: {found.count} pictures")
+    left_out(bad)
+
+
+def against(args: argparse.Namespace, net: inception.Inception, real: dict[str, str],
+            groups: dict[str, list[str]], cut: bool = False) -> tuple[dict[str, float], list[str]]:
+    """FID of the drawings of each group of names against their `real` pictures, and "overall" of several
+    groups; lines about what can't be measured.  --statistics: a file of each group, read if all are there.
+
+    cut: real pictures are cut, and resized, as large as the drawings.  UserError if nothing is left."""
+    groups, sizes = {group: names for group, names in groups.items() if names}, []
+
+    def drawing(name: str) -> Image.Image:
+        picture = read_picture(args.drawn / name)
+        sizes[:] = sizes or [picture.size]
+        return picture
+
+    def original(name: str) -> Image.Image:
+        picture = read_picture(args.real / real[name])
+        return fit_picture(picture, sizes[0][1], sizes[0][0]) if cut and sizes else picture
+    wanted = ["overall"] * (len(groups) > 1) + list(groups)
+    files = {group: args.statistics / f"{group}.npz" for group in wanted if args.statistics}
+    stored = bool(files) and all(file.exists() for file in files.values())
+    found, bad, scores, gone = {}, [], {}, []
+    for group, names in groups.items():
+        for which, source in (("drawn", drawing), ("real", original)):
+            if which == "drawn" or not stored:
+                listing = [(name, functools.partial(source, name)) for name in names]
+                found[which, group], lost = fid.features(net, listing, args.batch, args.device,
+                                                         progress(f"{group}, {which} pictures"))
+                bad += lost
+    for group in wanted:
+        sides = {}
+        for which in ("drawn", "real"):
+            some = [found[which, g] for g in groups if (which, g) in found and group in (g, "overall")]
+            some = np.concatenate([part for part in some if len(part)] or [np.empty((0, 1))])
+            if which == "real" and stored:
+                sides[which] = fid.load(files[group])
+            elif len(some) > 1:
+                sides[which] = fid.statistics(some)
+            else:
+                gone.append(f"{group}: {len(some)} {which} pictures that can be read, so it has no score")
+        if "real" in sides and files and not stored:
+            files[group].parent.mkdir(parents=True, exist_ok=True)
+            fid.save(files[group], sides["real"])
+        if len(sides) == 2:
+            scores[group] = fid.frechet(sides["drawn"], sides["real"])
+    require((bool(scores), f"{args.drawn}: nothing to compare; {''.join((gone + bad)[:1])}"))
+    return scores, gone + bad
+
+
+def coco(args: argparse.Namespace) -> None:
+    """FID of 30,000 drawings against the pictures that their captions are of, cut as they are; CLIP score."""
+    asked, (net, said) = benchmarks.read("coco", [str(args.captions)]), network(args)
+    found, bad = against(args, net, asked.real, {"coco": asked.names}, cut=True)
+    scores = {"FID": found["coco"]}
+    if args.clip:
+        pairs = [(name, args.drawn / name, prompt) for name, (prompt, _) in zip(asked.names, asked.jobs)]
+        result, _, lost = clip_score(args, pairs)
+        scores |= result
+        bad = list(dict.fromkeys(bad + lost))                    # a picture that can't be read is in both
+    tell(args, about(args.drawn), {"these drawings": scores}, asked.bad + bad, 2, "coco", **said)
+
+
+def mjhq(args: argparse.Namespace) -> None:
+    """FID against the real pictures of the same prompts, of all and of each category."""
+    asked, (net, said) = benchmarks.read("mjhq", [str(args.captions)]), network(args)
+    scores, bad = against(args, net, asked.real, asked.categories)
+    tell(args, about(args.drawn), {"these drawings": scores}, asked.bad + bad, 2, "mjhq", **said)
+
+
+def clip_score(args: argparse.Namespace, pairs: list) -> tuple[dict[str, float], int, list[str]]:
+    """(scores, how many pairs, lines about the others)."""
+    model, vocabulary = clip.load(args.clip, args.device), clip.tokenizer_of(args.vocabulary or args.clip)
+    found = clip.score(pairs, model, vocabulary, args.device, args.batch, progress("CLIP, pairs"))
+    spread = {"its standard error": found.error} if found.count > 1 else {}
+    return {"CLIP": found.mean} | spread, found.count, found.bad
+
+
+def clip_command(args: argparse.Namespace) -> None:
+    """How well pictures fit their captions."""
+    scores, count, bad = clip_score(args, clip.pairs_of(args.drawn))
+    tell(args, about(args.drawn), {str(args.drawn): scores}, bad, 2, pairs=count, clip=str(args.clip))
