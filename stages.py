@@ -93,6 +93,7 @@ class TrainConfig:
     pixels: int = value(0, low=1)                   # side of the square pictures
     text_length: int = value(0, low=2)              # tokens of a text, padding included
     text_weight: float = value(0.0, low=0)          # lambda
+    image_weight: float = value(1.0, low=0)         # of the image loss; 0: it is shown, and not learnt from
     image_batch: int = value(0, low=1)         # pictures in the image loss of one update, over all processes
     text_batch: int = value(0, low=1)               # texts in the text loss
     lr: float = value(0.0, low=1e-12, high=1)       # peak learning rate
@@ -173,9 +174,9 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
             "question_share": config.stage != "instruct" and "--stage instruct",
             **dict.fromkeys(("preset", "vocabulary", "predicts"), scratch),
             **dict.fromkeys(("rate", "mfu", "peak"), plan),
-            **dict.fromkeys(("image_data", "image_batch", "times", "time_shift", "image_loss", "text_dropout",
-                             "recaption", "min_side", "pixels", "buckets", "sample_every", "meter_every"),
-                            pictures)}
+            **dict.fromkeys(("image_data", "image_batch", "image_weight", "times", "time_shift", "image_loss",
+                             "text_dropout", "recaption", "min_side", "pixels", "buckets", "sample_every",
+                             "meter_every"), pictures)}
     for name in given:
         if idle.get(name):
             parser.error(f"{cli.flag(name)} changes nothing without {idle[name]}")

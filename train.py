@@ -341,7 +341,7 @@ def backward(config: TrainConfig, models: Models, made: dict, world: int, metere
     counts = [float(made[name]["count"]) for name in sides]                     # of pictures, unfrozen tokens
     counts = parallel.mean(torch.tensor(counts, device=device)).clamp(min=1 / world)
     for name, count in zip(sides, counts):
-        weight = config.text_weight if name == "text" else 1.0
+        weight = config.text_weight if name == "text" else config.image_weight
         parts = micro_batches(made[name], config.micro_batch)
         for part in parts:
             of_loss = part is parts[-1]

@@ -108,7 +108,7 @@ def take_step(config: TrainConfig, models, run, stacks: list, x: dict[str, Tenso
     with torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32",
                         cache_enabled=False):                    # each weight is cast once a loss, as it is
         image = plain.image_errors(models, x | dict(dropped=None, of=config.image_loss)).mean()
-        image.backward()
+        (config.image_weight * image).backward()
         clean = torch.zeros(1, device=device)
         logits = model["mmdit"](x["seen"], models.text(x["noised"]), clean, need="logits")[1]     # (n, L, V)
         logits = logits.float().index_fill(-1, mask, float("-inf")).flatten(0, 1)

@@ -32,10 +32,8 @@ def go(tiny, small_tar, tmp_path, mistake, capsys):
     """Train in the folder `run`; returns what is said, a mistake of the person's included."""
     def call(*flags, out=tmp_path / "run"):
         base = ["--init", tiny, "--image-data", small_tar, "--out", out, "--image-batch", 4, "--text-batch",
-                2,
-                "--dtype",
-                "float32", "--warmup", 2, "--log-every", 1, "--save-every", 2, "--sample-every", 0,
-                "--device", "cpu"]
+                2, "--dtype", "float32", "--warmup", 2, "--log-every", 1, "--save-every", 2,
+                "--sample-every", 0, "--eval-every", 0, "--device", "cpu"]
         code, said = mistake(train.main, [*base, *flags])
         assert code in (0, 1) and len(said.splitlines()) <= 1
         return said
@@ -292,9 +290,8 @@ def run_to_the_end(*args, **kwargs):
 def flags(tiny, small_tar):
     """AdamW's update is g / (|g| + eps) at first, last bits of tiny gradients grow: a small rate."""
     return ["--init", tiny, "--image-data", small_tar, "--image-batch", 8, "--text-batch", 8, "--dtype",
-            "float32",
-            "--warmup", 2,
-            "--log-every", 1, "--save-every", 10, "--sample-every", 20, "--optimizer", "adamw", "--lr", 2e-4,
+            "float32", "--warmup", 2, "--log-every", 1, "--save-every", 10, "--sample-every", 20,
+            "--eval-every", 0, "--optimizer", "adamw", "--lr", 2e-4,
             "--stage", "instruct", "--schedule", "constant", "--text-weight", 0.5, "--device", "cpu"]
 
 
@@ -325,11 +322,11 @@ def equal_runs(one, other, tolerance=1e-5):
         assert torch.allclose(a[name][rest], b[name][rest], rtol=0, atol=tolerance), name
 
 
-@pytest.mark.parametrize("processes, mode", [(2, "zero2"), (4, "hsdp")])
-def test_several_processes_take_the_same_steps_as_one(processes, mode, flags, alone, two, tmp_path):
-    """zero3 and none: two of the tests below."""
+@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+def test_two_processes_take_the_same_steps_as_one(mode, flags, alone, two, tmp_path):
+    """hsdp and none: two of the tests below."""
     out, (said, complaints) = two if mode == "zero2" else (tmp_path, run_to_the_end(
-        processes, *flags, "--out", tmp_path, "--steps", 20, "--shard", mode))
+        2, *flags, "--out", tmp_path, "--steps", 20, "--shard", mode))
     equal_runs(alone, out)
     assert said.count("from step 0") == 1 and "Warning" not in complaints
     assert (out / "samples_20.png").exists()
@@ -350,28 +347,29 @@ def test_what_two_processes_saved_one_and_four_go_on_from(flags, alone, two, tmp
     on = [*flags, "--steps", 20, "--resume-step", 10, "--out"]
     from_ten = lambda name: list(map(str, [*on, tmp_path / name]))
     train.main(from_ten("one"))
-    run_to_the_end(4, *from_ten("four"), "--shard", "zero3")
+    _, complaints = run_to_the_end(4, *from_ten("four"), "--shard", "hsdp")
+    assert "Warning" not in complaints
     for out in (tmp_path / "one", tmp_path / "four"):
         assert (out / "left_step_20").exists()                   # what two processes made of it
         equal_runs(alone, out)
 
 
 def test_torchrun_restarts_what_is_killed_and_the_run_ends_as_if_nothing_had_happened(flags, alone, tmp_path):
-    """Rank 1 kills itself at a step of its own in each of the first two attempts."""
+    """Rank 1 kills itself at a step of the first attempt."""
     program = tmp_path / "dies.py"
     program.write_text("import os, signal, sys, train, parallel\n"
                        "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
                        "calls, agree = [], parallel.agree\n"
                        "def dying(*flags, device):\n"
                        "    calls.append(1)\n"
-                       "    if os.environ['RANK'] == '1' and attempt < 2 and len(calls) == 4 + 3 * attempt:\n"
+                       "    if os.environ['RANK'] == '1' and attempt < 1 and len(calls) == 7:\n"
                        "        os.kill(os.getpid(), signal.SIGKILL)\n"
                        "    return agree(*flags, device=device)\n"
                        "parallel.agree = dying\n"
                        "import cli; cli.run(train.main)\n")
     said, _ = run_to_the_end(2, *flags, "--out", tmp_path / "run", "--steps", 20, "--save-every", 3,
                              program=program, DIE="1")
-    assert said.count("M parameters") == 3
+    assert said.count("M parameters") == 2
     equal_runs(alone, tmp_path / "run")
 
 

@@ -45,7 +45,8 @@ def pictures(tmp_path_factory):
 def flags(stage, out, pictures, *more):
     return list(map(str, ["--stage", stage, "--out", out, "--image-data", pictures, "--image-batch", 4,
                           "--text-batch", 4, "--text-length", 12, "--dtype", "float32", "--device", "cpu",
-                          "--log-every", 1, "--sample-every", 0, "--lr", 1e-3, "--warmup", 1,
+                          "--log-every", 1, "--sample-every", 0, "--eval-every", 0, "--lr", 1e-3,
+                          "--warmup", 1,
                           *(["--question-share", 0] if stage == "instruct" else []), *more]))
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import checkpoint
@@ -29,7 +30,7 @@ from train import main as train_main
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--image-batch", "4", "--text-batch", "2", "--dtype", "float32", "--log-every", "1",
-         "--sample-every", "0", "--warmup", "2"]
+         "--sample-every", "0", "--eval-every", "0", "--warmup", "2"]
 
 
 def train(*flags, processes=1, expect=0):
@@ -240,6 +241,19 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tiny, tmp_path):
     assert {"model.safetensors", "config.json", "tokenizer.json", "train.json", "log.jsonl", "loss.png",
             "samples_2.png", "step_2"} <= made
     assert json.loads((tmp_path / "instruct" / "train.json").read_text())["text_weight"] == 1.0
+
+
+def test_a_loss_of_weight_zero_is_shown_and_nothing_is_learnt_from_it(small_tar, tiny, tmp_path):
+    flags = ["--image-data", small_tar, "--init", tiny, *QUICK, "--steps", 2, "--weight-decay", 0]
+    before = load_file(tiny / "model.safetensors")
+    for other, name in (("image", "img_out"), ("text", "txt_out")):
+        here(*flags, "--out", tmp_path / other, f"--{other}-weight", 0)
+        after = load_file(tmp_path / other / "weights.safetensors")
+        for head in ("img_out", "txt_out"):
+            moved = (after[f"mmdit.{head}.weight"] - before[f"mmdit.{head}.weight"]).abs().max()
+            assert (moved > 1e-5) == (head != name)
+        assert all(image > 0.1 and text > 0.1 for image, text in losses(tmp_path / other).values())
+        assert all(value.isfinite().all() for value in after.values())
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero():
