@@ -7,10 +7,12 @@
     python evaluate.py coco out/coco val2014 captions_val2014.json --inception ... --clip clip-vit-large
     python evaluate.py mjhq out/mjhq mjhq30k_imgs meta_data.json --inception ...
     python evaluate.py clip out/drawn --clip clip-vit-large
-    python evaluate.py score geneval results.jsonl --made out/geneval           # what its scorer found, read
+    python evaluate.py score geneval results.jsonl --made out/geneval          # what its scorer found, read
+    python evaluate.py answer vqav2 v2_OpenEnded_mscoco_val2014_questions.json val2014 vqa.jsonl
+    python evaluate.py score vqav2 vqa.jsonl                                   # and what these answers are worth
 
-`draw` makes each picture from its prompt and a seed of its own: the same ones at any number of processes and
-any batch; what was stopped goes on.  OUT.json says what made them, and stands beside every score.  Each
+`draw` and `answer` give each prompt and question a seed of its own: what they make is the same at any number
+of processes, and what was stopped goes on.  OUT.json says what made it, and stands beside every score.  Each
 command names at its end what had to be left out; --json writes all of it.  What the scores are: metrics/.
 """
 
@@ -136,9 +138,9 @@ def score(args: argparse.Namespace) -> None:
     require((bool(files), f"{args.results}: no {args.results.name}.json beside it says what was asked; name "
              f"the files with --questions"))
     if kind == "captions":
-        references, _, bad = captions.read_captions(Path(files[0]))
+        references, names, bad = captions.read_captions(Path(files[0]))
         said, more = captions.read_results(args.results)
-        some = {name: texts for name, texts in references.items() if name in said or not made.get("limit")}
+        some = {name: references[name] for name in list(names)[:made.get("limit")] if name in references}
         scores, _, lost = captions.score(some, said)
         tell(args, made, {"these captions": scores}, bad + more + lost, 4)
         return

@@ -41,6 +41,7 @@ PUBLISHED = dict(
     mjhq={D_DIT: {"overall": 15.16}, SD3: {"overall": 16.45}},
     vqav2={f"{D_DIT}, 0-shot": {"overall": 55.0}, f"{D_DIT}, 32-shot": {"overall": 60.3},
            f"{SCRATCH}, 0-shot": {"overall": 54.3}, f"{SCRATCH}, 32-shot": {"overall": 58.7}},
+    pope={f"{D_DIT}, Table 5": {"accuracy": 82.5}},
     t2i={D_DIT: {"color": 0.8001, "shape": 0.5703, "texture": 0.6856},
          SD3: {"color": 0.7993, "shape": 0.5816, "texture": 0.7389}})
 

@@ -5,7 +5,7 @@
     lambda    the weight of the text loss
 
     python runs/claims.py table4                 # 4,000 steps a stage: hours a run, on two cores days
-    python runs/claims.py table4 --quick         # 100 small steps, to see that it works
+    python runs/claims.py table4 --quick         # 50 small steps, to see that it works
 
 Each run is a folder below OUT (out/table4); one that was stopped goes on, one that is done is not made again.
 At the end OUT.json has every figure of every seed, and the table stands in OUT.md.
@@ -101,14 +101,14 @@ def main() -> None:
     parser, count = cli.Parser(__doc__), dict(type=cli.number(int, 1), metavar="N")
     parser.add_argument("table", choices=list(TABLES))
     parser.add_argument("--out", type=Path, help="(out/TABLE)")
-    parser.add_argument("--steps", **count, help="of each stage (4000; --quick 100)")
+    parser.add_argument("--steps", **count, help="of each stage (4000; --quick 50)")
     parser.add_argument("--limit", **count, help="pictures read, and prompts drawn (200; --quick 20)")
     parser.add_argument("--quick", action="store_true", help="32x32 pixels, 16 pictures and texts a step")
     parser.add_argument("--at-once", default=2, **count, help="runs at once (2)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
     args = parser.parse_args()
     args.out = args.out or Path("out") / (args.table + "-quick" * args.quick)
-    args.steps = args.steps or (100 if args.quick else 4000)
+    args.steps = args.steps or (50 if args.quick else 4000)
     args.limit = args.limit or (20 if args.quick else 200)
     args.threads = max(1, (os.cpu_count() or 1) // args.at_once)
     args.out.mkdir(parents=True, exist_ok=True)

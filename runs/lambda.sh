@@ -3,7 +3,7 @@
 # command goes on where it was stopped.
 #
 #   bash runs/lambda.sh                  # 4,000 steps, into out/lambda.json and .md
-#   bash runs/lambda.sh --quick          # 100 small steps, two minutes a run, to see that it works
+#   bash runs/lambda.sh --quick          # 50 small steps, a minute a run, to see that it works
 set -eu
 cd "$(dirname "$0")/.."
 exec python runs/claims.py lambda "$@"
