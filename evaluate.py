@@ -9,7 +9,7 @@
     python evaluate.py clip out/drawn --clip clip-vit-large
     python evaluate.py score geneval results.jsonl --made out/geneval          # what its scorer found, read
     python evaluate.py answer vqav2 v2_OpenEnded_mscoco_val2014_questions.json val2014 vqa.jsonl
-    python evaluate.py score vqav2 vqa.jsonl                                   # and what these answers are worth
+    python evaluate.py score vqav2 vqa.jsonl                                   # what these are worth
 
 `draw` and `answer` give each prompt and question a seed of its own: what they make is the same at any number
 of processes, and what was stopped goes on.  OUT.json says what made it, and stands beside every score.  Each

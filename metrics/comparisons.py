@@ -63,13 +63,12 @@ def statistics_command(args: argparse.Namespace) -> None:
     left_out(bad)
 
 
-def against(args: argparse.Namespace, net: inception.Inception, real: dict[str, str],
-            groups: dict[str, list[str]], cut: bool = False) -> tuple[dict[str, float], list[str]]:
-    """FID of the drawings of each group of names against their `real` pictures, and "overall" of several
-    groups; lines about what can't be measured.  --statistics: a file of each group, read if all are there.
-
-    cut: real pictures are cut, and resized, as large as the drawings.  UserError if nothing is left."""
-    groups, sizes = {group: names for group, names in groups.items() if names}, []
+def looked_at(args: argparse.Namespace, net: inception.Inception, real: dict[str, str],
+              groups: dict[str, list[str]], cut: bool,
+              sides: list[str]) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
+    """({(side, group): features (n, D)}, lines about what can't be read) of the "drawn" and the "real" side
+    of each group of names; cut: the real ones are cut, and resized, as large as the drawings."""
+    found, bad, sizes = {}, [], []
 
     def drawing(name: str) -> Image.Image:
         picture = read_picture(args.drawn / name)
@@ -79,33 +78,42 @@ def against(args: argparse.Namespace, net: inception.Inception, real: dict[str, 
     def original(name: str) -> Image.Image:
         picture = read_picture(args.real / real[name])
         return fit_picture(picture, sizes[0][1], sizes[0][0]) if cut and sizes else picture
+    for group, names in groups.items():
+        for side in sides:
+            read = dict(drawn=drawing, real=original)[side]
+            listing = [(name, functools.partial(read, name)) for name in names]
+            found[side, group], lost = fid.features(net, listing, args.batch, args.device,
+                                                    progress(f"{group}, {side} pictures"))
+            bad += lost
+    return found, bad
+
+
+def against(args: argparse.Namespace, net: inception.Inception, real: dict[str, str],
+            groups: dict[str, list[str]], cut: bool = False) -> tuple[dict[str, float], list[str]]:
+    """FID of the drawings of each group of names against their `real` pictures, and "overall" of several
+    groups; lines about what can't be measured.  --statistics: a file of each group, read if all are there.
+
+    Raises UserError if nothing is left."""
+    groups = {group: names for group, names in groups.items() if names}
     wanted = ["overall"] * (len(groups) > 1) + list(groups)
     files = {group: args.statistics / f"{group}.npz" for group in wanted if args.statistics}
     stored = bool(files) and all(file.exists() for file in files.values())
-    found, bad, scores, gone = {}, [], {}, []
-    for group, names in groups.items():
-        for which, source in (("drawn", drawing), ("real", original)):
-            if which == "drawn" or not stored:
-                listing = [(name, functools.partial(source, name)) for name in names]
-                found[which, group], lost = fid.features(net, listing, args.batch, args.device,
-                                                         progress(f"{group}, {which} pictures"))
-                bad += lost
+    sides, scores, gone = ["drawn"] if stored else ["drawn", "real"], {}, []
+    found, bad = looked_at(args, net, real, groups, cut, sides)
     for group in wanted:
-        sides = {}
-        for which in ("drawn", "real"):
-            some = [found[which, g] for g in groups if (which, g) in found and group in (g, "overall")]
-            some = np.concatenate([part for part in some if len(part)] or [np.empty((0, 1))])
-            if which == "real" and stored:
-                sides[which] = fid.load(files[group])
-            elif len(some) > 1:
-                sides[which] = fid.statistics(some)
+        both = {"real": fid.load(files[group])} if stored else {}
+        for side in sides:
+            parts = [found[side, g] for g in groups if group in (g, "overall") and len(found[side, g])]
+            some = np.concatenate(parts) if parts else []
+            if len(some) > 1:
+                both[side] = fid.statistics(some)
             else:
-                gone.append(f"{group}: {len(some)} {which} pictures that can be read, so it has no score")
-        if "real" in sides and files and not stored:
+                gone.append(f"{group}: {len(some)} {side} pictures that can be read, so it has no score")
+        if "real" in both and files and not stored:
             files[group].parent.mkdir(parents=True, exist_ok=True)
-            fid.save(files[group], sides["real"])
-        if len(sides) == 2:
-            scores[group] = fid.frechet(sides["drawn"], sides["real"])
+            fid.save(files[group], both["real"])
+        if len(both) == 2:
+            scores[group] = fid.frechet(both["drawn"], both["real"])
     require((bool(scores), f"{args.drawn}: nothing to compare; {''.join((gone + bad)[:1])}"))
     return scores, gone + bad
 

@@ -1,12 +1,7 @@
 """answering.py and its commands: the same lines however many processes write them, killed or not."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +13,9 @@ from cli import UserError
 from parts import Parts
 from pictures import fit_picture, read_picture, to_picture, to_tensor
 from reading import encode, write
+from test_evaluate import kill
+from test_run import launch
 
-ROOT = Path(__file__).parent.parent
 ASKED = ["Is it a flag?", "Is it food?", "What is it?"]
 
 
@@ -56,19 +52,12 @@ def test_two_processes_that_were_killed_at_half_end_with_the_lines_of_one(tiny, 
     run(*flags, tmp_path / "one.jsonl", *how)
     out, blocks = tmp_path / "two.jsonl", tmp_path / "two.jsonl.blocks"
 
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "evaluate.py", *map(str, [*flags, out, *how])], cwd=ROOT, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True)
+    start = lambda: launch(2, *flags, out, *how, program="evaluate.py")
     process, done = start(), lambda: list(blocks.glob("0*.jsonl")) if blocks.exists() else []
     while len(done()) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for each in [process.pid, *map(int, children)]:
-        os.kill(each, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     before = {path: path.stat().st_mtime_ns for path in done()}
     assert 3 <= len(before) < 10 and not out.exists()
     (blocks / "000000.jsonl").unlink(missing_ok=True)

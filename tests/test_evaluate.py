@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from cli import UserError
 from metrics import benchmarks, comparisons, emojis, fid
 from parts import Parts
 from pictures import read_picture, text_fields
+from test_run import launch
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +39,14 @@ def run(*args):
     evaluate.main(list(map(str, args)))
 
 
+def kill(process):
+    """torchrun and what it has started, with SIGKILL."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for each in [process.pid, *map(int, children)]:
+        os.kill(each, signal.SIGKILL)
+    process.communicate()
+
+
 def noise(path, seed, size=(32, 32)):
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
@@ -58,19 +65,12 @@ def test_two_processes_that_were_killed_at_half_end_with_the_files_of_one(tiny, 
     flags = [str(tmp_path / "prompts.txt"), "--checkpoint", str(tiny), "--steps", "12"]
     run("draw", "lines", *flags, tmp_path / "one", "--batch", "7")
 
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "evaluate.py", "draw", "lines", *flags, str(tmp_path / "two"), "--batch", "3"], cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = lambda: launch(2, "draw", "lines", *flags, tmp_path / "two", "--batch", 3, program="evaluate.py")
     process, there = start(), lambda: list((tmp_path / "two").glob("*.png"))
     while len(there()) < 20:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for each in [process.pid, *map(int, children)]:
-        os.kill(each, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     before = {path: path.stat().st_mtime_ns for path in there()}
     assert 20 <= len(before) < 60
     process = start()
