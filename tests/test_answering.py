@@ -13,7 +13,6 @@ from cli import UserError
 from parts import Parts
 from pictures import fit_picture, read_picture, to_picture, to_tensor
 from reading import encode, write
-from test_evaluate import kill
 from test_run import launch
 
 ASKED = ["Is it a flag?", "Is it food?", "What is it?"]
@@ -46,22 +45,23 @@ def questions(path, count, kind="popular"):
     return file
 
 
-def test_two_processes_that_were_killed_at_half_end_with_the_lines_of_one(tiny, photos, tmp_path):
+def test_a_process_killed_at_half_and_two_that_go_on_end_with_the_lines_of_one(tiny, photos, tmp_path):
     flags = ["answer", "pope", questions(tmp_path, 640), photos]
     how = ["--checkpoint", tiny, "--suffix", "", "--temperature", "1", "--order", "random", "--steps", "24"]
     run(*flags, tmp_path / "one.jsonl", *how)
     out, blocks = tmp_path / "two.jsonl", tmp_path / "two.jsonl.blocks"
 
-    start = lambda: launch(2, *flags, out, *how, program="evaluate.py")
-    process, done = start(), lambda: list(blocks.glob("0*.jsonl")) if blocks.exists() else []
+    start = lambda processes: launch(processes, *flags, out, *how, program="evaluate.py")
+    process, done = start(1), lambda: list(blocks.glob("0*.jsonl")) if blocks.exists() else []
     while len(done()) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
-    kill(process)
+    process.kill()
+    process.communicate()
     before = {path: path.stat().st_mtime_ns for path in done()}
     assert 3 <= len(before) < 10 and not out.exists()
     (blocks / "000000.jsonl").unlink(missing_ok=True)
-    process = start()
+    process = start(2)
     said, complaints = process.communicate(timeout=120)
     assert process.returncode == 0, complaints
     assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes() and not blocks.exists()
@@ -97,7 +97,7 @@ def test_a_question_that_is_too_long_is_left_out_and_the_rest_answered(tiny, pho
 
 def test_popes_answers_and_scores_from_the_shipped_weights(photos, tmp_path, capsys):
     """What is read back is what was written, and the likeliest of two choices is one of them."""
-    files = [questions(tmp_path, 12, kind) for kind in ("random", "adversarial")]
+    files = [questions(tmp_path, 6, kind) for kind in ("random", "adversarial")]
     likelihood = ["--by", "likelihood", "--choices", "yes", "no", "--limit", 3]
     for by, name in (([], "w.jsonl"), (likelihood, "l.jsonl")):
         run("answer", "pope", *files, photos, tmp_path / name, "--suffix", "", *by)
