@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 
 import parallel
-from checkpoint import write_text
+from checkpoint import write_json, write_text
 from cli import UserError, require
 from data import fraction
 from parts import Parts
@@ -88,7 +88,7 @@ def started(out: Path, note: dict, blocks: int) -> list[int] | None:
     if out.exists():
         return None
     part(out, 0).parent.mkdir(parents=True, exist_ok=True)
-    write_text(about, json.dumps(note, indent=1) + "\n")
+    write_json(about, note)
     return [number for number in range(blocks) if not part(out, number).exists()]
 
 

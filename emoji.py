@@ -49,6 +49,7 @@ ASKED = {                                               # what is asked about ea
     "style": ["Which style is it drawn in?", "What style is this?"],
 }
 YES_NO = ["Is this {}?", "Does this show {}?", "Can you see {} here?"]
+SPLITS = ["train", "tone", "style"]
 FIELDS = ["key", "caption", "name", "emoji", "kind", "group", "tone", "style", "split"]
 # What a person might call it: a noun, and two patterns of "kind/group/name", where it is true and where
 # nobody could say (there it is never asked).  Nouns that are close to each other stand together.
@@ -268,6 +269,18 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
         pictures.append(np.array(fit_picture(read_picture(files["webp"], f"{where}.webp"), pixels)))
     ask(records)
     return records, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def split_named(name: str) -> str:
+    """"tone" of "tone" or "emoji:tone".  Raises UserError."""
+    split = name.removeprefix("emoji:")
+    require((split in SPLITS, f"{name}: the emoji set has the splits {', '.join(SPLITS)}"))
+    return split
+
+
+def of_split(records: list[dict], split: str) -> list[int]:
+    """The places of a split's records, in the tar's order, which is random."""
+    return [i for i, record in enumerate(records) if record["split"] == split]
 
 
 def fair(records: list[dict]) -> list[list[int]]:

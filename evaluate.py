@@ -20,9 +20,10 @@ import cli
 cli.interruptible(__name__)
 
 import argparse
-import json
+import functools
 import shlex
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Callable
 
@@ -33,25 +34,15 @@ import parallel
 import sample
 import show
 from answering import Ask
-from checkpoint import write_text
-from cli import Rate, require
+from checkpoint import write_json, write_text
+from cli import require
 from metrics import answers, benchmarks, captions, comparisons, emojis
-from metrics.emojis import SPLITS
 from metrics.tables import about, left_out, progress, table, tell
 from reading import STEPS
 
 WALK = ["--guidance", "--shift", "--solver", "--guidance-interval", "--guidance-rule", "--zero-steps"]
 PARTS = ["--checkpoint", "--dtype", "--height", "--width", "--length", "--vae", "--t5", "--tokenizer",
          "--mask-embedding"]
-
-
-# flags of how a text is written, and what reading.fill calls them
-READS = dict(temperature="temperature", order="order", level="level", top_p="top_p", refresh="refresh",
-             tokens_per_step="per_step", steps="steps")
-
-
-def reads(given: dict) -> dict:
-    return {ours: given[name] for name, ours in READS.items() if name in given}
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -68,23 +59,21 @@ def draw(args: argparse.Namespace) -> None:
         long = [f"{name}: has {tokens} tokens, room for {parts.length - 1}"
                 for name, tokens in zip(asked.names, lengths) if tokens > parts.length - 1]
         parts.silent, parts.tokenizer.warns = True, False                # one line for all of it, at the end
-        shared = gallery.settings(parts, **how)
+        shared = parallel.first(lambda: gallery.settings(parts, **how))  # reads the weights' file
         lacking = sorted(parallel.gather(gallery.missing(jobs, asked.names, args.out,
                                                          range(rank, len(jobs), world), shared, asked.each)))
         if rank == 0:
             note = dict(made_by=args.command_line, benchmark=args.benchmark, files=len(jobs),
                         drawings_a_file=asked.each, settings=shared)
             args.out.mkdir(parents=True, exist_ok=True)
-            write_text(Path(f"{args.out}.json"), json.dumps(note, indent=1) + "\n")
+            write_json(Path(f"{args.out}.json"), note)
             for name, text in asked.files.items():
                 (args.out / name).parent.mkdir(parents=True, exist_ok=True)
                 write_text(args.out / name, text)
-        share = lacking[rank::world]
-        rate = Rate("pictures" if world == 1 else f"pictures, the first of {world} processes'", len(share))
+        share, say = lacking[rank::world], progress("pictures", rank, world)
         for done, _ in enumerate(gallery.draw(parts, jobs, asked.names, args.out, share, shared, asked.each,
                                               **how), 1):
-            if rank == 0:
-                rate.at(done)
+            say(done, len(share))
         if rank == 0:
             print(f"{args.out}: {len(jobs)} pictures, {len(jobs) - len(lacking)} of which were there")
             left_out(asked.bad)
@@ -112,16 +101,18 @@ def answer(args: argparse.Namespace) -> None:
         asked, bad = asked_of(args)
         parts = sample.open_parts(vars(args), device)
         require((parts.family != "SD3", "this checkpoint is SD3's, which has no text head: it only draws"))
-        how = dict(steps=STEPS["text" if args.benchmark == "captions" else "answer"]) | reads(vars(args))
+        kind = "text" if args.benchmark == "captions" else "answer"
+        how = dict(steps=STEPS[kind]) | sample.reads(vars(args))
         parts.silent = True
         note = dict(made_by=args.command_line, benchmark=args.benchmark, questions=args.questions,
                     asked=len(asked), limit=args.limit, shots=args.shots, examples=args.examples,
-                    suffix=args.suffix, choices=args.choices, seed=args.seed, checkpoint=parts.digest(),
-                    dtype=str(parts.dtype).removeprefix("torch."), length=parts.answer_length,
-                    settings={name: how.get(name, parts.defaults.get(name)) for name in READS.values()})
-        say = progress("questions" if world == 1 else f"questions, the first of {world} processes'")
+                    suffix=args.suffix, choices=args.choices, seed=args.seed,
+                    checkpoint=parallel.first(parts.digest), length=parts.answer_length,
+                    dtype=str(parts.dtype).removeprefix("torch."),
+                    settings={name: how.get(name, parts.defaults.get(name))
+                              for name in sample.READS.values()})
         lost = answering.fill(parts, asked, args.pictures, args.out, note, rank, world, args.seed,
-                              args.choices, say if rank == 0 else lambda *_: None, **how)
+                              args.choices, progress("questions", rank, world), **how)
         if lost is not None:
             print(f"{args.out}: {len(asked) - len(lost)} of {len(asked)}")
             left_out(bad + lost)
@@ -147,12 +138,11 @@ def score(args: argparse.Namespace) -> None:
     asked, bad = answers.questions(kind, files)
     said, more = answers.read_answers(args.results)
     scores, lost = answers.score(kind, asked[:made.get("limit")], said)
-    short = {name: value for name, value in scores.items() if kind == "pope" or ": " not in name}
-    rows = {"these answers": short}
-    if kind == "pope":
-        rows = {subset: {name.split(": ")[1]: value for name, value in short.items()
-                         if name.startswith(f"{subset}: ")} for subset in dict.fromkeys(
-                             name.split(": ")[0] for name in short)}
+    rows = defaultdict(dict)
+    for name, value in scores.items():                           # "random: F1"; "overall", "binary: choose"
+        of, _, figure = name.rpartition(": ")
+        if kind == "pope" or not of:
+            rows[of or "these answers"][figure] = value
     tell(args, made, rows, bad + more + lost, 1, kind, hidden={"every type": scores})
 
 
@@ -162,31 +152,31 @@ def small(args: argparse.Namespace) -> None:
     records, pictures = emoji.load(args.data, parts.height)
     pictures = pictures.float() / 127.5 - 1
     if args.page:
-        train, tone, style = [[i for i, r in enumerate(records) if r["split"] == split][:11]
-                              for split in SPLITS]
+        train, tone, style = [emoji.of_split(records, split)[:11] for split in emoji.SPLITS]
         drawn, read = train[:2] + tone[:6], tone[6:] + style[:3]        # learnt and held out; held out
         captions = lambda indices: [records[i]["caption"] for i in indices]
         show.write_picture(args.page, sample.results(parts, captions(drawn), captions(read), pictures[read]))
         return
-    walk, how = sample.walk(given), reads(given)
+    walk, how = sample.walk(given), sample.reads(given)
     chance = how.get("temperature", parts.defaults["temperature"]) > 0 or (
         how.get("order", parts.defaults["order"]) == "random")
-    results = {}
-    for split in args.splits:
-        once = None if chance or not args.limit else emojis.reading(
-            parts, records, pictures, split, args.limit, 0, how)
-        results[split] = [
-            (emojis.drawings(parts, records, pictures, split, args.prompts, seed, walk)
-             if args.prompts else {})
-            | (once or (emojis.reading(parts, records, pictures, split, args.limit, seed, how)
-                        if args.limit else {})) for seed in args.seeds]
+
+    @functools.cache
+    def read(split: str, seed: int) -> dict[str, float]:
+        return emojis.reading(parts, records, pictures, split, args.limit, seed, how) if args.limit else {}
+
+    def drawn(split: str, seed: int) -> dict[str, float]:
+        if not args.prompts:
+            return {}
+        return emojis.drawings(parts, records, pictures, split, args.prompts, seed, walk)
+    results = {split: [drawn(split, seed) | read(split, seed if chance else 0) for seed in args.seeds]
+               for split in args.splits}
     settings = gallery.settings(parts, **walk) | {"reading": how or "as sample.py does"}
     for kind, rows in emojis.tables(results).items():
         print(table(rows, corner=f"{kind}, %"), end="\n\n")
     print(f"command: {args.command_line}\ncheckpoint: {settings['checkpoint']}")
     if args.json:
-        found = dict(command=args.command_line, settings=settings, results=results)
-        write_text(args.json, json.dumps(found, indent=1) + "\n")
+        write_json(args.json, dict(command=args.command_line, settings=settings, results=results))
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -206,13 +196,13 @@ count = lambda low: dict(type=cli.number(int, low), metavar="N")
 def own_flags(small_: cli.Parser, drawn: cli.Parser, said: cli.Parser) -> None:
     """Of `emoji`, `draw` and `answer`, which load a checkpoint."""
     small_.add_argument("--data", type=Path, default=emoji.TAR, help="the emoji tar")
-    small_.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
+    small_.add_argument("--splits", nargs="+", choices=emoji.SPLITS, default=emoji.SPLITS)
     small_.add_argument("--seeds", nargs="+", type=cli.number(int, 0, 2**50), default=[0],
                         help="of the drawings, and of reading where that is random (0)")
     small_.add_argument("--limit", default=200, **count(0), help="pictures a split that are read (200)")
     small_.add_argument("--prompts", default=200, **count(0), help="prompts a split that are drawn (200)")
     small_.add_argument("--page", type=Path, help="measure nothing: a picture of results on held-out samples")
-    borrow(small_, [*WALK, *PARTS, *map(cli.flag, READS), "--compile"])
+    borrow(small_, [*WALK, *PARTS, *map(cli.flag, sample.READS), "--compile"])
     drawn.add_argument("benchmark", choices=list(benchmarks.READ), help="see metrics/benchmarks.py")
     drawn.add_argument("prompts", nargs="+", metavar="PROMPTS", help="its published file, or files")
     drawn.add_argument("out", type=Path, metavar="OUT", help="a folder")
@@ -233,7 +223,7 @@ def own_flags(small_: cli.Parser, drawn: cli.Parser, said: cli.Parser) -> None:
     said.add_argument("--by", choices=["writing", "likelihood"], default="writing", help="likelihood: the "
                       "likeliest of --choices is the answer (writing)")
     said.add_argument("--choices", nargs="+", metavar="TEXT")
-    borrow(said, [*PARTS, *map(cli.flag, READS)])
+    borrow(said, [*PARTS, *map(cli.flag, sample.READS)])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

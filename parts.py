@@ -19,7 +19,7 @@ import buckets
 import checkpoint
 from cli import UserError, require
 from t5 import T5Encoder
-from tensors import is_safetensors
+from tensors import read_any
 from tokenizer import Tokenizer
 from vae import AutoencoderKL, Pixels
 
@@ -34,14 +34,7 @@ def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
 
     width: E, if it is known.  A .pth is unpickled with weights_only.  Raises UserError."""
     path = Path(path)
-    if is_safetensors(path):
-        tensors = checkpoint.Tensors([path])
-        held = {name: tensors.read(name) for name in tensors.file}
-    else:
-        try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:      # torch raises whatever the missing, damaged or refused file led to
-            raise UserError(f"{path}: not a file of one tensor ({str(error).splitlines()[0]})")
+    held = read_any(path, lambda error: f"not a file of one tensor ({str(error).splitlines()[0]})")
     found = list(held.values()) if isinstance(held, dict) else [held]
     if [isinstance(x, Tensor) and x.numel() == max(x.shape, default=0) for x in found] != [True]:
         shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in found[:4]]

@@ -67,14 +67,23 @@ def read_llava(content: list[dict]) -> Iterator[dict]:
             yield dict(image=entry["image"], questions=pairs)
 
 
-def read_vqa(content: dict, path: Path) -> Iterator[dict]:
-    """VQAv2 and OK-VQA: the questions file, and the annotations file of the published name beside it."""
-    beside = path.with_name(path.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
-    answers = {a["question_id"]: [given["answer"] for given in a["answers"]]
-               for a in sources.read_json(beside)["annotations"]}
+def annotations_of(path: Path) -> Path:
+    """By their published names, beside VQAv2's or OK-VQA's file of questions."""
+    return path.with_name(path.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
+
+
+def coco_picture(content: dict, path: Path, number: int) -> str:
+    """The file's name of a picture that such a file asks about."""
     subset = content.get("data_subtype") or re.search(r"(train|val|test)\d+", path.name)[0]
+    return f"COCO_{subset}_{number:012d}.jpg"
+
+
+def read_vqa(content: dict, path: Path) -> Iterator[dict]:
+    """VQAv2 and OK-VQA: the questions file, and its annotations."""
+    answers = {a["question_id"]: [given["answer"] for given in a["answers"]]
+               for a in sources.read_json(annotations_of(path))["annotations"]}
     for q in content["questions"]:
-        yield asked(f"COCO_{subset}_{q['image_id']:012d}.jpg", q["question"], answers[q["question_id"]])
+        yield asked(coco_picture(content, path, q["image_id"]), q["question"], answers[q["question_id"]])
 
 
 def read_gqa(content: dict) -> Iterator[dict]:

@@ -175,9 +175,17 @@ def walk(args: dict) -> dict:
     return how | ({"interval": tuple(how["interval"])} if "interval" in how else {})
 
 
+# flags of how a text is written, and what reading.fill calls them
+READS = dict(temperature="temperature", order="order", level="level", top_p="top_p", refresh="refresh",
+             tokens_per_step="per_step", steps="steps")
+
+
+def reads(args: dict) -> dict:
+    return {ours: args[name] for name, ours in READS.items() if name in args}
+
+
 # how a text is written
-WRITES = ["temperature", "top_p", "order", "level", "tokens_per_step", "refresh", "text_guidance",
-          "posterior", "max_tokens", "steps", "seed"]
+WRITES = [*READS, "text_guidance", "posterior", "max_tokens", "seed"]
 # of these at most one
 APART = [("text", "question", "questions", "score", "chat"), ("choices", "score", "text"),
          ("trajectory", "questions", "score", "choices", "chat", "joint", "prompts", "separate"),
@@ -390,9 +398,8 @@ def main(argv: list[str] | None = None) -> None:
 
     steps = args.get("steps", STEPS["answer" if {"question", "questions", "chat"} & set(args) else "text"])
     order = args.get("order", parts.defaults["order"])
-    how = take("temperature", "order", "seed", "level", "top_p", "refresh", "ramp")
-    how |= dict(steps=steps, guidance=args.get("text_guidance", 1.0), canvas=0.95 if auto else None,
-                per_step=args.get("tokens_per_step"))
+    how = reads(args) | take("seed", "ramp")
+    how |= dict(steps=steps, guidance=args.get("text_guidance", 1.0), canvas=0.95 if auto else None)
     try:
         mask_diffusion.check(steps, 0, order, *(how.get(name) for name in ("level", "per_step")))
     except ValueError as error:

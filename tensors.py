@@ -89,6 +89,19 @@ class Tensors:
         return tensor.to(dtype)
 
 
+def read_any(path: Path, wrong: Callable[[Exception], str]):
+    """What a safetensors file holds, as tensors by name, or a .pth, unpickled with weights_only.
+
+    Raises UserError, of what torch could not read with what `wrong` says of it."""
+    if is_safetensors(path):
+        tensors = Tensors([path])
+        return {name: tensors.read(name) for name in tensors.file}
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # torch raises whatever the missing, damaged or refused file led to
+        raise UserError(f"{path}: {wrong(error)}")
+
+
 def finite(tensor: Tensor) -> bool:
     """No NaN and no infinity, in one pass: both survive a minimum and a maximum."""
     return tensor.numel() == 0 or all(map(math.isfinite, tensor.detach().aminmax()))

@@ -35,7 +35,7 @@ from typing import Iterator
 
 from cli import UserError, require
 from data import question_prompt
-from questions import SHORT_ANSWER, UNANSWERABLE
+from questions import SHORT_ANSWER, UNANSWERABLE, annotations_of, coco_picture
 from sources import parsed, read_bytes, read_json, text
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                           # not ' : . and, oddly, not & $ % # * either
@@ -161,16 +161,14 @@ class Asked:
 
 def of_vqa(path: Path, beside: Path | None = None, *, bad: dict[str, list[str]]) -> Iterator[Asked]:
     """A file of questions, and its annotations, which by their published name lie beside it."""
-    name = path.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    content, annotated = read_json(path), read_json(beside or path.with_name(name))
+    content, annotated = read_json(path), read_json(beside or annotations_of(path))
     notes, seen, names = {}, set(), annotated.get("question_types", {})          # which OK-VQA has, by number
     for note in annotated["annotations"]:
         if notes.setdefault(str(note["question_id"]), note) is not note:
             bad["annotations of one id, the first counts"].append(str(note["question_id"]))
-    subset = content.get("data_subtype") or re.search(r"(train|val|test)\d+", path.name)[0]
     for q in content["questions"]:
         seen.add(str(q["question_id"]))
-        found = Asked(q["question_id"], f"COCO_{subset}_{q['image_id']:012}.jpg", q["question"], [])
+        found = Asked(q["question_id"], coco_picture(content, path, q["image_id"]), q["question"], [])
         if note := notes.get(str(q["question_id"])):
             found.answers, kind = [given["answer"] for given in note["answers"]], note["question_type"]
             found.types = note["answer_type"], f"question type: {names.get(kind, kind)}"

@@ -21,7 +21,6 @@ from pathlib import Path
 import data
 import emoji
 from cli import UserError, require
-from metrics.emojis import SPLITS
 from sources import parsed, read_json, read_text, text
 
 EACH = dict(geneval=4, t2i=10, dpg=4)                            # drawings of a prompt, as published; or one
@@ -166,9 +165,8 @@ def counted(prompts: list[str], n: int, seed: int) -> Asked:
 
 
 def of_emoji(paths: list[str], n: int, seed: int) -> Asked:
-    for split in paths:
-        require((split in SPLITS, f"{split}: the emoji set has the splits {', '.join(SPLITS)}"))
-    return counted([r["caption"] for r in emoji.load(pixels=8)[0] if r["split"] in paths], n, seed)
+    splits = [emoji.split_named(path) for path in paths]
+    return counted([r["caption"] for r in emoji.load(pixels=8)[0] if r["split"] in splits], n, seed)
 
 
 READ = dict(geneval=geneval, t2i=t2i, dpg=dpg, mjhq=mjhq, coco=coco, lines=lines, emoji=of_emoji)

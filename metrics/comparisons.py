@@ -13,7 +13,6 @@ from PIL import Image
 import emoji
 from cli import require
 from metrics import benchmarks, clip, fid, inception
-from metrics.emojis import SPLITS
 from metrics.tables import about, left_out, progress, tell
 from pictures import fit_picture, read_picture, to_picture
 from sources import sha256
@@ -31,10 +30,9 @@ def listed(source: str) -> fid.Listing | Path:
     """A split of the emoji set, emoji:train, or what `fid.measure` makes of a path."""
     if not source.startswith("emoji:"):
         return Path(source)
-    split = source.removeprefix("emoji:")
-    require((split in SPLITS, f"{source}: the emoji set has the splits {', '.join(SPLITS)}"))
-    return [(record["key"], functools.partial(to_picture, picture / 127.5 - 1))
-            for record, picture in zip(*emoji.load()) if record["split"] == split]
+    split, (records, pictures) = emoji.split_named(source), emoji.load()
+    return [(records[i]["key"], functools.partial(to_picture, pictures[i] / 127.5 - 1))
+            for i in emoji.of_split(records, split)]
 
 
 def of_source(args: argparse.Namespace, net: inception.Inception,

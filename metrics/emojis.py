@@ -31,7 +31,6 @@ from parts import Parts
 from reading import STEPS, encode, write
 
 BATCH = 64
-SPLITS = ["train", "tone", "style"]
 TYPES = [*emoji.ASKED, "yes/no kind", "yes/no sort", "yes/no name"]
 
 
@@ -58,7 +57,7 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
     """Captions and answers about one split's pictures, in percent.  pictures: (n, 3, P, P) in [-1, 1].
 
     how: goes to reading.write; `steps` are 128 and 32 unless given."""
-    shown = [i for i, r in enumerate(records) if r["split"] == split][:limit]     # the tar is in random order
+    shown = emoji.of_split(records, split)[:limit]
     require((bool(shown), f"no picture of the emoji tar is in the split \"{split}\""))
     right, answers, latents = [], defaultdict(list), dict(zip(shown, encode(parts, pictures[shown])))
     for batch in batches(f"{split}, captions", shown):
@@ -81,8 +80,8 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
 def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, prompts: int, seed: int,
              how: dict) -> dict[str, float]:
     """Drawings of one split's captions, in percent; `how` goes to drawing.draw."""
-    pool, results = [i for i, r in enumerate(records) if r["split"] == split], defaultdict(list)
-    for batch in batches(f"{split}, drawings, seed {seed}", pool[:prompts]):
+    results = defaultdict(list)
+    for batch in batches(f"{split}, drawings, seed {seed}", emoji.of_split(records, split)[:prompts]):
         captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
         drawn = drawing.draw(parts, captions, seed=start, **how)
         for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, encode(parts, drawn))):

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cli import UserError, require
+from cli import require
 from pictures import to_tensor
-from tensors import Tensors, finite, is_safetensors
+from tensors import finite, read_any
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SIDE = 299              # pixels
@@ -162,15 +162,8 @@ def load(path: str | Path, device: str = "cpu") -> Inception:
     wrong shape or not finite in it is named in one message.  The classifier is left aside."""
     path = Path(path)
     require((path.exists(), f"{path}: no such file; it is {FILE} of github.com/mseitzer/pytorch-fid"))
-    if is_safetensors(path):
-        tensors = Tensors([path])
-        held = {name: tensors.read(name) for name in tensors.file}
-    else:
-        try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:      # torch raises whatever the damaged or refused file led to
-            raise UserError(f"{path}: not a whole .pth, or one of more than tensors, which could run code "
-                            f"({type(error).__name__}); fetch {FILE} again")
+    held = read_any(path, lambda error: f"not a whole .pth, or one of more than tensors, which could run "
+                                        f"code ({type(error).__name__}); fetch {FILE} again")
     require((isinstance(held, dict), f"{path}: expected tensors by name, found {type(held).__name__}"))
     with torch.device("meta"):
         network = Inception()

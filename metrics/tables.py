@@ -4,12 +4,11 @@
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Callable
 
-from checkpoint import write_text
+from checkpoint import write_json
 from cli import Rate
 from metrics import benchmarks
 from sources import read_json
@@ -48,7 +47,7 @@ def tell(args: argparse.Namespace, made: dict, rows: dict, bad: list[str] = (), 
     if args.json:
         found = dict(command=args.command_line, made=made, **more, scores=rows | (hidden or {}),
                      left_out=list(bad))
-        write_text(args.json, json.dumps(found, indent=1) + "\n")
+        write_json(args.json, found)
 
 
 def left_out(bad: list[str], how: str = "left out") -> None:
@@ -56,17 +55,17 @@ def left_out(bad: list[str], how: str = "left out") -> None:
         print(f"{how}: {len(bad)}", *bad[:SHOWN], *["..."] * (len(bad) > SHOWN), sep="\n  ")
 
 
-def about(drawn: Path | None) -> dict:
-    """What `draw` noted of a folder, if it was made so."""
-    file = drawn and Path(f"{str(drawn).rstrip('/')}.json")
-    return read_json(file) if file and file.exists() else {}
+def about(made: Path) -> dict:
+    """What `draw` noted of a folder, or `answer` of a file, if it was made so."""
+    file = Path(f"{made}.json")
+    return read_json(file) if file.exists() else {}
 
 
-def progress(what: str) -> Callable[[int, int], None]:
-    """What is told how many of how many are done."""
-    rate = Rate(what, 0)
+def progress(what: str, rank: int = 0, world: int = 1) -> Callable[[int, int], None]:
+    """What is told how many of how many are done; of several processes the first one says it."""
+    rate = Rate(what if world == 1 else f"{what}, the first of {world} processes'", 0)
 
     def say(done: int, total: int) -> None:
         rate.total = total
         rate.at(done)
-    return say
+    return say if rank == 0 else lambda done, total: None

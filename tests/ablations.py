@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import cli  # noqa: E402
+from metrics.tables import table  # noqa: E402
 
 FLAGS = {
     "the defaults": [],
@@ -58,15 +59,11 @@ def main() -> None:
     with ThreadPoolExecutor(2) as two:
         made = {(name, seed): two.submit(run, args.out, name, flags, seed, args.steps)
                 for seed in range(3) for name, flags in FLAGS.items()}
-    print("| | velocity's error | the same, t > 0.5 | text, nats a token |\n|---|---|---|---|")
-    for name in FLAGS:
-        rows = [made[name, seed].result() for seed in range(3)]
-        shown = []
-        for value in (lambda row: row["val_image"], lambda row: statistics.mean(row["val_image_t"][5:]),
-                      lambda row: row["val_nats"]):
-            values = list(map(value, rows))
-            shown.append(f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})")
-        print(f"| {name} | {' | '.join(shown)} |")
+        rows = {name: [made[name, seed].result() for seed in range(3)] for name in FLAGS}
+    print(table({name: {"velocity's error": [row["val_image"] for row in runs],
+                        "the same, t > 0.5": [statistics.mean(row["val_image_t"][5:]) for row in runs],
+                        "text, nats a token": [row["val_nats"] for row in runs]}
+                 for name, runs in rows.items()}, 3))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("tables", nargs="*", choices=[[], *TABLES], metavar="TABLE", help=" ".join(TABLES))
     parser.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
-    parser.add_argument("--split", choices=emojis.SPLITS, default="train", help="(train)")
+    parser.add_argument("--split", choices=emoji.SPLITS, default="train", help="(train)")
     parser.add_argument("--prompts", type=cli.number(int, 1), default=192, help="(192)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(as sample.py)")
     parser.add_argument("--json", type=argparse.FileType("w"), help="also write the rows here")

@@ -1,7 +1,6 @@
 """answering.py and its commands: the same lines however many processes write them, killed or not."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from cli import UserError
 from parts import Parts
 from pictures import fit_picture, read_picture, to_picture, to_tensor
 from reading import encode, write
-from test_run import launch
+from test_run import kill_when, launch
 
 ASKED = ["Is it a flag?", "Is it food?", "What is it?"]
 
@@ -52,12 +51,8 @@ def test_a_process_killed_at_half_and_two_that_go_on_end_with_the_lines_of_one(t
     out, blocks = tmp_path / "two.jsonl", tmp_path / "two.jsonl.blocks"
 
     start = lambda processes: launch(processes, *flags, out, *how, program="evaluate.py")
-    process, done = start(1), lambda: list(blocks.glob("0*.jsonl")) if blocks.exists() else []
-    while len(done()) < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
+    done = lambda: list(blocks.glob("0*.jsonl")) if blocks.exists() else []
+    kill_when(start(1), lambda: len(done()) >= 3)
     before = {path: path.stat().st_mtime_ns for path in done()}
     assert 3 <= len(before) < 10 and not out.exists()
     (blocks / "000000.jsonl").unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from cli import UserError
 from metrics import benchmarks, comparisons, emojis, fid
 from parts import Parts
 from pictures import read_picture, text_fields
-from test_run import launch
+from test_run import kill_when, launch
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,12 +56,8 @@ def test_a_process_killed_at_half_and_two_that_go_on_end_with_the_files_of_one(t
 
     start = lambda processes: launch(processes, "draw", "lines", *flags, tmp_path / "two", "--batch", 3,
                                      program="evaluate.py")
-    process, there = start(1), lambda: list((tmp_path / "two").glob("*.png"))
-    while len(there()) < 20:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
+    there = lambda: list((tmp_path / "two").glob("*.png"))
+    kill_when(start(1), lambda: len(there()) >= 20)
     before = {path: path.stat().st_mtime_ns for path in there()}
     assert 20 <= len(before) < 60
     process = start(2)

@@ -279,6 +279,15 @@ def launch(processes, *flags, program="train.py", **environment):
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment)
 
 
+def kill_when(process, reached):
+    """SIGKILL, as soon as that holds."""
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+
+
 def run_to_the_end(*args, **kwargs):
     process = launch(*args, **kwargs)
     said, complaints = process.communicate(timeout=120)
