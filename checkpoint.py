@@ -31,6 +31,7 @@ from typing import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import layouts
 from cli import UserError, require
@@ -183,10 +184,19 @@ def t5_sizes(path: str | Path) -> T5Config:
     return layouts.t5_config(*named(path, "t5"))
 
 
+class Uninitialized(TorchFunctionMode):
+    """Leaves parameters as made: to fill them on the meta device torch imports its compiler, for a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == nn.init.__name__:
+            return [*args, *(kwargs or {}).values()][0]
+        return function(*args, **(kwargs or {}))
+
+
 def build(make: Callable[[], nn.Module], where: Path) -> nn.Module:
     """A module without memory; sizes that no model can have are the file's mistake."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialized():
             return make()
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: no model has these sizes ({error})")

@@ -2,7 +2,7 @@
 
     python train.py --preset emoji --stage pretrain                     # from scratch: pictures and captions
     python train.py --stage instruct --init out/pretrain                # then questions with answers
-    bash runs/emoji.sh                                                  # both: the emoji weights' recipe
+    bash runs/emoji.sh                                                  # all: the emoji weights' recipe
     torchrun --standalone --nproc_per_node=2 train.py --stage pretrain  # the same lines, sharded by FSDP2
 
 From SD3's weights, as in the paper, and the end-to-end variant of its size; stages.py has the table:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -302,20 +303,21 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     shutil.copy(ROOT / "runs" / "emoji.sh", tmp_path / "runs")
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\necho "$@" >>called\n'
-                    '[ -f stop ] || { mkdir -p out/$3; cat done >out/$3/config.json; }\n')
+                    '[ -f stop ] || { mkdir -p out/$3; cat $3.json >out/$3/config.json; }\n')
     stub.chmod(0o755)
-    checkpoint.write_json(tmp_path / "done", dict(mmdit=dict(depth=6), step=5000, stage="pretrain"))
+    for stage, steps in (("pretrain", 5000), ("instruct", 15000)):
+        checkpoint.write_json(tmp_path / f"{stage}.json", dict(mmdit=dict(depth=6), step=steps, stage=stage))
     call = lambda *flags: subprocess.run(["bash", "runs/emoji.sh", *flags], cwd=tmp_path, env=os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}"}).returncode
     stages = lambda: [line.split()[2] for line in (tmp_path / "called").read_text().splitlines()]
     (tmp_path / "stop").touch()
     assert call() == 1 and stages() == ["pretrain"]
     (tmp_path / "stop").unlink()
-    assert call() == 0 and stages() == ["pretrain", "pretrain", "instruct"]
-    assert call("--decay-from", "7000") == 0 and stages()[3:] == ["instruct"]
-    for line in (tmp_path / "called").read_text().splitlines():
-        parse(line.replace("out/pretrain", "assets/emoji").split()[1:])     # flags that train.py takes
-    assert "--decay-from 7000" in line
+    assert call() == 0 and stages() == ["pretrain", "pretrain", "instruct", "instruct"]
+    assert call("--decay-from", "2000") == 0 and stages()[4:] == ["instruct"]
+    for line in (tmp_path / "called").read_text().splitlines():         # flags that train.py takes
+        parse(re.sub("out/(pretrain|instruct)", "assets/emoji", line).split()[1:])
+    assert "--out out/text" in line and "--decay-from 2000" in line
 
 
 @pytest.mark.parametrize("flags, status, message", [
