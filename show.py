@@ -57,13 +57,17 @@ def page(*columns: list[tuple[Tensor, list[str]]]) -> Image.Image:
 
 
 def rows(*tiles: list[tuple[Tensor, str]]) -> Image.Image:
-    """Rows of pictures (3, H, W), each above its line of text, 128 pixels wide."""
-    sheet = Image.new("RGB", (136 * max(map(len, tiles)), 152 * len(tiles)), "white")
+    """Rows of pictures (3, H, W), each above its text, 128 pixels wide."""
+    wrapped = [[textwrap.wrap(text, 22) for _, text in cells] for cells in tiles]
+    heights = [138 + 14 * max(map(len, texts)) for texts in wrapped]
+    sheet = Image.new("RGB", (136 * max(map(len, tiles)), sum(heights)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for row, cells in enumerate(tiles):
-        for column, (image, line) in enumerate(cells):
-            sheet.paste(enlarge(to_picture(image), 128).resize((128, 128)), (136 * column + 4, 152 * row + 4))
-            pen.text((136 * column + 4, 152 * row + 134), line, fill="black", font=font)
+        y = sum(heights[:row])
+        for column, (image, _) in enumerate(cells):
+            sheet.paste(enlarge(to_picture(image), 128).resize((128, 128)), (136 * column + 4, y + 4))
+            text = "\n".join(wrapped[row][column])
+            pen.multiline_text((136 * column + 4, y + 134), text, fill="black", font=font, spacing=2)
     return sheet
 
 

@@ -81,10 +81,10 @@ def parts():
 
 
 @pytest.fixture(scope="session")
-def emoji_all(parts):
-    """(records, pictures (7572, 3, P, P) in [-1, 1]), as the shipped weights read them."""
-    records, pictures = emoji.load(pixels=parts.height)
-    return records, pictures.float() / 127.5 - 1
+def emoji_all(parts, emoji_set):
+    """(records, pictures (7572, 3, 64, 64) in [-1, 1]), as the shipped weights read them."""
+    assert parts.height == 64
+    return emoji_set[0], emoji_set[1].float() / 127.5 - 1
 
 
 @pytest.fixture(scope="session")

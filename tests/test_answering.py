@@ -12,7 +12,7 @@ from cli import UserError
 from parts import Parts
 from pictures import fit_picture, read_picture, to_picture, to_tensor
 from reading import encode, write
-from test_run import kill_when, launch
+from processes import Forked, kill_when, to_the_end
 
 ASKED = ["Is it a flag?", "Is it food?", "What is it?"]
 
@@ -50,15 +50,13 @@ def test_a_process_killed_at_half_and_two_that_go_on_end_with_the_lines_of_one(t
     run(*flags, tmp_path / "one.jsonl", *how)
     out, blocks = tmp_path / "two.jsonl", tmp_path / "two.jsonl.blocks"
 
-    start = lambda processes: launch(processes, *flags, out, *how, program="evaluate.py")
+    start = lambda processes: Forked(processes, *flags, out, *how, program="evaluate")
     done = lambda: list(blocks.glob("0*.jsonl")) if blocks.exists() else []
     kill_when(start(1), lambda: len(done()) >= 3)
     before = {path: path.stat().st_mtime_ns for path in done()}
     assert 3 <= len(before) < 10 and not out.exists()
     (blocks / "000000.jsonl").unlink(missing_ok=True)
-    process = start(2)
-    said, complaints = process.communicate(timeout=120)
-    assert process.returncode == 0, complaints
+    said, _ = to_the_end(start(2))
     assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes() and not blocks.exists()
     assert f"{out}: 610 of 640\nleft out: 30\n" in said and "20.png: not a picture that can be read" in said
     found = lines(out)

@@ -106,7 +106,9 @@ def test_every_text_fits_the_text_length_of_the_preset(emoji_set):
     assert (captions, length) == (24, 27) and length <= PRESETS["emoji"]["text_length"]
 
 
-def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_often(emoji_set):
+def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_often(emoji_set,
+                                                                                           monkeypatch):
+    monkeypatch.setattr(emoji, "load", lambda *_: emoji_set)
     mix = data.Mix([str(emoji.TAR)], 64, "run")
     source, = mix.sources
     records, groups = source.records, source.groups

@@ -14,7 +14,7 @@ from cli import UserError
 from metrics import benchmarks, comparisons, emojis, fid
 from parts import Parts
 from pictures import read_picture, text_fields
-from test_run import kill_when, launch
+from processes import Forked, kill_when, to_the_end
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,15 +54,13 @@ def test_a_process_killed_at_half_and_two_that_go_on_end_with_the_files_of_one(t
     flags = [str(tmp_path / "prompts.txt"), "--checkpoint", str(tiny), "--steps", "12"]
     run("draw", "lines", *flags, tmp_path / "one", "--batch", "7")
 
-    start = lambda processes: launch(processes, "draw", "lines", *flags, tmp_path / "two", "--batch", 3,
-                                     program="evaluate.py")
+    start = lambda processes: Forked(processes, "draw", "lines", *flags, tmp_path / "two", "--batch", 3,
+                                     program="evaluate")
     there = lambda: list((tmp_path / "two").glob("*.png"))
     kill_when(start(1), lambda: len(there()) >= 20)
     before = {path: path.stat().st_mtime_ns for path in there()}
     assert 20 <= len(before) < 60
-    process = start(2)
-    said, complaints = process.communicate(timeout=120)
-    assert process.returncode == 0, complaints
+    said, _ = to_the_end(start(2))
     assert f"60 pictures, {len(before)} of which were there" in said and said.count("pictures") == 1
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert pngs(tmp_path / "two") == pngs(tmp_path / "one")

@@ -22,7 +22,8 @@ from cli import UserError
 from model import MMDiT, MMDiTConfig, TokenEmbedding
 from parts import Parts
 from pictures import to_picture
-from test_run import equal_runs, run_to_the_end
+from processes import Forked, to_the_end
+from test_run import equal_runs
 from tokenizer import gpt2_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -301,7 +302,7 @@ def test_two_processes_learn_from_latents_and_plain_text_as_one_does(photos, wid
              "--text-batch", 4, "--log-every", 1, "--dtype", "float32", "--optimizer", "adamw", "--lr", 2e-4,
              "--device", "cpu", "--workers", 1]
     train.main(list(map(str, [*flags, "--out", tmp_path / "1"])))
-    run_to_the_end(2, *flags, "--out", tmp_path / "2")
+    to_the_end(Forked(2, *flags, "--out", tmp_path / "2"))
     equal_runs(tmp_path / "1", tmp_path / "2")
 
 

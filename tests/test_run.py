@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -16,12 +14,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import checkpoint
 import mask_diffusion
 import parallel
 import survive
 import train
+from processes import Forked, forked, launch, to_the_end
 from run import Run, complete, read_log
 
 ROOT = Path(__file__).parent.parent
@@ -216,12 +216,14 @@ def test_a_full_disk_loses_nothing_and_the_same_command_ends_the_run(when, small
     assert survive.same_weights(out, tmp_path / "whole")
 
 
-def test_two_kills_end_with_the_weights_of_a_run_that_nobody_touched(tiny, small_tar, tmp_path):
+def test_two_kills_end_with_the_weights_of_a_run_that_nobody_touched(tiny, small_tar, tmp_path,
+                                                                             monkeypatch):
     """`python tests/survive.py` does twenty."""
     flags = ["--init", str(tiny), "--image-data", small_tar, "--dtype", "float32", "--steps", "16",
              "--save-every", "4", "--image-batch", "4", "--text-batch", "4", "--log-every", "1",
              "--sample-every", "0"]
     train.main([*flags, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(survive, "start", lambda out, flags: Forked(1, "--out", out, *flags))
     done, _ = survive.killed_run(tmp_path / "killed", flags, 2, 0)
     assert done == 2 and survive.same_weights(tmp_path / "whole", tmp_path / "killed")
 
@@ -269,32 +271,6 @@ def test_a_text_batch_with_nothing_to_learn_has_loss_zero_and_questions_need_roo
 
 # ------------------------------------------------------------------------------------------ several processes
 
-def launch(processes, *flags, program="train.py", **environment):
-    """A run of one process or several, by flags as strings."""
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-        *(["--max-restarts=3"] if "DIE" in environment else [])]
-    return subprocess.Popen([*launcher, program, *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment)
-
-
-def kill_when(process, reached):
-    """SIGKILL, as soon as that holds."""
-    while not reached():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-
-
-def run_to_the_end(*args, **kwargs):
-    process = launch(*args, **kwargs)
-    said, complaints = process.communicate(timeout=120)
-    assert process.returncode == 0, complaints[-2000:]
-    return said, complaints
-
-
 @pytest.fixture(scope="module")
 def flags(tiny, small_tar):
     """AdamW's update is g / (|g| + eps) at first, last bits of tiny gradients grow: a small rate."""
@@ -316,7 +292,7 @@ def alone(flags, tmp_path_factory):
 def two(flags, tmp_path_factory):
     """The same by two processes: its folder, and what they said."""
     out = tmp_path_factory.mktemp("two") / "run"
-    return out, run_to_the_end(2, *flags, "--out", out, "--steps", 20, "--shard", "zero2")
+    return out, to_the_end(launch(2, *flags, "--out", out, "--steps", 20, "--shard", "zero2"))
 
 
 def equal_runs(one, other, tolerance=1e-5):
@@ -334,8 +310,8 @@ def equal_runs(one, other, tolerance=1e-5):
 @pytest.mark.parametrize("mode", ["zero2", "zero3"])
 def test_two_processes_take_the_same_steps_as_one(mode, flags, alone, two, tmp_path):
     """hsdp and none: two of the tests below."""
-    out, (said, complaints) = two if mode == "zero2" else (tmp_path, run_to_the_end(
-        2, *flags, "--out", tmp_path, "--steps", 20, "--shard", mode))
+    out, (said, complaints) = two if mode == "zero2" else (tmp_path, to_the_end(Forked(
+        2, *flags, "--out", tmp_path, "--steps", 20, "--shard", mode)))
     equal_runs(alone, out)
     assert said.count("from step 0") == 1 and "Warning" not in complaints
     assert (out / "samples_20.png").exists()
@@ -344,7 +320,7 @@ def test_two_processes_take_the_same_steps_as_one(mode, flags, alone, two, tmp_p
 def test_two_processes_in_bfloat16_stay_close_to_one(flags, tmp_path):
     half = [*flags, "--dtype", "bfloat16", "--steps", 6, "--out"]
     train.main(list(map(str, [*half, tmp_path / "1"])))
-    run_to_the_end(2, *half, tmp_path / "2")
+    to_the_end(Forked(2, *half, tmp_path / "2"))
     for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
         assert a["image_loss"] == pytest.approx(b["image_loss"], rel=0.02)
         assert a["text_loss"] == pytest.approx(b["text_loss"], rel=0.02)
@@ -356,29 +332,35 @@ def test_what_two_processes_saved_one_and_four_go_on_from(flags, alone, two, tmp
     on = [*flags, "--steps", 20, "--resume-step", 10, "--out"]
     from_ten = lambda name: list(map(str, [*on, tmp_path / name]))
     train.main(from_ten("one"))
-    _, complaints = run_to_the_end(4, *from_ten("four"), "--shard", "hsdp")
+    _, complaints = to_the_end(Forked(4, *from_ten("four"), "--shard", "hsdp"))
     assert "Warning" not in complaints
     for out in (tmp_path / "one", tmp_path / "four"):
         assert (out / "left_step_20").exists()                   # what two processes made of it
         equal_runs(alone, out)
 
 
+def dying(given, folder):
+    """train.py; rank 1 of the first attempt kills itself at a step."""
+    rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    calls, agree = [], parallel.agree
+
+    def agreeing(*flags, device):
+        calls.append(1)
+        if (rank, attempt, len(calls)) == ("1", "0", 7):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return agree(*flags, device=device)
+    parallel.agree = agreeing
+    forked("train", given, {}, [str(folder / f"{attempt}_{rank}.{name}") for name in ("out", "err")])
+
+
 def test_torchrun_restarts_what_is_killed_and_the_run_ends_as_if_nothing_had_happened(flags, alone, tmp_path):
-    """Rank 1 kills itself at a step of the first attempt."""
-    program = tmp_path / "dies.py"
-    program.write_text("import os, signal, sys, train, parallel\n"
-                       "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
-                       "calls, agree = [], parallel.agree\n"
-                       "def dying(*flags, device):\n"
-                       "    calls.append(1)\n"
-                       "    if os.environ['RANK'] == '1' and attempt < 1 and len(calls) == 7:\n"
-                       "        os.kill(os.getpid(), signal.SIGKILL)\n"
-                       "    return agree(*flags, device=device)\n"
-                       "parallel.agree = dying\n"
-                       "import cli; cli.run(train.main)\n")
-    said, _ = run_to_the_end(2, *flags, "--out", tmp_path / "run", "--steps", 20, "--save-every", 3,
-                             program=program, DIE="1")
-    assert said.count("M parameters") == 2
+    """Torchrun's agent, with forks."""
+    how = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=3,
+                       start_method="forkserver")
+    given = [*flags, "--out", tmp_path / "run", "--steps", 20, "--save-every", 3]
+    elastic_launch(how, dying)(list(map(str, given)), tmp_path)
+    said = "".join(file.read_text() for file in tmp_path.glob("*.out"))
+    assert said.count("M parameters") == 2 and len([*tmp_path.glob("*.out")]) == 4
     equal_runs(alone, tmp_path / "run")
 
 
@@ -390,10 +372,10 @@ def test_a_mistake_on_one_process_ends_all_with_one_line(flags, tmp_path):
                        "    return load(*given)\n"
                        "emoji.load = failing\n"
                        "import cli; cli.run(train.main)\n")
-    for changed, program, line in ((["--image-data", "nowhere.tar"], "train.py",
-                                    "error: nowhere.tar: no such tar file"),
-                                   ([], program, "error: the tar is cut on machine 1")):
-        process = launch(2, *flags, "--out", tmp_path / "run", "--steps", 2, *changed, program=program)
+    given = [*flags, "--out", tmp_path / "run", "--steps", 2]
+    for process, line in ((Forked(2, *given, "--image-data", "nowhere.tar"),
+                           "error: nowhere.tar: no such tar file"),
+                          (launch(2, *given, program=program), "error: the tar is cut on machine 1")):
         _, complaints = process.communicate(timeout=120)  # torchrun reports too, in its way
         assert process.returncode == 1 and complaints.splitlines().count(line) == 1
         assert sum(text.startswith("error: ")
@@ -408,7 +390,7 @@ def test_a_signal_to_torchrun_saves_once_and_the_same_command_goes_on(flags, alo
     process.send_signal(signal.SIGTERM)
     said, complaints = process.communicate(timeout=60)
     assert said.count("saved; the same command goes on from here") == 1 and "[rank" not in complaints
-    run_to_the_end(2, *how)
+    to_the_end(Forked(2, *how))
     equal_runs(alone, tmp_path)
 
 

@@ -21,8 +21,8 @@ from build import Models
 from model import PRESETS, MMDiTConfig
 from parts import Parts
 from t5 import MaskEmbedding
+from processes import Forked, to_the_end
 from test_run import rows
-from test_train import train as launched
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -231,8 +231,8 @@ def test_one_and_two_processes_and_any_micro_batch_make_the_same_update(chain, p
             "--lr", 1e-4]
     train.main(flags("mask-emb", tmp_path / "one", pictures, *base))
     train.main(flags("mask-emb", tmp_path / "micro", pictures, *base, "--micro-batch", 2))
-    launched(*flags("mask-emb", tmp_path / "two", pictures, *base, "--micro-batch", 1, "--shard-t5",
-                    "--shard", "zero3", "--checkpoint-activations"), processes=2)
+    to_the_end(Forked(2, *flags("mask-emb", tmp_path / "two", pictures, *base, "--micro-batch", 1,
+                                "--shard-t5", "--shard", "zero3", "--checkpoint-activations")))
     one = rows(tmp_path / "one")
     assert min(row["grad_norm"] for row in one) > 0.5
     weights = load_file(tmp_path / "one" / "weights.safetensors")

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -25,6 +24,7 @@ import checkpoint
 import data
 import flow
 import mask_diffusion
+from processes import Forked, to_the_end
 from tokenizer import gpt2_tokenizer
 from train import Held, learning_rate, parse, text_batch
 from train import main as train_main
@@ -34,19 +34,7 @@ QUICK = ["--image-batch", "4", "--text-batch", "2", "--dtype", "float32", "--log
          "--sample-every", "0", "--eval-every", "0", "--warmup", "2"]
 
 
-def train(*flags, processes=1, expect=0):
-    launcher = [sys.executable, "train.py"] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-        "train.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
-                          env=environment)
-    assert done.returncode == expect, done.stderr[-2000:]
-    return done
-
-
 def here(*flags):
-    """The same in this process."""
     train_main(list(map(str, flags)))
 
 
@@ -225,15 +213,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_tar, tiny, tmp_p
 
 def test_a_signal_saves_and_both_stages_run(small_tar, tiny, tmp_path):
     out = tmp_path / "pretrain"
-    process = subprocess.Popen([sys.executable, "train.py", "--out", str(out), "--image-data", small_tar,
-                                "--init", str(tiny), "--steps", "9999", *QUICK, "--save-every", "9999"],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = Forked(1, "--out", out, "--image-data", small_tar, "--init", tiny, "--steps", 9999, *QUICK,
+                     "--save-every", 9999)
     while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 3):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "saved; the same command goes on" in said
+    assert "saved; the same command goes on" in to_the_end(process)[0]
     assert len(list(out.glob("step_*"))) == 1
 
     here("--stage", "instruct", "--init", out, "--out", tmp_path / "instruct", "--image-data", small_tar,

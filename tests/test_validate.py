@@ -10,7 +10,8 @@ from torch import nn
 
 import meter
 import train
-from test_run import rows, run_to_the_end
+from processes import Forked, to_the_end
+from test_run import rows
 from validate import BINS, Validation, spread
 
 FLAGS = ["--image-batch", 4, "--text-batch", 4, "--dtype", "float32", "--log-every", 1, "--sample-every", 0,
@@ -88,7 +89,7 @@ def test_the_same_weights_measure_the_same_and_a_run_goes_on_with_its_curve(alon
 
 
 def test_two_processes_measure_what_one_does(alone, tiny, small_tar, tmp_path):
-    run_to_the_end(2, "--init", tiny, "--image-data", small_tar, *FLAGS, "--out", tmp_path / "run")
+    to_the_end(Forked(2, "--init", tiny, "--image-data", small_tar, *FLAGS, "--out", tmp_path / "run"))
     found = measured(tmp_path / "run")
     for a, b in zip(found, measured(alone), strict=True):
         names = [name for name in a if name.startswith(("val_", "meter_"))]
