@@ -151,13 +151,10 @@ def small(args: argparse.Namespace) -> None:
     given, parts = vars(args), sample.open_parts(vars(args), args.device)
     records, pictures = emoji.load(args.data, parts.height)
     pictures = pictures.float() / 127.5 - 1
-    if args.page:
-        train, tone, style = [emoji.of_split(records, split)[:11] for split in emoji.SPLITS]
-        drawn, read = train[:2] + tone[:6], tone[6:] + style[:3]        # learnt and held out; held out
-        captions = lambda indices: [records[i]["caption"] for i in indices]
-        show.write_picture(args.page, sample.results(parts, captions(drawn), captions(read), pictures[read]))
-        return
     walk, how = sample.walk(given), sample.reads(given)
+    if args.page:
+        show.write_picture(args.page, emojis.page(parts, records, pictures, walk, how))
+        return
     chance = how.get("temperature", parts.defaults["temperature"]) > 0 or (
         how.get("order", parts.defaults["order"]) == "random")
 
@@ -201,7 +198,7 @@ def own_flags(small_: cli.Parser, drawn: cli.Parser, said: cli.Parser) -> None:
                         help="of the drawings, and of reading where that is random (0)")
     small_.add_argument("--limit", default=200, **count(0), help="pictures a split that are read (200)")
     small_.add_argument("--prompts", default=200, **count(0), help="prompts a split that are drawn (200)")
-    small_.add_argument("--page", type=Path, help="measure nothing: a picture of results on held-out samples")
+    small_.add_argument("--page", type=Path, help="measure nothing: a picture of what is drawn and read")
     borrow(small_, [*WALK, *PARTS, *map(cli.flag, sample.READS), "--compile"])
     drawn.add_argument("benchmark", choices=list(benchmarks.READ), help="see metrics/benchmarks.py")
     drawn.add_argument("prompts", nargs="+", metavar="PROMPTS", help="its published file, or files")

@@ -42,23 +42,33 @@ def beside(*pictures: Image.Image) -> Image.Image:
     return sheet
 
 
-def page(*columns: list[tuple[Tensor, list[str]]]) -> Image.Image:
-    """Columns of pictures (3, H, W), each with lines of text beside it."""
-    sheet = Image.new("RGB", (500 * len(columns), 104 * max(map(len, columns))), "white")
+def page(*columns: list[tuple[Tensor, list[str]]], most: int = 5) -> Image.Image:
+    """Columns of pictures (3, H, W), each with text beside it, of at most so many lines."""
+    height = max(104, 18 * most + 8)
+    sheet = Image.new("RGB", (500 * len(columns), height * max(map(len, columns))), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for column, cells in enumerate(columns):
         for row, (image, lines) in enumerate(cells):
-            x, y = column * 500, row * 104
-            sheet.paste(enlarge(to_picture(image), 96).resize((96, 96)), (x + 4, y + 4))
-            wrapped = [part for line in lines for part in textwrap.wrap(line, 52)][:5]   # what has room
+            x, y = column * 500, row * height
+            sheet.paste(enlarge(to_picture(image), 96).resize((96, 96)), (x + 4, y + height // 2 - 48))
+            wrapped = [part for line in lines for part in textwrap.wrap(line, 52)][:most]
             for i, line in enumerate(wrapped):
-                pen.text((x + 110, y + 52 - 9 * len(wrapped) + 18 * i), line, fill="black", font=font)
+                at = x + 110, y + height // 2 - 9 * len(wrapped) + 18 * i
+                pen.text(at, line, fill="black", font=font)
+    return sheet
+
+
+def above(*pictures: Image.Image) -> Image.Image:
+    """Pictures, each below the last."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (0, sum(p.height for p in pictures[:i])))
     return sheet
 
 
 def rows(*tiles: list[tuple[Tensor, str]]) -> Image.Image:
     """Rows of pictures (3, H, W), each above its text, 128 pixels wide."""
-    wrapped = [[textwrap.wrap(text, 22) for _, text in cells] for cells in tiles]
+    wrapped = [[textwrap.wrap(text, 20) for _, text in cells] for cells in tiles]
     heights = [138 + 14 * max(map(len, texts)) for texts in wrapped]
     sheet = Image.new("RGB", (136 * max(map(len, tiles)), sum(heights)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)

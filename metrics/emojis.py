@@ -19,12 +19,14 @@ from collections import defaultdict
 from typing import Iterator
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 import cli
 import data
 import drawing
 import emoji
+import show
 from cli import require
 from metrics.answers import pope
 from parts import Parts
@@ -92,6 +94,22 @@ def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, pr
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])
     return {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items()}
+
+
+def page(parts: Parts, records: list[dict], pictures: Tensor, walk: dict, how: dict) -> Image.Image:
+    """The first of each split, none chosen: 14 single objects and 7 people that were learnt and 7 that are
+    held out, drawn; held-out pictures, captioned.  pictures: (n, 3, P, P) of all records; walk, how: of the
+    drawings and of the captions."""
+    train, tone, style = (emoji.of_split(records, split) for split in emoji.SPLITS)
+    people = {i for i, record in enumerate(records) if record["kind"] == "people & body"}
+    shown = ([i for i in train if i not in people][:14] + [i for i in train if i in people][:7] + tone[:7])
+    captions = [records[i]["caption"] for i in shown]
+    drawn = [*zip(drawing.draw(parts, captions, **walk), captions)]
+    read = tone[-6:] + style[:4]
+    cells = [(pictures[i], [f"read: {text}", f"true: {records[i]['caption']}"])
+             for i, text in zip(read, write(parts, encode(parts, pictures[read]), **how))]
+    return show.above(show.rows(*(drawn[at:at + 7] for at in range(0, len(drawn), 7))),
+                      show.page(cells[::2], cells[1::2]))
 
 
 def tables(results: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, list[float]]]]:

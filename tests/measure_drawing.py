@@ -3,6 +3,7 @@
     python tests/measure_drawing.py                    # all rows, 192 prompts, some minutes of two cores
     python tests/measure_drawing.py solvers --prompts 96 --checkpoint out/instruct
     python tests/measure_drawing.py --page assets/drawing.webp      # the README's picture, and no table
+    python tests/measure_drawing.py objects --page objects.png      # twenty things, four drawings of each
 
 Every row draws the same captions of the split with the same seeds. `emoji`: of the whole set the nearest
 picture, pixel by pixel, has the emoji asked for; `distance`: root mean square of the difference to the
@@ -39,6 +40,9 @@ GUIDANCE = {
 }
 SHIFTS = {f"shift {shift:g}": dict(shift=shift) for shift in (0.5, 1.0, 2.0, 3.0)}
 TABLES = dict(solvers=SOLVERS, guidance=GUIDANCE, shifts=SHIFTS)
+OBJECTS = ["red apple", "snowman", "cat face", "slice of pizza", "rocket", "dog face", "elephant", "penguin",
+           "fire", "flag of Japan", "guitar", "sunflower", "bicycle", "strawberry", "octopus", "hammer",
+           "umbrella", "steam locomotive", "cheese wedge", "anchor"]
 
 
 @torch.no_grad()
@@ -79,9 +83,25 @@ def write_page(parts: Parts, records: list[dict], pictures: torch.Tensor, path: 
     show.write_picture(path, show.rows(*walk, few, guided, first + over, first + anew))
 
 
+@torch.no_grad()
+def objects(parts: Parts, records: list[dict], pictures: torch.Tensor, style: str, path: Path) -> None:
+    """Each as `sample.py --n 4` draws it: how often it is the nearest, and a picture of all."""
+    number, rows, right = {record["caption"]: i for i, record in enumerate(records)}, [], []
+    for name in OBJECTS:
+        caption = f"{name}, {style} style"
+        drawn = drawing.draw(parts, [caption] * 4, seed=0)
+        found = [records[i] for i in emojis.nearest(drawn, pictures)]
+        right += [record["emoji"] == records[number[caption]]["emoji"] for record in found]
+        rows += zip(drawn, [name if hit else f"{name}: {record['name']}"
+                            for hit, record in zip(right[-4:], found)])
+    print(f"{style}: {sum(right)} of {len(right)} drawings are nearest to the emoji asked for")
+    show.write_picture(path, show.rows(*(rows[at:at + 8] for at in range(0, len(rows), 8))))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("tables", nargs="*", choices=[[], *TABLES], metavar="TABLE", help=" ".join(TABLES))
+    parser.add_argument("tables", nargs="*", choices=[[], *TABLES, "objects"], metavar="TABLE",
+                        help=" ".join([*TABLES, "objects"]))
     parser.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
     parser.add_argument("--split", choices=emoji.SPLITS, default="train", help="(train)")
     parser.add_argument("--prompts", type=cli.number(int, 1), default=192, help="(192)")
@@ -92,6 +112,11 @@ def main(argv: list[str] | None = None) -> None:
     parts = Parts(args.checkpoint, cli.device("auto"), getattr(torch, args.dtype) if args.dtype else None)
     records, pictures = emoji.load(pixels=parts.height)
     pictures = pictures.float() / 127.5 - 1
+    if args.tables == ["objects"]:
+        for style in emoji.STYLES:
+            page = args.page or Path("objects.png")
+            objects(parts, records, pictures, style, page.with_stem(f"{page.stem}_{style}"))
+        return
     if args.page:
         write_page(parts, records, pictures, args.page)
         return

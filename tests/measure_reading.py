@@ -3,18 +3,19 @@
     python tests/measure_reading.py orders --out orders.png     # captions by each order
     python tests/measure_reading.py choices                     # yes or no: written, and ranked by likelihood
     python tests/measure_reading.py infill --limit 680          # held-out captions with gaps at random
+    python tests/measure_reading.py page --out page.png         # unmasking, filling, likelihoods, to look at
 
 Not part of the test run.  Right: word for word, of 192 captions a split.  Evaluations: of the network, a text
 (of those rows that were not done).  Time: against the exact order that looks at the picture each time, one
 token a step, in the same run.
 """
 
-import json
 import math
 import random
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,10 @@ import cli  # noqa: E402
 import emoji  # noqa: E402
 import reading  # noqa: E402
 import report  # noqa: E402
+import show  # noqa: E402
+from metrics import emojis  # noqa: E402
 from parts import Parts  # noqa: E402
-from tars import Tar  # noqa: E402
+from trajectory import pieces  # noqa: E402
 
 ORDERS = {
     "confidence": dict(order="confidence"), "margin": dict(order="margin"), "entropy": dict(order="entropy"),
@@ -53,7 +56,8 @@ def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float
 
 def draw(found: dict, path: Path) -> None:
     """A dot for each row, percent right over evaluations and over time, both on a log axis."""
-    sheet, (least, most) = Image.new("RGB", (1080, 400), "white"), (74, 92)
+    sheet, found_right = Image.new("RGB", (1080, 400), "white"), [row[0] for row in found.values()]
+    least, most = 2 * math.floor(min(found_right) / 2) - 2, 2 * math.ceil(max(found_right) / 2) + 2
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     pen.text((20, 4), "captions right, %; the picture is looked at each time: blue, every 2nd time: green, "
              "every 4th: grey, once: red", fill="black", font=font)
@@ -75,14 +79,10 @@ def draw(found: dict, path: Path) -> None:
     sheet.save(path)
 
 
-def shown(records: list[dict], split: str, limit: int) -> list[int]:
-    return [i for i, record in enumerate(records) if record["split"] == split][:limit]
-
-
 def orders(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
     found = {}
     for split in ("tone", "train"):
-        some = shown(records, split, limit)
+        some = emoji.of_split(records, split)[:limit]
         batch, true = latents[some], [records[i]["caption"] for i in some]
         measure(parts, batch, true, **ORDERS["threshold 0.9"])                    # warm
         for name, how in ORDERS.items():
@@ -102,15 +102,14 @@ def orders(parts: Parts, records: list[dict], latents, limit: int, out: Path) ->
 
 
 def choices(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
-    """Of the questions in the tar, which the shipped weights have learnt."""
-    stored = {record["key"]: record["questions"] for record in (
-        json.loads(files["json"]) for _, files in Tar(str(emoji.TAR)))}
+    """One question of each type and answer."""
     right = lambda said, asked: 100 * sum(a == q["answer"] for a, (_, q) in zip(said, asked)) / len(asked)
-    print("| split | six questions, look each time | once | yes or no, each time | once | ranked |")
+    print("| split | all questions, look each time | once | yes or no, each time | once | ranked |")
     for split in ("tone", "train"):
-        asked = [(i, q) for i in shown(records, split, limit) for q in stored[records[i]["key"]]]
+        some = emoji.of_split(records, split)[:limit]
+        asked = [(i, q) for i in some for q in emojis.one_of_each(records[i])]
         cells = []
-        for some in (asked, [(i, q) for i, q in asked if q["type"] == "yes/no"]):
+        for some in (asked, [(i, q) for i, q in asked if q["type"].startswith("yes/no")]):
             batch, questions = latents[[i for i, _ in some]], [q["question"] for _, q in some]
             for refresh in (1, 0):
                 said = reading.write(parts, batch, questions, steps=32, refresh=refresh)
@@ -123,7 +122,7 @@ def choices(parts: Parts, records: list[dict], latents, limit: int, out: Path) -
 
 def infill(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
     """One or two words of a held-out caption are gaps; the picture is looked at once, and each time."""
-    some = shown(records, "tone", 10**6)
+    some = emoji.of_split(records, "tone")
     for refresh in (0, 1):
         chance, right, kept, gaps = random.Random(0), 0, 0, 0
         for i in (chance.choice(some) for _ in range(limit)):
@@ -139,17 +138,35 @@ def infill(parts: Parts, records: list[dict], latents, limit: int, out: Path) ->
               f"{right} are the true caption", flush=True)
 
 
+def page(pictures, parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
+    """The first three held-out pictures: their captions being unmasked, filled, and answers' likelihoods."""
+    begin, fill, answer = [], [], []
+    for i in emoji.of_split(records, "tone")[:3]:
+        record, look, states = records[i], latents[i:i + 1], []
+        reading.write(parts, look, trajectory=states)
+        texts = ["".join(pieces(parts, ids[0].tolist())).replace("[MASK]", " _").strip() for _, ids in states]
+        begin.append((pictures[i], texts[-7:]))
+        gaps = re.sub(r"[\w-]+(?= skin)|^\w+", "[MASK]", record["caption"])
+        fill.append((pictures[i], [f"given: {gaps}", f"filled: {reading.infill(parts, look, gaps)}"]))
+        asked = next(q for q in record["questions"] if q["type"] == "yes/no sort")["question"]
+        ranks = reading.ranked(parts, look, asked, ["yes", "no"])
+        answer.append((pictures[i], [asked, *(f"{text}: {share:.1%}, {nats:.3f} nats (+- {error:.3f})"
+                                              for text, share, nats, error in ranks)]))
+    show.write_picture(out, show.page(begin + fill[:1], fill[1:] + answer, most=8))
+
+
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("what", choices=["orders", "choices", "infill"])
+    parser.add_argument("what", choices=["orders", "choices", "infill", "page"])
     parser.add_argument("--out", type=Path, default=Path("orders.png"))
     parser.add_argument("--limit", type=cli.number(int, 1), default=192)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     parts = Parts(dtype=getattr(torch, args.dtype))
     records, pictures = emoji.load(pixels=parts.height)
-    measures = dict(orders=orders, choices=choices, infill=infill)
-    latents = reading.encode(parts, pictures.float() / 127.5 - 1)
+    pictures = pictures.float() / 127.5 - 1
+    measures = dict(orders=orders, choices=choices, infill=infill, page=partial(page, pictures))
+    latents = reading.encode(parts, pictures)
     measures[args.what](parts, records, latents, args.limit, args.out)
 
 

@@ -290,6 +290,22 @@ def test_the_emoji_set_is_measured_as_the_papers_tables(tmp_path, capsys, emoji_
     assert "drawing" not in capsys.readouterr().out
 
 
+def test_the_page_of_the_set_draws_what_it_says_and_reads_what_is_held_out(tmp_path, emoji_all, monkeypatch):
+    records, pictures = emoji_all
+    monkeypatch.setattr(evaluate.emoji, "load", lambda *args: (records, (pictures + 1) * 127.5))
+    rows, page, seen = emojis.show.rows, emojis.show.page, []
+    monkeypatch.setattr(emojis.show, "rows", lambda *tiles: seen.extend(sum(tiles, [])) or rows(*tiles))
+    monkeypatch.setattr(emojis.show, "page", lambda *cells: seen.extend(sum(cells, [])) or page(*cells))
+    run("emoji", "--page", tmp_path / "page.png", "--steps", 1)
+    known = {record["caption"]: record for record in records}
+    drawn, read = seen[:28], [lines for _, lines in seen[28:]]
+    assert [known[text]["split"] for _, text in drawn] == ["train"] * 21 + ["tone"] * 7
+    assert all(known[text]["kind"] != "people & body" for _, text in drawn[:14])
+    assert len(read) == 10 and all(said.startswith("read: ") for said, _ in read)
+    assert {known[true.removeprefix("true: ")]["split"] for _, true in read} == {"tone", "style"}
+    assert Image.open(tmp_path / "page.png").width == 1000
+
+
 def test_the_clip_score_of_a_drawn_folder_names_what_has_no_caption(tiny, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a cat\na dog\na red bus\n")
     run("draw", "lines", tmp_path / "a.txt", tmp_path / "out", "--checkpoint", tiny, "--steps", 1)
