@@ -89,7 +89,7 @@ def asked_of(args: argparse.Namespace) -> tuple[list[Ask], list[str]]:
     suffix = answers.SUFFIX[args.benchmark] if args.suffix is None else args.suffix
     asked, bad = answers.questions(args.benchmark, args.questions, suffix)
     shown, more = answers.questions(args.benchmark, args.examples, suffix) if args.shots else ([], [])
-    before = lambda q: answers.shots(shown, args.shots, f"{args.seed} {q.id}")
+    before = lambda q: answers.shots(shown, args.shots, f"{args.seed} {q.id}", q)
     return [Ask(q.id, q.image, f"{before(q)}Q: {q.question}".removeprefix("Q: "))
             for q in asked[:args.limit]], bad + more
 

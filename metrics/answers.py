@@ -272,13 +272,14 @@ def questions(kind: str, paths: list[str | Path], suffix: str = "") -> tuple[lis
     return list(asked.values()), named(bad, f"{every}: ")
 
 
-def shots(asked: list[Asked], k: int, key: str) -> str:
+def shots(asked: list[Asked], k: int, key: str, before: Asked | None = None) -> str:
     """k of the questions with their most common answer, the first of them in a tie: "Q: ... A: ... Q: ...
-    A: ... ", to stand before `data.question_prompt`.  The key, a seed and a question's id, say, decides
-    which."""
+    A: ... ", to stand before `data.question_prompt` of a question that is none of them.  The key, a seed
+    and that question's id, say, decides which."""
     require((0 <= k <= len(asked), f"{k} examples, expected 0 to {len(asked)}, of as many questions"))
     return "".join(f"{question_prompt(q.question)}{Counter(q.answers).most_common(1)[0][0]} "
-                   for q in random.Random(key).sample(asked, k))
+                   for q in [q for q in random.Random(key).sample(asked, min(k + 1, len(asked)))
+                             if q != before][:k])
 
 
 # --------------------------------------------------------------------------------------------------- scores

@@ -180,6 +180,7 @@ def read(bench: str, paths: list[str], n: int | None = None, seed: int = 0,
     n = n or EACH.get(bench, 1)
     require((bench in ("t2i", "lines", "emoji") or len(paths) == 1,
              f"{bench}: {len(paths)} files of prompts, expected one"),
+            (n == 1 or bench not in ("coco", "mjhq"), f"--n {n}: {bench} is scored with one drawing each"),
             (n <= 1000, f"{n} drawings of a prompt, expected at most 1000"))
     asked = READ[bench](paths, n, seed)
     require((bool(asked.jobs), f"{' '.join(paths)}: holds no prompt"))

@@ -3,7 +3,7 @@
 # (Ctrl-C, kill): the same command goes on from the newest checkpoint, and skips a stage that has all its steps.
 #
 #   bash runs/emoji.sh
-#   bash runs/emoji.sh --decay-from 2000     # when time is up: the rate falls from that step of stage 3 on
+#   bash runs/emoji.sh --decay-from 200      # when time is up: the rate falls from that step of stage 3 on
 #
 # Flags go to the third stage.  Without a C++ compiler nothing is compiled; a step takes 1.4 times as long.
 set -eu
@@ -23,6 +23,6 @@ steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "out/$1/config.json" 2>/dev/
 [ "$(steps_of instruct)" = 15000 ] || exit 1
 
 # 3. The same, of eight texts for each picture that is drawn: what is drawn is learnt first.
-python train.py --stage instruct --init out/instruct --out out/text --steps 4000 --decay-steps 1000 --lr 1.5e-3 \
+python train.py --stage instruct --init out/instruct --out out/text --steps 2600 --decay-steps 2200 --lr 1.5e-3 \
     --image-batch 16 --text-batch 128 --text-weight 4 --text-loss flat --question-share 0.6 \
     --sample-every 1000 $compile "$@"

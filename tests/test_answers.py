@@ -276,6 +276,8 @@ def test_shots_stand_before_the_question_and_depend_on_the_key_alone():
     three = answers.shots(asked, 3, "seed 0, 17")
     assert three == answers.shots(asked, 3, "seed 0, 17") and answers.shots(asked, 0, "") == ""
     assert len({answers.shots(asked, 3, f"{key}") for key in range(20)}) > 10
+    assert not any("Q: " + asked[0].question in answers.shots(asked[:2], 1, str(key), asked[0])
+                   for key in range(9))
     every = answers.shots(asked[:2], 2, "") + question_prompt("Which?")
     one, other = "Q: What 0? A: fig ", "Q: What 1? A: pear 1 "    # the most common, the first in a tie
     assert every in (one + other + "Q: Which? A: ", other + one + "Q: Which? A: ")

@@ -254,6 +254,9 @@ def test_prompts_that_are_not_a_benchmarks_are_refused_in_a_line(benchmark, name
         name = tmp_path / name
     status, line = mistake(evaluate.main, ["draw", benchmark, name, tmp_path / "out"])
     assert status == 1 and said in line and len(line.splitlines()) == 1
+    if benchmark in ("coco", "mjhq"):
+        status, line = mistake(evaluate.main, ["draw", benchmark, name, tmp_path / "out", "--n", 2])
+        assert status == 1 and f"--n 2: {benchmark} is scored with one drawing each" in line
     assert not (tmp_path / "out").exists()
 
 
