@@ -6,9 +6,9 @@
     python data.py pack BOOK.txt WEB.jsonl.gz T.safetensors  # plain text as tokens
 
 A source is a path, told by what it is: a folder of pictures with captions, tars, a JSON list, stored latents
-or tokens (sources.py), the published files of questions (questions.py), or the embedded set (emoji.py).  The
-sample at position i of a run is a function of (run, i) alone: there are no iterators, and nothing about order
-is stored.
+or tokens (sources.py), the published files of questions (questions.py), or the embedded set (emoji.py), whose
+epoch has each emoji and style once or, with @each behind its path, each picture.  The sample at position i of
+a run is a function of (run, i) alone: there are no iterators, and nothing about order is stored.
 
 Shapes: n samples or positions, P pixels a side.
 """
@@ -34,6 +34,7 @@ from cli import UserError, require
 from pictures import check_picture, fit_picture, read_picture
 
 PIXELS = dict(vae="pixels", channels="3")       # the stamp of pictures that are not encoded
+EACH = "@each"                                  # behind the emoji tar's path: each picture as often
 
 
 def question_prompt(question: str) -> str:
@@ -102,8 +103,10 @@ def open_source(path: str, pixels: int, length: int = 256):
     import emoji                # here: it reads its pictures through this file
     if re.search(r"\.json(@|$)", path):
         return questions.of_json(path)
-    source = sources.of_path(path, length)
-    return emoji.Emoji(source.tars[0], pixels) if emoji.is_emoji(source) else source
+    source = sources.of_path(path.removesuffix(EACH), length)
+    known, each = emoji.is_emoji(source), path.endswith(EACH)
+    require((known or not each, f"{path}: {EACH} is of the emoji set, {source.name} is another"))
+    return emoji.Emoji(source.tars[0], pixels, each) if known else source
 
 
 def split_weight(spec: str) -> tuple[str, float]:
@@ -118,9 +121,10 @@ def split_weight(spec: str) -> tuple[str, float]:
 
 def fingerprint(spec: str) -> str:
     """What a source is, wherever it lies: a file's contents, or names and sizes of many and how the first of
-    them begins; and its weight."""
+    them begins; its weight, and EACH."""
     path, weight = split_weight(spec)
-    path = re.sub(r"(\.json)@.*", r"\1", path)
+    weight, path = f"{weight}{EACH * path.endswith(EACH)}", re.sub(r"(\.json)@.*", r"\1", path)
+    path = path.removesuffix(EACH)
     places = [Path(place) for place in sources.expand(path)]
     if len(places) == 1 and places[0].is_file() and places[0].stat().st_size < 2**28:
         return f"{sources.sha256(places[0])[:16]}:{weight}"

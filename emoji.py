@@ -312,11 +312,12 @@ def is_emoji(source) -> bool:
 
 
 class Emoji:
-    """The set as a source (data.Mix): a place is an emoji in a style, its skin tone drawn anew each epoch."""
+    """The set as a source (data.Mix): a place is an emoji in a style, its skin tone drawn anew each epoch; or
+    each picture is one."""
 
-    def __init__(self, tar: Tar, pixels: int):
+    def __init__(self, tar: Tar, pixels: int, each: bool = False):
         self.name, (self.records, self.pictures) = tar.path, load(tar, pixels)
-        self.groups = fair(self.records)
+        self.groups = [[i] for i in of_split(self.records, "train")] if each else fair(self.records)
         self.every = sorted(i for group in self.groups for i in group)
         self.held = [i for i, record in enumerate(self.records) if record["split"] != "train"]
         if not self.groups:

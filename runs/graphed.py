@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None, eager: bool = False) -> None:
     config = parse(argv, __doc__)
     sizes, one = start(config.init, config.preset)[1], int(os.environ.get("WORLD_SIZE", 1)) == 1
     given = [cli.flag(flag) for flag in ("micro_batch", "meter_every", "checkpoint_activations", "compile",
-                                         "buckets", "text_data", "print_plan") if getattr(config, flag)]
+                                         "buckets", "print_plan") if getattr(config, flag)]
     cli.require(
         (not given, f"{' '.join(given)}: not in this graph; train.py has it"),
         (one, "several processes: a graph is of one; train.py has them"),
@@ -222,6 +222,7 @@ def main(argv: list[str] | None = None, eager: bool = False) -> None:
         (STAGES[config.stage].losses == "image, text", "--stage text: has one loss; train.py has it"),
         (eager or cli.device(config.device) == "cuda", "a CUDA graph needs a GPU; train.py has CPUs"))
     config, held, models, run = plain.set_up(config)
+    cli.require((bool(held.mixes["text"].stamp), "--text-data: has no pictures; train.py has plain text"))
     with closing(run), plain.asked_to_stop() as asked, data.readers_watched():
         train(config, held, models, run, asked)
 

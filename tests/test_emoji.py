@@ -133,6 +133,17 @@ def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_of
     assert len(six) > 100 and sum((n - expected) ** 2 / expected for n in tones.values()) < 20.5
 
 
+def test_an_epoch_of_each_takes_every_picture_once_and_is_another_set(emoji_set, monkeypatch, small_tar):
+    monkeypatch.setattr(emoji, "load", lambda *_: emoji_set)
+    mix = data.Mix([f"{emoji.TAR}@each:2"], 64, "run")
+    taken = [mix.sources[0].records[mix.index(*place)]["key"] for place in mix.places(range(7025), "text")]
+    learnt = [record["key"] for record in emoji_set[0] if record["split"] == "train"]
+    assert len(mix) == 7025 and sorted(taken) == sorted(learnt) and taken != learnt
+    assert data.fingerprint(f"{small_tar}@each") != data.fingerprint(small_tar)
+    assert data.fingerprint(f"{small_tar}@each:2") not in (data.fingerprint(f"{small_tar}@each"),
+                                                           data.fingerprint(f"{small_tar}:2"))
+
+
 def test_without_npm_the_emoji_set_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm was not found: install Node.js"):
@@ -149,3 +160,5 @@ def test_a_tar_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError,
                        match='other.tar: one.json: "key" is null, expected a text'):
         emoji.load(tmp_path / "other.tar")
+    with pytest.raises(UserError, match="other.tar@each: @each is of the emoji set, .*other.tar is another"):
+        data.open_source(f"{tmp_path}/other.tar@each", 16)

@@ -289,21 +289,23 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     shutil.copy(ROOT / "runs" / "emoji.sh", tmp_path / "runs")
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\necho "$@" >>called\n'
-                    '[ -f stop ] || { mkdir -p out/$3; cat $3.json >out/$3/config.json; }\n')
+                    '[ -f stop ] || { mkdir -p $3; cat $5.json >$3/config.json; }\n')
     stub.chmod(0o755)
-    for stage, steps in (("pretrain", 5000), ("instruct", 15000)):
-        checkpoint.write_json(tmp_path / f"{stage}.json", dict(mmdit=dict(depth=6), step=steps, stage=stage))
+    for steps in (5000, 15000, 2600):
+        checkpoint.write_json(tmp_path / f"{steps}.json", dict(mmdit=dict(depth=6), step=steps, stage="x"))
     call = lambda *flags: subprocess.run(["bash", "runs/emoji.sh", *flags], cwd=tmp_path, env=os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}"}).returncode
     stages = lambda: [line.split()[2] for line in (tmp_path / "called").read_text().splitlines()]
     (tmp_path / "stop").touch()
-    assert call() == 1 and stages() == ["pretrain"]
+    assert call() == 1 and stages() == ["out/pretrain"]
     (tmp_path / "stop").unlink()
-    assert call() == 0 and stages() == ["pretrain", "pretrain", "instruct", "instruct"]
-    assert call("--decay-from", "2000") == 0 and stages()[4:] == ["instruct"]
+    (tmp_path / "3000.json").touch()
+    names = ["pretrain", "instruct", "text", "each"]
+    assert call() == 0 and stages()[1:] == [f"out/{name}" for name in names]
+    assert call("--decay-from", "200") == 0 and stages()[5:] == ["out/each"]
     for line in (tmp_path / "called").read_text().splitlines():         # flags that train.py takes
-        parse(re.sub("out/(pretrain|instruct)", "assets/emoji", line).split()[1:])
-    assert "--out out/text" in line and "--decay-from 2000" in line
+        parse(re.sub("--init out/[a-z]*", "--init assets/emoji", line).split()[1:])
+    assert line.endswith("--decay-from 200")
 
 
 @pytest.mark.parametrize("flags, status, message", [
