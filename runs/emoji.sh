@@ -28,5 +28,5 @@ texts="--stage instruct --text-weight 4 --text-loss flat --question-share 0.6 --
 stage text 2600 $texts --init out/instruct --decay-steps 2200 --image-batch 16 --text-batch 128
 
 # 4. Each picture read as often: two people come in 25 pairs of tones, of which an epoch had one until here.
-python train.py --out out/each --steps 3000 $texts --init out/text --decay-steps 2800 --image-batch 32 \
-    --text-batch 112 --text-data assets/emoji.tar.gz@each --sample-every 1000 $compile "$@"
+python train.py --out out/each --steps 3000 $texts --init out/text --decay-steps 2800 --image-batch 48 \
+    --text-batch 96 --text-data assets/emoji.tar.gz@each --sample-every 1000 $compile "$@"
