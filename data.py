@@ -123,11 +123,10 @@ def fingerprint(spec: str) -> str:
     """What a source is, wherever it lies: a file's contents, or names and sizes of many and how the first of
     them begins; its weight, and EACH."""
     path, weight = split_weight(spec)
-    weight, path = f"{weight}{EACH * path.endswith(EACH)}", re.sub(r"(\.json)@.*", r"\1", path)
-    path = path.removesuffix(EACH)
+    each, path = EACH * path.endswith(EACH), re.sub(r"(\.json)@.*", r"\1", path.removesuffix(EACH))
     places = [Path(place) for place in sources.expand(path)]
     if len(places) == 1 and places[0].is_file() and places[0].stat().st_size < 2**28:
-        return f"{sources.sha256(places[0])[:16]}:{weight}"
+        return f"{sources.sha256(places[0])[:16]}:{weight}{each}"
     files = [(file, str(file.relative_to(place))) for place in places if place.is_dir()
              for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")
              and not file.name.endswith(tars.INDEX)]
@@ -136,7 +135,7 @@ def fingerprint(spec: str) -> str:
     if files:
         with open(files[0][0], "rb") as file:                    # the stamp of what was stored is there
             listed += file.read(2**10).hex()
-    return f"{hashlib.sha256(listed.encode()).hexdigest()[:16]}:{weight}"
+    return f"{hashlib.sha256(listed.encode()).hexdigest()[:16]}:{weight}{each}"
 
 
 class Mix:

@@ -125,6 +125,12 @@ def write(parts: Parts, latents: Tensor, question: str | list[str] | None = None
     return [parts.tokenizer.decode(text) for text in texts]
 
 
+def compared(parts: Parts, images: Tensor, captions: list[str], **how) -> list[tuple[Tensor, list[str]]]:
+    """Cells of show.page: images (B, 3, H, W) with the caption that is written, above the true one."""
+    said = write(parts, encode(parts, images), **how)
+    return [(image, [f"read: {text}", f"true: {true}"]) for image, text, true in zip(images, said, captions)]
+
+
 def prompt_ids(parts: Parts, question: str | None) -> list[int]:
     """The tokens that an answer stands behind; none of a caption."""
     return [] if question is None else parts.tokenizer.pieces(data.question_prompt(question))

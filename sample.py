@@ -47,16 +47,13 @@ from cli import UserError, require
 from drawing import Edit, Seen, draw, drawings, joint, likeliest
 from parts import EMOJI, Parts
 from pictures import fit_picture, read_mask, read_picture, to_tensor
-from reading import STEPS, encode, infill, ranked, write
+from reading import STEPS, compared, encode, infill, ranked, write
 
 
 def results(parts: Parts, prompts: list[str], captions: list[str], images: Tensor) -> Image.Image:
-    """Two columns: prompts with what is drawn for them, and images (B, 3, H, W) with the caption that is
-    written, above the true one."""
-    drawn, said = draw(parts, prompts), write(parts, encode(parts, images))
-    return show.page([(image, [f"drawn: {text}"]) for image, text in zip(drawn, prompts)],
-                     [(image, [f"read: {text}", f"true: {true}"])
-                      for image, text, true in zip(images, said, captions)])
+    """Two columns: prompts with what is drawn for them, and images (B, 3, H, W) as `reading.compared`."""
+    drawn = [(image, [f"drawn: {text}"]) for image, text in zip(draw(parts, prompts), prompts)]
+    return show.page(drawn, compared(parts, images, captions))
 
 
 # ------------------------------------------------------------------------------------------------ the command

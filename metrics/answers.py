@@ -277,9 +277,9 @@ def shots(asked: list[Asked], k: int, key: str, before: Asked | None = None) -> 
     A: ... ", to stand before `data.question_prompt` of a question that is none of them.  The key, a seed
     and that question's id, say, decides which."""
     require((0 <= k <= len(asked), f"{k} examples, expected 0 to {len(asked)}, of as many questions"))
+    drawn = random.Random(key).sample(asked, min(k + 1, len(asked)))
     return "".join(f"{question_prompt(q.question)}{Counter(q.answers).most_common(1)[0][0]} "
-                   for q in [q for q in random.Random(key).sample(asked, min(k + 1, len(asked)))
-                             if q != before][:k])
+                   for q in [q for q in drawn if q != before][:k])
 
 
 # --------------------------------------------------------------------------------------------------- scores

@@ -30,7 +30,7 @@ import show
 from cli import require
 from metrics.answers import pope
 from parts import Parts
-from reading import STEPS, encode, write
+from reading import STEPS, compared, encode, write
 
 BATCH = 64
 TYPES = [*emoji.ASKED, "yes/no kind", "yes/no sort", "yes/no name"]
@@ -103,11 +103,10 @@ def page(parts: Parts, records: list[dict], pictures: Tensor, walk: dict, how: d
     train, tone, style = (emoji.of_split(records, split) for split in emoji.SPLITS)
     people = {i for i, record in enumerate(records) if record["kind"] == "people & body"}
     shown = ([i for i in train if i not in people][:14] + [i for i in train if i in people][:7] + tone[:7])
-    captions = [records[i]["caption"] for i in shown]
-    drawn = [*zip(drawing.draw(parts, captions, **walk), captions)]
+    captions = lambda indices: [records[i]["caption"] for i in indices]
+    drawn = [*zip(drawing.draw(parts, captions(shown), **walk), captions(shown))]
     read = tone[-6:] + style[:4]
-    cells = [(pictures[i], [f"read: {text}", f"true: {records[i]['caption']}"])
-             for i, text in zip(read, write(parts, encode(parts, pictures[read]), **how))]
+    cells = compared(parts, pictures[read], captions(read), **how)
     return show.above(show.rows(*(drawn[at:at + 7] for at in range(0, len(drawn), 7))),
                       show.page(cells[::2], cells[1::2]))
 

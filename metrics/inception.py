@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from checkpoint import build
 from cli import require
 from pictures import to_tensor
 from tensors import finite, read_any
@@ -165,8 +166,7 @@ def load(path: str | Path, device: str = "cpu") -> Inception:
     held = read_any(path, lambda error: f"not a whole .pth, or one of more than tensors, which could run "
                                         f"code ({type(error).__name__}); fetch {FILE} again")
     require((isinstance(held, dict), f"{path}: expected tensors by name, found {type(held).__name__}"))
-    with torch.device("meta"):
-        network = Inception()
+    network = build(Inception, path)
     wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
     state = {name: held[name].float() for name in wanted if shape(held.get(name)) == wanted[name]}
     asked = wanted | dict.fromkeys({"fc.weight"} & held.keys(), (CLASSES, 2048))

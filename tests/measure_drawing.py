@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=argparse.FileType("w"), help="also write the rows here")
     parser.add_argument("--page", type=Path, help="a picture of it all")
     args = parser.parse_args(argv)
+    cli.require(("objects" not in args.tables or len(args.tables) == 1, "objects: is measured alone"))
     parts = Parts(args.checkpoint, cli.device("auto"), getattr(torch, args.dtype) if args.dtype else None)
     records, pictures = emoji.load(pixels=parts.height)
     pictures = pictures.float() / 127.5 - 1

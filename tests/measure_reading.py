@@ -15,7 +15,6 @@ import random
 import re
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -138,19 +137,20 @@ def infill(parts: Parts, records: list[dict], latents, limit: int, out: Path) ->
               f"{right} are the true caption", flush=True)
 
 
-def page(pictures, parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
-    """The first three held-out pictures: their captions being unmasked, filled, and answers' likelihoods."""
+def page(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
+    """The first three held-out pictures: their captions being unmasked, filled, and answers' likelihoods.
+    These weights' latents are the pictures."""
     begin, fill, answer = [], [], []
     for i in emoji.of_split(records, "tone")[:3]:
         record, look, states = records[i], latents[i:i + 1], []
         reading.write(parts, look, trajectory=states)
         texts = ["".join(pieces(parts, ids[0].tolist())).replace("[MASK]", " _").strip() for _, ids in states]
-        begin.append((pictures[i], texts[-7:]))
+        begin.append((latents[i], texts[-7:]))
         gaps = re.sub(r"[\w-]+(?= skin)|^\w+", "[MASK]", record["caption"])
-        fill.append((pictures[i], [f"given: {gaps}", f"filled: {reading.infill(parts, look, gaps)}"]))
+        fill.append((latents[i], [f"given: {gaps}", f"filled: {reading.infill(parts, look, gaps)}"]))
         asked = next(q for q in record["questions"] if q["type"] == "yes/no sort")["question"]
         ranks = reading.ranked(parts, look, asked, ["yes", "no"])
-        answer.append((pictures[i], [asked, *(f"{text}: {share:.1%}, {nats:.3f} nats (+- {error:.3f})"
+        answer.append((latents[i], [asked, *(f"{text}: {share:.1%}, {nats:.3f} nats (+- {error:.3f})"
                                               for text, share, nats, error in ranks)]))
     show.write_picture(out, show.page(begin + fill[:1], fill[1:] + answer, most=8))
 
@@ -164,9 +164,8 @@ def main() -> None:
     args = parser.parse_args()
     parts = Parts(dtype=getattr(torch, args.dtype))
     records, pictures = emoji.load(pixels=parts.height)
-    pictures = pictures.float() / 127.5 - 1
-    measures = dict(orders=orders, choices=choices, infill=infill, page=partial(page, pictures))
-    latents = reading.encode(parts, pictures)
+    measures = dict(orders=orders, choices=choices, infill=infill, page=page)
+    latents = reading.encode(parts, pictures.float() / 127.5 - 1)
     measures[args.what](parts, records, latents, args.limit, args.out)
 
 

@@ -81,11 +81,16 @@ class Forked:
         return tuple(map("".join, said))
 
 
-def kill_when(process: subprocess.Popen | Forked, reached) -> None:
-    """SIGKILL, as soon as that holds."""
+def wait_until(reached, process: subprocess.Popen | Forked) -> None:
+    """Until that holds; a process that has ended by then fails the test."""
     while not reached():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
+
+
+def kill_when(process: subprocess.Popen | Forked, reached) -> None:
+    """SIGKILL, as soon as that holds."""
+    wait_until(reached, process)
     process.kill()
     process.communicate()
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ import mask_diffusion
 import parallel
 import survive
 import train
-from processes import Forked, forked, launch, to_the_end
+from processes import Forked, forked, launch, to_the_end, wait_until
 from run import Run, complete, read_log
 
 ROOT = Path(__file__).parent.parent
@@ -373,9 +372,10 @@ def test_a_mistake_on_one_process_ends_all_with_one_line(flags, tmp_path):
                        "emoji.load = failing\n"
                        "import cli; cli.run(train.main)\n")
     given = [*flags, "--out", tmp_path / "run", "--steps", 2]
-    for process, line in ((Forked(2, *given, "--image-data", "nowhere.tar"),
-                           "error: nowhere.tar: no such tar file"),
-                          (launch(2, *given, program=program), "error: the tar is cut on machine 1")):
+    for start, line in ((lambda: Forked(2, *given, "--image-data", "nowhere.tar"),
+                         "error: nowhere.tar: no such tar file"),
+                        (lambda: launch(2, *given, program=program), "error: the tar is cut on machine 1")):
+        process = start()
         _, complaints = process.communicate(timeout=120)  # torchrun reports too, in its way
         assert process.returncode == 1 and complaints.splitlines().count(line) == 1
         assert sum(text.startswith("error: ")
@@ -385,8 +385,7 @@ def test_a_mistake_on_one_process_ends_all_with_one_line(flags, tmp_path):
 def test_a_signal_to_torchrun_saves_once_and_the_same_command_goes_on(flags, alone, tmp_path):
     how = [*flags, "--out", tmp_path, "--steps", 20, "--shard", "none"]
     process = launch(2, *how)
-    while len(read_log(tmp_path / "log.jsonl", 99)) < 3 and process.poll() is None:
-        time.sleep(0.05)
+    wait_until(lambda: len(read_log(tmp_path / "log.jsonl", 99)) >= 3, process)
     process.send_signal(signal.SIGTERM)
     said, complaints = process.communicate(timeout=60)
     assert said.count("saved; the same command goes on from here") == 1 and "[rank" not in complaints

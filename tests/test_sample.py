@@ -173,7 +173,7 @@ def test_bfloat16_stays_close_to_float32(parts):
     (["--prompt", "a", "--image", "APPLE"], 2, "say from which noise level, --strength 0.7, or where"),
     (["--prompt", "a", "--strength", "0.5"], 2, "--strength is about drawing over a picture: give --image"),
     (["--prompt", "a", "--image", "APPLE", "--strength", "1.5"], 2, "a number from 0 to 1, got '1.5'"),
-    (["--prompt", "a", "--image", "APPLE", "--mask", "assets/readme.png"], 1, "a mask of 1000x"),
+    (["--prompt", "a", "--image", "APPLE", "--mask", "assets/readme.webp"], 1, "a mask of 1000x"),
     (["--prompt", "a", "--image", "APPLE", "--mask", "README.md"], 1, "README.md: not a picture that can be"),
     (["--prompt", "a", "--image", "README.md", "--strength", "1"], 1, "README.md: not a picture that can be"),
     (["--prompt", "a", "--image", "APPLE", "--vary"], 2, "give --prompt or --vary, not both"),

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,8 @@ import checkpoint
 import data
 import flow
 import mask_diffusion
-from processes import Forked, to_the_end
+from processes import Forked, to_the_end, wait_until
+from run import read_log
 from tokenizer import gpt2_tokenizer
 from train import Held, learning_rate, parse, text_batch
 from train import main as train_main
@@ -215,9 +215,7 @@ def test_a_signal_saves_and_both_stages_run(small_tar, tiny, tmp_path):
     out = tmp_path / "pretrain"
     process = Forked(1, "--out", out, "--image-data", small_tar, "--init", tiny, "--steps", 9999, *QUICK,
                      "--save-every", 9999)
-    while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 3):
-        assert process.poll() is None
-        time.sleep(0.1)
+    wait_until(lambda: len(read_log(out / "log.jsonl", 99)) >= 3, process)
     process.send_signal(signal.SIGTERM)
     assert "saved; the same command goes on" in to_the_end(process)[0]
     assert len(list(out.glob("step_*"))) == 1
