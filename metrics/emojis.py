@@ -82,7 +82,7 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
 def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, prompts: int, seed: int,
              how: dict) -> dict[str, float]:
     """Drawings of one split's captions, in percent; `how` goes to drawing.draw."""
-    results = defaultdict(list)
+    results = {name: [] for name in ("emoji", "people", "all else", "exact", "read back")}
     for batch in batches(f"{split}, drawings, seed {seed}", emoji.of_split(records, split)[:prompts]):
         captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
         drawn = drawing.draw(parts, captions, seed=start, **how)
@@ -93,7 +93,7 @@ def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, pr
             results[whose].append(right)
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])
-    return {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items()}
+    return {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items() if values}
 
 
 def page(parts: Parts, records: list[dict], pictures: Tensor, walk: dict, how: dict) -> Image.Image:

@@ -1,8 +1,7 @@
 """The emoji recipe on one GPU, its step as one CUDA graph: of so small a model launches are most of the time.
 
     python runs/graphed.py --stage pretrain --steps 5000 --workers 12 --out out/pretrain
-    python runs/graphed.py --stage instruct --init out/pretrain --steps 15000 --decay-steps 4000 \
-        --question-share 0.5 --workers 12
+    bash runs/emoji.sh                              # all stages; with a GPU it calls this
 
 Flags, draws, losses, optimizers and the run's folder are train.py's, and either goes on from the other.  What
 differs: logits are made at all tokens, so that shapes are static; Muon takes matrices of one shape together;

@@ -4,6 +4,7 @@
     python tests/measure_drawing.py solvers --prompts 96 --checkpoint out/instruct
     python tests/measure_drawing.py --page assets/drawing.webp      # the README's picture, and no table
     python tests/measure_drawing.py objects --page objects.png      # twenty things, four drawings of each
+    python tests/measure_drawing.py outside --page outside.png      # the same of what the set doesn't have
 
 Every row draws the same captions of the split with the same seeds. `emoji`: of the whole set the nearest
 picture, pixel by pixel, has the emoji asked for; `distance`: root mean square of the difference to the
@@ -43,6 +44,7 @@ TABLES = dict(solvers=SOLVERS, guidance=GUIDANCE, shifts=SHIFTS)
 OBJECTS = ["red apple", "snowman", "cat face", "slice of pizza", "rocket", "dog face", "elephant", "penguin",
            "fire", "flag of Japan", "guitar", "sunflower", "bicycle", "strawberry", "octopus", "hammer",
            "umbrella", "steam locomotive", "cheese wedge", "anchor"]
+OUTSIDE = ["blue apple, noto style", "a blue apple", "a cat on a train", "pizza"]
 
 
 @torch.no_grad()
@@ -98,10 +100,17 @@ def objects(parts: Parts, records: list[dict], pictures: torch.Tensor, style: st
     show.write_picture(path, show.rows(*(rows[at:at + 8] for at in range(0, len(rows), 8))))
 
 
+@torch.no_grad()
+def outside(parts: Parts, path: Path) -> None:
+    """To look at: there is nothing to compare with."""
+    rows = [[(x, prompt) for x in drawing.draw(parts, [prompt] * 4, seed=0)] for prompt in OUTSIDE]
+    show.write_picture(path, show.rows(*(a + b for a, b in zip(rows[::2], rows[1::2]))))
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("tables", nargs="*", choices=[[], *TABLES, "objects"], metavar="TABLE",
-                        help=" ".join([*TABLES, "objects"]))
+    parser, alone = cli.Parser(__doc__), ("objects", "outside")
+    parser.add_argument("tables", nargs="*", choices=[[], *TABLES, *alone], metavar="TABLE",
+                        help=" ".join([*TABLES, *alone]))
     parser.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
     parser.add_argument("--split", choices=emoji.SPLITS, default="train", help="(train)")
     parser.add_argument("--prompts", type=cli.number(int, 1), default=192, help="(192)")
@@ -109,8 +118,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=argparse.FileType("w"), help="also write the rows here")
     parser.add_argument("--page", type=Path, help="a picture of it all")
     args = parser.parse_args(argv)
-    cli.require(("objects" not in args.tables or len(args.tables) == 1, "objects: is measured alone"))
+    cli.require(*((name not in args.tables or len(args.tables) == 1, f"{name}: is measured alone")
+                  for name in alone))
     parts = Parts(args.checkpoint, cli.device("auto"), getattr(torch, args.dtype) if args.dtype else None)
+    if args.tables == ["outside"]:
+        return outside(parts, args.page or Path("outside.png"))
     records, pictures = emoji.load(pixels=parts.height)
     pictures = pictures.float() / 127.5 - 1
     if args.tables == ["objects"]:

@@ -282,28 +282,37 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(small_ta
 
 
 def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_path):
-    """runs/emoji.sh with a stand-in for python that notes how it was called, and ends a stage or not."""
+    """runs/emoji.sh with stand-ins: a python that notes how it was called, and ends a stage or not; a driver
+    that has no GPU, or has one."""
     (tmp_path / "runs").mkdir()
     shutil.copy(ROOT / "runs" / "emoji.sh", tmp_path / "runs")
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\necho "$@" >>called\n'
                     '[ -f stop ] || { mkdir -p $3; cat $5.json >$3/config.json; }\n')
-    stub.chmod(0o755)
-    for steps in (5000, 15000, 2600):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\n[ -f gpu ]\n")
+    for program in (stub, driver):
+        program.chmod(0o755)
+    for steps in (5000, 15000):
         checkpoint.write_json(tmp_path / f"{steps}.json", dict(mmdit=dict(depth=6), step=steps, stage="x"))
     call = lambda *flags: subprocess.run(["bash", "runs/emoji.sh", *flags], cwd=tmp_path, env=os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}"}).returncode
-    stages = lambda: [line.split()[2] for line in (tmp_path / "called").read_text().splitlines()]
+    lines = lambda: (tmp_path / "called").read_text().splitlines()
+    stages = lambda: [line.split()[2] for line in lines()]
     (tmp_path / "stop").touch()
     assert call() == 1 and stages() == ["out/pretrain"]
     (tmp_path / "stop").unlink()
-    (tmp_path / "3000.json").touch()
-    names = ["pretrain", "instruct", "text", "each"]
-    assert call() == 0 and stages()[1:] == [f"out/{name}" for name in names]
-    assert call("--decay-from", "200") == 0 and stages()[5:] == ["out/each"]
-    for line in (tmp_path / "called").read_text().splitlines():         # flags that train.py takes
-        parse(re.sub("--init out/[a-z]*", "--init assets/emoji", line).split()[1:])
-    assert line.endswith("--decay-from 200")
+    (tmp_path / "25000.json").touch()
+    assert call() == 0 and stages()[1:] == ["out/pretrain", "out/instruct", "out/each"]
+    assert call("--decay-from", "200") == 0 and stages()[4:] == ["out/each"]
+    (tmp_path / "gpu").touch()
+    shutil.rmtree(tmp_path / "out")
+    assert call() == 0 and stages()[5:] == stages()[1:4]
+    assert [line.split()[0] for line in lines()] == 5 * ["train.py"] + 3 * ["runs/graphed.py"]
+    flags = [re.sub("--init out/[a-z]*", "--init assets/emoji", line).split()[1:] for line in lines()]
+    settings = list(map(parse, flags))
+    assert settings[4].decay_from == 200 and settings[4].steps == 15200
+    assert {config.workers for config in settings} == {0, 12} and not any(c.compile for c in settings[5:])
 
 
 @pytest.mark.parametrize("flags, status, message", [
