@@ -8,7 +8,7 @@
 #                                                               # its rate falling to zero from step 3000 on
 #
 # Flags go to the last stage.  A GPU has each step as one CUDA graph (runs/graphed.py).  A CPU without a C++
-# compiler has nothing compiled; a step takes 1.4 times as long.
+# compiler has nothing compiled; a step takes 1.1 to 1.4 times as long.
 set -eu
 cd "$(dirname "$0")/.."
 compile=$(command -v c++ g++ clang++ >/dev/null && echo --compile || true)

@@ -1,6 +1,6 @@
 """What the shipped weights read, by every way to read: the README's figures.
 
-    python tests/measure_reading.py orders --out orders.png     # captions by each order
+    python tests/measure_reading.py orders                      # captions by each order
     python tests/measure_reading.py choices                     # yes or no: written, and ranked by likelihood
     python tests/measure_reading.py infill --limit 680          # held-out captions with gaps at random
     python tests/measure_reading.py page --out page.png         # unmasking, filling, likelihoods, to look at
@@ -10,7 +10,6 @@ Not part of the test run.  Right: word for word, of 192 captions a split.  Evalu
 token a step, in the same run.
 """
 
-import math
 import random
 import re
 import sys
@@ -18,14 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import cli  # noqa: E402
 import emoji  # noqa: E402
 import reading  # noqa: E402
-import report  # noqa: E402
 import show  # noqa: E402
 from metrics import emojis  # noqa: E402
 from parts import Parts  # noqa: E402
@@ -39,7 +36,7 @@ ORDERS = {
     **{f"eb {x}": dict(order="eb", level=x) for x in (0.01, 0.05)},
     **{f"factor {x}": dict(order="factor", level=x) for x in (0.1, 0.5)},
 }
-REFRESH = {1: report.BLUE, 2: report.GREEN, 4: report.GREY, 0: report.RED}
+REFRESH = (1, 2, 4, 0)
 
 
 def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float, float]:
@@ -51,31 +48,6 @@ def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float
     seconds = time.perf_counter() - started
     parts.mmdit.forward = mmdit
     return 100 * sum(map(str.__eq__, said, true)) / len(true), sum(calls) / len(true), seconds
-
-
-def draw(found: dict, path: Path) -> None:
-    """A dot for each row, percent right over evaluations and over time, both on a log axis."""
-    sheet, found_right = Image.new("RGB", (1080, 400), "white"), [row[0] for row in found.values()]
-    least, most = 2 * math.floor(min(found_right) / 2) - 2, 2 * math.ceil(max(found_right) / 2) + 2
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    pen.text((20, 4), "captions right, %; the picture is looked at each time: blue, every 2nd time: green, "
-             "every 4th: grey, once: red", fill="black", font=font)
-    for left, at, title, low, high in ((40, 1, "evaluations a text", 2, 40), (580, 2, "time", 0.05, 1.3)):
-        place = lambda x, y: (left + 470 * math.log(x / low) / math.log(high / low),
-                              370 - 330 * (y - least) / (most - least))
-        pen.rectangle((left, 40, left + 470, 370), outline=(200, 200, 200))
-        pen.text((left, 24), f"over {title}, a log axis", fill="black", font=font)
-        for x in (low, high):
-            pen.text((place(x, least)[0] - 12, 374), f"{x:g}", fill=(90, 90, 90), font=font)
-        for y in range(least + 2, most, 4):
-            pen.text((left - 20, place(low, y)[1] - 6), str(y), fill=(90, 90, 90), font=font)
-        for (name, refresh), row in found.items():
-            x, y = place(row[at], row[0])
-            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=REFRESH[refresh])
-            if refresh == (1 if at == 1 else 0):
-                down = 12 * (name == "margin") - 10 * (name == "entropy") - 6
-                pen.text((x + 6, y + down), name.replace("confidence, ", ""), fill=(90, 90, 90), font=font)
-    sheet.save(path)
 
 
 def orders(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
@@ -91,13 +63,10 @@ def orders(parts: Parts, records: list[dict], latents, limit: int, out: Path) ->
                 print(name, refresh, row, file=sys.stderr, flush=True)
     print("| order | look | right, `tone` | right, `train` | evaluations | time |\n|---|---|---|---|---|---|")
     whole = sum(seconds for *_, seconds in found["confidence", 1])
-    rows = {}
     for (name, refresh), (tone, train) in found.items():
-        right, evaluations, seconds = ((a + b) / 2 for a, b in zip(tone, train))
-        rows[name, refresh] = right, evaluations, 2 * seconds / whole
+        evaluations, seconds = ((a + b) / 2 for a, b in zip(tone[1:], train[1:]))
         print(f"| {name} | {refresh or 'once'} | {tone[0]:.1f} | {train[0]:.1f} | {evaluations:.1f} | "
               f"{2 * seconds / whole:.3f} |")
-    draw(rows, out)
 
 
 def choices(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
@@ -158,7 +127,7 @@ def page(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> N
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("what", choices=["orders", "choices", "infill", "page"])
-    parser.add_argument("--out", type=Path, default=Path("orders.png"))
+    parser.add_argument("--out", type=Path, default=Path("page.png"))
     parser.add_argument("--limit", type=cli.number(int, 1), default=192)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
