@@ -22,14 +22,14 @@ def test_infilling_changes_masked_tokens_only(parts, emoji_all):
 
 def test_the_order_of_unmasking_is_the_one_asked_for(parts):
     """Each order's result is that of `mask_diffusion.sample`, end and seeds included."""
-    ids, tokenizer = reading.canvas(parts).expand(8, -1), parts.tokenizer
+    ids, tokenizer = reading.canvas(parts).expand(3, -1), parts.tokenizer
     with torch.inference_mode():
         true = {order: mask_diffusion.sample(
-            reading.logits(parts, NOISE), ids, tokenizer.mask_id, 6, None, 1.0, order, True,
-            seeds=[3] * 8, end=(tokenizer.end_id, tokenizer.pad_id)) for order in mask_diffusion.ORDERS}
+            reading.logits(parts, NOISE[:3]), ids, tokenizer.mask_id, 6, None, 1.0, order, True,
+            seeds=[3] * 3, end=(tokenizer.end_id, tokenizer.pad_id)) for order in mask_diffusion.ORDERS}
     assert len({tuple(found.flatten().tolist()) for found in true.values()}) > 4
     for given, order in [(order, order) for order in true] + [(None, "threshold")]:
-        found = reading.fill(parts, NOISE, ids, 6, 1.0, 3, given, refresh=1)
+        found = reading.fill(parts, NOISE[:3], ids, 6, 1.0, 3, given, refresh=1)
         assert torch.equal(found, true[order])
     assert (ids == tokenizer.mask_id).all() and parts.defaults["refresh"] == 0
 

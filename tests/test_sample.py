@@ -74,10 +74,10 @@ def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_al
     records, pictures = emoji_all
     shown = [i for i, r in enumerate(records) if r["split"] == "train"][:32]
     said = sample.write(parts, pictures[shown])
-    assert sum(text == records[i]["caption"] for text, i in zip(said, shown)) >= 24
+    assert sum(text == records[i]["caption"] for text, i in zip(said, shown)) >= 31
     drawn = sample.draw(parts, [records[i]["caption"] for i in shown[:16]], steps=12)
     found = emojis.nearest(drawn, pictures)
-    assert sum(records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, shown)) >= 12
+    assert sum(records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, shown)) >= 15
 
 
 def test_guidance_one_is_the_text_velocity_alone_and_a_negative_prompt_changes_the_drawing(parts):
