@@ -33,6 +33,7 @@ from parts import Parts
 from reading import STEPS, compared, encode, write
 
 BATCH = 64
+PEOPLE = "people & body"                        # a record's kind, Unicode's
 TYPES = [*emoji.ASKED, "yes/no kind", "yes/no sort", "yes/no name"]
 
 
@@ -89,7 +90,7 @@ def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, pr
         for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, encode(parts, drawn))):
             right = records[found]["emoji"] == records[i]["emoji"]
             results["emoji"].append(right)
-            whose = "people" if records[i]["kind"] == "people & body" else "all else"
+            whose = "people" if records[i]["kind"] == PEOPLE else "all else"
             results[whose].append(right)
             results["exact"].append(found == i)
             results["read back"].append(text == records[i]["caption"])
@@ -101,7 +102,7 @@ def page(parts: Parts, records: list[dict], pictures: Tensor, walk: dict, how: d
     held out, drawn; held-out pictures, captioned.  pictures: (n, 3, P, P) of all records; walk, how: of the
     drawings and of the captions."""
     train, tone, style = (emoji.of_split(records, split) for split in emoji.SPLITS)
-    people = {i for i, record in enumerate(records) if record["kind"] == "people & body"}
+    people = {i for i, record in enumerate(records) if record["kind"] == PEOPLE}
     shown = ([i for i in train if i not in people][:14] + [i for i in train if i in people][:7] + tone[:7])
     captions = lambda indices: [records[i]["caption"] for i in indices]
     drawn = [*zip(drawing.draw(parts, captions(shown), **walk), captions(shown))]

@@ -221,8 +221,8 @@ def main(argv: list[str] | None = None, eager: bool = False) -> None:
         (STAGES[config.stage].losses == "image, text", "--stage text: has one loss; train.py has it"),
         (eager or cli.device(config.device) == "cuda", "a CUDA graph needs a GPU; train.py has CPUs"))
     config, held, models, run = plain.set_up(config)
-    cli.require((bool(held.mixes["text"].stamp), "--text-data: has no pictures; train.py has plain text"))
     with closing(run), plain.asked_to_stop() as asked, data.readers_watched():
+        cli.require((bool(held.mixes["text"].stamp), "--text-data: has no pictures; train.py has plain text"))
         train(config, held, models, run, asked)
 
 

@@ -55,7 +55,7 @@ def measured(parts: Parts, captions: list[str], own: list[int], records: list[di
     drawn = drawing.draw(parts, captions, seen=seen, **how)
     seconds, found = time.time() - begun, emojis.nearest(drawn, pictures)
     right = [records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, own)]
-    single = [hit for hit, i in zip(right, own) if records[i]["kind"] != "people & body"]
+    single = [hit for hit, i in zip(right, own) if records[i]["kind"] != emojis.PEOPLE]
     off = (drawn - pictures[own]).square().mean((1, 2, 3)).sqrt() * 127.5
     return dict(emoji=100 * sum(right) / len(right), single=100 * sum(single) / max(1, len(single)),
                 distance=float(off.mean()), evaluations=seen.rows / len(own), seconds=seconds)
@@ -85,26 +85,29 @@ def write_page(parts: Parts, records: list[dict], pictures: torch.Tensor, path: 
     show.write_picture(path, show.rows(*walk, few, guided, first + over, first + anew))
 
 
+def write_rows(path: Path, cells: list[tuple[torch.Tensor, str]]) -> None:
+    show.write_picture(path, show.rows(*(cells[at:at + 8] for at in range(0, len(cells), 8))))
+
+
 @torch.no_grad()
 def objects(parts: Parts, records: list[dict], pictures: torch.Tensor, style: str, path: Path) -> None:
     """Each as `sample.py --n 4` draws it: how often it is the nearest, and a picture of all."""
-    number, rows, right = {record["caption"]: i for i, record in enumerate(records)}, [], []
+    number, cells, right = {record["caption"]: i for i, record in enumerate(records)}, [], []
     for name in OBJECTS:
         caption = f"{name}, {style} style"
         drawn = drawing.draw(parts, [caption] * 4, seed=0)
         found = [records[i] for i in emojis.nearest(drawn, pictures)]
         right += [record["emoji"] == records[number[caption]]["emoji"] for record in found]
-        rows += zip(drawn, [name if hit else f"{name}: {record['name']}"
-                            for hit, record in zip(right[-4:], found)])
+        cells += zip(drawn, [name if hit else f"{name}: {record['name']}"
+                             for hit, record in zip(right[-4:], found)])
     print(f"{style}: {sum(right)} of {len(right)} drawings are nearest to the emoji asked for")
-    show.write_picture(path, show.rows(*(rows[at:at + 8] for at in range(0, len(rows), 8))))
+    write_rows(path, cells)
 
 
 @torch.no_grad()
 def outside(parts: Parts, path: Path) -> None:
     """To look at: there is nothing to compare with."""
-    rows = [[(x, prompt) for x in drawing.draw(parts, [prompt] * 4, seed=0)] for prompt in OUTSIDE]
-    show.write_picture(path, show.rows(*(a + b for a, b in zip(rows[::2], rows[1::2]))))
+    write_rows(path, [(x, prompt) for prompt in OUTSIDE for x in drawing.draw(parts, [prompt] * 4, seed=0)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     records, pictures = emoji.load(pixels=parts.height)
     pictures = pictures.float() / 127.5 - 1
     if args.tables == ["objects"]:
+        page = args.page or Path("objects.png")
         for style in emoji.STYLES:
-            page = args.page or Path("objects.png")
             objects(parts, records, pictures, style, page.with_stem(f"{page.stem}_{style}"))
         return
     if args.page:

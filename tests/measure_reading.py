@@ -2,7 +2,7 @@
 
     python tests/measure_reading.py orders                      # captions by each order
     python tests/measure_reading.py choices                     # yes or no: written, and ranked by likelihood
-    python tests/measure_reading.py infill --limit 680          # held-out captions with gaps at random
+    python tests/measure_reading.py infill --limit 200          # held-out captions with gaps at random
     python tests/measure_reading.py page --out page.png         # unmasking, filling, likelihoods, to look at
 
 Not part of the test run.  Right: word for word, of 192 captions a split.  Evaluations: of the network, a text
@@ -50,7 +50,7 @@ def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float
     return 100 * sum(map(str.__eq__, said, true)) / len(true), sum(calls) / len(true), seconds
 
 
-def orders(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
+def orders(parts: Parts, records: list[dict], latents, limit: int) -> None:
     found = {}
     for split in ("tone", "train"):
         some = emoji.of_split(records, split)[:limit]
@@ -69,7 +69,7 @@ def orders(parts: Parts, records: list[dict], latents, limit: int, out: Path) ->
               f"{2 * seconds / whole:.3f} |")
 
 
-def choices(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
+def choices(parts: Parts, records: list[dict], latents, limit: int) -> None:
     """One question of each type and answer."""
     right = lambda said, asked: 100 * sum(a == q["answer"] for a, (_, q) in zip(said, asked)) / len(asked)
     print("| split | all questions, look each time | once | yes or no, each time | once | ranked |")
@@ -88,7 +88,7 @@ def choices(parts: Parts, records: list[dict], latents, limit: int, out: Path) -
         print(f"| {split} | {' | '.join(cells)} |", flush=True)
 
 
-def infill(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
+def infill(parts: Parts, records: list[dict], latents, limit: int) -> None:
     """One or two words of a held-out caption are gaps; the picture is looked at once, and each time."""
     some = emoji.of_split(records, "tone")
     for refresh in (0, 1):
@@ -106,7 +106,7 @@ def infill(parts: Parts, records: list[dict], latents, limit: int, out: Path) ->
               f"{right} are the true caption", flush=True)
 
 
-def page(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> None:
+def page(parts: Parts, records: list[dict], latents, out: Path) -> None:
     """The first three held-out pictures: their captions being unmasked, filled, and answers' likelihoods.
     These weights' latents are the pictures."""
     begin, fill, answer = [], [], []
@@ -120,22 +120,22 @@ def page(parts: Parts, records: list[dict], latents, limit: int, out: Path) -> N
         asked = next(q for q in record["questions"] if q["type"] == "yes/no sort")["question"]
         ranks = reading.ranked(parts, look, asked, ["yes", "no"])
         answer.append((latents[i], [asked, *(f"{text}: {share:.1%}, {nats:.3f} nats (+- {error:.3f})"
-                                              for text, share, nats, error in ranks)]))
+                                             for text, share, nats, error in ranks)]))
     show.write_picture(out, show.page(begin + fill[:1], fill[1:] + answer, most=8))
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("what", choices=["orders", "choices", "infill", "page"])
-    parser.add_argument("--out", type=Path, default=Path("page.png"))
-    parser.add_argument("--limit", type=cli.number(int, 1), default=192)
+    parser.add_argument("--out", type=Path, default=Path("page.png"), help="of page (page.png)")
+    parser.add_argument("--limit", type=cli.number(int, 1), default=192, help="of all others (192)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     parts = Parts(dtype=getattr(torch, args.dtype))
     records, pictures = emoji.load(pixels=parts.height)
-    measures = dict(orders=orders, choices=choices, infill=infill, page=page)
     latents = reading.encode(parts, pictures.float() / 127.5 - 1)
-    measures[args.what](parts, records, latents, args.limit, args.out)
+    measures = dict(orders=orders, choices=choices, infill=infill, page=page)
+    measures[args.what](parts, records, latents, args.out if args.what == "page" else args.limit)
 
 
 if __name__ == "__main__":
