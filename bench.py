@@ -41,6 +41,7 @@ import parallel
 import plan
 import train
 from build import Models
+from devices import DEVICES, autocast, choose_device
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 from parts import EMOJI, OWN, PUBLISHED, Parts
 from reading import STEPS, encode, fill
@@ -131,7 +132,7 @@ class Plain:
     def step(self, made: dict) -> None:
         parallel.keep_memory(False)
         image, text = (train.on_device(made[name], self.device) for name in ("image", "text"))
-        with train.precision(self.config, self.device):
+        with autocast(self.device, self.config.dtype):
             states = self.models.captions(image["ids"], image["dropped"])
             velocity = lambda x, t: self.mmdit(x, states, t, need="both")[0]
             flow.loss(velocity, image["images"], t=image["t"], noise=image["noise"]).backward()
@@ -155,7 +156,7 @@ def seconds_of(stepper, made: dict, steps: int) -> float:
 
 def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against: bool, peak: float) -> dict:
     """Medians of `rounds` of `steps`; with a plain loop the ratio's median and range, round by round."""
-    device = torch.device(cli.device(config.device))
+    device = torch.device(choose_device(config.device))
     sizes = MMDiTConfig(**PRESETS[config.preset])
     sizes = replace(sizes, text_length=config.text_length if sizes.text_length else 0,
                     vocab_size=vocab_size or sizes.vocab_size)
@@ -262,7 +263,7 @@ def sample_flags(parser: cli.Parser) -> None:
     parser.add_argument("--guidance", type=cli.number(float, 1e-3), help="of a drawing (as sample.py)")
     parser.add_argument("--pixels", type=count, help="side of the pictures (as trained; 512)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(as sample.py; presets float32)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--compile", action="store_true", help="of drawings, on a GPU as one CUDA graph")
     parser.add_argument("--profile", action="store_true", help="what takes longest in a batch of drawings")
     parser.add_argument("--rounds", type=count, default=3, help="(3)")
@@ -274,7 +275,7 @@ def train_flags(parser: cli.Parser) -> None:
     for name in ("image-batch", "text-batch", "pixels"):
         parser.add_argument(f"--{name}", type=count, help="(the stage's)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--compile", action="store_true", help="ours, block by block")
     parser.add_argument("--vocab-size", type=count, help="(the preset's; the shipped weights have 4441)")
@@ -291,7 +292,7 @@ def main() -> None:
     sample_flags(kinds.add_parser("sample", doc="drawings and captions"))
     args = parser.parse_args()
     if args.what == "sample":
-        device, dtype = torch.device(cli.device(args.device)), getattr(torch, args.dtype or "float32")
+        device, dtype = torch.device(choose_device(args.device)), getattr(torch, args.dtype or "float32")
         parts = random_parts(args.preset, args.pixels, device, dtype) if args.preset else Parts(
             args.checkpoint, device, dtype if args.dtype else None, height=args.pixels, width=args.pixels)
         found = bench_sample(parts, args.n, args.steps, args.rounds, args.guidance, args.compile,

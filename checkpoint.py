@@ -380,6 +380,15 @@ def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, tokenizer
         write_text(folder / name, content)
 
 
+def check_config(mmdit: MMDiTConfig) -> None:
+    """Raise UserError if a checkpoint's config.json with these sizes could not be read back as the same."""
+    try:
+        again = layouts.own_config(json.loads(json.dumps(asdict(mmdit))), Path("config.json"))
+    except TypeError as error:                                   # a field that is no text, number or list
+        raise UserError(f"MMDiTConfig: config.json can't hold it ({error})")
+    require((again == mmdit, f"MMDiTConfig: config.json would turn {mmdit} into {again}"))
+
+
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 

@@ -12,14 +12,13 @@ A program that can't go on says so in one line on stderr; its status is 1, or 2 
 import argparse
 import dataclasses
 import difflib
-import inspect
 import math
 import os
 import re
 import signal
 import sys
 import time
-from typing import Any, Callable
+from typing import Any, Callable, get_args, get_type_hints
 
 
 class UserError(Exception):
@@ -33,15 +32,15 @@ def require(*conditions: tuple[bool, str]) -> None:
             raise UserError(message)
 
 
-def value(default: Any, low: float | None = None, high: float | None = None, choices: list | None = None,
-          bare: Any = None):
-    """A dataclass field that is also a flag: its default, and the range or choices that `Parser` checks.
+def option(default: Any, help: str = "", *, low: float | None = None, high: float | None = None,
+           choices: list | None = None, bare: Any = None):
+    """Return a dataclass field that `Parser.add_fields` makes a flag of: its default, help text and limits.
 
     bare: the value of a flag that stands alone."""
-    limits = dict(low=low, high=high, choices=choices, bare=bare)
+    metadata = dict(help=help, low=low, high=high, choices=choices, bare=bare)
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=limits)
-    return dataclasses.field(default=default, metadata=limits)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
@@ -64,6 +63,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def own_default(field: dataclasses.Field) -> Any:
+    """Return the default of a dataclass field, whichever way it was given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that names the closest flag for an unknown one, takes no abbreviation and ends in one line."""
 
@@ -72,27 +76,31 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **more)
 
     def add_fields(self, config: type, defaults: dict) -> None:
-        """A flag for each field of a dataclass, left out of the result when it isn't given.  Its help is the
-        comment behind the field; `defaults` are those that the chosen stage has instead of the class's."""
-        comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
+        """Add a flag for each field of a dataclass; one that isn't given is left out of the parsed result.
+
+        A field made by `option` has a help text and limits, any other is a flag without them.
+        `defaults` are shown in place of the class's own: the chosen stage's."""
+        kinds = get_type_hints(config)
         for field in dataclasses.fields(config):
-            own = field.default_factory() if field.default is dataclasses.MISSING else field.default
-            default = defaults.get(field.name, own)
-            shown = " ".join(default) if isinstance(default, list) else default
-            shown = "" if shown in ("", False) else f" ({shown})"
-            said = comments[field.name].replace("%", "%%") + shown
-            limits = dict(field.metadata)
-            choices, bare = limits.pop("choices", None), limits.pop("bare", None)
-            if isinstance(default, bool):
+            kind, limits = kinds[field.name], field.metadata
+            default = defaults.get(field.name, own_default(field))
+            help_text = limits.get("help", "").replace("%", "%%")
+            if default not in ("", False, None, []):
+                shown = " ".join(default) if kind is list else default
+                help_text = f"{help_text} ({shown})".strip()
+            if kind is bool:
                 how = dict(action="store_true")
-            elif isinstance(default, list):
+            elif kind is list:
                 how = dict(nargs="+", metavar="PATH")
-            elif isinstance(default, str):
+            elif kind is str:
+                choices = limits.get("choices")
                 how = dict(choices=choices, metavar=None if choices else "TEXT")
             else:
-                how = dict(type=number(type(own), **limits), metavar="N")
-                how |= dict(nargs="?", const=bare) if bare is not None else {}
-            self.add_argument(flag(field.name), default=argparse.SUPPRESS, help=said, **how)
+                [numeric] = {int, float} & {kind, *get_args(kind)}                # of int | None: int
+                how = dict(type=number(numeric, limits.get("low"), limits.get("high")), metavar="N")
+                if limits.get("bare") is not None:
+                    how.update(nargs="?", const=limits["bare"])
+            self.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help_text, **how)
 
     def parse_args(self, args=None):
         parsed, unknown = self.parse_known_args(args)
@@ -112,6 +120,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
 
 
+def pace(per_second: float, unit: str = "") -> str:
+    """Return "12.0 steps/s" or, below one a second, "2.5 s/step"; without a unit "12.0/s" or "2.5 s each"."""
+    if per_second >= 1:
+        return f"{per_second:,.1f} {unit}s/s" if unit else f"{per_second:,.1f}/s"
+    return f"{1 / per_second:,.1f} s/{unit}" if unit else f"{1 / per_second:,.1f} s each"
+
+
 class Rate:
     """A line on stderr every two seconds: how far, how fast, how long still."""
 
@@ -122,16 +137,8 @@ class Rate:
         self.done, now = done, time.time()
         if now - self.said > 2:
             self.said, rate = now, done / (now - self.started)
-            left = f"{(self.total - done) / rate / 60:.1f} min left" if done else "nothing yet"
-            print(f"{self.what}: {done:,}/{self.total:,}, {rate:,.1f}/s, {left}", file=sys.stderr, flush=True)
-
-
-def device(name: str) -> str:
-    """"cpu" or "cuda" for a --device of auto, cpu or cuda.  Raises UserError where there is no GPU."""
-    import torch                                                 # here, so that the rest is loaded in no time
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+            left = f"{pace(rate)}, {(self.total - done) / rate / 60:.1f} min left" if done else "nothing yet"
+            print(f"{self.what}: {done:,}/{self.total:,}, {left}", file=sys.stderr, flush=True)
 
 
 def interruptible(name: str) -> None:

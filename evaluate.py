@@ -36,6 +36,7 @@ import show
 from answering import Ask
 from checkpoint import write_json, write_text
 from cli import require
+from devices import DEVICES, choose_device
 from metrics import answers, benchmarks, captions, comparisons, emojis
 from metrics.tables import about, left_out, progress, table, tell
 from reading import STEPS
@@ -265,7 +266,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for command in (two, one, *named, pairs):
         command.add_argument("--batch", default=32, **count(1), help="pictures at once (32)")
     for command in (small_, drawn, said, two, one, *named, pairs):
-        command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
+        command.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
     for command in (small_, two, *named, pairs, found):
         command.add_argument("--json", type=Path, help="also write all of it here")
     args = parser.parse_args(argv)
@@ -285,7 +286,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.command not in ("draw", "answer"):
-        args.device = cli.device(getattr(args, "device", "cpu"))
+        args.device = choose_device(getattr(args, "device", "cpu"))
     args.does(args)
 
 

@@ -7,6 +7,8 @@ Nothing here opens a file: `tensors` are `checkpoint.Tensors`, the names and sha
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -146,16 +148,26 @@ class Config:
             raise self.refuse(key, " or ".join(map(shown, values)))
 
 
+def has_type(value, kind) -> bool:
+    """Tell whether a value read from JSON has the type of an annotation, such as float or int | None."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else [kind]
+    if float in kinds and type(value) is int:                    # JSON may write 1.0 as 1
+        return True
+    return type(value) in [get_origin(each) or each for each in kinds]
+
+
 def own_config(found: dict, where: Path) -> MMDiTConfig:
-    """The "mmdit" of a config.json of ours.  Raises UserError for an unknown name, or a value of no model."""
-    kinds = {field.name: type(field.default) for field in fields(MMDiTConfig)}
-    unknown = sorted(set(found) - set(kinds))
-    require((not unknown, f"{where}: unknown sizes {', '.join(unknown)}, known are {', '.join(kinds)}"))
+    """Return the "mmdit" of a config.json of ours.  Raises UserError for an unknown name or a bad value."""
+    kinds, known = get_type_hints(MMDiTConfig), {field.name: field for field in fields(MMDiTConfig)}
+    unknown = sorted(set(found) - set(known))
+    require((not unknown, f"{where}: unknown sizes {', '.join(unknown)}, known are {', '.join(known)}"))
     for name, value in found.items():
-        least = 0 if name == "text_length" else 1
-        require((type(value) is kinds[name] and (kinds[name] is not int or value >= least),
-                 f"{where}: \"{name}\" is {shown(value)}, expected {kinds[name].__name__}"
-                 + f" of at least {least}" * (kinds[name] is int)))
+        kind, low = kinds[name], known[name].metadata.get("low")
+        expected = getattr(kind, "__name__", str(kind))
+        if low is not None:
+            expected += f" of at least {low}"
+        good = has_type(value, kind) and (low is None or value >= low)
+        require((good, f"{where}: \"{name}\" is {shown(value)}, expected {expected}"))
     c = MMDiTConfig(**found)
     side = f"{where}: \"position_size\" is {c.position_size}, expected"
     require((c.position_base <= c.position_size, f"{side} at least \"position_base\", {c.position_base}"),

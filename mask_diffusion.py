@@ -120,16 +120,22 @@ def at_once(ranked: Tensor, order: str, level: float | None, quota: Tensor) -> T
     return (fits * place).amax(1).clamp(min=1)
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's MPS, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def uniforms(shape: tuple[int, int], device: torch.device, generator: torch.Generator | None,
              seeds: list[int] | None) -> Callable[[], Tensor]:
     """Gives numbers in [0, 1), (B, L) float64, anew at each call.  With seeds, one for each row, a row's do
     not depend on the batch that it is in, nor on the device."""
     if seeds is None:
         there = generator.device if generator is not None else device
-        return lambda: torch.rand(shape, generator=generator, device=there, dtype=torch.float64).to(device)
+        exact = exact_dtype(there)
+        return lambda: torch.rand(shape, generator=generator, device=there, dtype=exact).to(device)
     rows = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.rand(shape[1], generator=row, dtype=torch.float64)
-                                for row in rows]).to(device)
+                                for row in rows]).to(device, exact_dtype(device))
 
 
 def choose(logits: Tensor, temperature: float, uniform: Tensor, top_p: float = 1.0) -> Tensor:
@@ -203,6 +209,7 @@ def walk(logits_fn: Callable, ids: Tensor, mask_id: int, steps: int, generator: 
     ids, written = ids.clone(), ids == mask_id
     fresh = uniforms(tuple(ids.shape), ids.device, generator, seeds)
     whens, tokens, step = fresh(), fresh(), torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    exact = exact_dtype(ids.device)
     yield step, ids.clone()
     for evaluation in itertools.count():
         masked = ids == mask_id                                                   # (B, L)
@@ -215,10 +222,10 @@ def walk(logits_fn: Callable, ids: Tensor, mask_id: int, steps: int, generator: 
         at = wanted[live].flatten().nonzero()[:, 0]                               # (m,) out of n x L
         if len(at):  # else nothing is asked
             logits = logits_fn(ids[live], at, live) if picks else logits_fn(ids)[live].flatten(0, 1)[at]
-            logits = forbid(logits.double(), mask_id)                             # (m, V)
+            logits = forbid(logits.to(exact), mask_id)                             # (m, V)
             drawn[wanted] = choose(logits, temperature, tokens[wanted], top_p)
         if not by_chance:
-            sure = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
+            sure = torch.full(ids.shape, -torch.inf, dtype=exact, device=ids.device)
             sure[wanted] = sureness(logits, order)                                # (B, L), else -inf
             quota = torch.full_like(step, per_step) if per_step else (
                 -(-masked.sum(1) // max(1, steps - evaluation)))                  # (B,) rounded up
@@ -271,9 +278,10 @@ def guide(logits_fn: Callable, null_fn: Callable, scale: float, mask_id: int, ra
     `logits_fn` and `null_fn`, with the picture and without it, are called as `walk` calls with picks.  ramp:
     the scale grows from 1, while all is masked, to its own when little is: weak early (arXiv 2507.08965)."""
     def guided(ids: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-        known, null = (forbid(given(ids, at, rows).double(), mask_id).log_softmax(-1)
+        exact = exact_dtype(ids.device)
+        known, null = (forbid(given(ids, at, rows).to(exact), mask_id).log_softmax(-1)
                        for given in (logits_fn, null_fn))
-        share = (ids == mask_id).double().mean(1)[at // ids.shape[1], None] if ramp else 0.0  # (m, 1)
+        share = (ids == mask_id).to(exact).mean(1)[at // ids.shape[1], None] if ramp else 0.0  # (m, 1)
         pull = (scale - 1) * (1 - share) * (known - null).nan_to_num(0.0)         # of [MASK]: inf - inf
         return known + pull
     return guided
@@ -303,5 +311,5 @@ def likelihood(logits_fn: Callable, ids: Tensor, mask_id: int, frozen: Tensor | 
     offset = torch.rand(1, generator=generator)
     t = (offset + torch.arange(levels)) / levels
     t, uniform = exactly(t, torch.rand(blocked.shape, generator=generator), blocked)
-    found = errors(logits_fn, rows, mask_id, blocked, t=t, uniform=uniform, picks=True).double()
+    found = errors(logits_fn, rows, mask_id, blocked, t=t, uniform=uniform, picks=True).cpu().double()
     return float(found.mean()), float(found.std() / levels ** 0.5)

@@ -27,7 +27,8 @@ def compare(model: nn.ModuleDict, image: list[Tensor | None]) -> dict:
         after = p.grad.detach()
         a = torch.zeros_like(after) if before is None else before
         b = after - a
-        products = torch.stack([parallel.whole((x * y).sum()).double() for x, y in ((a, a), (b, b), (a, b))])
+        products = [parallel.whole((x * y).sum()) for x, y in ((a, a), (b, b), (a, b))]
+        products = torch.stack(products).cpu().double()
         for group in ["all", *([name.split(".")[2]] if name.startswith("mmdit.blocks.") else [])]:
             sums[group] = sums.get(group, 0) + products
 

@@ -13,7 +13,7 @@ L text tokens, D width, H heads, E width of the text embeddings, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -21,21 +21,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def size(default: int):
+    """Return a field for a size of the model, at least 1; a config.json with less is refused."""
+    return field(default=default, metadata=dict(low=1))
+
+
 @dataclass
 class MMDiTConfig:
-    depth: int = 24             # blocks
-    heads: int = 24             # attention heads
-    width: int = 1536           # D; the size of a head is width / heads, 64 in every published model
-    patch: int = 2              # p, latents per side of an image token
-    channels: int = 16          # C
-    position_size: int = 192    # side of the position table, in patches: the largest picture
-    position_base: int = 64     # side that the table spans in unit steps: 64 patches, SD3's first resolution
-    text_width: int = 4096      # E, of T5-XXL or of our own TokenEmbedding
-    vocab_size: int = 32100     # V, rows of the text head: the tokenizer's size, [MASK] included
-    null_tokens: int = 8        # learned tokens that stand in for the image when there is none
-    qk_norm: bool = False       # RMSNorm on q and k, as in SD3.5; SD3 and D-DiT have none
-    text_length: int = 0        # rows of TokenEmbedding's position table; 0: text comes embedded (T5)
-    predicts: str = "velocity"  # what the image head gives: "velocity", or "data", the clean latents
+    """Sizes of the model.  A new field needs a default that JSON can hold, nothing else."""
+    depth: int = size(24)           # blocks
+    heads: int = size(24)           # attention heads
+    width: int = size(1536)         # D; the size of a head is width / heads, 64 in every published model
+    patch: int = size(2)            # p, latents per side of an image token
+    channels: int = size(16)        # C
+    position_size: int = size(192)  # side of the position table, in patches: the largest image
+    position_base: int = size(64)   # side that the table spans in unit steps: SD3's first resolution
+    text_width: int = size(4096)    # E, of T5-XXL or of our own TokenEmbedding
+    vocab_size: int = size(32100)   # V, rows of the text head: the tokenizer's size, [MASK] included
+    null_tokens: int = size(8)      # learned tokens that stand in for the image when there is none
+    qk_norm: bool = False           # RMSNorm on q and k, as in SD3.5; SD3 and D-DiT have none
+    text_length: int = field(default=0, metadata=dict(low=0))   # positions of TokenEmbedding; 0: T5's states
+    predicts: str = "velocity"      # what the image head gives: "velocity", or "data", the clean latents
 
 
 PRESETS = {

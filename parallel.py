@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-import cli
 from cli import UserError
+from devices import choose_device
 
 
 def several() -> bool:
@@ -41,8 +41,8 @@ def keep_memory(keep: bool = True) -> None:
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
-    """(rank, world, device) for a --device of auto, cpu or cuda; a process group only under torchrun."""
-    kind = cli.device(device)
+    """Return (rank, world, device) for a --device; a process group is made only under torchrun."""
+    kind = choose_device(device)
     if kind == "cpu":
         keep_memory()
     if "LOCAL_RANK" not in os.environ:

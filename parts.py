@@ -18,6 +18,7 @@ from torch import Tensor
 import buckets
 import checkpoint
 from cli import UserError, require
+from devices import has_bfloat16
 from t5 import T5Encoder
 from tensors import read_any
 from tokenizer import Tokenizer
@@ -77,25 +78,15 @@ def load_autoencoder(path: str | Path, channels: int) -> AutoencoderKL | Pixels:
 
 
 def available(device: torch.device) -> int:
-    """Bytes of memory that are free, or half of all where the system doesn't say."""
+    """Return the bytes of memory that are free, half of all memory on a Mac, 0 where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         return int(found[1]) * 1024
     except (OSError, TypeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are made by the device itself; not known of a processor: no."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
+        known = hasattr(os, "sysconf")                           # Windows has none
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else 0
 
 
 class Parts:

@@ -32,6 +32,7 @@ import show
 import sources
 import tars
 from cli import UserError, require
+from devices import DEVICES, choose_device
 from parts import load_text_encoder
 from tensors import finite, replacing
 from tokenizer import Tokenizer
@@ -131,7 +132,7 @@ def read(mix: data.Mix, captioned: bool, batches: list[range], number: int) -> d
 
 def latents(args: argparse.Namespace) -> None:
     """Store a source's pictures as latents, in files that are written whole or not at all."""
-    encode, stamp, tokenizer = encoder(args, torch.device(cli.device(args.device)))
+    encode, stamp, tokenizer = encoder(args, torch.device(choose_device(args.device)))
     mix = data.Mix([args.source], args.pixels, min_side=args.min_side)
     require((not hasattr(mix.sources[0], "stamp"), f"{args.source}: has no pictures to encode"))
     every = getattr(mix.sources[0], "every", range(len(mix)))
@@ -290,7 +291,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                            help=f"{said} ({default})")
     coded.add_argument("--part", type=part, default=(0, 1), metavar="I/N",
                        help="every N-th shard from I on: one process a GPU (0/1)")
-    coded.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (auto)")
+    coded.add_argument("--device", choices=DEVICES, default="auto", help="where (auto)")
     packed = add("pack", "plain text as one file of tokens, an end token behind each document")
     packed.add_argument("paths", nargs="+", metavar="FILE",
                         help=".txt, one document, or .jsonl, an object with \"text\" a line; also .gz")

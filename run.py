@@ -11,15 +11,20 @@
 What is written is written beside and renamed when it is whole; a step_N is synced to the disk before.
 """
 
-import fcntl
 import json
 import os
-import resource
 import shutil
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+    import resource
+except ImportError:                     # Windows
+    fcntl = resource = None
 
 import torch
 import torch.distributed as dist
@@ -67,6 +72,19 @@ def digest(init: str) -> str:
     return sha256(file)[:16] if init and file.is_file() else init and data.fingerprint(init)
 
 
+def lock(out: Path) -> IO:
+    """Take the lock of a run's folder, until the file that is returned is closed.  Raises UserError."""
+    if fcntl is None:
+        raise UserError("training needs the file locks of Linux or macOS; on Windows, run it in WSL")
+    file = open(out / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{out}: another run is training here now; wait for it, or use another --out")
+    return file
+
+
 class Run:
     """A folder, what is trained in it, and where it stands: `step`, log `rows`, what it `was`.
 
@@ -89,11 +107,7 @@ class Run:
         if settings["init"] and out.resolve() == Path(settings["init"]).resolve():
             raise UserError(f"--out {out}: is --init's folder, its weights would be lost; use another --out")
         out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(out / ".lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out}: another run is training here now; wait for it, or use another --out")
+        self.lock = lock(out)
         settings |= {"init_digest": digest(settings["init"])} | {
             f"{name}_digest": [data.fingerprint(spec) for spec in settings[name]]
             for name in ("image_data", "text_data")} | {
@@ -330,14 +344,18 @@ class Run:
         self.sums = {name: self.sums.get(name, 0) + value for name, value in found.items()}
         self.summed += 1
 
-    def device_shown(self, pace: float) -> dict[str, float]:
-        """mfu and gib, of a row."""
+    def device_use(self, steps_per_second: float) -> dict[str, float]:
+        """Return the "gib" that were allocated at most and, where the peak is known, "mfu"."""
         device = next(self.model.parameters()).device
-        peak, most = plan.peak(device, self.settings["dtype"]) * self.settings["world"], (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-        return ({"mfu": round(self.work["tflop"] * pace / peak, 4)} if peak else {}) | {
-            "gib": round(most / 2**30, 3)}
+        if device.type == "cuda":
+            most = torch.cuda.max_memory_allocated(device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024       # of ru_maxrss, in bytes
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        use = {"gib": round(most / 2**30, 3)}
+        if peak := plan.peak(device, self.settings["dtype"]) * self.settings["world"]:
+            use["mfu"] = round(self.work["tflop"] * steps_per_second / peak, 4)
+        return use
 
     def log(self, rate: float, steps: int, bad: list[str], cut: list[str], found: dict) -> None:
         """A row of means over the last `over` steps, and a line with the pace and the time left.
@@ -356,7 +374,7 @@ class Run:
             step=self.step, over=self.summed, **{f"{name}_loss": loss for name, loss in losses},
             grad_norm=norm, lr=rate, seconds=seconds, **{f"{name}_per_s": float(f"{amount * pace:.4g}")
                                                          for name, amount in self.work.items()},
-            **self.device_shown(pace), **found))
+            **self.device_use(pace), **found))
         self.sums, self.summed = {}, 0
         bad, cut = (sum(lists, []) for lists in zip(*parallel.gather([(bad, cut)])))
         if bad:
@@ -371,8 +389,8 @@ class Run:
                 log.write(json.dumps(self.rows[-1]) + "\n")
             left = (steps - self.step) / pace / 60
             shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses)
-            print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  "
-                  f"{self.work['samples'] * pace:.0f} samples/s  {left:.1f} min left", flush=True)
+            print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  {cli.pace(pace, 'step')}  {left:.1f} min left",
+                  flush=True)
             if single := [f"{name} {x:.4f}" for name, x in found.items() if isinstance(x, float)]:
                 print(f"at step {self.step}  {'  '.join(single)}", flush=True)
             if said := report.verdict(self.others, self.rows[-1]):

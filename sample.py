@@ -44,6 +44,7 @@ import show
 import trajectory
 from checkpoint import write_text
 from cli import UserError, require
+from devices import DEVICES, choose_device, has_bfloat16
 from drawing import Edit, Seen, draw, drawings, joint, likeliest
 from parts import EMOJI, Parts
 from pictures import fit_picture, read_mask, read_picture, to_tensor
@@ -128,7 +129,7 @@ def part_flags(add: Callable) -> None:
     add("--steps", **count(1, "evaluations of the walk: 28 to draw, 128 for a text, 32 to answer"))
     add("--seed", type=cli.number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same result (0)")
     add("--checkpoint", type=Path, help="any layout (the shipped emoji weights)")
-    add("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
+    add("--device", choices=DEVICES, help="(auto)")
     add("--dtype", choices=["float32", "bfloat16"], help="of transformer, T5 (bfloat16 where it is native)")
     add("--height", **count(1, "of the picture (as trained; published weights: 512)"))
     add("--width", **count(1, "of the picture (as trained; published weights: 512)"))
@@ -161,7 +162,11 @@ def open_parts(args: dict, device: torch.device | str) -> Parts:
     names = ["vae", "t5", "tokenizer", "mask_embedding", "height", "width"]
     names += ["length"] * (args.get("length") != "auto")
     dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
-    return Parts(args.get("checkpoint", EMOJI), device, dtype, **{n: args[n] for n in names if n in args})
+    parts = Parts(args.get("checkpoint", EMOJI), device, dtype, **{n: args[n] for n in names if n in args})
+    if parts.dtype == torch.bfloat16 and dtype is None and not has_bfloat16(parts.device):
+        print("note: this device has no native bfloat16, which fits in half the memory; --dtype float32 is "
+              "faster if memory allows it", file=sys.stderr)
+    return parts
 
 
 def walk(args: dict) -> dict:
@@ -370,7 +375,7 @@ def chat(parts: Parts, latents: Tensor, max_tokens: int | None, how: dict) -> No
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     take = lambda *names: {name: args[name] for name in names if name in args}
-    device, auto = cli.device(args.get("device", "auto")), args.get("length") == "auto"
+    device, auto = choose_device(args.get("device", "auto")), args.get("length") == "auto"
     images = [read_picture(path) for path in args.get("image", [])]      # a bad file, before a slow load
     args |= {name: read_lines(args[name], use) for name, use in (("questions", "question"),
                                                                  ("prompts", "prompt")) if name in args}

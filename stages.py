@@ -10,7 +10,8 @@ from typing import NamedTuple
 import checkpoint
 import cli
 import emoji
-from cli import value
+from cli import option
+from devices import DEVICES, DTYPES
 from model import PRESETS, MMDiTConfig
 
 
@@ -36,21 +37,14 @@ STAGES = {  # losses          learns        pixels  tokens  lambda  batches    r
     "high-res": Stage("image, text", "",           512, 256,    0.2,    768, 768,  3e-5,   1000,    80_000),
     "instruct": Stage("image, text", "",           512, 128,    1.0,    512, 512,  3e-5,   1000,    50_000),
 }
-# The same for the emoji preset, on a laptop; it has no T5 whose [MASK] could learn.
+# The same for the emoji preset: a first run of a quarter of an hour on a laptop; runs/emoji.sh has the recipe
+# of the shipped weights.  It has no T5 whose [MASK] could learn.
 SMALL = {
-    "text":     Stage("text",        "null image", 64,  28,     1.0,    0,   48,   2.5e-3, 50,      1000),
-    "pretrain": Stage("image, text", "",           64,  28,     0.2,    96,  48,   2.5e-3, 50,      4000),
-    "high-res": Stage("image, text", "",           128, 28,     0.2,    32,  16,   2.5e-3, 50,      1000),
-    "instruct": Stage("image, text", "",           64,  28,     1.0,    96,  48,   2.5e-3, 50,      4000),
+    "text":     Stage("text",        "null image", 64,  28,     1.0,    0,   32,   2.5e-3, 50,      500),
+    "pretrain": Stage("image, text", "",           64,  28,     0.2,    32,  32,   2.5e-3, 50,      500),
+    "high-res": Stage("image, text", "",           128, 28,     0.2,    16,  16,   2.5e-3, 50,      500),
+    "instruct": Stage("image, text", "",           64,  28,     1.0,    32,  32,   2.5e-3, 50,      500),
 }
-
-
-# The validations of three seeds of the emoji preset's first stage (runs/expected.sh), with which a run is
-# compared where no flag but these is given: they leave what is learnt as it is.
-EXPECTED = emoji.TAR.parent / "emoji" / "expected"
-SAME = {"stage", "preset", "seed", "steps", "workers", "micro_batch", "checkpoint_activations", "dtype",
-        "device", "compile", "shard", "out", "log_every", "eval_every", "meter_every", "save_every",
-        "sample_every", "resume_step", "extend", "fresh"}
 
 
 def start(init: str, preset: str) -> tuple[str, MMDiTConfig, dict]:
@@ -71,8 +65,7 @@ def settings(stage: str, preset: str, sizes: MMDiTConfig, about: dict) -> dict:
     if stage != "high-res":
         found["pixels"] = about.get("pixels") or found["pixels"]
     if small:
-        found |= dict(vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0, question_share=0.4,
-                      save_every=250, sample_every=500, eval_every=250)
+        found |= dict(vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0, question_share=0.4)
         found |= dict(image_data=[str(emoji.TAR)]) if stage != "text" else {}
         found |= dict(schedule="linear") if stage == "instruct" else {}
     if stage == "pretrain" and preset == "e2e-1.1b":
@@ -82,73 +75,109 @@ def settings(stage: str, preset: str, sizes: MMDiTConfig, about: dict) -> dict:
 
 @dataclass
 class TrainConfig:
-    # what is trained; `pixels` to `steps` are those of the stage's row
-    stage: str = value("pretrain", choices=list(STAGES))  # a row of the table
-    preset: str = value("emoji", choices=list(PRESETS))  # sizes of the model; --init brings its own
-    init: str = ""                                  # weights to start from, any layout of checkpoint.py
-    vae: str = ""                                   # where the autoencoder is, if not in --init
-    t5: str = ""                                    # where T5 is, if not in --init
-    tokenizer: str = ""                             # where T5's tokenizer is, if not in --init
-    mask_embedding: str = ""                        # the aligned [MASK] vector of T5, if not --init's
-    pixels: int = value(0, low=1)                   # side of the square pictures
-    text_length: int = value(0, low=2)              # tokens of a text, padding included
-    text_weight: float = value(0.0, low=0)          # lambda
-    image_weight: float = value(1.0, low=0)         # of the image loss; 0: it is shown, and not learnt from
-    image_batch: int = value(0, low=1)         # pictures in the image loss of one update, over all processes
-    text_batch: int = value(0, low=1)               # texts in the text loss
-    lr: float = value(0.0, low=1e-12, high=1)       # peak learning rate
-    warmup: int = value(0, low=0)                   # steps of linear warm-up
-    steps: int = value(0, low=1)                    # updates
-    # data: PATH[:WEIGHT] ..., see data.py
-    image_data: list = value([])                    # of the image loss
-    text_data: list = value([])                     # of the text loss, if others
-    recaption: float = value(0.5, low=0, high=1)    # share of re-captions where a sample has one
-    min_side: int = value(1, low=1)                 # pictures with a shorter side are left out
-    buckets: bool = False                           # pictures keep about their shape: sizes of equal area
-    text_dropout: float = value(0.1, low=0, high=1)  # share of pictures with the empty prompt, for guidance
-    question_share: float = value(1.0, low=0, high=1)  # of `instruct`: of questions where there are captions
-    vocabulary: str = value("full", choices=["used", "full"])  # GPT-2's tokens that the texts use, or all
-    workers: int = value(0, low=0, high=256)        # processes that read, cut and tokenize ahead; 0: none
-    # the step
-    schedule: str = value("constant", choices=["constant", "linear"])  # after warm-up; linear: ends at zero
-    decay_steps: int = value(0, low=1)     # of a linear schedule: over the last so many; 0: all after warm-up
-    decay_from: int = value(0, low=1)           # when time is up: from this step on, which ends the run early
-    optimizer: str = value("adamw", choices=["adamw", "muon"])  # of the blocks' matrices; of all else adamw
-    weight_decay: float = value(1e-2, low=0, high=1)  # of either
-    times: str = value("logit-normal", choices=["logit-normal", "uniform"])  # of the image loss
-    time_shift: float = value(1.0, low=0.001, high=1000)  # of the image loss's times; 1: the paper's
-    image_loss: str = value("velocity", choices=["velocity", "data"])  # what is compared; data: t^2 as much
-    predicts: str = value("", choices=["", "velocity", "data"])  # of the image head, instead of the preset's
-    text_loss: str = value("1/t", choices=["1/t", "flat"])  # weight of a masked token
-    text_mean: str = value("token", choices=["token", "answer"])  # over all tokens, or over each text's first
-    padding: str = value("all", choices=["all", "end", "random"])  # learnt; not; or so much of it, drawn anew
-    clip: float = value(2.0, low=1e-6)              # largest gradient norm
-    ema: float = value(0.9999, low=0, high=1)       # decay of the averaged weights
-    seed: int = value(0, low=0, high=2**63 - 1)     # of weights, order, noise, times and masks
-    # the machine
-    micro_batch: int = value(0, low=1)              # rows of a batch at once on each process; 0: all it has
-    checkpoint_activations: bool = False            # keep each block's input alone, compute the rest again
-    dtype: str = value("bfloat16", choices=["float32", "bfloat16"])  # of products; weights stay float32
-    device: str = value("auto", choices=["auto", "cpu", "cuda"])  # where
-    compile: bool = False                           # torch.compile each block (needs a C++ compiler on a CPU)
-    shard: str = value("zero2", choices=["zero2", "zero3", "hsdp", "none"])  # over processes: parallel.shard
-    shard_t5: bool = False                          # T5 too is spread over the processes
-    # the run
-    out: str = ""                                   # its folder, instead of out/STAGE
-    log_every: int = value(20, low=1)               # steps between lines
-    eval_every: int = value(1000, low=0)            # steps between validations; 0: never
-    compare: list = value([])                       # logs of other runs; of the emoji recipe: EXPECTED
-    eval_samples: int = value(160, low=10)          # pictures, and texts, of a validation
-    meter_every: int = value(0, low=0)              # steps between looks at the losses' gradients; 0: never
-    save_every: int = value(1000, low=1)            # steps between checkpoints
-    sample_every: int = value(5000, low=0)          # steps between pictures of samples; 0: never
-    resume_step: int = value(0, low=1)              # go on from this step_N; 0: from the newest
-    extend: bool = False                            # with more --steps: a rate that fell rises again
-    fresh: bool = False                         # start over in a folder that holds a run, instead of going on
-    print_plan: int = value(0, low=1, bare=1)       # say what the run needs on so many GPUs, and stop
-    rate: float = value(0.0, low=1e-9)              # with --print-plan: samples/s of all, for the days; or
-    mfu: float = value(0.4, low=1e-3, high=1)       # the share reached of
-    peak: float = value(989.0, low=1e-3)            # the peak of a GPU in TFLOP/s (H100, bf16, dense)
+    # What is trained.  The stage's row sets `pixels` to `steps`.
+    stage: str = option("pretrain", "row of the table of stages", choices=list(STAGES))
+    preset: str = option("emoji", "sizes of a new model; --init brings its own",
+                         choices=list(PRESETS))
+    init: str = option("", "weights to start from, in any layout that checkpoint.py reads")
+    vae: str = option("", "the autoencoder, if --init has none")
+    t5: str = option("", "the T5 encoder, if --init has none")
+    tokenizer: str = option("", "T5's tokenizer, if --init has none")
+    mask_embedding: str = option("", "the aligned [MASK] vector of T5, in place of --init's")
+    pixels: int = option(0, "side of the square images", low=1)
+    text_length: int = option(0, "tokens of a text, padding included", low=2)
+    text_weight: float = option(0.0, "lambda, the weight of the text loss", low=0)
+    image_weight: float = option(1.0, "weight of the image loss; 0 computes it without learning",
+                                 low=0)
+    image_batch: int = option(0, "images in the image loss of a step, over all processes", low=1)
+    text_batch: int = option(0, "texts in the text loss of a step, over all processes", low=1)
+    lr: float = option(0.0, "peak learning rate", low=1e-12, high=1)
+    warmup: int = option(0, "steps of linear warm-up", low=0)
+    steps: int = option(0, "updates of the weights", low=1)
+    # Data: PATH[:WEIGHT] ..., see data.py.
+    image_data: list = option([], "data of the image loss")
+    text_data: list = option([], "data of the text loss, if it has its own")
+    recaption: float = option(0.5, "share of re-captions where a sample has one", low=0, high=1)
+    min_side: int = option(1, "leave out images with a shorter side", low=1)
+    buckets: bool = option(False, "keep the aspect ratio of images: batches of sizes of equal area")
+    text_dropout: float = option(0.1, "share of images with the empty prompt, for guidance",
+                                 low=0, high=1)
+    question_share: float = option(1.0, "share of questions where a sample has captions too",
+                                   low=0, high=1)
+    vocabulary: str = option("full", "all of GPT-2's tokens, or those that the texts use",
+                             choices=["used", "full"])
+    workers: int = option(0, "processes that prepare batches ahead; 0: the trainer itself",
+                          low=0, high=256)
+    # The step.
+    schedule: str = option("constant", "learning rate after warm-up; linear: falls to zero",
+                           choices=["constant", "linear"])
+    decay_steps: int = option(0, "last steps over which a linear schedule falls; 0: all of them",
+                              low=1)
+    decay_from: int = option(0, "step at which a linear schedule starts to fall; ends the run early",
+                             low=1)
+    optimizer: str = option("adamw", "of the blocks' matrices; everything else has AdamW",
+                            choices=["adamw", "muon"])
+    weight_decay: float = option(1e-2, "weight decay of both optimizers", low=0, high=1)
+    times: str = option("logit-normal", "distribution of the image loss's times",
+                        choices=["logit-normal", "uniform"])
+    time_shift: float = option(1.0, "shift of the image loss's times towards noise; 1: none",
+                               low=0.001, high=1000)
+    image_loss: str = option("velocity", "what is compared; data: weighted by t^2",
+                             choices=["velocity", "data"])
+    predicts: str = option("", "what the image head predicts, in place of the preset's choice",
+                           choices=["", "velocity", "data"])
+    text_loss: str = option("1/t", "weight of a masked token", choices=["1/t", "flat"])
+    text_mean: str = option("token", "mean over all tokens, or over each answer's first",
+                            choices=["token", "answer"])
+    padding: str = option("all", "how much of the padding is learned: all, none, a random part",
+                          choices=["all", "end", "random"])
+    clip: float = option(2.0, "largest gradient norm", low=1e-6)
+    ema: float = option(0.9999, "decay of the averaged weights", low=0, high=1)
+    seed: int = option(0, "seed of weights, order, noise, times and masks", low=0, high=2**63 - 1)
+    # The machine.
+    micro_batch: int = option(0, "rows at once on each process; 0: all of them", low=1)
+    checkpoint_activations: bool = option(False, "keep only each block's input, recompute the rest")
+    dtype: str = option("auto", "of matrix products; auto: bfloat16 where the device has it",
+                        choices=DTYPES)
+    device: str = option("auto", "auto: CUDA, then Apple's MPS, then the CPU", choices=DEVICES)
+    compile: bool = option(False, "torch.compile each block; on a CPU this needs a C++ compiler")
+    shard: str = option("zero2", "what FSDP2 shards, see parallel.shard",
+                        choices=["zero2", "zero3", "hsdp", "none"])
+    shard_t5: bool = option(False, "shard the frozen T5 too")
+    # The run.
+    out: str = option("", "folder of the run; out/STAGE if not given")
+    log_every: int = option(20, "steps between lines of the log", low=1)
+    eval_every: int | None = option(None, "steps between validations; 0: never "
+                                    "(a twentieth of --steps, at most 1000)", low=0)
+    compare: list = option([], "log.jsonl of other runs, to compare validations with")
+    eval_samples: int = option(160, "images, and texts, of a validation", low=10)
+    meter_every: int = option(0, "steps between measurements of both losses' gradients; 0: never",
+                              low=0)
+    save_every: int | None = option(None, "steps between checkpoints "
+                                    "(a tenth of --steps, at most 1000)", low=1)
+    sample_every: int | None = option(None, "steps between images of samples; 0: never "
+                                      "(a tenth of --steps, at most 5000)", low=0)
+    resume_step: int = option(0, "resume from this step_N; 0: from the newest", low=1)
+    extend: bool = option(False, "with more --steps: let a learning rate that fell rise again")
+    fresh: bool = option(False, "start over in a folder that holds a run")
+    print_plan: int = option(0, "print what the run needs on so many GPUs, and stop", low=1, bare=1)
+    rate: float = option(0.0, "with --print-plan: samples/s of all GPUs, to count days", low=1e-9)
+    mfu: float = option(0.4, "with --print-plan: the share of --peak that is reached",
+                        low=1e-3, high=1)
+    peak: float = option(989.0, "with --print-plan: TFLOP/s of a GPU (H100, bf16, dense)", low=1e-3)
+
+
+# Steps between validations, checkpoints and samples that are not given: a share of --steps, at most so many.
+INTERVALS = {"eval_every": (20, 1000), "save_every": (10, 1000), "sample_every": (10, 5000)}
+
+
+def fill_intervals(config: TrainConfig) -> TrainConfig:
+    """Set the intervals that were not given in proportion to the length of the run."""
+    intervals = {}
+    for name, (parts, most) in INTERVALS.items():
+        if getattr(config, name) is None:
+            intervals[name] = min(max(config.steps // parts, 1), most)
+    return replace(config, **intervals)
 
 
 def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
@@ -168,7 +197,7 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
     plan = not config.print_plan and "--print-plan"
     idle = {"decay_steps": config.schedule == "constant" and "--schedule linear",
             "decay_from": not config.decay_steps and "--decay-steps, how long the rate takes to fall to zero",
-            **dict.fromkeys(("eval_samples", "compare"), not config.eval_every and "--eval-every"),
+            **dict.fromkeys(("eval_samples", "compare"), config.eval_every == 0 and "--eval-every"),
             "text_mean": config.padding == "all" and config.stage != "instruct" and (
                 "--padding end or random, or --stage instruct, where texts differ in length"),
             "question_share": config.stage != "instruct" and "--stage instruct",
@@ -180,11 +209,11 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
     for name in given:
         if idle.get(name):
             parser.error(f"{cli.flag(name)} changes nothing without {idle[name]}")
-    if not set(given) - SAME and (config.stage, config.preset, bool(config.eval_every)) == (
-            "pretrain", "emoji", True):
-        config = replace(config, compare=[str(path) for path in sorted(EXPECTED.glob("*.jsonl"))])
-    steps = config.decay_from + config.decay_steps if config.decay_from else config.steps
-    return replace(config, out=config.out or f"out/{config.stage}", steps=steps)
+    if config.decay_from:
+        config = replace(config, steps=config.decay_from + config.decay_steps)
+    if config.print_plan and config.dtype == "auto":
+        config = replace(config, dtype="bfloat16")               # of GPUs, whatever this machine has
+    return fill_intervals(replace(config, out=config.out or f"out/{config.stage}"))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

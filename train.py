@@ -45,6 +45,8 @@ import show
 from buckets import Buckets
 from build import Models
 from cli import UserError, require
+from devices import autocast, choose_dtype
+from muon import Muon
 from parts import Parts, load_autoencoder
 from run import Run
 from stages import STAGES, TrainConfig, learning_rate, parse, start
@@ -188,9 +190,9 @@ def optimizers_of(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim
     matrices = {p for p in model["mmdit"].blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"}
     optimizers = [torch.optim.AdamW([p for p in learning if p not in matrices], lr=config.lr,
                                     weight_decay=config.weight_decay, fused=True)]
-    if matrices:                                                 # scaled so that AdamW's learning rate fits
-        optimizers.append(torch.optim.Muon([p for p in learning if p in matrices], lr=config.lr,
-                                           weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if matrices:
+        optimizers.append(Muon([p for p in learning if p in matrices], config.lr, config.weight_decay,
+                               dtype=getattr(torch, config.dtype)))
     return optimizers
 
 
@@ -222,6 +224,8 @@ def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
 def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     """Processes, data, models, optimizers and the run's folder, as far as the run has come."""
     rank, world, device = parallel.start(config.device)
+    dtype, why = choose_dtype(config.dtype, device)
+    config = replace(config, dtype=dtype)
     family, sizes, about = start(config.init, config.preset)
     sides = [("--text-batch", config.text_batch)] + [("--image-batch", config.image_batch)] * (
         config.image_batch > 0)
@@ -235,6 +239,7 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
         Pixels() if sizes.channels == 3 else None)
     factor = vae.factor if vae else data.latent_factor([*config.image_data, *config.text_data])
     build.check(config, sizes, factor)
+    checkpoint.check_config(sizes)
     settings = asdict(config) | dict(world=world, torch=torch.__version__)
     run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
     check_extension(config, run)
@@ -269,6 +274,7 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
         print(f"{millions:.2f} M parameters, {len(mixes.get('image') or mixes['text']):,} samples an epoch, "
               f"vocabulary {held.tokenizer.vocab_size}, {world} process(es), {device}, from step {run.step}",
               flush=True)
+        print(f"matrix products in {dtype}: {why}", flush=True)
         if vae is None and config.sample_every and "image" in mixes:
             print("note: no samples are drawn, for lack of the autoencoder that made the latents (--vae)",
                   flush=True)
@@ -328,11 +334,6 @@ def micro_batches(batch: dict, size: int) -> list[dict]:
             for at in range(0, rows, size or rows)]
 
 
-def precision(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """Products are made in --dtype."""
-    return torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-
-
 def backward(config: TrainConfig, models: Models, made: dict, world: int, metered: bool) -> tuple[dict, dict]:
     """Add up the gradients of both losses, in micro-batches; returns the losses, and what the meter says."""
     model, losses, image = models.learns, {}, []
@@ -347,7 +348,7 @@ def backward(config: TrainConfig, models: Models, made: dict, world: int, metere
             of_loss = part is parts[-1]
             parallel.last_backward(model, of_loss and (name == "text" or metered), of_loss, config.shard)
             batch = on_device(part, device)
-            with precision(config, device):                      # the mean over processes is the global mean
+            with autocast(device, config.dtype):                      # the mean over processes is the global mean
                 loss = ERRORS[name](models, batch).sum() / count
                 (weight * loss).backward()
             losses[name] = losses.get(name, 0) + loss.detach()
@@ -361,7 +362,7 @@ def validate(config: TrainConfig, held: Held, models: Models, run: Run, validati
     device = next(models.learns.parameters()).device
     errors = lambda name: lambda batch: ERRORS[name](models, on_device(batch, device))
     with (parallel.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"),
-          precision(config, device)):
+          autocast(device, config.dtype)):
         run.model.train()                                        # the loss that it learns by
         return validation.measure({name: errors(name) for name in ERRORS}, held.rank, held.world)
 
@@ -402,7 +403,7 @@ def train(config: TrainConfig, held: Held, models: Models, run: Run, asked: list
         if due(config.save_every) or stopping:
             run.save()
         if due(config.sample_every) and not stopping:
-            with precision(config, device):
+            with autocast(device, config.dtype):
                 show_samples(config, run, held, models, device)
         if stopping:
             break

@@ -83,7 +83,7 @@ def reading_page(parts: Parts, picture: Tensor | None, latents: Tensor | None, i
         at, logits, look = looks.get(number or 1, ([], None, None))
         attention[i] = None if look is None else look[:, i]                       # (K, N)
         if number and i in at:
-            known = mask_diffusion.forbid(logits[at.index(i)].double(), mask_id)
+            known = mask_diffusion.forbid(logits[at.index(i)].cpu().double(), mask_id)
             probability[i] = float(known.softmax(-1)[token])
     again = [(step, pieces(parts, text)) for step, text in zip(steps, texts)]
     return page.writing(picture, pieces(parts, final), revealed, probability,

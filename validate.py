@@ -71,7 +71,7 @@ class Validation:
                     t, uniform = exactly(made["t"], made["uniform"], made["frozen"])
                     made |= dict(t=t, uniform=uniform)
                 found = torch.zeros(4, len(rows), dtype=torch.float64)
-                found[0] = errors[name](made).double().cpu()
+                found[0] = errors[name](made).cpu().double()
                 found[1:] = self.counts(made) if name == "text" else 0
                 own = [i for i, row in enumerate(rows) if row < self.size]
                 table[:, [rows[i] for i in own]] = found[:, own]

@@ -27,12 +27,15 @@ import cli  # noqa: E402
 import emoji  # noqa: E402
 from checkpoint import write_json, write_text  # noqa: E402
 from data import fraction  # noqa: E402
+from devices import DEVICES  # noqa: E402
 from metrics.tables import table  # noqa: E402
 from sources import parsed  # noqa: E402
 from tars import Tar  # noqa: E402
 from tensors import replacing  # noqa: E402
 
 SEEDS = (0, 1, 2)
+RECIPE = ["--optimizer", "muon", "--lr", "2.5e-3", "--warmup", "50", "--image-batch", "96", "--text-batch", "48",
+          "--eval-every", "250", "--save-every", "250"]
 QUICK = ["--pixels", "32", "--image-batch", "16", "--text-batch", "16", "--dtype", "float32", "--ema", "0.99",
          "--eval-every", "100"]
 PRETRAIN, INSTRUCT = ("pretrain", ["--stage", "pretrain"]), ["--stage", "instruct"]
@@ -76,7 +79,7 @@ def call(command: list[str], threads: int) -> None:
 def train(args: argparse.Namespace, name: str, flags: list[str], before: Path | None, seed: int) -> None:
     folder = args.out / f"{name}_{seed}"
     given = [flag.format(third=args.out / "third.tar") for flag in flags]
-    command = ["train.py", *given, *(["--init", str(before)] if before else []), "--seed", str(seed),
+    command = ["train.py", *RECIPE, *given, *(["--init", str(before)] if before else []), "--seed", str(seed),
                "--steps", str(args.steps), "--out", str(folder), "--sample-every", "0", "--device",
                args.device]
     small = [] if not args.quick else QUICK[2:] if before else QUICK
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--limit", **count, help="pictures read, and prompts drawn (200; --quick 20)")
     parser.add_argument("--quick", action="store_true", help="32x32 pixels, 16 pictures and texts a step")
     parser.add_argument("--at-once", default=2, **count, help="runs at once (2)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
     args = parser.parse_args()
     args.out = args.out or Path("out") / (args.table + "-quick" * args.quick)
     args.steps = args.steps or (50 if args.quick else 4000)

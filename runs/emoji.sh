@@ -12,15 +12,17 @@
 set -eu
 cd "$(dirname "$0")/.."
 compile=$(command -v c++ g++ clang++ >/dev/null && echo --compile || true)
-program=train.py flags="--sample-every 1000 $compile"
+program=train.py flags="--eval-every 250 --save-every 250 --sample-every 1000 $compile"
 if nvidia-smi -L >/dev/null 2>&1; then
     program=runs/graphed.py
     flags="--workers 12 --log-every 50 --eval-every 1000 --save-every 5000 --sample-every 5000"
 fi
 steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "out/$1/config.json" 2>/dev/null || true; }
+recipe="--optimizer muon --lr 2.5e-3 --warmup 50"
+batches="--image-batch 96 --text-batch 48"
 stage() {                                                    # NAME STEPS FLAG ...
     local name=$1 steps=$2; shift 2
-    [ "$(steps_of "$name")" = "$steps" ] || python $program --out "out/$name" --steps "$steps" $flags "$@"
+    [ "$(steps_of "$name")" = "$steps" ] || python $program --out "out/$name" --steps "$steps" $flags $recipe $batches "$@"
     [ "$(steps_of "$name")" = "$steps" ] || exit 1           # it was stopped, and goes on next time
 }
 
@@ -32,6 +34,6 @@ stage instruct 15000 --stage instruct --init out/pretrain --decay-steps 4000 --q
 
 # 3. The same with more texts, each masked token alike, of each picture as often: two people come in 25 pairs
 #    of tones, of which an epoch had one until here.
-python $program --out out/each --steps 25000 $flags --stage instruct --init out/instruct --decay-steps 15000 \
+python $program --out out/each --steps 25000 $flags $recipe --stage instruct --init out/instruct --decay-steps 15000 \
     --question-share 0.6 --text-weight 2 --text-loss flat --image-batch 64 --text-batch 96 \
     --text-data assets/emoji.tar.gz@each "$@"

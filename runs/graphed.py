@@ -4,8 +4,8 @@
     bash runs/emoji.sh                              # all stages; with a GPU it calls this
 
 Flags, draws, losses, optimizers and the run's folder are train.py's, and either goes on from the other.  What
-differs: logits are made at all tokens, so that shapes are static; Muon takes matrices of one shape together;
-losses are looked at where something is logged or saved.  Saves, validations and samples take seconds each.
+differs: logits are made at all tokens, so that shapes are static; losses are looked at where something is
+logged or saved.  Saves, validations and samples take seconds each.
 
 Shapes: B pictures of the image loss, n texts, P pixels a side, L tokens.
 """
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import data
 import train as plain
+from devices import autocast, choose_device
 from stages import STAGES, TrainConfig, learning_rate, parse, start
 
 
@@ -64,41 +65,7 @@ def pack(config: TrainConfig, held: plain.Held, ring: Tensor, step: int) -> dict
     return dict(bad=made["bad"], cut=made["cut"])
 
 
-def stacks_of(muon: torch.optim.Muon) -> list[tuple[list[Tensor], Tensor]]:
-    """Its matrices by shape, n of one, and their momenta, (n, rows, columns), which its state shares."""
-    matrices, stacks = muon.param_groups[0]["params"], []
-    for shape in dict.fromkeys(p.shape for p in matrices):
-        some = [p for p in matrices if p.shape == shape]
-        momenta = torch.stack([muon.state[p].get("momentum_buffer", torch.zeros_like(p)) for p in some])
-        for p, momentum in zip(some, momenta):
-            muon.state[p]["momentum_buffer"] = momentum
-        stacks.append((some, momenta))
-    return stacks
-
-
-def orthogonal(x: Tensor, group: dict) -> Tensor:
-    """torch.optim.Muon's Newton-Schulz iteration in bfloat16, of many matrices (n, rows, columns)."""
-    (a, b, c), tall = group["ns_coefficients"], x.shape[1] > x.shape[2]
-    x = x.bfloat16().mT if tall else x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-@torch.no_grad()
-def muon_step(stacks: list, group: dict, rate: Tensor) -> None:
-    """torch.optim.Muon's, with nesterov and "match_rms_adamw"; rate: a scalar of the device."""
-    for some, momenta in stacks:
-        grads = torch.stack([p.grad for p in some])                               # (n, rows, columns)
-        momenta.lerp_(grads, 1 - group["momentum"])
-        update = orthogonal(grads.lerp(momenta, group["momentum"]), group).float()
-        torch._foreach_mul_(some, 1 - rate * group["weight_decay"])
-        torch._foreach_sub_(some, (update * (rate * 0.2 * max(some[0].shape) ** 0.5)).contiguous().unbind())
-
-
-def take_step(config: TrainConfig, models, run, stacks: list, x: dict[str, Tensor], mask: Tensor) -> dict:
+def take_step(config: TrainConfig, models, run, x: dict[str, Tensor], mask: Tensor) -> dict:
     """A step on what is in x: losses, and the gradient's norm.  mask: [MASK], (1,).  Nothing here may wait
     for the device, nor make a tensor on the host."""
     model, device = models.learns, mask.device
@@ -115,9 +82,8 @@ def take_step(config: TrainConfig, models, run, stacks: list, x: dict[str, Tenso
         text = (each * x["weight"].flatten()).sum()
         (config.text_weight * text).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    run.optimizers[0].step()
-    if stacks:
-        muon_step(stacks, run.optimizers[1].param_groups[0], x["rate"])
+    for optimizer in run.optimizers:
+        optimizer.step()
     with torch.no_grad():
         apart = torch._foreach_sub([*model.parameters()], [*run.ema.values()])
         torch._foreach_mul_(apart, x["average"])
@@ -161,16 +127,23 @@ def captured(take, run):
     return step                                                  # its results are overwritten by the next
 
 
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float | Tensor) -> None:
+    """Set the learning rate: a tensor while the graph runs, a number, as train.py has it, in a checkpoint."""
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["lr"] = rate
+    optimizers[0].param_groups[0]["capturable"] = torch.is_tensor(rate) and rate.is_cuda      # AdamW's
+
+
 def train(config: TrainConfig, held: plain.Held, models, run, asked: list[int]) -> None:
     """train.py's loop; the device is waited for where something is due."""
     device, size = next(models.learns.parameters()).device, views(config, None)[1]
     cuda, slots = device.type == "cuda", 3 * config.workers + 2
     # a DataLoader has two steps a reader on the way; forks share this memory, whatever /dev/shm can hold
     ring = torch.frombuffer(mmap.mmap(-1, slots * size), dtype=torch.uint8).view(slots, size)
-    there, adamw = torch.zeros(size, dtype=torch.uint8, device=device), run.optimizers[0].param_groups[0]
+    there = torch.zeros(size, dtype=torch.uint8, device=device)
     x, take, bad, cut = views(config, there)[0], None, [], []
-    stacks, mask = sum(map(stacks_of, run.optimizers[1:]), []), x["ids"].new_tensor([held.tokenizer.mask_id])
-    step = partial(take_step, config, models, run, stacks, x, mask)
+    mask = x["ids"].new_tensor([held.tokenizer.mask_id])
+    step = partial(take_step, config, models, run, x, mask)
     validation = config.eval_every and held.validation(config)
     due = lambda every: every and (run.step % every == 0 or run.step == config.steps)
     if cuda:
@@ -178,7 +151,7 @@ def train(config: TrainConfig, held: plain.Held, models, run, asked: list[int]) 
     for made in data.feed(partial(pack, config, held, ring), range(run.step, config.steps), config.workers):
         slot = ring[run.step % slots]                            # pinned memory is kept until it is copied
         there.copy_(slot.pin_memory() if cuda else slot, non_blocking=True)
-        adamw.update(lr=x["rate"], capturable=cuda)
+        set_rate(run.optimizers, x["rate"])
         take = take or (captured(step, run) if cuda else step)
         run.note(take())
         rate, stopping, found = learning_rate(run.step, config), bool(asked), {}
@@ -196,10 +169,10 @@ def train(config: TrainConfig, held: plain.Held, models, run, asked: list[int]) 
             run.log(rate, config.steps, bad, cut, found)
             bad, cut = [], []
         if due(config.save_every) or stopping:
-            adamw.update(lr=rate, capturable=False)              # as train.py has it
+            set_rate(run.optimizers, rate)
             run.save()
         if due(config.sample_every) and not stopping:
-            with plain.precision(config, device):
+            with autocast(device, config.dtype):
                 plain.show_samples(config, run, held, models, device)
         if stopping:
             break
@@ -219,7 +192,7 @@ def main(argv: list[str] | None = None, eager: bool = False) -> None:
         (sizes.text_length and sizes.channels == 3, f"{config.init or config.preset}: expected a token "
          f"embedding of its own, and pixels; train.py has T5 and latents"),
         (STAGES[config.stage].losses == "image, text", "--stage text: has one loss; train.py has it"),
-        (eager or cli.device(config.device) == "cuda", "a CUDA graph needs a GPU; train.py has CPUs"))
+        (eager or choose_device(config.device) == "cuda", "a CUDA graph needs a GPU; train.py has CPUs"))
     config, held, models, run = plain.set_up(config)
     with closing(run), plain.asked_to_stop() as asked, data.readers_watched():
         cli.require((bool(held.mixes["text"].stamp), "--text-data: has no pictures; train.py has plain text"))

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# A small fine-tune of the shipped weights on a folder of your own pictures (photo.jpg with photo.txt beside
-# it), some minutes of two CPU cores; then a prompt is drawn, and the drawing captioned, with the result.
+# Fine-tunes the shipped weights on a folder of your own images (photo.jpg with photo.txt beside it), in some
+# minutes of two CPU cores; then draws a prompt with the result and captions the drawing.
 #
-#   bash runs/own.sh FOLDER "a prompt"
+#   bash runs/own.sh FOLDER PROMPT [FLAG ...]        # further flags go to train.py, such as --steps 600
 set -eu
+if [ $# -lt 2 ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+folder=$1 prompt=$2; shift 2
+[ ! -e "$folder" ] || folder=$(realpath "$folder")
 cd "$(dirname "$0")/.."
 mkdir -p out
-python data.py show "$1" --pixels 64 --out out/own_page.png      # what the model will see
-python train.py --init assets/emoji --image-data "$1" assets/emoji.tar.gz:0.2 --steps "${STEPS:-300}" \
-    --lr 5e-4 --ema 0.99 --image-batch 32 --text-batch 32 --save-every 100 --sample-every 100 --out out/own
-python sample.py --checkpoint out/own --prompt "$2" --out out/own_drawn.png
+python data.py show "$folder" --pixels 64 --out out/own_page.png      # what the model will see
+python train.py --init assets/emoji --image-data "$folder" assets/emoji.tar.gz:0.2 --steps 300 --lr 5e-4 \
+    --ema 0.99 --image-batch 32 --text-batch 32 --save-every 100 --sample-every 100 --eval-every 250 \
+    --optimizer muon --out out/own "$@"
+python sample.py --checkpoint out/own --prompt "$prompt" --out out/own_drawn.png
 python sample.py --checkpoint out/own --image out/own_drawn.png

@@ -66,7 +66,7 @@ def test_every_stage_takes_flags_that_train_has(tmp_path, tiny):
             for i, (_, flags) in enumerate(stages):
                 given = [flag.format(third=emoji.TAR) for flag in flags] + ["--init", str(tiny)] * (i > 0)
                 small = claims.QUICK[2:] if i else claims.QUICK
-                config = parse([*given, *small, "--steps", "7", "--sample-every", "0", "--device", "cpu"])
+                config = parse([*claims.RECIPE, *given, *small, "--steps", "7", "--sample-every", "0", "--device", "cpu"])
                 assert config.steps == 7 and config.image_batch == 16
     weights = [parse(flags).text_weight for stages in claims.TABLES["lambda"].values() for _, flags in stages]
     assert weights == [0.05, 0.2, 1]

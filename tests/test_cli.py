@@ -90,10 +90,11 @@ def test_ctrl_c_while_a_run_is_set_up_is_one_line(tmp_path):
 
 @dataclass
 class Config:
-    steps: int = cli.value(4, low=1)            # updates
-    share: float = cli.value(0.5, low=0, high=1)  # 50% of the texts
-    way: str = cli.value("up", choices=["up", "down"])  # where to
-    quick: bool = False                         # half of it
+    steps: int = cli.option(4, "updates", low=1)
+    share: float = cli.option(0.5, "50% of the texts", low=0, high=1)
+    way: str = cli.option("up", "where to", choices=["up", "down"])
+    every: int | None = cli.option(None, "steps between lines (a tenth)", low=0)
+    quick: bool = False
 
 
 def parse(*flags):
@@ -104,8 +105,8 @@ def parse(*flags):
 
 def test_flags_of_a_dataclass_are_those_given_in_its_types():
     assert parse() == {}
-    assert parse("--steps", "7", "--share", "1e-1", "--way=down", "--quick") == dict(
-        steps=7, share=0.1, way="down", quick=True)
+    assert parse("--steps", "7", "--share", "1e-1", "--way=down", "--quick", "--every", "0") == dict(
+        steps=7, share=0.1, way="down", quick=True, every=0)
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -153,13 +154,18 @@ def test_flags_that_change_nothing_or_mean_nothing_are_refused(main, flags, said
     assert code == 2 and said in found and len(found.splitlines()) == 1
 
 
-def test_help_shows_each_comment_and_the_stages_own_default(capsys):
+def test_a_pace_is_told_in_the_unit_that_is_above_one():
+    assert [cli.pace(2.5, "step"), cli.pace(0.4, "step")] == ["2.5 steps/s", "2.5 s/step"]
+    assert [cli.pace(1234.0), cli.pace(0.4)] == ["1,234.0/s", "2.5 s each"]
+
+
+def test_help_shows_each_text_and_the_stages_own_default(capsys):
     for stage, rate in (("pretrain", "0.2"), ("instruct", "1.0")):
         with pytest.raises(SystemExit) as stop:
             train.parse(["--stage", stage, "--help"])
         said = " ".join(capsys.readouterr().out.split())
-        assert stop.value.code == 0 and f"--text-weight N lambda ({rate})" in said
-        assert "pictures in the image loss of one update, over all processes (96)" in said
+        assert stop.value.code == 0 and f"--text-weight N lambda, the weight of the text loss ({rate})" in said
+        assert "images in the image loss of a step, over all processes (32)" in said
     with pytest.raises(SystemExit):
         parse("--help")
     assert "50% of the texts (0.5)" in capsys.readouterr().out

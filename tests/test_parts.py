@@ -10,7 +10,7 @@ import parts as parts_module
 import prepare
 import sample
 from cli import UserError, require
-from parts import Parts, has_bfloat16
+from parts import Parts
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RELEASE, SD3_FILE = FIXTURES / "release", FIXTURES / "sd3.safetensors"
@@ -98,15 +98,3 @@ def test_parts_of_other_sizes_are_refused_before_they_are_loaded(monkeypatch):
             patch.setattr(checkpoint, "read_sizes", lambda path: (family, sizes))
             with pytest.raises(UserError, match=message):
                 Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16)
-
-
-def test_our_weights_are_held_in_bfloat16_where_the_processor_multiplies_in_it(monkeypatch):
-    for flags, native in (("fpu avx2 avx512f", False), ("avx512f avx512_bf16 amx_tile", True),
-                          ("Features : fp asimd bf16 i8mm", True), ("notbf16", False)):
-        monkeypatch.setattr(Path, "read_text", lambda self, *a, flags=flags, **k: f"flags\t\t: {flags}\n")
-        assert has_bfloat16(torch.device("cpu")) == native
-    monkeypatch.undo()
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(parts_module, "has_bfloat16", lambda device, native=native: native)
-        assert Parts(keep=False).dtype == dtype
-        assert Parts(keep=False, dtype=torch.float32).dtype == torch.float32

@@ -1,8 +1,10 @@
 """The stages, from a tiny SD3, T5 and autoencoder: each trains, goes on, draws, reads; what learns where."""
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -258,17 +260,55 @@ def test_dropped_captions_cost_no_t5_and_have_the_empty_prompts_states():
     assert torch.allclose(models.captions(ids, dropped, whole), whole, atol=1e-5) and seen == [2]
 
 
-def test_a_run_of_the_recipe_is_compared_with_its_three_seeds(tmp_path, monkeypatch):
-    for seed in (1, 0):
-        (tmp_path / f"seed_{seed}.jsonl").write_text("{}")
-    monkeypatch.setattr(stages, "EXPECTED", tmp_path)
-    logs = [str(tmp_path / "seed_0.jsonl"), str(tmp_path / "seed_1.jsonl")]
-    assert train.parse([]).compare == logs
-    assert train.parse(["--seed", "3", "--steps", "9", "--compile", "--out", "x"]).compare == logs
-    for flags in (["--lr", "1e-3"], ["--stage", "instruct"], ["--eval-every", "0"], ["--preset", "e2e-1.1b"],
-                  ["--image-data", "cats"], ["--eval-samples", "20"], ["--padding", "end"]):
-        assert train.parse(flags).compare == []
-    assert train.parse(["--compare", "mine.jsonl"]).compare == ["mine.jsonl"]
+def test_intervals_are_shares_of_the_steps_unless_they_are_given():
+    intervals = lambda *flags: [getattr(train.parse(list(map(str, flags))), f"{name}_every")
+                                for name in ("eval", "save", "sample")]
+    assert intervals("--steps", 500) == [25, 50, 50]
+    assert intervals("--steps", 3) == [1, 1, 1]
+    assert intervals("--steps", 200_000) == [1000, 1000, 5000]
+    assert intervals("--steps", 500, "--eval-every", 0, "--save-every", 7, "--sample-every", 0) == [0, 7, 0]
+    assert intervals("--stage", "instruct", "--decay-from", 100, "--decay-steps", 100) == [10, 20, 20]
+
+
+@pytest.fixture
+def changed_program(tmp_path):
+    """A copy of the program whose sources a test changes; returns a function that runs a file of it."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+
+    def change(file, line, more):
+        source = (tmp_path / file).read_text()
+        assert source.count(line) == 1
+        (tmp_path / file).write_text(source.replace(line, line + more))
+
+    def call(*command):
+        return subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return change, call
+
+
+def test_a_new_field_of_either_config_is_trained_saved_and_sampled(changed_program, tiny, small_tar, tmp_path):
+    change, call = changed_program
+    change("model.py", "    qk_norm: bool = False", "\n    registers: int = 0\n    scale: float = 1\n    only: bool = False")
+    change("stages.py", "class TrainConfig:\n", "    colours: int = 0\n    hue: float = 0.5\n    shade: str = ''\n")
+    flags = ["--init", tiny, "--image-data", small_tar, "--out", "run", "--steps", 2, "--image-batch", 4, "--text-batch", 4,
+             "--eval-every", 0, "--sample-every", 0, "--device", "cpu", "--colours", 3]
+    trained = call("train.py", *flags)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["mmdit"]["registers"] == 0
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["colours"] == 3
+    drawn = call("sample.py", "--checkpoint", "run", "--prompt", "red apple", "--steps", 1, "--out", "a.png")
+    assert drawn.returncode == 0 and (tmp_path / "a.png").exists(), drawn.stderr
+
+
+def test_a_config_that_could_not_be_read_back_stops_the_run_before_its_first_step(changed_program, tiny, small_tar,
+                                                                                  tmp_path):
+    change, call = changed_program
+    change("model.py", "    qk_norm: bool = False", "\n    registers: tuple = (1, 2)")
+    refused = call("train.py", "--init", tiny, "--image-data", small_tar, "--out", "run", "--steps", 2)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "registers" in refused.stderr and not (tmp_path / "run").exists()
 
 
 def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, monkeypatch):
@@ -287,7 +327,7 @@ def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, mon
     for _ in range(2):                                           # the second time all stages are done
         call("runs/paper.sh")
         call("runs/end_to_end.sh")
-    call("runs/own.sh", "folder", "a prompt")
+    call("runs/own.sh", "folder", "a prompt", "--steps", "7")
     calls = [line.split("\t")[:-1] for line in (tmp_path / "called").read_text().splitlines()]
     trained = [words[words.index("train.py") + 1:] for words in calls if "train.py" in words]
     monkeypatch.setattr(stages, "start", lambda init, preset: ("", MMDiTConfig(**PRESETS["sd3-medium"]), {}))
@@ -298,6 +338,9 @@ def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, mon
         assert config.steps == stages.STAGES[config.stage].steps and config.init
     prepared = [words[1:] for words in calls if words[0] == "data.py"]
     assert [words[0] for words in prepared] == ["pack", "latents", "pack", "latents", "show"]
+    assert configs[-1].steps == 7                                # own.sh passes further flags on
+    refused = subprocess.run(["bash", "runs/own.sh", "folder"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "bash runs/own.sh FOLDER PROMPT" in refused.stderr
 
 
 @pytest.mark.parametrize("more, status, message", [
