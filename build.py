@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
@@ -41,15 +42,20 @@ class Models:
             return self.t5(ids, mask)
 
     def captions(self, ids: Tensor, dropped: Tensor, states: Tensor | None = None) -> Tensor:
-        """As `text`, of clean captions, of which those that are dropped (B,) are empty prompts.
+        """Return the text states (B, L, E) of clean captions; those that are dropped (B,) are empty prompts.
 
         states: T5's, where they are stored, (B, L, E)."""
         if self.t5 is None:
             return self.learns["embedding"](ids)
-        text, kept = self.empty.repeat(len(ids), 1, 1), ~dropped
-        kept[0] |= not kept.any()                                # where T5 is sharded, all processes call it
+        text = self.empty.repeat(len(ids), 1, 1)                                  # (B, L, E)
+        kept = ~dropped
         with torch.no_grad():
-            text[kept] = self.t5(ids[kept]) if states is None else states[kept].to(text.dtype)
+            if states is not None:
+                text[kept] = states[kept].to(text.dtype)
+            elif kept.any():
+                text[kept] = self.t5(ids[kept])
+            elif isinstance(self.t5, FSDPModule):
+                self.t5(ids[:1])        # the other processes wait for this one's shards
         return text
 
     @torch.no_grad()
@@ -100,9 +106,11 @@ def load_tokenizer(config: TrainConfig, own: bool, texts: list[str] | None) -> T
         require((path, f"--preset {config.preset} reads T5's states: name its tokenizer with --tokenizer, T5 "
                  f"with --t5 and the autoencoder with --vae"))
         try:
-            return checkpoint.load_tokenizer(path)
+            tokenizer = checkpoint.load_tokenizer(path)
         except UserError as error:
             raise UserError(f"{error}; name it with --tokenizer") if not config.tokenizer else error
+        tokenizer.pad_id = tokenizer.end_id                      # as the published trainer pads, not <pad>
+        return tokenizer
     return gpt2_tokenizer(gpt2_subset(texts) if config.vocabulary == "used" and texts is not None else None)
 
 
@@ -174,7 +182,8 @@ def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> b
     if None in made:
         return False
     t5 = checkpoint.load_t5(where["t5"], torch.bfloat16)
-    mine = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(), length=str(config.text_length))
+    mine = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(), length=str(config.text_length),
+                recaption=str(config.recaption))
     for source, found in zip(mix.sources, made):
         require((found == mine, f"{source.name}: stored states of {found}, this run's are of {mine}; make "
                  f"them again, or without --t5"))

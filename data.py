@@ -20,18 +20,20 @@ import hashlib
 import re
 import signal
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import questions
 import sources
 import tars
 from cli import UserError, require
-from pictures import check_picture, fit_picture, read_picture
+from pictures import fit_picture, read_picture
 
 PIXELS = dict(vae="pixels", channels="3")       # the stamp of pictures that are not encoded
 EACH = "@each"                                  # behind the emoji tar's path: each picture as often
@@ -78,15 +80,16 @@ def permute(at: Tensor, size: int, key: str) -> Tensor:
 def locate(positions: Tensor, sizes: list[int], weights: list[float], key: str) -> list[tuple[int, int, int]]:
     """(source, epoch, place in the source) of each position (n,) of an endless mix of shuffled epochs.
 
+    weights: of all samples of a source together, len(source) times that of one.
     Source k fills its share of positions as evenly as can be: of the first p positions left to it and to the
     sources after it, floor(p share).  That count says which epoch of the source, and where in it, a position
     is.
     """
     found, todo, left = [(0, 0, 0)] * len(positions), torch.arange(len(positions)), positions
     for k, (size, weight) in enumerate(zip(sizes, weights)):
-        share = round(weight / sum(weights[k:]) * 2**20)         # in 2^-20, so that it is exact
-        before = (left * share) >> 20
-        mine = ((left + 1) * share) >> 20 > before
+        share = round(weight / sum(weights[k:]) * 2**24)         # in 2^-24, so that it is exact
+        before = (left * share) >> 24
+        mine = ((left + 1) * share) >> 24 > before
         epochs, at = before[mine] // size, before[mine] % size
         for e in epochs.unique().tolist():
             places = permute(at[epochs == e], size, f"{key} source {k} epoch {e}").tolist()
@@ -138,23 +141,39 @@ def fingerprint(spec: str) -> str:
     return f"{hashlib.sha256(listed.encode()).hexdigest()[:16]}:{weight}{each}"
 
 
+@dataclass
+class Filters:
+    """Which samples training leaves out; the published filters are 256, 4.5 and 6."""
+    min_side: int = 1               # pixels of an image's shorter side
+    max_ratio: float = 4.0          # of the longer side to the shorter
+    min_caption: int = 0            # characters of a caption
+
+
+class Filtered(UserError):
+    """A sample that `Filters` leave out: nothing is wrong with it."""
+
+
 class Mix:
-    """Sources mixed by weight, PATH[:WEIGHT] each, in the order that `key` gives; pictures cut to P x P,
-    plain text to `length` tokens.  asks: its questions are asked, so that an empty list of them is a mistake.
+    """Sources, PATH[:WEIGHT] each, in the order that `key` gives; pictures cut to P x P, plain text to `length`
+    tokens.  Every sample is drawn as often as any other, WEIGHT times as often where one is given.
+    asks: its questions are asked, so that an empty list of them is a mistake.
 
     stamp: what its latents are, "vae", "pixels" and "channels", also where they are the pixels; None for
     plain text.  bad: what samples were of no use since `newly_bad` was asked, and why; lost, of seen: how
     many of all that were asked for.  Raises UserError, also where sources can't be in one batch."""
 
-    def __init__(self, specs: list[str], pixels: int, key: str = "", min_side: int = 1, length: int = 256,
-                 asks: bool = False):
-        self.pixels, self.key, self.min_side, self.asks = pixels, key, min_side, asks
+    def __init__(self, specs: list[str], pixels: int, key: str = "", filters: Filters = Filters(),
+                 length: int = 256, asks: bool = False):
+        self.pixels, self.key, self.filters, self.asks = pixels, key, filters, asks
         self.sources, self.weights = [], []
         self.bad, self.lost, self.seen = [], 0, 0
         for spec in specs:
             path, weight = split_weight(spec)
             self.sources.append(open_source(path, pixels, length))
-            self.weights.append(weight)
+            self.weights.append(weight * len(self.sources[-1]))
+        for source, weight in zip(self.sources, self.weights):
+            require((weight / sum(self.weights) > 2**-23, f"{source.name}: {len(source):,} samples of {len(self):,}"
+                     f" are too few to be drawn; give it a weight, PATH:WEIGHT"))
         stamps = [getattr(source, "stamp", PIXELS | {"pixels": str(pixels)}) for source in self.sources]
         stamps = [stamp and {name: stamp[name] for name in (*PIXELS, "pixels")} for stamp in stamps]
         self.stamp, said = stamps[0], [str(stamp or "plain text").replace("'", "") for stamp in stamps]
@@ -176,20 +195,22 @@ class Mix:
 
     def read(self, k: int, epoch: int, place: int, captioned: bool,
              size: tuple[int, int] | None = None) -> dict:
-        """A sample of source k; the next one stands in for one that is of no use.  UserError after 20 in a
-        row, or when over 5 % are."""
+        """Return a sample of source k; the next one stands in for one that is of no use or filtered out.
+
+        Raises UserError after 100 in a row, or when over 5 % are of no use; filters may leave out any share."""
         source = self.sources[k]
-        for at in range(place, place + 20):
+        for at in range(place, place + 100):
             self.seen += 1
             try:
                 return self.sample(k, epoch, at % len(source), captioned, size)
             except UserError as error:
                 self.bad.append(str(error))
-                self.lost += 1
-                if self.lost > 0.05 * self.seen and self.seen >= 200:
-                    break
-        raise UserError(f"{source.name}: {self.lost} of {self.seen} samples are of no use, the last: "
-                        f"{self.bad[-1]}")
+                if not isinstance(error, Filtered):
+                    self.lost += 1
+            if self.lost > 0.05 * self.seen and self.seen >= 200:
+                raise UserError(f"{source.name}: {self.lost} of {self.seen} samples are of no use, the last: "
+                                f"{self.bad[-1]}")
+        raise UserError(f"{source.name}: 100 samples in a row are of no use, the last: {self.bad[-1]}")
 
     def sample(self, k: int, epoch: int, place: int, captioned: bool = False,
                size: tuple[int, int] | None = None) -> dict:
@@ -212,14 +233,33 @@ class Mix:
             return sample
         if isinstance(sample.get("picture"), bytes):
             picture = read_picture(sample["picture"], sample["key"])
-            check_picture(picture, sample["key"], self.min_side)
+            self.check_size(picture, sample["key"])
             array = torch.from_numpy(np.array(fit_picture(picture, *(size or (self.pixels,)))))
             sample["picture"] = array.permute(2, 0, 1)
+        self.filter_captions(sample, captioned)
         asks, asked = self.asks and not captioned, sample.get("questions")
         require((not asks or asked != [], f"{sample['key']}: \"questions\" is [], and this stage asks some"))
         if not sample["captions"] and not sample.get("recaption") and (captioned or not asked):
             raise UserError(f"{sample['key']}: no caption{'' if captioned else ' and no question'}")
         return sample
+
+    def check_size(self, picture: Image.Image, name: str) -> None:
+        """Raise Filtered for a picture that is too small or too long."""
+        short, long = sorted(picture.size)
+        if short < self.filters.min_side or long > self.filters.max_ratio * short:
+            raise Filtered(f"{name}: a picture of {picture.width}x{picture.height}, expected sides of at least "
+                           f"{self.filters.min_side} and at most {self.filters.max_ratio:g} to 1")
+
+    def filter_captions(self, sample: dict, captioned: bool) -> None:
+        """Drop captions that are too short.  Raise Filtered where that leaves nothing to learn from."""
+        least, recaption = self.filters.min_caption, sample.get("recaption")
+        captions = [text for text in sample["captions"] if len(text) >= least]
+        if recaption and len(recaption) < least:
+            recaption = sample["recaption"] = ""
+        others = recaption or (sample.get("questions") and not captioned)
+        if sample["captions"] and not captions and not others:
+            raise Filtered(f"{sample['key']}: no caption of at least {least} characters")
+        sample["captions"] = captions
 
     def texts(self) -> list[str] | None:
         """Every text of the sources, or None where that would take reading all of them."""
@@ -231,8 +271,11 @@ class Mix:
         """Samples to look at, of the first source: learnt ones, or held-out ones where it has any."""
         source = self.sources[0]
         kept = getattr(source, "held", [])[:count] if held else []
-        return [self.cut(source[i], captioned) for i in kept] or [
-            self.read(0, 0, place, captioned) for place in range(min(count, len(source)))]
+        if kept:
+            return [self.cut(source[i], captioned) for i in kept]
+        count = min(count, len(source))
+        places = [i * len(source) // count for i in range(count)]        # a folder is often sorted: of all of it
+        return [self.read(0, 0, place, captioned) for place in places]
 
 
 class Ahead(torch.utils.data.Dataset):

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Callable
 
 import answering
+import data
 import emoji
 import gallery
 import parallel
@@ -39,11 +40,13 @@ from cli import require
 from devices import DEVICES, choose_device
 from metrics import answers, benchmarks, captions, comparisons, emojis
 from metrics.tables import about, left_out, progress, table, tell
+from parts import Parts
 from reading import STEPS
 
 WALK = ["--guidance", "--shift", "--solver", "--guidance-interval", "--guidance-rule", "--zero-steps"]
 PARTS = ["--checkpoint", "--dtype", "--height", "--width", "--length", "--vae", "--t5", "--tokenizer",
          "--mask-embedding"]
+ANSWER_ROOM = 32        # tokens of an answer behind the longest prompt with --shots
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -95,6 +98,24 @@ def asked_of(args: argparse.Namespace) -> tuple[list[Ask], list[str]]:
             for q in asked[:args.limit]], bad + more
 
 
+def make_room(parts: Parts, asked: list[Ask], args: argparse.Namespace) -> None:
+    """Lengthen the answers' positions so that the longest prompt with its --shots fits.
+
+    Raises UserError where --length, or the checkpoint's position table, leaves room for none."""
+    prompts = [data.question_prompt(ask.question) for ask in asked]
+    sizes = sorted(map(len, parts.tokenizer.many(prompts)))
+    needed = sizes[-1] + ANSWER_ROOM
+    if needed <= parts.answer_length:
+        return
+    if getattr(args, "length", "auto") == "auto" and not parts.own:          # T5 has no position table
+        parts.answer_length = needed
+        return
+    advice = f"at most {parts.sizes.text_length} positions: use fewer --shots" if parts.own else (
+        f"--length {parts.answer_length}: use --length {needed}")
+    require((sizes[0] + 2 <= parts.answer_length, f"--shots {args.shots}: the prompts have {sizes[0]} to "
+             f"{sizes[-1]} tokens, {advice}"))
+
+
 def answer(args: argparse.Namespace) -> None:
     """Answers to a benchmark's questions, or captions, a line each, shared among torchrun's processes."""
     rank, world, device = parallel.start(args.device)
@@ -102,6 +123,8 @@ def answer(args: argparse.Namespace) -> None:
         asked, bad = asked_of(args)
         parts = sample.open_parts(vars(args), device)
         require((parts.family != "SD3", "this checkpoint is SD3's, which has no text head: it only draws"))
+        if args.shots and asked:
+            make_room(parts, asked, args)
         kind = "text" if args.benchmark == "captions" else "answer"
         how = dict(steps=STEPS[kind]) | sample.reads(vars(args))
         parts.silent = True

@@ -37,10 +37,13 @@ def draw(shape: tuple[int, ...], generator: torch.Generator | None = None, shift
 
 
 def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
-           t: Tensor | None = None, noise: Tensor | None = None, of: str = "velocity") -> Tensor:
+           t: Tensor | None = None, noise: Tensor | None = None, of: str = "velocity",
+           floor: float = 0.0) -> Tensor:
     """Mean over pixels of |v(x_t, t) - (e - x)|^2 for each sample, (B,), in float32 whatever x is.
 
     of "data": of |x_t - t v(x_t, t) - x|^2, as the published code has it; that is t^2 as much.
+    floor: of the t in v = (x_t - x) / max(t, floor), for a network that predicts x and divides so; the target
+    is divided alike (JiT, arXiv 2511.13720), so that a perfect network's error is 0 at every t.
     x: clean latents (B, C, h, w).  t (B,) and noise (B, C, h, w) are drawn by `draw` unless both are given.
     Raises ValueError when only one of them is."""
     if (t is None) != (noise is None):
@@ -50,7 +53,10 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
     x, (t, noise) = precise(x), (precise(y).to(x.device, non_blocking=True) for y in (t, noise))
     tt = t.view(-1, *[1] * (x.ndim - 1))                                          # (B, 1, 1, 1)
     v = velocity((1 - tt) * x + tt * noise, t)
-    return (v.to(x.dtype) - (noise - x)).square().flatten(1).mean(1) * (t ** 2 if of == "data" else 1)
+    target = noise - x
+    if floor:
+        target = target * (tt / floor).clamp(max=1)                               # (x_t - x) / max(t, floor)
+    return (v.to(x.dtype) - target).square().flatten(1).mean(1) * (t ** 2 if of == "data" else 1)
 
 
 def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None, **drawn: Tensor) -> Tensor:

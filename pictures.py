@@ -18,7 +18,6 @@ from torch import Tensor
 from cli import UserError
 from tensors import replacing
 
-LONGEST = 4             # sides: training leaves out a picture longer than 4 to 1
 
 
 @contextmanager
@@ -107,14 +106,6 @@ def fit_picture(picture: Image.Image, height: int, width: int | None = None,
     left, top = (across - size[0]) / 2, (down - size[1]) / 2
     return picture.resize((width, height), filter,
                           (left, top, left + size[0], top + size[1]))
-
-
-def check_picture(picture: Image.Image, name: str, least: int = 1) -> None:
-    """Raises UserError for a picture that training leaves out: too long, or a side under `least` pixels."""
-    short, long = sorted(picture.size)
-    if long > LONGEST * short or short < least:
-        raise UserError(f"{name}: a picture of {picture.width}x{picture.height}, expected at most "
-                        f"{LONGEST} to 1, and sides of at least {least}")
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

@@ -41,7 +41,8 @@ def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
 
         3 [ blocks (24 D^2 T + 4 D T^2) + 24 D^2 blocks + what goes in and out ]
 
-    need: "velocity" or "logits": the last block's other stream ends with its keys and values."""
+    need: "velocity" or "logits": the last block's other stream ends with its keys and values, and the text
+    head is computed at masked tokens, half of them on average."""
     D, T, patch = c.width, N + L, c.patch ** 2 * c.channels
     rows = N if need == "velocity" else L
     forward = (c.depth - 1) * (24 * D * D * T + 4 * D * T * T)
@@ -50,7 +51,7 @@ def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
     if need == "velocity":
         forward += 4 * N * D * patch + 4 * D * D
     else:
-        forward += 2 * L * D * c.vocab_size + (2 * N * D * patch if N != c.null_tokens else 0)
+        forward += L * D * c.vocab_size + (2 * N * D * patch if N != c.null_tokens else 0)
     return 3 * forward
 
 
@@ -167,7 +168,8 @@ def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAECon
     matrices = c.depth * block if config.optimizer == "muon" else 0
     one = block_activations(c, T, dtype, gpu)
     kept = c.depth * 2 * c.width * T + one if config.checkpoint_activations else c.depth * one
-    masked = 0.5 + 0.5 / rows                                    # share of tokens, at most, in a small batch
+    # the largest share of masked tokens in a micro-batch: train.micro_batches spreads its times evenly
+    masked = 0.5 + 0.5 / rows
     parts = {
         "weights, float32": 4 * (P / spread + c.position_size ** 2 * c.width),
         f"weights in use, {config.dtype}": half * whole if half == 2 or spread > 1 else 0,

@@ -46,7 +46,7 @@ HEADER = 512            # bytes of a token file before its tokens
 
 def show_sources(args: argparse.Namespace) -> None:
     """A page of twelve samples as the trainer would see them; on stdout counts, and all that is wrong."""
-    mix = data.Mix(args.paths, args.pixels, "show", 1, args.text_length)
+    mix = data.Mix(args.paths, args.pixels, "show", length=args.text_length)
     tokenizer, wrong, cells = checkpoint.load_tokenizer(args.tokenizer), Counter(), []
     data.check_tokens(mix, tokenizer, args.tokenizer)
     for source, weight in zip(mix.sources, mix.weights):
@@ -100,6 +100,7 @@ def encoder(args: argparse.Namespace,
                  dtype=args.dtype)
     if args.t5:
         tokenizer = checkpoint.load_tokenizer(args.tokenizer)
+        tokenizer.pad_id = tokenizer.end_id                      # as train.py pads
         t5 = load_text_encoder(args.t5, torch.bfloat16, tokenizer)
         stamp |= dict(t5=checkpoint.digest(t5), tokenizer=tokenizer.digest(),
                       length=str(args.text_length), recaption=str(args.recaption))
@@ -133,7 +134,7 @@ def read(mix: data.Mix, captioned: bool, batches: list[range], number: int) -> d
 def latents(args: argparse.Namespace) -> None:
     """Store a source's pictures as latents, in files that are written whole or not at all."""
     encode, stamp, tokenizer = encoder(args, torch.device(choose_device(args.device)))
-    mix = data.Mix([args.source], args.pixels, min_side=args.min_side)
+    mix = data.Mix([args.source], args.pixels, filters=data.Filters(args.min_side, args.max_ratio, args.min_caption))
     require((not hasattr(mix.sources[0], "stamp"), f"{args.source}: has no pictures to encode"))
     every = getattr(mix.sources[0], "every", range(len(mix)))
     shards = [every[at:at + SHARD] for at in range(0, len(every), SHARD)]
@@ -283,12 +284,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     coded.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
                        help="of what is stored (bfloat16)")
     coded.add_argument("--recaption", type=cli.number(float, 0, 1), metavar="N",
-                       help="of states: the share that is of re-captions (0.5)")
+                       help="of states: the share that is of re-captions (1)")
     for flag, low, default, said in (("min-side", 1, 1, "pictures with a shorter side are left out"),
+                                     ("min-caption", 0, 0, "captions of fewer characters are left out"),
                                      ("batch", 1, 16, "pictures at a time"),
                                      ("workers", 0, 0, "processes that read ahead")):
         coded.add_argument(f"--{flag}", type=count(low), default=default, metavar="N",
                            help=f"{said} ({default})")
+    coded.add_argument("--max-ratio", type=cli.number(float, 1), default=4.0, metavar="N",
+                       help="longer pictures are left out (4)")
     coded.add_argument("--part", type=part, default=(0, 1), metavar="I/N",
                        help="every N-th shard from I on: one process a GPU (0/1)")
     coded.add_argument("--device", choices=DEVICES, default="auto", help="where (auto)")
@@ -304,7 +308,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     encoded = args.command == "latents"
     tokenizer = args.t5 if encoded else "gpt2"
-    for name, own in (("text_length", 256), ("recaption", 0.5), ("tokenizer", tokenizer)):
+    for name, own in (("text_length", 256), ("recaption", 1.0), ("tokenizer", tokenizer)):
         if encoded and not args.t5 and getattr(args, name) is not None:
             parser.error(f"{cli.flag(name)} changes nothing without --t5")
         if getattr(args, name, None) is None:

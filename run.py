@@ -47,6 +47,8 @@ from tensors import replacing, write_tensors
 IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data", "text_data", "vocabulary",
             "pixels", "buckets", "text_length", "image_batch", "text_batch", "optimizer", "seed", "predicts",
             "image_loss", "times", "text_loss", "text_mean", "padding")
+# what a step draws and learns, beside the settings: raised whenever the same settings would train another run
+RULES = 2               # 2: mixtures by samples, padding with </s>, the text loss over all positions
 FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)      # CheckpointException is no Exception
 DIGESTS = "digests.json"
 
@@ -108,7 +110,7 @@ class Run:
             raise UserError(f"--out {out}: is --init's folder, its weights would be lost; use another --out")
         out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(out)
-        settings |= {"init_digest": digest(settings["init"])} | {
+        settings |= {"rules": RULES, "init_digest": digest(settings["init"])} | {
             f"{name}_digest": [data.fingerprint(spec) for spec in settings[name]]
             for name in ("image_data", "text_data")} | {
             f"{name}_digest": settings.get(name) and data.fingerprint(settings[name])
@@ -136,6 +138,10 @@ class Run:
 
     def compare(self, was: dict) -> None:
         """Raise UserError where a flag that makes the run what it is has another value than when it began."""
+        if was.get("rules", 1) != RULES:
+            raise UserError(f"{self.out}: this run began under older rules of training ({was.get('rules', 1)}, now "
+                            f"{RULES}: mixtures, padding, the text loss); go on with the commit that began it, or "
+                            f"start another with another --out (--init {self.out} takes its weights along)")
         shown = lambda value: " ".join(value) if isinstance(value, list) else value
         for name in IDENTITY:
             old, new, hashed = was.get(name), self.settings[name], f"{name}_digest"

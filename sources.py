@@ -177,7 +177,7 @@ class Latents:
             require((read_stamp(file) == self.stamp, f"{file}: made with other settings than "
                      f"{Path(self.files[0]).name}: {read_stamp(file)}, not {self.stamp}"))
             counts.append(mapped(file).get_slice("latents").get_shape()[0])
-        states = {name: self.stamp[name] for name in ("t5", "tokenizer", "length") if name in self.stamp}
+        states = {name: self.stamp[name] for name in ("t5", "tokenizer", "length", "recaption") if name in self.stamp}
         self.states = states or None
         require((len(self.files) == int(self.stamp["shards"]), f"{folder}: {len(self.files)} of "
                  f"{self.stamp['shards']} shards; the same python data.py latents makes the others"))

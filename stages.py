@@ -68,8 +68,12 @@ def settings(stage: str, preset: str, sizes: MMDiTConfig, about: dict) -> dict:
         found |= dict(vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0, question_share=0.4)
         found |= dict(image_data=[str(emoji.TAR)]) if stage != "text" else {}
         found |= dict(schedule="linear") if stage == "instruct" else {}
-    if stage == "pretrain" and preset == "e2e-1.1b":
-        found |= dict(steps=400_000)                             # then 100 k on the filtered subset
+    if stage == "instruct" and not small:
+        found["recaption"] = 0.9                                 # as the published code
+    if stage == "pretrain" and sizes.text_length and not small:
+        # 400,000 steps are "an epoch" of DataComp-Recap-1B.  2,560 a step assumes 1.02 B pairs: of its 1.3 B
+        # those whose image can still be fetched
+        found.update(steps=400_000, image_batch=2560, text_batch=2560)
     return found
 
 
@@ -97,8 +101,10 @@ class TrainConfig:
     # Data: PATH[:WEIGHT] ..., see data.py.
     image_data: list = option([], "data of the image loss")
     text_data: list = option([], "data of the text loss, if it has its own")
-    recaption: float = option(0.5, "share of re-captions where a sample has one", low=0, high=1)
+    recaption: float = option(1.0, "share of re-captions where a sample has one", low=0, high=1)
     min_side: int = option(1, "leave out images with a shorter side", low=1)
+    max_ratio: float = option(4.0, "leave out images that are longer, side to side", low=1)
+    min_caption: int = option(0, "leave out captions of fewer characters", low=0)
     buckets: bool = option(False, "keep the aspect ratio of images: batches of sizes of equal area")
     text_dropout: float = option(0.1, "share of images with the empty prompt, for guidance",
                                  low=0, high=1)
@@ -204,7 +210,7 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
             **dict.fromkeys(("preset", "vocabulary", "predicts"), scratch),
             **dict.fromkeys(("rate", "mfu", "peak"), plan),
             **dict.fromkeys(("image_data", "image_batch", "image_weight", "times", "time_shift", "image_loss",
-                             "text_dropout", "recaption", "min_side", "pixels", "buckets", "sample_every",
+                             "text_dropout", "recaption", "min_side", "max_ratio", "pixels", "buckets", "sample_every",
                              "meter_every"), pictures)}
     for name in given:
         if idle.get(name):

@@ -45,9 +45,10 @@ import show
 from buckets import Buckets
 from build import Models
 from cli import UserError, require
-from devices import autocast, choose_dtype
+from devices import allow_tf32, autocast, choose_dtype
 from muon import Muon
 from parts import Parts, load_autoencoder
+from model import T_FLOOR
 from run import Run
 from stages import STAGES, TrainConfig, learning_rate, parse, start
 from tokenizer import Tokenizer
@@ -88,8 +89,9 @@ def text_batch(config: TrainConfig, held: "Held", samples: list[dict], draws: li
         frozen |= behind & (behind.cumsum(1) > kept[:, None])
     unscored = behind & (config.padding == "end")
     tokens = (~frozen & ~unscored).sum(1)                                         # (B,)
+    # the published mean is over all B L positions, prompts included
     count, over = (len(ids), tokens.clamp(min=1)) if config.text_mean == "answer" else (
-        int(tokens.sum()), torch.ones(len(ids)))
+        ids.numel(), torch.ones(len(ids)))
     return dict(images=data.latents_of(samples), ids=ids, frozen=frozen, unscored=unscored, t=times,
                 uniform=uniform, over=over, count=count, mask_id=held.tokenizer.mask_id,
                 weight=config.text_loss)
@@ -115,9 +117,11 @@ def text_sample(tokenizer: Tokenizer, sample: dict, generator: torch.Generator,
 def image_errors(models: Models, batch: dict) -> Tensor:
     """The velocity's error of each picture, (B,): the text is clean, the picture noised to t."""
     text = models.captions(batch["ids"], batch["dropped"], batch.get("states"))            # (B, L, E)
-    velocity = lambda x_t, t: models.learns["mmdit"](x_t, text, t, need="velocity")[0]
+    mmdit = models.learns["mmdit"]
+    velocity = lambda x_t, t: mmdit(x_t, text, t, need="velocity")[0]
+    floor = T_FLOOR["train"] if mmdit.config.predicts == "data" else 0.0
     return flow.errors(velocity, models.latents(batch["images"]), t=batch["t"], noise=batch["noise"],
-                       of=batch["of"])
+                       of=batch["of"], floor=floor)
 
 
 def text_errors(models: Models, batch: dict) -> Tensor:
@@ -165,7 +169,7 @@ class Held:
     def validation(self, config: TrainConfig) -> Validation:
         """What this run is measured on, in the same way whatever the losses that it learns by."""
         plain = replace(config, text_dropout=0.0, recaption=0.0, image_loss="velocity", text_loss="1/t",
-                        text_mean="token", padding="end")
+                        text_mean="token", padding="all")
         make = dict(image=partial(image_batch, plain, self), text=partial(text_batch, plain, self))
         return Validation(self.mixes, make, self.tokenizer, config.eval_samples)
 
@@ -216,7 +220,8 @@ def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
     require((given and (text_only or config.image_data), f"--stage {config.stage}: name its data with "
              f"{'--text-data' if text_only else '--image-data'}; python data.py --help lists the forms"))
     asks = config.stage == "instruct" and config.question_share > 0
-    image, text = (data.Mix(specs, config.pixels, key, config.min_side, config.text_length, asks)
+    filters = data.Filters(config.min_side, config.max_ratio, config.min_caption)
+    image, text = (data.Mix(specs, config.pixels, key, filters, config.text_length, asks)
                    if specs else None for specs in (config.image_data, config.text_data))
     return {"text": text} if text_only else {"image": image, "text": text or image}
 
@@ -226,6 +231,7 @@ def set_up(config: TrainConfig) -> tuple[TrainConfig, Held, Models, Run]:
     rank, world, device = parallel.start(config.device)
     dtype, why = choose_dtype(config.dtype, device)
     config = replace(config, dtype=dtype)
+    allow_tf32(device, dtype)
     family, sizes, about = start(config.init, config.preset)
     sides = [("--text-batch", config.text_batch)] + [("--image-batch", config.image_batch)] * (
         config.image_batch > 0)
@@ -328,10 +334,14 @@ def on_device(batch: dict, device: torch.device) -> dict:
 
 
 def micro_batches(batch: dict, size: int) -> list[dict]:
-    """A batch in parts of so many rows; 0: as one."""
+    """Return a batch in parts of `size` rows; 0: as one.
+
+    Each part takes every so-manieth row: times of masking fall from row to row, and a part of neighbours could
+    have nearly all of its tokens masked, whose logits it would hold at once."""
     rows = len(batch["ids"])
-    return [{name: x[at:at + (size or rows)] if isinstance(x, Tensor) else x for name, x in batch.items()}
-            for at in range(0, rows, size or rows)]
+    count = rows // size if size else 1
+    return [{name: x[first::count] if isinstance(x, Tensor) else x for name, x in batch.items()}
+            for first in range(count)]
 
 
 def backward(config: TrainConfig, models: Models, made: dict, world: int, metered: bool) -> tuple[dict, dict]:

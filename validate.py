@@ -1,11 +1,11 @@
 """What a run has learnt: the same pictures, texts, times, noise and masks every --eval-every steps.
 
     val_image      the velocity's error, mean over t ~ U(0, 1)
-    val_nats       E_l [n/l sum of the masked tokens' cross-entropies] in nats for each token, up to and with
-                   the end; l of the n positions are masked, 1 to n as likely, which is the bound of
-                   -log p(text | picture) with far less noise than 1/t (LLaDA, arXiv 2502.09992); padding is
-                   masked as well, and not counted: the end implies it
-    val_bits       the same in bits for each byte of text: tokenizers compare
+    val_nats       E_l [1/l sum of the masked tokens' cross-entropies] in nats for each of the n positions that
+                   may be masked, padding included; l of them are, 1 to n as likely.  n val_nats is the bound of
+                   -log p(text | image) with far less noise than 1/t (LLaDA, arXiv 2502.09992), the entropy for
+                   a perfect model.  Padding counts: where it is seen, it tells the length
+    val_bits       the bound in bits for each byte of text: tokenizers compare
     val_image_t    the error in each of ten bins of t
     val_text_t     the cross-entropy of a masked token in each, in nats
 
@@ -64,13 +64,13 @@ class Validation:
     @torch.no_grad()
     def measure(self, errors: dict[str, Callable], rank: int, world: int) -> dict:
         """errors: of each loss, those of a batch on the CPU, (B,).  Collective."""
-        tables = {name: torch.zeros(4, self.size, dtype=torch.float64) for name in self.samples}
+        tables = {name: torch.zeros(3, self.size, dtype=torch.float64) for name in self.samples}
         for name, table in tables.items():
             for rows, made in self.batches(name, rank, world):
                 if name == "text":
                     t, uniform = exactly(made["t"], made["uniform"], made["frozen"])
                     made |= dict(t=t, uniform=uniform)
-                found = torch.zeros(4, len(rows), dtype=torch.float64)
+                found = torch.zeros(3, len(rows), dtype=torch.float64)
                 found[0] = errors[name](made).cpu().double()
                 found[1:] = self.counts(made) if name == "text" else 0
                 own = [i for i, row in enumerate(rows) if row < self.size]
@@ -80,18 +80,18 @@ class Validation:
         if "image" in tables:
             found |= dict(val_image=float(tables["image"][0].mean()),
                           val_image_t=[float(tables["image"][0, b::BINS].mean()) for b in range(BINS)])
-        bound, each, tokens, size = tables["text"]
+        bound, tokens, size = tables["text"]
         found |= dict(val_nats=float(bound.sum() / tokens.sum()),
                       val_bits=float(bound.sum() / size.sum()) / math.log(2),
-                      val_text_t=[float((bound / each)[b::BINS].mean()) for b in range(BINS)])
+                      val_text_t=[float((bound / tokens)[b::BINS].mean()) for b in range(BINS)])
         return {name: [round(x, 6) for x in value] if isinstance(value, list) else round(value, 6)
                 for name, value in found.items()}
 
     def counts(self, made: dict) -> Tensor:
-        """How many tokens of each text may be masked, how many of these are counted, their bytes, (3, B)."""
-        ours = self.tokenizer
-        counted = ~made["frozen"] & ~made["unscored"]
-        words = [[i for i in ids[own].tolist() if i not in (ours.end_id, ours.pad_id)]
-                 for ids, own in zip(made["ids"], counted)]
-        size = [max(1, len(ours.bpe.decode(some).encode())) for some in words]
-        return torch.stack([(~made["frozen"]).sum(1), counted.sum(1), torch.tensor(size)]).double()
+        """Return how many tokens of each text may be masked, and the bytes of these, (2, B)."""
+        sizes = []
+        for ids, frozen in zip(made["ids"], made["frozen"]):
+            words = [i for i in ids[~frozen].tolist()
+                     if i not in (self.tokenizer.end_id, self.tokenizer.pad_id)]
+            sizes.append(max(1, len(self.tokenizer.bpe.decode(words).encode())))
+        return torch.stack([(~made["frozen"]).sum(1), torch.tensor(sizes)]).double()

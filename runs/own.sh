@@ -13,7 +13,11 @@ folder=$1 prompt=$2; shift 2
 cd "$(dirname "$0")/.."
 mkdir -p out
 python data.py show "$folder" --pixels 64 --out out/own_page.png      # what the model will see
-python train.py --init assets/emoji --image-data "$folder" assets/emoji.tar.gz:0.2 --steps 300 --lr 5e-4 \
+# the emoji are a sixth of the mixture, whatever the number of images
+weight=$(python -c 'import sys, data
+own, emoji = [len(data.open_source(path, 64)) for path in sys.argv[1:]]
+print(f"{5 * emoji / own:.4f}")' "$folder" assets/emoji.tar.gz)
+python train.py --init assets/emoji --image-data "$folder:$weight" assets/emoji.tar.gz --steps 300 --lr 5e-4 \
     --ema 0.99 --image-batch 32 --text-batch 32 --save-every 100 --sample-every 100 --eval-every 250 \
     --optimizer muon --out out/own "$@"
 python sample.py --checkpoint out/own --prompt "$prompt" --out out/own_drawn.png

@@ -1,6 +1,8 @@
 """answering.py and its commands: the same lines however many processes write them, killed or not."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pictures import fit_picture, read_picture, to_picture, to_tensor
 from reading import encode, write
 from processes import Forked, kill_when, to_the_end
 
+FIXTURES = Path(__file__).parent / "fixtures"
 ASKED = ["Is it a flag?", "Is it food?", "What is it?"]
 
 
@@ -106,11 +109,11 @@ def test_popes_answers_and_scores_from_the_shipped_weights(photos, tmp_path, cap
     assert f"checkpoint: {parts.digest()}" in said and "seed: 0" in said
 
 
-def vqa_files(tmp_path):
-    asked = [dict(question_id=i, image_id=i, question=ASKED[i % 3]) for i in range(6)]
+def vqa_files(tmp_path, count=6):
+    asked = [dict(question_id=i, image_id=i % 6, question=ASKED[i % 3]) for i in range(count)]
     notes = [dict(question_id=i, image_id=i, question_type="is it", answer_type=("yes/no", "other")[i % 2],
                   answers=[dict(answer_id=k, answer="yes" if k < 3 + i else "no") for k in range(10)],
-                  multiple_choice_answer="yes") for i in range(5)]
+                  multiple_choice_answer="yes") for i in range(count - 1)]
     file = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
     file.write_text(json.dumps(dict(questions=asked, data_subtype="val2014")))
     (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(dict(annotations=notes)))
@@ -138,6 +141,23 @@ def test_vqav2_with_shots_and_the_papers_rows_below(tiny, tmp_path, capsys, monk
     assert scores["every type"]["question type: is it"] == pytest.approx(98)
     run("score", "okvqa", tmp_path / "a.jsonl", "--questions", file)
     assert "98.0" in capsys.readouterr().out
+
+
+def test_as_many_shots_as_asked_find_room_or_a_line_says_what_would(tiny, tmp_path, mistake, capsys):
+    """T5 has no position table: the answers' length follows.  A table, or --length, limits it."""
+    file = vqa_files(tmp_path, 60)
+    asked = ["answer", "vqav2", file, tmp_path, tmp_path / "a.jsonl", "--shots", "32", "--examples", file,
+             "--suffix", "", "--limit", "3", "--steps", "2"]
+    t5 = ["--checkpoint", FIXTURES / "release", "--vae", FIXTURES / "sd3.safetensors", "--height", "16",
+          "--width", "16"]
+    status, said = mistake(evaluate.main, [*asked, *t5, "--length", "100"])
+    advised = re.search(r"--shots 32: the prompts have \d+ to \d+ tokens, --length 100: use --length (\d+)\n", said)
+    assert status == 1 and advised and not (tmp_path / "a.jsonl").exists()
+    status, said = mistake(evaluate.main, [*asked, "--checkpoint", tiny])
+    assert status == 1 and "at most 28 positions: use fewer --shots" in said
+    run(*asked, *t5)
+    assert "a.jsonl: 3 of 3" in capsys.readouterr().out and len(lines(tmp_path / "a.jsonl")) == 3
+    assert json.loads((tmp_path / "a.jsonl.json").read_text())["length"] == int(advised[1])
 
 
 def test_captions_are_written_and_scored_by_cocos_file(tiny, photos, tmp_path, capsys):

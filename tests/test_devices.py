@@ -35,6 +35,17 @@ def test_onednn_held_to_avx2_means_float32():
     assert shown.stdout.strip() == "('float32', 'this CPU has no native bfloat16')"
 
 
+def test_what_stays_in_float32_beside_bfloat16_is_tf32_on_a_gpu_alone():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for device, dtype, precision in (("cpu", "bfloat16", before), ("cuda", "float32", before),
+                                         ("cuda", "bfloat16", "high")):
+            devices.allow_tf32(torch.device(device), dtype)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_dtype_follows_the_device_unless_it_is_given(monkeypatch):
     for native, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(devices, "has_bfloat16", lambda device, native=native: native)

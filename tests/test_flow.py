@@ -24,6 +24,21 @@ def draw_data(n, seed=0):
     return MEAN + VARIANCE.sqrt() * noise
 
 
+def test_a_perfect_network_that_predicts_data_has_no_loss_at_any_time():
+    """Its velocity and its target are divided by the same max(t, floor); the loss is least at the clean image."""
+    x, noise = (torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    for time in (1e-3, 0.01, 0.04, 0.05, 0.1, 0.7, 1.0):
+        t = torch.full((4,), time)
+        error = lambda data: flow.errors(lambda x_t, s: velocity_to(data, x_t, s, 0.05), x, t=t, noise=noise,
+                                         floor=0.05)
+        assert error(x).max() < 1e-8
+        for away in (-0.05, 0.05):
+            assert (error(x + away * (noise - x)) > 1e-4).all()
+    t = torch.tensor([0.1, 0.3, 0.6, 1.0])                       # above the floor nothing changes
+    plain, floored = (flow.errors(lambda x_t, s: 0 * x_t, x, t=t, noise=noise, floor=f) for f in (0.0, 0.05))
+    assert torch.equal(plain, floored)
+
+
 def test_samples_have_the_mean_and_covariance_of_the_target():
     noise = torch.randn(100_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = flow.euler(velocity, noise, flow.sigmas(400, shift=1.0).double())

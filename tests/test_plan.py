@@ -18,7 +18,8 @@ SMALL = MMDiTConfig(depth=3, heads=4, width=64, text_width=32, vocab_size=500)
 def test_the_arithmetic_is_what_a_forward_pass_counts(need, N):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         latents = torch.zeros(1, 16, 8, 8) if N == 16 else None
-        MMDiT(SMALL).requires_grad_(False)(latents, torch.zeros(1, 20, 32), torch.zeros(1), need=need)
+        masked = torch.arange(10) if need == "logits" else None  # half of the tokens, as in training
+        MMDiT(SMALL).requires_grad_(False)(latents, torch.zeros(1, 20, 32), torch.zeros(1), need=need, at=masked)
     assert plan.sample_flops(SMALL, N, 20, need) == 3 * counter.get_total_flops()
 
 

@@ -65,6 +65,19 @@ def test_a_flag_that_makes_the_run_what_it_is_stays_as_it_began(go, tmp_path, sm
     assert whole == {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
+def test_a_run_under_older_rules_of_training_is_not_continued_silently(go, tmp_path):
+    go("--steps", 2)
+    file = tmp_path / "run" / "train.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("rules") == 2
+    file.write_text(json.dumps(settings))                        # as written before mixtures went by samples
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    message = go("--steps", 4)
+    assert "older rules of training" in message and "--init" in message
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert go("--steps", 4, "--init", tmp_path / "run", out=tmp_path / "other") == ""
+
+
 def test_other_contents_are_another_run_and_another_place_is_not(go, tmp_path, small_tar, tiny):
     go("--steps", 2)
     moved = shutil.copy(small_tar, tmp_path / "moved.tar")

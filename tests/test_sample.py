@@ -236,7 +236,7 @@ def test_the_program_prints_a_mistake_and_no_traceback(apple):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
 def test_asking_for_a_gpu_that_is_not_there(apple):
-    assert "torch sees no GPU here" in run("--image", apple, "--device", "cuda", expect=1).stderr
+    assert "--device cuda: torch has none" in run("--image", apple, "--device", "cuda", expect=1).stderr
 
 
 def broken(tmp_path, change):

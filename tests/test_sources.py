@@ -61,7 +61,7 @@ def test_a_mixture_cuts_pictures_and_says_what_its_sources_are(photos, tmp_path)
     mix = data.Mix([f"{photos}:3", str(tmp_path / "a.tar")], 16, "run")
     found = mix.take(range(400), "image")
     assert {tuple(sample["picture"].shape) for sample in found} == {(3, 16, 16)} and len(mix) == 6
-    assert sum(sample["captions"] == ["blue"] for sample in found) == 100
+    assert sum(sample["captions"] == ["blue"] for sample in found) == 25     # one sample beside five that count 3
     again = mix.take(range(7, 400, 40), "image")
     assert all(torch.equal(a["picture"], b["picture"]) for a, b in zip(found[7::40], again))
     assert mix.texts() is None and data.Mix([str(photos)], 16).texts() is not None
@@ -95,10 +95,52 @@ def test_a_sample_of_no_use_is_replaced_counted_and_too_many_end_the_run(photos)
         "not a picture that can be read", "a picture of 500x40, expected "}
     with pytest.raises(UserError, match=f"{photos}: .* of .* samples are of no use, the last: "):
         mix.take(range(5, 400), "image")
-    mix = data.Mix([str(photos)], 16, "run", min_side=41)
-    with pytest.raises(UserError, match="20 of 20 samples are of no use"):
+    mix = data.Mix([str(photos)], 16, "run", data.Filters(min_side=41))
+    with pytest.raises(UserError, match="100 samples in a row are of no use"):
         mix.take([0], "image")
-    assert any("60x40, expected at most 4 to 1, and sides of at least 41" in name for name in mix.bad)
+    assert any("60x40, expected sides of at least 41 and at most 4 to 1" in name for name in mix.bad)
+
+
+def test_filters_leave_out_any_share_without_ending_the_run(tmp_path):
+    """Of 40 images 30 are too small, too long or have too short a caption: the others are drawn, 400 times."""
+    sizes = {0: (64, 64), 1: (20, 64), 2: (64, 300), 3: (64, 64)}
+    for i in range(40):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg("red", sizes[i % 4]))
+        (tmp_path / f"{i}.txt").write_text("red" if i % 4 == 3 else f"caption {i}")
+    mix = data.Mix([str(tmp_path)], 16, "run", data.Filters(min_side=32, max_ratio=4.5, min_caption=6))
+    found = mix.take(range(400), "image")
+    assert {sample["captions"][0] for sample in found} == {f"caption {i}" for i in range(0, 40, 4)}
+    assert mix.lost == 0 and len(mix.newly_bad()) > 400
+    wide = data.Mix([str(tmp_path)], 16, "run", data.Filters(max_ratio=5))
+    assert len({tuple(sample["captions"]) for sample in wide.take(range(40), "image")}) == 31
+
+
+def test_short_captions_go_one_by_one():
+    mix = object.__new__(data.Mix)
+    mix.filters = data.Filters(min_caption=6)
+    sample = dict(key="a", captions=["short", "long enough"], recaption="no")
+    mix.filter_captions(sample, True)
+    assert sample["captions"] == ["long enough"] and not sample["recaption"]
+    asks = dict(key="b", captions=["short"], questions=[dict(question="Is it?", answer="yes")])
+    mix.filter_captions(asks, False)
+    assert asks["captions"] == []
+    with pytest.raises(data.Filtered, match="b: no caption of at least 6 characters"):
+        mix.filter_captions(dict(asks, captions=["short"]), True)
+
+
+def test_sets_are_concatenated_and_a_weight_is_that_of_each_sample(tmp_path, small_tar):
+    """Every sample of a large and of a small set is drawn as often, PATH:W ones W times as often."""
+    for folder, count in (("large", 300), ("small", 20)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            (tmp_path / folder / f"{i}.jpg").write_bytes(b"")
+            (tmp_path / folder / f"{i}.txt").write_text("a caption")
+    for weight, share in (("", 20 / 320), (":5", 100 / 400)):
+        mix = data.Mix([str(tmp_path / "large"), f"{tmp_path / 'small'}{weight}"], 16, "run")
+        drawn = [k for k, _, _ in mix.places(range(32_000), "image")]
+        assert drawn.count(1) == pytest.approx(share * 32_000, abs=1)
+    with pytest.raises(UserError, match="20 samples of 320 are too few to be drawn"):
+        data.Mix([str(tmp_path / "large") + ":99999999", str(tmp_path / "small")], 16)
 
 
 def test_what_a_source_is_does_not_depend_on_where_it_lies(photos, tmp_path):

@@ -183,8 +183,9 @@ def test_states_that_are_stored_stand_for_t5s(pictures, chain, tmp_path, mistake
     assert one["image_loss"] != other["image_loss"]
     train.main(flags("pretrain", tmp_path / "aligned", stored, *base, "--init", chain / "mask-emb", "--dtype",
                      "bfloat16"))                                # of the same T5, but for its [MASK]
-    code, said = mistake(train.main, flags("pretrain", tmp_path / "x", stored, *base, "--text-length", 10))
-    assert code == 1 and "stored states of" in said and "make them again, or without --t5" in said
+    for other in (["--text-length", 10], ["--recaption", 0.5]):  # the states are of one choice of captions
+        code, said = mistake(train.main, flags("pretrain", tmp_path / "x", stored, *base, *other))
+        assert code == 1 and "stored states of" in said and "make them again, or without --t5" in said
 
 
 def losses_of(path, latents, context):
@@ -260,6 +261,48 @@ def test_dropped_captions_cost_no_t5_and_have_the_empty_prompts_states():
     assert torch.allclose(models.captions(ids, dropped, whole), whole, atol=1e-5) and seen == [2]
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_however_a_batch_is_cut_up_the_same_captions_are_dropped(stored):
+    """The states of a dropped caption are the empty prompt's, whatever its ids and its stored states say."""
+    length, width = 3, 4
+    ids = torch.arange(1, 9)[:, None].expand(8, length)
+    t5 = lambda ids, mask=None: ids[..., None].expand(-1, -1, width).float()
+    models = Models(torch.nn.ModuleDict(), None, t5, None, torch.zeros(1, length, width))
+    dropped = torch.tensor([True, True, False, True, False, False, True, True])
+    states = t5(10 * ids) if stored else None
+    expected = t5((10 if stored else 1) * ids * ~dropped[:, None])
+    for micro in (1, 2, 4, 8):
+        parts = [slice(at, at + micro) for at in range(0, 8, micro)]
+        found = [models.captions(ids[part], dropped[part], states if states is None else states[part])
+                 for part in parts]
+        assert torch.equal(torch.cat(found), expected), micro
+
+
+def test_all_training_with_t5_pads_with_its_end(pictures, tmp_path):
+    """Also where the tokenizer's folder names <pad>, as SD3's does; that folder is read as it was."""
+    folder = shutil.copytree(RELEASE / "tokenizer", tmp_path / "tokenizer_3")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(dict(pad_token="<pad>")))
+    assert checkpoint.load_tokenizer(folder).pad_id == 0
+    config = train.parse(flags("pretrain", tmp_path / "run", pictures, *FROM_SD3[:4], "--tokenizer", folder,
+                               "--pixels", 16, "--steps", 1))
+    assert config.tokenizer == str(folder)
+    _, held, _, run = train.set_up(config)
+    run.close()
+    assert held.tokenizer.pad_id == held.tokenizer.end_id == 1
+    made = held.batches(config, 0)
+    assert not (made["image"]["ids"] == 0).any() and not (made["text"]["ids"] == 0).any()
+
+
+def test_the_defaults_that_are_the_published_ones():
+    defaults = lambda *flags: train.parse([*flags, "--print-plan", "8"])
+    assert defaults("--preset", "sd3-medium").recaption == 1.0
+    assert defaults("--preset", "sd3-medium", "--stage", "instruct").recaption == 0.9
+    own = defaults("--preset", "e2e-1.1b")
+    assert own.steps == 400_000 and 940e6 < own.steps * own.image_batch < 1.3e9      # an epoch of DataComp
+    assert own.text_batch == own.image_batch and own.image_batch % 64 == 0
+
+
 def test_intervals_are_shares_of_the_steps_unless_they_are_given():
     intervals = lambda *flags: [getattr(train.parse(list(map(str, flags))), f"{name}_every")
                                 for name in ("eval", "save", "sample")]
@@ -315,6 +358,7 @@ def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, mon
     """With stand-ins for python and torchrun, which note how they were called and end the stage."""
     shutil.copytree(ROOT / "runs", tmp_path / "runs")
     (tmp_path / "python").write_text('''#!/bin/bash
+        [ "$1" != -c ] || { echo 2.5; exit; }
         printf '%s\\t' "$@" >>called; echo >>called; steps=0; out=
         while [ $# -gt 0 ]; do
             case $1 in --stage) out=${out:-out/$2};; --out) out=$2;; --steps) steps=$2;; esac; shift
@@ -328,17 +372,21 @@ def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, mon
         call("runs/paper.sh")
         call("runs/end_to_end.sh")
     call("runs/own.sh", "folder", "a prompt", "--steps", "7")
+    call("runs/own.sh", "runs", "a prompt")                      # a folder that is there: by its whole path
     calls = [line.split("\t")[:-1] for line in (tmp_path / "called").read_text().splitlines()]
     trained = [words[words.index("train.py") + 1:] for words in calls if "train.py" in words]
     monkeypatch.setattr(stages, "start", lambda init, preset: ("", MMDiTConfig(**PRESETS["sd3-medium"]), {}))
     configs = [train.parse(words) for words in trained]
     assert [config.stage for config in configs] == [
-        "pretrain", "mask-emb", "high-res", "instruct", "text", "pretrain", "pretrain", "pretrain"]
+        "pretrain", "mask-emb", "high-res", "instruct", "text", "pretrain", "pretrain", "instruct", "pretrain",
+        "pretrain"]
+    assert (configs[0].min_side, configs[0].max_ratio, configs[0].min_caption) == (256, 4.5, 6)
     for config in configs[:4]:                                   # the paper's table, whatever the script says
         assert config.steps == stages.STAGES[config.stage].steps and config.init
     prepared = [words[1:] for words in calls if words[0] == "data.py"]
-    assert [words[0] for words in prepared] == ["pack", "latents", "pack", "latents", "show"]
-    assert configs[-1].steps == 7                                # own.sh passes further flags on
+    assert [words[0] for words in prepared] == ["pack", "latents", "pack", "latents", "show", "show"]
+    assert configs[-2].steps == 7                                # own.sh passes further flags on
+    assert [config.image_data[0] for config in configs[-2:]] == ["folder:2.5", f"{tmp_path}/runs:2.5"]
     refused = subprocess.run(["bash", "runs/own.sh", "folder"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "bash runs/own.sh FOLDER PROMPT" in refused.stderr
 

@@ -26,7 +26,7 @@ import mask_diffusion
 from processes import Forked, to_the_end, wait_until
 from run import read_log
 from tokenizer import gpt2_tokenizer
-from train import Held, learning_rate, parse, text_batch
+from train import Held, learning_rate, micro_batches, parse, text_batch
 from train import main as train_main
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def plain_loop(config, folder, tar):
                     for sample, g in zip(samples, draws)]
         text = model["embedding"](torch.stack([tokenizer.encode(caption, 28) for caption in captions]))
         image_loss = flow.loss(lambda x, t: model["mmdit"](x, text, t)[0],
-                               images(samples), t=t, noise=noise)
+                               images(samples), t=t, noise=noise, floor=0.05)
 
         at, ids, frozen = range(2 * step, 2 * step + 2), [], []
         samples, draws = mix.take(at, "text"), [data.seeded(key, "text", i) for i in at]
@@ -78,10 +78,10 @@ def plain_loop(config, folder, tar):
             ids.append(tokenizer.fit(prompt + answer, 28))
             frozen.append(torch.tensor([True] * len(prompt) + [False] * (28 - len(prompt))))
         x = images(samples)
-        text_loss = mask_diffusion.loss(lambda ids: model["mmdit"](x, model["embedding"](ids),
-                                                                   torch.zeros(1))[1],
-                                        torch.stack(ids), tokenizer.mask_id, torch.stack(frozen), t=t,
-                                        uniform=torch.stack(uniform))
+        text_loss = mask_diffusion.errors(lambda ids: model["mmdit"](x, model["embedding"](ids),
+                                                                     torch.zeros(1))[1],
+                                          torch.stack(ids), tokenizer.mask_id, torch.stack(frozen), t=t,
+                                          uniform=torch.stack(uniform)).sum() / (2 * 28)
 
         model.zero_grad()
         image_loss.backward()
@@ -117,7 +117,7 @@ def test_padding_and_the_mean_are_learnt_from_as_the_flags_say():
         return text_batch(replace(base, **changes), held, samples, draws, torch.full((len(samples),), 0.5))
     whole, end, answer = made(samples), made(samples, padding="end"), made(samples, text_mean="answer")
     assert whole["count"] == 20 and not whole["frozen"].any() and not whole["unscored"].any()
-    assert end["count"] == 9 and end["unscored"].sum(1).tolist() == [7, 4] and not end["frozen"].any()
+    assert end["count"] == 20 and end["unscored"].sum(1).tolist() == [7, 4] and not end["frozen"].any()
     assert answer["count"] == 2 and answer["over"].tolist() == [10, 10] and whole["over"].tolist() == [1, 1]
     both = made(samples, text_mean="answer", padding="end")
     assert both["over"].tolist() == [3, 6]
@@ -128,9 +128,32 @@ def test_padding_and_the_mean_are_learnt_from_as_the_flags_say():
     many = made([samples[0]] * 400, padding="random")
     sizes = (~many["frozen"]).sum(1)
     assert set(sizes.tolist()) == set(range(3, 11)) and 3 <= kept[0] <= 10 and 6 <= kept[1] <= 10
-    assert abs(float(sizes.float().mean()) - 6.5) < 0.5 and many["count"] == int(sizes.sum())
+    assert abs(float(sizes.float().mean()) - 6.5) < 0.5 and many["count"] == 4000
     cut = many["frozen"].float()
     assert (cut.diff(dim=1) >= 0).all()                          # what is given stands at the end
+
+
+def test_the_text_loss_is_the_mean_over_all_positions_prompts_included(tiny, small_tar, tmp_path):
+    """The published normalisation: sum over masked tokens of CE / t, over B L, however much of it is prompt."""
+    tokenizer = checkpoint.load_tokenizer(tiny)
+    held = Held(tokenizer, {}, "key", 0, 1)
+    sample = dict(key="a", latents=torch.zeros(3, 8, 8), captions=[],
+                  questions=[dict(question="is this a flag of somewhere", answer="yes")])
+    config = replace(parse(["--stage", "instruct"]), text_length=28)
+    draws = [torch.Generator().manual_seed(i) for i in range(6)]
+    batch = text_batch(config, held, [sample] * 6, draws, torch.linspace(0.2, 1, 6))
+    assert batch["frozen"].sum() > 40 and batch["count"] == 6 * 28
+
+
+def test_a_micro_batch_of_any_size_has_its_share_of_early_and_late_times():
+    """So that the logits of its masked tokens never take more than plan.memory says."""
+    for rows, world, size in ((64, 1, 8), (512, 8, 8), (512, 8, 1), (2048, 8, 32), (48, 1, 6)):
+        t, _ = mask_diffusion.draw((rows, 0), torch.Generator().manual_seed(rows))
+        own = t[0::world]
+        parts = micro_batches(dict(ids=own, t=own, weight="flat"), size)
+        assert sorted(torch.cat([part["t"] for part in parts]).tolist()) == sorted(own.tolist())
+        assert {len(part["t"]) for part in parts} == {size} and parts[0]["weight"] == "flat"
+        assert max(float(part["t"].mean()) for part in parts) <= 0.5 + 0.5 / size + 1e-3
 
 
 def test_texts_that_are_cut_are_said_once_and_counted(tiny, small_tar, tmp_path, capsys):

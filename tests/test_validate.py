@@ -1,5 +1,6 @@
 """validate.py and meter.py: what is measured is always the same, and is what the formulas say."""
 
+import itertools
 import json
 import math
 from functools import partial
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import mask_diffusion
 import meter
 import train
 from processes import Forked, to_the_end
@@ -57,7 +59,7 @@ def test_a_validation_is_the_formulas_on_a_model_that_is_known():
         uniform = torch.stack([torch.rand(6, generator=generator) for generator in generators])
         ids = torch.tensor([[sample["number"] % 3, 1, 2, 3, 3, 3] for sample in samples])
         at = torch.arange(6).expand(len(samples), 6)
-        return dict(ids=ids, frozen=at < 1, unscored=at > 3, t=times, uniform=uniform)
+        return dict(ids=ids, frozen=at < 1, t=times, uniform=uniform)
 
     def errors(batch):
         masked = (batch["uniform"] < batch["t"][:, None]) & ~batch["frozen"]
@@ -68,12 +70,59 @@ def test_a_validation_is_the_formulas_on_a_model_that_is_known():
     assert found["val_text_t"] == pytest.approx([math.log(4)] * BINS, abs=1e-5)
     assert found["val_image_t"] == pytest.approx([(b + 0.5) / BINS for b in range(BINS)], abs=1e-5)
     assert found["val_image"] == pytest.approx(0.5, abs=1e-5)
-    # five tokens are not frozen, two and the end are the text, of four bytes: no chance is left in the bound
-    assert found["val_nats"] == pytest.approx(5 * math.log(4) / 3, abs=1e-5)
+    # five tokens are not frozen, two of them words, of four bytes: no chance is left in the bound
+    assert found["val_nats"] == pytest.approx(math.log(4), abs=1e-5)
     assert found["val_bits"] == pytest.approx(5 * 2 / 4, abs=1e-5)
     part = partial(validation.measure, dict(image=lambda batch: batch["t"], text=errors))
     parts = [part(rank, 3) for rank in range(3)]                 # each times three, for want of the others
     assert sum(part["val_image"] for part in parts) / 3 == pytest.approx(found["val_image"], abs=1e-5)
+
+
+def test_a_perfect_models_value_is_the_entropy():
+    """Texts "a ... a", of 0 to 3 a's as likely, in four positions, the rest the end and padding, one token.
+
+    A perfect model knows which lengths fit what is seen.  Enumerated over lengths, levels and masks the bound
+    is log 4 nats a text; its padding left out it would be less."""
+    L, A, END = 4, 0, 1
+    texts = torch.tensor([[A] * k + [END] * (L - k) for k in range(L)])
+
+    def perfect(ids, at):
+        """log p of each token at the positions `at` out of B x L; the mask is token 2."""
+        found = []
+        for place in at.tolist():
+            row, i = divmod(place, L)
+            fits = torch.stack([(ids[row] == 2) | (ids[row] == text) for text in texts]).all(1)
+            share = (texts[fits, i] == A).double().mean()
+            found.append(torch.stack([share, 1 - share, torch.tensor(0.0)]).log())
+        return torch.stack(found)
+
+    class Words:
+        end_id = pad_id = END
+
+        class bpe:
+            def decode(ids):
+                return "a" * len(ids)
+
+    class Samples:
+        def shown(self, count, held, captioned):
+            return [dict(number=i) for i in range(count)]
+
+    orders = list(itertools.permutations(range(L)))              # the first l of an order are masked
+    count = L * len(orders) * L                                  # texts x orders x levels, each once
+
+    def make(samples, generators, times):
+        cases = [divmod(sample["number"], L * len(orders)) for sample in samples]
+        ids = torch.stack([texts[k] for k, _ in cases])
+        uniform = torch.tensor([[orders[rest // L].index(i) / L for i in range(L)] for _, rest in cases])
+        t = torch.tensor([(rest % L + 1) / L - 1e-6 for _, rest in cases])        # l = 1 .. 4
+        return dict(ids=ids, frozen=torch.zeros_like(ids, dtype=torch.bool), t=t, uniform=uniform)
+
+    def errors(batch):
+        return mask_diffusion.errors(perfect, batch["ids"], 2, t=batch["t"], uniform=batch["uniform"],
+                                     picks=True)
+    validation = Validation(dict(text=Samples()), dict(text=make), Words(), count)
+    found = validation.measure(dict(text=errors), 0, 1)
+    assert L * found["val_nats"] == pytest.approx(math.log(4), abs=1e-4)
 
 
 def test_the_same_weights_measure_the_same_and_a_run_goes_on_with_its_curve(alone, tiny, small_tar, tmp_path):
