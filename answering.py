@@ -22,7 +22,7 @@ from data import fraction
 from parts import Parts
 from pictures import fit_picture, read_picture, to_tensor
 from reading import canvas, encode, ranked, write
-from sources import read_json, read_text
+from sources import read_json, read_json_lines
 
 BLOCK = 64              # questions
 
@@ -54,17 +54,23 @@ def block(parts: Parts, some: list[Ask], folder: Path, seed: int, choices: list[
             why[ask.id] = str(error)
     latents = dict(zip(pixels, encode(parts, torch.stack(list(pixels.values()))))) if pixels else {}
     able = [ask for ask in some if ask.id not in why]
+    said = []
     if choices:
         said = [ranked(parts, latents[ask.image][None], ask.question, choices)[0][0] for ask in able]
     elif able:
         seeds = [int(fraction(f"{seed} {ask.id}") * 2**53) for ask in able]
         said = write(parts, torch.stack([latents[ask.image] for ask in able]),
                      [ask.question for ask in able], seed=seeds, **how)
-    answers = dict(zip((ask.id for ask in able), said)) if able else {}
-    line = lambda ask: dict(id=ask.id, left_out=why[ask.id]) if ask.id in why else (
-        dict(image_id=ask.id, caption=answers[ask.id]) if ask.question is None else
-        dict(question_id=ask.id, answer=answers[ask.id]))
-    return [line(ask) for ask in some]
+    answers = dict(zip((ask.id for ask in able), said))
+    rows = []
+    for ask in some:
+        if ask.id in why:
+            rows.append(dict(id=ask.id, left_out=why[ask.id]))
+        elif ask.question is None:
+            rows.append(dict(image_id=ask.id, caption=answers[ask.id]))
+        else:
+            rows.append(dict(question_id=ask.id, answer=answers[ask.id]))
+    return rows
 
 
 def lines_of(found: list[dict]) -> str:
@@ -77,14 +83,18 @@ def part(out: Path, number: int) -> Path:
 
 
 def started(out: Path, note: dict, blocks: int) -> list[int] | None:
-    """The blocks that aren't done, and a folder to put them in; None if the answers are there.  UserError."""
+    """Make a folder for blocks, and return which aren't done; return None if the answers are there.
+
+    Raises UserError for answers of another note."""
     about = Path(f"{out}.json")
-    was = read_json(about) if about.exists() else None
-    differ = [] if was is None else [name for name in {**note, **was} if name != "made_by"
-                                     and was.get(name) != note.get(name)]
-    require((not differ, f"{out}: was made otherwise ({', '.join(differ)}); name another file, or remove it "
-             f"and {about.name}"),
-            (was is not None or not out.exists(), f"{out}: is there, and no {about.name}; name another file"))
+    if about.exists():
+        made = read_json(about)
+        differ = [name for name in note | made
+                  if name != "made_by" and made.get(name) != note.get(name)]
+        require((not differ, f"{out}: was made otherwise ({', '.join(differ)}); name another file, or "
+                 f"remove it and {about.name}"))
+    else:
+        require((not out.exists(), f"{out}: is there, and no {about.name}; name another file"))
     if out.exists():
         return None
     part(out, 0).parent.mkdir(parents=True, exist_ok=True)
@@ -104,14 +114,20 @@ def fill(parts: Parts, asked: list[Ask], folder: Path, out: Path, note: dict, ra
     missing = parallel.first(lambda: started(out, note, len(blocks)))
     if missing is None:
         return []
-    share, file = missing[rank::world], lambda number: part(out, number)
+    share = missing[rank::world]
     for done, number in enumerate(share, 1):
-        write_text(file(number), lines_of(block(parts, blocks[number], folder, seed, choices, how)))
+        rows = block(parts, blocks[number], folder, seed, choices, how)
+        write_text(part(out, number), lines_of(rows))
         say(done * BLOCK, len(share) * BLOCK)
     if not parallel.last():
         return None
-    found = [json.loads(line) for number in range(len(blocks)) for line in
-             read_text(file(number)).splitlines()]
-    write_text(out, lines_of([line for line in found if "left_out" not in line]))
-    shutil.rmtree(file(0).parent)
-    return [f"{line['id']}: {line['left_out']}" for line in found if "left_out" in line]
+    answered, lost = [], []
+    for number in range(len(blocks)):
+        for _, row in read_json_lines(part(out, number)):
+            if "left_out" in row:
+                lost.append(f"{row['id']}: {row['left_out']}")
+            else:
+                answered.append(row)
+    write_text(out, lines_of(answered))
+    shutil.rmtree(part(out, 0).parent)
+    return lost

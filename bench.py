@@ -4,11 +4,6 @@
     python bench.py sample --preset sd3-medium --pixels 512 --dtype bfloat16 --n 4 --compile
     python bench.py train                                        # random data, the emoji preset
     python bench.py train --preset sd3-medium --image-batch 4 --text-batch 4 --dtype bfloat16
-    python bench.py train --against-plain --compile              # against a plain loop, in turns
-
-The plain loop is in the manner of the published trainer: both heads in each of two forwards, logits of all
-tokens, AdamW that is not fused, an average of the weights parameter by parameter, torch's attention, nothing
-compiled, malloc as it comes.  Both step copies of one model on the same batch.
 
     MFU = arithmetic / (time x peak of dense products);  arithmetic: plan.sample_flops, forward and backward
 
@@ -20,7 +15,6 @@ longest, of one batch of drawings.  A table, and one last line of JSON.
 import cli
 cli.interruptible(__name__)
 
-import copy
 import json
 import resource
 import statistics
@@ -31,7 +25,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import drawing
@@ -41,7 +34,7 @@ import parallel
 import plan
 import train
 from build import Models
-from devices import DEVICES, autocast, choose_device
+from devices import DEVICES, choose_device
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 from parts import EMOJI, OWN, PUBLISHED, Parts
 from reading import STEPS, encode, fill
@@ -76,11 +69,11 @@ def random_batch(config, sizes: MMDiTConfig, side: int) -> dict:
     B, n = config.image_batch, config.text_batch
     t, noise = flow.draw((B, sizes.channels, side, side), g, config.time_shift)
     image = dict(images=images(B), ids=ids(B), dropped=torch.zeros(B, dtype=torch.bool), t=t, noise=noise,
-                 count=B, of=config.image_loss)
+                 count=B)
     t, uniform = mask_diffusion.draw((n, L), g)
     none = torch.zeros(n, L, dtype=torch.bool)
     return dict(image=image, text=dict(
-        images=images(n), ids=ids(n), frozen=none, unscored=none, over=torch.ones(n), t=t, uniform=uniform,
+        images=images(n), ids=ids(n), frozen=none, t=t, uniform=uniform,
         count=n * L, mask_id=V - 1, weight=config.text_loss))
 
 
@@ -117,36 +110,6 @@ class Ours:
         self.seconds["optimizer"] += synchronise(self.device) - done
 
 
-class Plain:
-    """The same in the manner of the published trainer."""
-
-    def __init__(self, config, models: Models):
-        self.config, self.models, self.mmdit = config, models, models.learns["mmdit"]
-        self.device = next(models.learns.parameters()).device
-        for block in self.mmdit.blocks:
-            block.attention = F.scaled_dot_product_attention
-        self.optimizer = torch.optim.AdamW(models.learns.parameters(), lr=config.lr, foreach=False,
-                                           fused=False, weight_decay=config.weight_decay)
-        self.ema = [p.detach().clone() for p in models.learns.parameters()]
-
-    def step(self, made: dict) -> None:
-        parallel.keep_memory(False)
-        image, text = (train.on_device(made[name], self.device) for name in ("image", "text"))
-        with autocast(self.device, self.config.dtype):
-            states = self.models.captions(image["ids"], image["dropped"])
-            velocity = lambda x, t: self.mmdit(x, states, t, need="both")[0]
-            flow.loss(velocity, image["images"], t=image["t"], noise=image["noise"]).backward()
-            clean = torch.zeros(len(text["ids"]), device=self.device)
-            logits = lambda ids: self.mmdit(text["images"], self.models.text(ids), clean, need="both")[1]
-            (self.config.text_weight * mask_diffusion.loss(logits, text["ids"], text["mask_id"], t=text["t"],
-                                                           uniform=text["uniform"])).backward()
-        nn.utils.clip_grad_norm_(self.models.learns.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for average, p in zip(self.ema, self.models.learns.parameters()):
-            average.mul_(self.config.ema).add_(p.detach(), alpha=1 - self.config.ema)
-
-
 def seconds_of(stepper, made: dict, steps: int) -> float:
     begun = synchronise(stepper.device)
     for _ in range(steps):
@@ -154,8 +117,8 @@ def seconds_of(stepper, made: dict, steps: int) -> float:
     return (synchronise(stepper.device) - begun) / steps
 
 
-def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against: bool, peak: float) -> dict:
-    """Medians of `rounds` of `steps`; with a plain loop the ratio's median and range, round by round."""
+def bench_train(config, vocab_size: int | None, rounds: int, steps: int, peak: float) -> dict:
+    """Medians of `rounds` of `steps`."""
     device = torch.device(choose_device(config.device))
     sizes = MMDiTConfig(**PRESETS[config.preset])
     sizes = replace(sizes, text_length=config.text_length if sizes.text_length else 0,
@@ -166,16 +129,12 @@ def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against
     made = random_batch(config, sizes, config.pixels // factor)
     drawn = time.perf_counter() - begun
     models = random_models(sizes, config.text_length, device)
-    plain = Plain(config, replace(models, learns=copy.deepcopy(models.learns))) if against else None
     for block in models.learns["mmdit"].blocks if config.compile else []:
         block.compile()
     ours = Ours(config, models)
-    for stepper in filter(None, (ours, plain)):
-        seconds_of(stepper, made, 2)                             # what is made once is not counted
+    seconds_of(ours, made, 2)                                    # what is made once is not counted
     ours.seconds = dict.fromkeys(ours.seconds, 0.0)
-    pairs = [(seconds_of(ours, made, steps), seconds_of(plain, made, steps) if plain else 0.0)
-             for _ in range(rounds)]
-    second = statistics.median(one for one, _ in pairs)
+    second = statistics.median(seconds_of(ours, made, steps) for _ in range(rounds))
     work, peak = plan.work(config, sizes, factor), peak or plan.peak(device, config.dtype)
     found = dict(device=name_of(device), preset=config.preset, vocabulary=sizes.vocab_size,
                  dtype=config.dtype, compiled=config.compile, seconds=second)
@@ -185,10 +144,6 @@ def bench_train(config, vocab_size: int | None, rounds: int, steps: int, against
     found |= dict(mfu=work["tflop"] / second / peak) if peak else {}
     if device.type == "cuda":
         found["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    if plain:
-        ratios = sorted(one / other for one, other in pairs)
-        found |= dict(plain_seconds=statistics.median(other for _, other in pairs),
-                      ratio=statistics.median(ratios), ratio_range=[ratios[0], ratios[-1]])
     return found
 
 
@@ -208,8 +163,8 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
     ids = lambda text, length: torch.full((length,), len(text) % (V - 1))
     models.tokenizer = SimpleNamespace(encode=ids, mask_id=V - 1, end_id=-1, pad_id=-1)      # never an end
     models.learns.to(dtype).eval().requires_grad_(False)
-    parts = Parts.of(models, pixels or (64 if sizes.channels == 3 else 512), length, device)
-    vars(parts).update(dtype=dtype, defaults=OWN if own else PUBLISHED)
+    parts = Parts.of(models, pixels or (64 if sizes.channels == 3 else 512), length, device, dtype)
+    parts.defaults = OWN if own else PUBLISHED
     if not own:
         parts.text = lambda ids: models.text(ids).to(dtype)
     return parts
@@ -282,7 +237,6 @@ def train_flags(parser: cli.Parser) -> None:
     parser.add_argument("--rounds", type=count, default=9, help="(9)")
     parser.add_argument("--steps", type=count, default=2, help="of a round (2)")
     parser.add_argument("--peak", type=cli.number(float, 1e-3), default=0.0, help="of the device, TFLOP/s")
-    parser.add_argument("--against-plain", action="store_true", help="in turns with a plain loop")
 
 
 def main() -> None:
@@ -301,8 +255,7 @@ def main() -> None:
         settings = ("preset", "image_batch", "text_batch", "pixels", "dtype", "device", "optimizer")
         flags = [f"{cli.flag(name)}={value}" for name, value in vars(args).items()
                  if name in settings and value is not None] + ["--compile"] * args.compile
-        found = bench_train(parse(flags), args.vocab_size, args.rounds, args.steps, args.against_plain,
-                            args.peak)
+        found = bench_train(parse(flags), args.vocab_size, args.rounds, args.steps, args.peak)
     found = {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
     for key, value in found.items():
         print(f"{key:32}{value}")

@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -69,9 +68,12 @@ def own_default(field: dataclasses.Field) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that names the closest flag for an unknown one, takes no abbreviation and ends in one line."""
+    """argparse that names the closest flag for an unknown one, takes no abbreviation and ends in one line.
 
-    def __init__(self, doc: str, **more):
+    renamed: removed flags, and those that do now what they did."""
+
+    def __init__(self, doc: str, renamed: dict[str, str] = {}, **more):
+        self.renamed = renamed
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False, **more)
 
@@ -108,8 +110,10 @@ class Parser(argparse.ArgumentParser):
             name, known = unknown[0].split("=")[0], list(self._option_string_actions)
             for action in self._subparsers._group_actions if self._subparsers else []:
                 known += [flag for each in action.choices.values() for flag in each._option_string_actions]
-            close = difflib.get_close_matches(name, known, n=1)
-            self.error(f"unknown argument {name}; {f'did you mean {close[0]}?' if close else 'see --help'}")
+            if not name.startswith("-"):
+                self.error(f"unknown argument {name}; see --help")
+            nearest = self.renamed.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            self.error(f"unknown argument {name}; did you mean {nearest}?")
         for name, text in vars(parsed).items():
             for part in text if isinstance(text, list) else [text]:
                 if isinstance(part, str) and any("\ud800" <= c <= "\udfff" for c in part):

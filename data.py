@@ -143,10 +143,13 @@ def fingerprint(spec: str) -> str:
 
 @dataclass
 class Filters:
-    """Which samples training leaves out; the published filters are 256, 4.5 and 6."""
+    """Which samples training leaves out."""
     min_side: int = 1               # pixels of an image's shorter side
     max_ratio: float = 4.0          # of the longer side to the shorter
     min_caption: int = 0            # characters of a caption
+
+
+PUBLISHED = Filters(min_side=256, max_ratio=4.5, min_caption=6)
 
 
 class Filtered(UserError):

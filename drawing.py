@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 import flow
-import mask_diffusion
 from model import T_FLOOR
 from parts import Parts
-from reading import canvas, encode, logits, score, watched
+from reading import encode, score, watched
 
 STEPS = 28
 
@@ -46,15 +45,13 @@ class Seen:
     rows: int = 0
 
 
-def levels(parts: Parts, steps: int, shift: float | None = None, solver: str = "euler", strength: float = 1.0,
-           zero: int = 0) -> Tensor:
+def levels(parts: Parts, steps: int, shift: float | None = None, solver: str = "euler",
+           strength: float = 1.0) -> Tensor:
     """The noise levels of a walk of `steps` evaluations, of which Heun's takes two a step, from strength on.
-    A network that predicts the clean picture is not asked below the level to which it learnt it in earnest.
-
-    zero: the velocity of so many first steps is taken as zero (CFG-Zero*): x stays noise, nobody is asked."""
+    A network that predicts the clean picture is not asked below the level to which it learnt it in earnest."""
     shift = parts.defaults["shift"] if shift is None else shift
     least = T_FLOOR["train"] if parts.sizes.predicts == "data" else 1e-3
-    whole = flow.sigmas(-(-steps // flow.SOLVERS[solver]), shift, least)[zero:]
+    whole = flow.sigmas(-(-steps // flow.SOLVERS[solver].evaluations), shift, least)
     return whole if strength == 1 else torch.cat([torch.tensor([strength]), whole[whole < strength]])
 
 
@@ -126,24 +123,23 @@ def encoded(parts: Parts, texts: list[str]) -> dict[str, Tensor]:
 @torch.no_grad()
 def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = STEPS,
              guidance: float | None = None, seed: int | list[int] = 0, shift: float | None = None, *,
-             solver: str = "euler", rule: str = "plain", interval: tuple[float, float] = (0.0, 1.0),
-             zero: int = 0, edit: Edit | None = None, batch: int | None = None, fast: bool = False,
-             seen: Seen | None = None) -> Iterator[Tensor]:
+             solver: str = "euler", interval: tuple[float, float] = (0.0, 1.0), edit: Edit | None = None,
+             batch: int | None = None, fast: bool = False, seen: Seen | None = None) -> Iterator[Tensor]:
     """A picture for each prompt, one after the other, (3, H, W) in [-1, 1] on the CPU.
 
     seed: of the first, and the next has the next; or one for each.  A prompt and a seed give the same
-    picture in any batch (of 16; large models 4), at any place in it.  steps, solver, zero: of `levels`;
-    guidance, rule, interval: of `flow.guide`.  fast: of `prepared`; the last batch is filled up then, so that
+    picture in any batch (of 16; large models 4), at any place in it.  steps, solver: of `levels`;
+    guidance, interval: of `flow.guide`.  fast: of `prepared`; the last batch is filled up then, so that
     all have one shape.  Where the parts don't fit in memory together, 16 batches are drawn before they are
     decoded."""
     guidance = parts.defaults["guidance"] if guidance is None else guidance
-    sigmas = levels(parts, steps, shift, solver, edit.strength if edit else 1.0, zero)
+    sigmas = levels(parts, steps, shift, solver, edit.strength if edit else 1.0)
     shape = parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
     jobs = list(zip(prompts, seed if isinstance(seed, list) else range(seed, seed + len(prompts))))
     size, walks, network = min(batch or (16 if parts.own else 4), len(jobs)), [], None
-    evaluations = len(sigmas) - 1 + (sum(flow.halves(sigmas)) if solver == "heun" else 0)
     keeps = seen is not None and seen.states is not None
-    velocity = watched(parts, lambda *given: network(*given), evaluations * -(-len(jobs) // size), "drawing")
+    velocity = watched(parts, lambda *given: network(*given),
+                       flow.evaluations(sigmas, solver) * -(-len(jobs) // size), "drawing")
 
     def drawn(few: list[tuple[str, int]], states: dict[str, Tensor]) -> Tensor:
         full = few + few[-1:] * (size - len(few)) * fast
@@ -155,7 +151,7 @@ def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = 
                 seen.rows += len(x) * len(few) // len(full)
                 seen.times += [float(t)] if seen.watch else []
             return velocity(x, text[:len(x)], t)
-        guided = asked if guidance == 1 else flow.guide(asked, guidance, rule, interval)
+        guided = asked if guidance == 1 else flow.guide(asked, guidance, interval)
         walks.append([] if keeps else None)
         start = torch.stack(noise).to(parts.device)                               # (B, C, h, w)
         return walked(guided, start, sigmas, solver, edit, walks[-1])[:len(few)]
@@ -191,27 +187,3 @@ def likeliest(parts: Parts, pictures: list[Tensor], prompt: str) -> list[tuple[f
     latents = encode(parts, torch.stack(pictures))
     found = [(score(parts, latents[i:i + 1], ids)[0], picture) for i, picture in enumerate(pictures)]
     return sorted(found, key=lambda pair: pair[0])
-
-
-@torch.no_grad()
-def joint(parts: Parts, steps: int = STEPS, seed: int = 0, shift: float | None = None,
-          temperature: float = 1.0) -> tuple[Tensor, str]:
-    """A picture (3, H, W) and its caption, from noise and [MASK]s, by turns: a step of the one beside the
-    text as it stands, then of the other beside the picture that is predicted.
-
-    Beyond what the paper trains, where one of the two is always clean: expect little."""
-    parts.hold("text", "mmdit")
-    generator, mask_id = torch.Generator().manual_seed(seed), parts.tokenizer.mask_id
-    shape = 1, parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
-    x = torch.randn(shape, generator=generator).to(parts.device)
-    sigmas = levels(parts, steps, shift).to(parts.device)
-    walk = mask_diffusion.walk(lambda ids, at, rows: logits(parts, clean)(ids, at), canvas(parts)[None].to(
-        parts.device), mask_id, steps, generator, temperature, "confidence", picks=True,
-        end=(parts.tokenizer.end_id, parts.tokenizer.pad_id))
-    _, ids = next(walk)
-    for t, s in zip(sigmas[:-1], sigmas[1:]):
-        v = parts.mmdit(x.to(parts.dtype), parts.text(ids), t.view(1), need="velocity")[0].float()
-        clean, x = (x - t * v).to(parts.dtype), x + (s - t) * v
-        _, ids = next(walk, (None, ids))                         # of the tokens as large a part
-    parts.hold("vae")
-    return parts.vae.decode(x.to(parts.dtype))[0].float().cpu().clamp(-1, 1), parts.tokenizer.decode(ids[0])

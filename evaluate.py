@@ -43,7 +43,7 @@ from metrics.tables import about, left_out, progress, table, tell
 from parts import Parts
 from reading import STEPS
 
-WALK = ["--guidance", "--shift", "--solver", "--guidance-interval", "--guidance-rule", "--zero-steps"]
+WALK = ["--guidance", "--shift", "--solver", "--guidance-interval"]
 PARTS = ["--checkpoint", "--dtype", "--height", "--width", "--length", "--vae", "--t5", "--tokenizer",
          "--mask-embedding"]
 ANSWER_ROOM = 32        # tokens of an answer behind the longest prompt with --shots
@@ -134,7 +134,7 @@ def answer(args: argparse.Namespace) -> None:
                     checkpoint=parallel.first(parts.digest), length=parts.answer_length,
                     dtype=str(parts.dtype).removeprefix("torch."),
                     settings={name: how.get(name, parts.defaults.get(name))
-                              for name in sample.READS.values()})
+                              for name in sample.READS})
         lost = answering.fill(parts, asked, args.pictures, args.out, note, rank, world, args.seed,
                               args.choices, progress("questions", rank, world), **how)
         if lost is not None:

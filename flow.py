@@ -9,7 +9,7 @@ Nothing here knows a network: `velocity` is any callable (x_t, t) -> v.
 Shapes: B batch, C latent channels, h and w latent height and width.
 """
 
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +37,9 @@ def draw(shape: tuple[int, ...], generator: torch.Generator | None = None, shift
 
 
 def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
-           t: Tensor | None = None, noise: Tensor | None = None, of: str = "velocity",
-           floor: float = 0.0) -> Tensor:
+           t: Tensor | None = None, noise: Tensor | None = None, floor: float = 0.0) -> Tensor:
     """Mean over pixels of |v(x_t, t) - (e - x)|^2 for each sample, (B,), in float32 whatever x is.
 
-    of "data": of |x_t - t v(x_t, t) - x|^2, as the published code has it; that is t^2 as much.
     floor: of the t in v = (x_t - x) / max(t, floor), for a network that predicts x and divides so; the target
     is divided alike (JiT, arXiv 2511.13720), so that a perfect network's error is 0 at every t.
     x: clean latents (B, C, h, w).  t (B,) and noise (B, C, h, w) are drawn by `draw` unless both are given.
@@ -56,7 +54,7 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
     target = noise - x
     if floor:
         target = target * (tt / floor).clamp(max=1)                               # (x_t - x) / max(t, floor)
-    return (v.to(x.dtype) - target).square().flatten(1).mean(1) * (t ** 2 if of == "data" else 1)
+    return (v.to(x.dtype) - target).square().flatten(1).mean(1)
 
 
 def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None, **drawn: Tensor) -> Tensor:
@@ -81,13 +79,41 @@ def sigmas(steps: int, shift: float = 3.0, least: float = 1e-3) -> Tensor:
     return torch.cat([shifted(grid, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
-def halves(sigmas: Tensor) -> list[bool]:
-    """Of each step whether half of the noise is left, or more.  Where less is, Heun's second velocity at s,
-    (x - x_clean) / s, would count what is wrong with the predicted clean picture |h| / 2s times."""
-    return (2 * sigmas[1:] >= sigmas[:-1] * (1 - 1e-6)).tolist()
+def euler_step(velocity: Velocity, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """x_s = x_t + h v_t, h = s - t: the paper's solver; its error falls like h."""
+    return x + (s - t) * v
 
 
-SOLVERS = dict(euler=1, heun=2, ab2=1)      # and their evaluations a step
+def heun_step(velocity: Velocity, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """x_s = x_t + h (v_t + v(x_t + h v_t, s)) / 2: an error like h^2 for two evaluations.
+
+    Euler's where less than half of the noise is left (`keeps_half`)."""
+    if not keeps_half(float(t), float(s)):
+        return euler_step(velocity, x, v, t, s)
+    v_s = velocity(euler_step(velocity, x, v, t, s), s.view(1)).to(x)
+    return x + (s - t) * ((v + v_s) / 2)
+
+
+def keeps_half(t: float, s: float) -> bool:
+    """Whether a step from t to s leaves at least half of the noise.  Where it leaves less, Heun's second
+    velocity, (x - x_clean) / s, would count an error of the predicted clean picture |h| / 2s times."""
+    return 2 * s >= t * (1 - 1e-6)
+
+
+class Solver(NamedTuple):
+    """A row of SOLVERS: step(velocity, x_t, v_t, t, s) -> x_s, and how often it asks for the velocity."""
+    step: Callable[..., Tensor]
+    evaluations: int            # of a step, v_t included
+
+
+SOLVERS = {"euler": Solver(euler_step, 1), "heun": Solver(heun_step, 2)}
+
+
+def evaluations(sigmas: Tensor, solver: str) -> int:
+    """Return how often a walk along these noise levels asks for the velocity."""
+    levels = sigmas.tolist()
+    second = sum(keeps_half(t, s) for t, s in zip(levels[:-1], levels[1:])) if solver == "heun" else 0
+    return len(levels) - 1 + second
 
 
 def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler",
@@ -95,61 +121,39 @@ def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler
     """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1]; yields before each step
     (t, x_t, the predicted clean x_t - t v), and in the end (sigmas[-1], x, x).
 
-        euler   x_s = x_t + h v_t, h = s - t                      the paper's: the error falls like h
-        heun    x_s = x_t + h (v_t + v(x_t + h v_t, s)) / 2       like h^2, for two evaluations a step
-        ab2     x_s = x_t + h (v_t + h / (2 h') (v_t - v_t'))     like h^2, for one; t' and h' are of the step
-                                                                  before (Adams and Bashforth), at first Euler
-    Where a step takes away more than half of the noise (`halves`), Heun's is Euler's.  `velocity` gets t as a
-    tensor of shape (1,), one time for the batch.  The walk is in float32 at least.  pin(x, t): what x is put
-    to after each step, where a part of the picture is known.  Raises ValueError for another solver."""
+    `velocity` gets t as a tensor of shape (1,), one time for the batch.  The walk is in float32 at least.
+    pin(x, t): what x is put to after each step, where a part of the picture is known.  Raises ValueError for
+    an unknown solver."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    x, twice, before = precise(noise), halves(sigmas), None
+    x = precise(noise)
     sigmas = precise(sigmas).to(noise.device)
-    for t, s, again in zip(sigmas[:-1], sigmas[1:], twice):
-        v, h = velocity(x, t.view(1)).to(x), s - t
+    for t, s in zip(sigmas[:-1], sigmas[1:]):
+        v = velocity(x, t.view(1)).to(x)
         yield t, x, x - t * v
-        slope = v
-        if solver == "heun" and again:
-            slope = (v + velocity(x + h * v, s.view(1)).to(x)) / 2
-        elif solver == "ab2" and before:
-            slope = v + h / (2 * before[1]) * (v - before[0])
-        x, before = x + h * slope, (v, h)
+        x = SOLVERS[solver].step(velocity, x, v, t, s)
         x = pin(x, s) if pin else x
     yield sigmas[-1], x, x
 
 
 def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """The end of `walk` as the paper has it, of noise's shape."""
+    """Sample with Euler steps, as the paper does, and return x at the last level, of noise's shape."""
     *_, (_, x, _) = walk(velocity, noise, sigmas)
     return x
 
 
-RULES = ["plain", "zero-star", "renormalised"]
-
-
-def guide(velocity: Velocity, scale: float, rule: str = "plain",
-          interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
+def guide(velocity: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
     """Classifier-free guidance v = v_null + scale (v_text - v_null), for times in the interval; outside of it
     v_text alone, for half the work (arXiv 2404.07724).
 
-        zero-star      v_null times <v_text, v_null> / |v_null|^2, its best fit to v_text (arXiv 2503.18886)
-        renormalised   v shrunk to the length of v_text where it is longer, picture by picture
-
     `velocity` must answer a doubled batch (2B, ...), the text half first, and the text half alone.  Raises
-    ValueError for another rule, or an interval that is reversed."""
-    if rule not in RULES or not interval[0] <= interval[1]:
-        raise ValueError(f"rule must be one of {', '.join(RULES)} and the interval from low to high, got "
-                         f"{rule!r}, {interval}")
-    norm = lambda v: torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (v.ndim - 1))
+    ValueError for an interval that is reversed."""
+    if interval[0] > interval[1]:
+        raise ValueError(f"the interval must be from low to high, got {interval}")
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         if interval != (0.0, 1.0) and not interval[0] <= float(t) <= interval[1]:
             return velocity(x, t)
         v_text, v_null = velocity(torch.cat([x, x]), t).chunk(2)                  # (B, C, h, w) each
-        if rule == "zero-star":
-            dot = (v_text * v_null).flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
-            v_null = v_null * (dot / norm(v_null).square().clamp(min=1e-12))
-        v = v_null + scale * (v_text - v_null)
-        return v * (norm(v_text) / norm(v).clamp(min=1e-12)).clamp(max=1) if rule == "renormalised" else v
+        return v_null + scale * (v_text - v_null)
     return guided

@@ -24,7 +24,7 @@ from pictures import text_fields, to_picture, write_png
 Jobs = list[tuple[str, int]]
 
 DEFAULTS = {name: inspect.signature(drawing.drawings).parameters[name].default
-            for name in ("steps", "solver", "rule", "interval", "zero", "negative")}
+            for name in ("steps", "solver", "interval", "negative")}
 
 
 def digest_of(*tensors: Tensor | None) -> str:

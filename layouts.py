@@ -114,7 +114,8 @@ def shown(value) -> str:
 
 
 class Config:
-    """What a part's config.json says, each value checked; without one, what the shapes say."""
+    """Values of a part's config.json that no shape shows, each checked, with defaults where it has none.
+    A size that a shape shows is not read here."""
 
     def __init__(self, tensors, config: dict | None):
         self.found, self.where = config or {}, tensors.files[0].parent / "config.json"
@@ -129,11 +130,12 @@ class Config:
             raise self.refuse(key, "a whole number")
         return value
 
-    def size(self, key: str, shape: int) -> int:
-        """A whole number that the tensors' shapes show too."""
-        if self.whole(key, shape) != shape:
-            raise self.refuse(key, f"{shape}, which its tensors have")
-        return shape
+    def expect(self, key: str, value: int) -> int:
+        """Return a size that no shape shows: of the heads, or the number of blocks, which tells a file that
+        lacks the last ones.  Raises UserError where config.json has another value."""
+        if self.whole(key, value) != value:
+            raise self.refuse(key, f"{value}, which its tensors have")
+        return value
 
     def real(self, key: str, default: float, low: float = -math.inf) -> float:
         value = self.found.get(key, default)
@@ -182,7 +184,7 @@ def own_entries(module: nn.Module, *buffers: str) -> dict[str, Entry]:
 
 
 def mmdit_config(tensors, config: dict | None, naming: str, vocab_size: int = 32100) -> MMDiTConfig:
-    """Sizes of a published transformer: from config.json where it says them, otherwise from the shapes."""
+    """Return a published transformer's sizes: from the shapes, and from config.json what no shape shows."""
     c = Config(tensors, config)
     c.only("dual_attention_layers", [], None)                    # SD3.5-medium has some
     c.only("quantization_config", None)
@@ -193,19 +195,18 @@ def mmdit_config(tensors, config: dict | None, naming: str, vocab_size: int = 32
     qk_norm = ("joint_blocks.0.x_block.attn.ln_q.weight" if naming == "file" else
                "transformer_blocks.0.attn.norm_q.weight") in tensors
     head = c.whole("attention_head_dim", 64)                                  # 64 in every published model
-    heads = c.size("num_attention_heads", max(1, tensors.size(patch_in, 0) // head))
-    patch = c.size("patch_size", tensors.size(patch_in, 2))
-    side = c.size("pos_embed_max_size", math.isqrt(tensors.size(table, 1)))
+    heads = c.expect("num_attention_heads", max(1, tensors.size(patch_in, 0) // head))
+    patch = tensors.size(patch_in, 2)
+    side = math.isqrt(tensors.size(table, 1))
     base = max(1, c.whole("sample_size", 64 * patch) // patch)
     base = base if config else position_base(tensors, table, side)
     if "text_proj_out.weight" in tensors:
-        vocab_size = c.size("vocab_size", tensors.size("text_proj_out.weight", 0))
+        vocab_size = tensors.size("text_proj_out.weight", 0)
     nulls = tensors.size("null_image_embd", 1) if "null_image_embd" in tensors else 8
     return MMDiTConfig(
-        depth=c.size("num_layers", tensors.count(blocks)), heads=heads, width=heads * head, patch=patch,
-        channels=c.size("in_channels", tensors.size(patch_in, 1)), position_size=side, position_base=base,
-        vocab_size=vocab_size, null_tokens=nulls,
-        text_width=c.size("joint_attention_dim", tensors.size("context_embedder.weight", 1)),
+        depth=c.expect("num_layers", tensors.count(blocks)), heads=heads, width=heads * head, patch=patch,
+        channels=tensors.size(patch_in, 1), position_size=side, position_base=base,
+        vocab_size=vocab_size, null_tokens=nulls, text_width=tensors.size("context_embedder.weight", 1),
         qk_norm=c.found["qk_norm"] is not None if "qk_norm" in c.found else qk_norm)
 
 
@@ -249,20 +250,20 @@ def mmdit_entries(model: MMDiT, table: list[tuple[str, str]], from_sd3: bool) ->
 
 
 def vae_config(tensors, config: dict | None, naming: str) -> VAEConfig:
-    """Sizes of an autoencoder: from config.json, otherwise from the shapes, with SD3's scale and shift."""
+    """Return an autoencoder's sizes, from the shapes, and its scale and shift: config.json's or SD3's."""
     c = Config(tensors, config)
     for key in ("latents_mean", "latents_std"):
         c.only(key, None)
     for key in ("use_quant_conv", "use_post_quant_conv"):
         c.only(key, False, None)
     level, block = ("encoder.down.", ".block.") if naming == "file" else ("encoder.down_blocks.", ".resnets.")
-    found = [tensors.size(f"{level}{i}{block}0.conv1.weight", 0) for i in range(tensors.count(level))]
-    c.only("block_out_channels", found)
+    widths = [tensors.size(f"{level}{i}{block}0.conv1.weight", 0) for i in range(tensors.count(level))]
     shift = 0.0 if c.found.get("shift_factor", 0) is None else c.real("shift_factor", VAEConfig.shift)
-    return VAEConfig(tuple(found), c.size("layers_per_block", tensors.count(f"{level}0{block}")),
-                     c.size("latent_channels", tensors.size("decoder.conv_in.weight", 1)),
-                     c.whole("norm_num_groups", VAEConfig.groups),
-                     c.real("scaling_factor", VAEConfig.scale, 0), shift)
+    return VAEConfig(
+        tuple(widths), blocks=tensors.count(f"{level}0{block}"),
+        latent=tensors.size("decoder.conv_in.weight", 1),
+        groups=c.whole("norm_num_groups", VAEConfig.groups),
+        scale=c.real("scaling_factor", VAEConfig.scale, 0), shift=shift)
 
 
 def vae_entries(vae: AutoencoderKL, naming: str) -> dict[str, Entry]:
@@ -284,20 +285,21 @@ def vae_entries(vae: AutoencoderKL, naming: str) -> dict[str, Entry]:
 
 
 def t5_config(tensors, config: dict | None, naming: str) -> T5Config:
-    """Sizes of a T5 encoder: from config.json where it says them, otherwise from the shapes."""
+    """Return a T5 encoder's sizes: from the shapes, and from config.json what no shape shows."""
     c = Config(tensors, config)
     c.only("feed_forward_proj", "gated-gelu")
     c.only("quantization_config", None)
     table, attention = t5_table(tensors), "encoder.block.0.layer.0.SelfAttention."
     bias = attention + "relative_attention_bias.weight"
-    heads = c.size("num_heads", tensors.size(bias, 1))
-    return T5Config(c.size("vocab_size", tensors.size(table, 0)), c.size("d_model", tensors.size(table, 1)),
-                    c.size("num_layers", tensors.count("encoder.block.")), heads,
-                    c.size("d_kv", max(1, tensors.size(attention + "q.weight", 0) // heads)),
-                    c.size("d_ff", tensors.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0)),
-                    c.size("relative_attention_num_buckets", tensors.size(bias, 0)),
-                    c.whole("relative_attention_max_distance", T5Config.distance),
-                    c.real("layer_norm_epsilon", T5Config.eps, 0))
+    heads = c.expect("num_heads", tensors.size(bias, 1))
+    return T5Config(
+        vocab_size=tensors.size(table, 0), width=tensors.size(table, 1),
+        depth=c.expect("num_layers", tensors.count("encoder.block.")), heads=heads,
+        head=c.expect("d_kv", max(1, tensors.size(attention + "q.weight", 0) // heads)),
+        hidden=tensors.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
+        buckets=tensors.size(bias, 0),
+        distance=c.whole("relative_attention_max_distance", T5Config.distance),
+        eps=c.real("layer_norm_epsilon", T5Config.eps, 0))
 
 
 def t5_table(tensors) -> str:

@@ -139,19 +139,17 @@ def drawing(prompt: str, words: list[str], steps: list[tuple[float, Tensor, Tens
 
 
 def writing(picture: Tensor | None, pieces: list[str], revealed: list[int], probability: list[float | None],
-            states: list[tuple[int, list[str]]] | None, attention: list[Tensor | None] | None,
-            grid: tuple[int, int] | None, about: dict) -> str:
+            attention: list[Tensor | None] | None, grid: tuple[int, int] | None, about: dict) -> str:
     """The page of a text being unmasked, the paper's Figure 2.  Raises ValueError for a misfit.
 
     pieces: the final L tokens as they are written, spaces too, "" for an end or padding.  revealed: the step
-    at which each came, 0 where it was given; probability: its own at that moment, or None.  states: (step, L
-    strings, "[MASK]" where masked), for walks that mask again, or None: as revealed.  attention: each token's
-    (K, N), its row as `watching` reads patches, or None.  picture, grid: None for a text about no picture."""
+    at which each came, 0 where it was given; probability: its own at that moment, or None.  attention: each
+    token's (K, N), its row as `watching` reads patches, or None.  picture, grid: None for a text about no picture."""
     L, attention, grid, last = len(pieces), list(attention or []), grid or (0, 0), max(2, *revealed)
-    if {len(revealed), len(probability), len(attention) or L, *(len(ids) for _, ids in states or [])} != {L}:
-        raise ValueError(f"{L} pieces need as many of revealed, probability, attention and of each state")
-    states = states or [(step, [piece if when <= step else "[MASK]" for piece, when in zip(pieces, revealed)])
-                        for step in sorted({0, *revealed})]
+    if {len(revealed), len(probability), len(attention) or L} != {L}:
+        raise ValueError(f"{L} pieces need as many of revealed, probability and attention")
+    states = [(step, [piece if when <= step else "[MASK]" for piece, when in zip(pieces, revealed)])
+              for step in sorted({0, *revealed})]
     maps = [None if x is None else x[:, None] for x in attention]                 # (K, 1, N) each
     maps, coarse, done = packed(maps, (1, grid[0] * grid[1]), grid, "word")
     tint = lambda step: f"hsl({220 + 170 * (step - 1) / (last - 1):.0f} 80% 55% / 0.38)" if step else ""

@@ -26,8 +26,8 @@ from vae import AutoencoderKL, Pixels
 
 EMOJI = Path(__file__).parent / "assets" / "emoji"      # the shipped weights
 # how each family of weights is sampled unless told otherwise; the published ones as published
-OWN = dict(guidance=1.5, shift=1.0, temperature=0.0, order="threshold", refresh=0)
-PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random", refresh=1)
+OWN = dict(guidance=1.5, shift=1.0, temperature=0.0, order="threshold", image_cache="once")
+PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random", image_cache="off")
 
 
 def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
@@ -143,14 +143,15 @@ class Parts:
             self.hold("text", "mmdit", "vae")
 
     @classmethod
-    def of(cls, models, pixels: int, length: int, device: torch.device) -> "Parts":
+    def of(cls, models, pixels: int, length: int, device: torch.device,
+           dtype: torch.dtype = torch.float32) -> "Parts":
         """The parts that are in memory, being trained (`build.Models`); nothing is read."""
         parts, mmdit, own = cls.__new__(cls), models.learns["mmdit"], models.t5 is None
         vars(parts).update(
             family="ours", own=own, keep=True, sizes=mmdit.config,
-            defaults=(OWN if own else PUBLISHED) | dict(refresh=1),      # FSDP gathers what a forward needs
+            defaults=(OWN if own else PUBLISHED) | dict(image_cache="off"),   # FSDP gathers what a forward needs
             mmdit=mmdit, vae=models.vae, text=models.text, tokenizer=models.tokenizer, device=device,
-            dtype=torch.float32, height=pixels, width=pixels, factor=models.vae.factor, length=length,
+            dtype=dtype, height=pixels, width=pixels, factor=models.vae.factor, length=length,
             answer_length=length, silent=True)
         return parts
 

@@ -20,6 +20,7 @@ from t5 import T5Block, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 
 NODE = 8                # GPUs of a machine, within which hsdp shards
+MFU, PEAK = 0.4, 989.0  # to count days: the share reached of an H100's TFLOP/s in bfloat16
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}           # TFLOP/s in bfloat16, dense, by a GPU's name
 
 
@@ -202,10 +203,8 @@ def show(config: TrainConfig) -> str:
     others = sum(values(lambda: make(size)) for make, size in ((T5Encoder, t5), (AutoencoderKL, vae)) if size)
     still = 0 if "null image" in row.learns else c.null_tokens * c.width
     mask = f", and a [MASK] of {t5.width}" if t5 and "[MASK]" in row.learns else ""
-    seconds = samples * config.steps / config.rate if config.rate else (
-        config.steps * (learns + frozen) / (gpus * config.peak * 1e12 * config.mfu))
-    pace = f"{config.rate:g} samples/s" if config.rate else (
-        f"{config.mfu:.0%} of {gpus} x {config.peak:g} TFLOP/s, of all the arithmetic")
+    seconds = config.steps * (learns + frozen) / (gpus * PEAK * 1e12 * MFU)
+    pace = f"{MFU:.0%} of {gpus} x {PEAK:g} TFLOP/s, of all the arithmetic"
     again = ", activations computed again" if config.checkpoint_activations else ""
     lines = [
         f"stage {config.stage} of {config.init or config.preset}, {gpus} GPU(s), {config.shard}{again}",

@@ -134,7 +134,7 @@ def read(mix: data.Mix, captioned: bool, batches: list[range], number: int) -> d
 def latents(args: argparse.Namespace) -> None:
     """Store a source's pictures as latents, in files that are written whole or not at all."""
     encode, stamp, tokenizer = encoder(args, torch.device(choose_device(args.device)))
-    mix = data.Mix([args.source], args.pixels, filters=data.Filters(args.min_side, args.max_ratio, args.min_caption))
+    mix = data.Mix([args.source], args.pixels, filters=data.PUBLISHED if args.filtered else data.Filters())
     require((not hasattr(mix.sources[0], "stamp"), f"{args.source}: has no pictures to encode"))
     every = getattr(mix.sources[0], "every", range(len(mix)))
     shards = [every[at:at + SHARD] for at in range(0, len(every), SHARD)]
@@ -285,14 +285,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="of what is stored (bfloat16)")
     coded.add_argument("--recaption", type=cli.number(float, 0, 1), metavar="N",
                        help="of states: the share that is of re-captions (1)")
-    for flag, low, default, said in (("min-side", 1, 1, "pictures with a shorter side are left out"),
-                                     ("min-caption", 0, 0, "captions of fewer characters are left out"),
-                                     ("batch", 1, 16, "pictures at a time"),
+    coded.add_argument("--filtered", action="store_true", help="leave out what train.py --filtered does")
+    for flag, low, default, said in (("batch", 1, 16, "pictures at a time"),
                                      ("workers", 0, 0, "processes that read ahead")):
         coded.add_argument(f"--{flag}", type=count(low), default=default, metavar="N",
                            help=f"{said} ({default})")
-    coded.add_argument("--max-ratio", type=cli.number(float, 1), default=4.0, metavar="N",
-                       help="longer pictures are left out (4)")
     coded.add_argument("--part", type=part, default=(0, 1), metavar="I/N",
                        help="every N-th shard from I on: one process a GPU (0/1)")
     coded.add_argument("--device", choices=DEVICES, default="auto", help="where (auto)")

@@ -36,60 +36,57 @@ def watched(parts: Parts, function, evaluations: int, what: str):
     return function if parts.silent else call
 
 
-def logits(parts: Parts, latents: Tensor | None, refresh: int = 1, text=None):
+def logits(parts: Parts, latents: Tensor | None, image_cache: str = "off", text=None):
     """The text half of the model given clean latents (B, C, h, w), or none: a function of ids (n, L) of some
     `rows` (n,), -> (n, L, V), or of their tokens `at` (m,) alone, -> (m, V).  text: in place of parts.text.
 
-    refresh: the image's keys and values, and the modulation, are computed at every so many calls, 0: at the
-    first alone.  But for 1 that is an approximation: the image's stream sees the text written meanwhile."""
-    clean, calls, kept, whose = torch.zeros(1, device=parts.device), 0, [], None
+    image_cache "once": the image's keys and values, and the modulation, are computed at the first call and
+    reused.  That is an approximation: the image's stream sees the text written meanwhile.  "off" is exact."""
+    clean, kept, whose = torch.zeros(1, device=parts.device), [], None
     text = text or parts.text
 
     def call(ids: Tensor, at: Tensor | None = None, rows: Tensor | slice = slice(None)) -> Tensor:
-        nonlocal calls, kept, whose
-        if not kept or refresh and calls % refresh == 0:
-            kept, whose = [], rows
+        nonlocal kept, whose
+        if not kept:
+            whose = rows
         elif len(rows) < len(whose):                             # some are done
             left = torch.searchsorted(whose, rows)
             kept, whose = [(k[left], v[left], modulation) for k, v, modulation in kept], rows
-        calls += 1
         return parts.mmdit(None if latents is None else latents[rows], text(ids), clean, need="logits",
-                           at=at, kept=None if refresh == 1 else kept)[1]
+                           at=at, kept=kept if image_cache == "once" else None)[1]
     return call
 
 
 @torch.no_grad()
-def encode(parts: Parts, images: Tensor, posterior: str = "mean", seed: int = 0,
-           dtype: torch.dtype | None = None) -> Tensor:
-    """Clean latents (B, C, h, w) of images (B, 3, H, W), 16 at a time: the posterior's "mean", or as in the
-    published code a "draw" from it, by the seed and for each image as if it were alone.  dtype: parts.dtype
-    unless given."""
+def encode(parts: Parts, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Clean latents (B, C, h, w), the posterior's means, of images (B, 3, H, W), 16 at a time.
+
+    dtype: parts.dtype unless given."""
     parts.hold("vae")
-    generator = lambda: torch.Generator().manual_seed(seed) if posterior == "draw" else None
-    return torch.cat([parts.vae.encode(some.to(parts.device), generator())
-                      for some in images.split(1 if posterior == "draw" else 16)]).to(dtype or parts.dtype)
+    latents = [parts.vae.encode(some.to(parts.device)) for some in images.split(16)]
+    return torch.cat(latents).to(dtype or parts.dtype)
 
 
 @torch.no_grad()
 def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["text"],
          temperature: float | None = None, seed: int | list[int] = 0, order: str | None = None,
-         trajectory: list | None = None, refresh: int | None = None, guidance: float = 1.0,
-         ramp: bool = False, asked: list | None = None, **how) -> Tensor:
+         trajectory: list | None = None, image_cache: str | None = None, guidance: float = 1.0,
+         asked: list | None = None, **how) -> Tensor:
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no picture; all else stays.
 
-    order, and `how` (level, per_step, top_p, canvas): of `mask_diffusion.walk`.  What is behind an end is
-    padding at once.  seed: of every row, whose text is the same in any batch; or one for each.  refresh: of
-    `logits`.  guidance, ramp: of `mask_diffusion.guide`, away from what is written without a picture.  asked:
+    order, and `how` (level, canvas): of `mask_diffusion.walk`.  What is behind an end is padding at once.
+    seed: of every row, whose text is the same in any batch; or one for each.  image_cache: of `logits`.
+    guidance: of `mask_diffusion.guide`, away from what is written without a picture.  asked:
     gets, of each evaluation, how many states the trajectory had, the tokens (m,), and their logits (m, V)."""
-    given = dict(temperature=temperature, order=order, refresh=refresh)
+    given = dict(temperature=temperature, order=order, image_cache=image_cache)
     given = {name: parts.defaults[name] if value is None else value for name, value in given.items()}
     parts.hold("text", "mmdit")
-    tokenizer, refresh = parts.tokenizer, given.pop("refresh")
+    tokenizer, image_cache = parts.tokenizer, given.pop("image_cache")
     text = lru_cache(maxsize=1)(parts.text)                      # with guidance both halves read the same ids
-    function = logits(parts, latents, refresh, text)
+    function = logits(parts, latents, image_cache, text)
     if guidance != 1:
-        blind = logits(parts, None, refresh, text)
-        function = mask_diffusion.guide(function, blind, guidance, tokenizer.mask_id, ramp)
+        blind = logits(parts, None, image_cache, text)
+        function = mask_diffusion.guide(function, blind, guidance, tokenizer.mask_id)
     if asked is not None:
         plain, trajectory = function, [] if trajectory is None else trajectory
 

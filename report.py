@@ -72,31 +72,6 @@ def curves(rows: list[dict], path: Path, others: list[list[dict]] = ()) -> None:
         sheet.save(temporary, "PNG")
 
 
-def expected(others: list[list[dict]], key: str, step: int) -> tuple[float, float] | None:
-    """Mean and half the range of what other runs had of `key` at a step, between their rows; None where none
-    has come so far."""
-    values = []
-    for xs, ys in (series(other, key) for other in others):
-        after = next((i for i, x in enumerate(xs) if x >= step), None)
-        if after is not None and (after > 0 or xs[0] == step):
-            before = max(after - 1, 0)
-            share = (step - xs[before]) / max(xs[after] - xs[before], 1)
-            values.append(ys[before] + share * (ys[after] - ys[before]))
-    return (sum(values) / len(values), (max(values) - min(values)) / 2) if values else None
-
-
-def verdict(others: list[list[dict]], row: dict, least: float = 0.02) -> str:
-    """How a row's validation stands to other runs': in their range, or `least` of the mean, as expected."""
-    said = []
-    for key in ("val_image", "val_nats"):
-        found = expected(others, key, row["step"]) if key in row else None
-        if found:
-            mean, half = found[0], max(found[1], least * abs(found[0]))
-            how = "as" if abs(row[key] - mean) <= half else "above the" if row[key] > mean else "below the"
-            said.append(f"{key} {row[key]:.4f}, {how} expected {mean:.4f} ± {half:.4f}")
-    return "; ".join(said)
-
-
 def inline(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 

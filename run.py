@@ -46,7 +46,8 @@ from tensors import replacing, write_tensors
 # what a run is: with another value of one of these it would be another run
 IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data", "text_data", "vocabulary",
             "pixels", "buckets", "text_length", "image_batch", "text_batch", "optimizer", "seed", "predicts",
-            "image_loss", "times", "text_loss", "text_mean", "padding")
+            "times", "text_loss")
+REMOVED = {"image_loss": "velocity", "text_mean": "token", "padding": "all"}     # settings of older runs
 # what a step draws and learns, beside the settings: raised whenever the same settings would train another run
 RULES = 2               # 2: mixtures by samples, padding with </s>, the text loss over all positions
 FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)      # CheckpointException is no Exception
@@ -142,6 +143,10 @@ class Run:
             raise UserError(f"{self.out}: this run began under older rules of training ({was.get('rules', 1)}, now "
                             f"{RULES}: mixtures, padding, the text loss); go on with the commit that began it, or "
                             f"start another with another --out (--init {self.out} takes its weights along)")
+        for name, default in REMOVED.items():
+            if was.get(name, default) != default:
+                raise UserError(f"{self.out}: this run began with {cli.flag(name)} {was[name]}, which is no "
+                                f"more; go on with the commit that began it, or start another with another --out")
         shown = lambda value: " ".join(value) if isinstance(value, list) else value
         for name in IDENTITY:
             old, new, hashed = was.get(name), self.settings[name], f"{name}_digest"
@@ -399,8 +404,6 @@ class Run:
                   flush=True)
             if single := [f"{name} {x:.4f}" for name, x in found.items() if isinstance(x, float)]:
                 print(f"at step {self.step}  {'  '.join(single)}", flush=True)
-            if said := report.verdict(self.others, self.rows[-1]):
-                print(f"at step {self.step}  {said}", flush=True)
 
 
 def sync_file(path: Path) -> None:

@@ -36,7 +36,6 @@ from PIL import Image
 from torch import Tensor
 
 import data
-import drawing
 import flow
 import gallery
 import mask_diffusion
@@ -45,7 +44,7 @@ import trajectory
 from checkpoint import write_text
 from cli import UserError, require
 from devices import DEVICES, choose_device, has_bfloat16
-from drawing import Edit, Seen, draw, drawings, joint, likeliest
+from drawing import Edit, Seen, draw, drawings, likeliest
 from parts import EMOJI, Parts
 from pictures import fit_picture, read_mask, read_picture, to_tensor
 from reading import STEPS, compared, encode, infill, ranked, write
@@ -64,63 +63,56 @@ count = lambda low, text: dict(type=cli.number(int, low), metavar="N", help=text
 other = lambda word, value, low: lambda text: value if text == word else cli.number(int, low)(text)
 
 
+RENAMED = {"--refresh": "--image-cache", "--separate": "--prompts", "--tokens-per-step": "--steps",
+           "--top-p": "--temperature", "--vary": "--strength"}
+
+
 def draw_flags(add: Callable) -> None:
-    pictures, one = "--prompt or --prompts or --vary", "--prompt or --vary"
-    draws = f"{pictures} or --joint"
+    pictures = "--prompt or --prompts"
     add("--prompt", help="draw this")
     add("--prompts", type=Path, metavar="FILE", help="draw these, a line each, into the folder --out; what "
         "is there already is skipped")
     add("--image", type=Path, nargs="+", metavar="FILE", help="caption these pictures, a line each, or "
         "answer about them, or score a text; fill --text, or --chat, about one; with --prompt: draw over it")
-    add("--vary", action="store_true", help="draw over --image by its own caption")
     add("--strength", type=cli.number(float, 0, 1), metavar="X", help="the noise level from which --image is "
         "drawn over: 0 gives it back, 1 is a drawing from nothing (0.7; with --mask 1)")
     add("--mask", type=Path, metavar="FILE", help="a picture of the size of --image; what is black "
         "there stays")
-    add("--joint", action="store_true", help="a picture and its caption together, from nothing; the paper "
-        "trains no such thing")
     add("--negative-prompt", pictures, help="guide away from this, not from the empty prompt")
     add("--n", pictures, **count(1, "pictures drawn of each prompt, with this seed and the next ones, as one "
         "grid (1)"))
-    add("--separate", one, action="store_true", help="each as a file of its own in the folder --out")
-    add("--best", one, action="store_true", help="the --n pictures in the order of how likely they "
+    add("--best", "--prompt", action="store_true", help="the --n pictures in the order of how likely they "
         "make the prompt")
     add("--guidance", pictures, **above, help="classifier-free guidance; 1: none (1.5; published weights: 7)")
     add("--guidance-interval", pictures, nargs=2, type=cli.number(float, 0, 1), metavar="T", help="guided at "
         "these noise levels alone, for half the work outside (0 1)")
-    add("--guidance-rule", pictures, choices=flow.RULES, help="see flow.py (plain)")
-    add("--zero-steps", pictures, **count(0, "first steps in which nothing moves (0)"))
     add("--solver", pictures, choices=list(flow.SOLVERS), help="see flow.py; heun takes two evaluations a "
         "step, and half of --steps (euler)")
     add("--batch", pictures, **count(1, "pictures drawn at once; changes time and memory alone (16; large "
         "models 4)"))
     add("--compile", pictures, action="store_true", help="compile the blocks first, which takes a minute; on "
         "a GPU one CUDA graph")
-    add("--shift", draws, **above, help="shift of the noise levels; 1: none (1; published weights: 3)")
-    add("--out", draws, type=Path, help="where the picture goes (sample.png), or the pictures (drawn)")
+    add("--shift", pictures, **above, help="shift of the noise levels; 1: none (1; published weights: 3)")
+    add("--out", pictures, type=Path, help="where the picture goes (sample.png), or the pictures (drawn)")
 
 
 def read_flags(add: Callable) -> None:
-    reads, levels = "--image or --text", ", ".join(f"{order} {x}" for order, x in
-                                                   mask_diffusion.LEVELS.items() if x)
+    reads = "--image or --text"
+    levels = ", ".join(f"{name} {order.level}" for name, order in mask_diffusion.ORDERS.items() if order.level)
     add("--question", "--image", help="what to answer")
     add("--questions", "--image", type=Path, metavar="FILE", help="what to answer, a line each")
     add("--chat", "--image", action="store_true", help="ask in the terminal, until an empty line")
     add("--choices", "--question", nargs="+", metavar="TEXT", help="how likely each of these answers is")
     add("--score", "--image", metavar="TEXT", help="how likely this caption, or answer to --question, is")
     add("--text", help="a text whose [MASK]s to fill; without --image about no picture")
-    add("--temperature", f"{reads} or --joint", type=cli.number(float, 0), metavar="X",
-        help="0 takes the likeliest token, 1 samples (0; published weights, --joint: 1)")
-    add("--top-p", reads, type=cli.number(float, 1e-6, 1), metavar="X", help="sample out of so much of p (1)")
-    add("--order", reads, choices=mask_diffusion.ORDERS, help="of unmasking, see mask_diffusion.py; random, "
+    add("--temperature", reads, type=cli.number(float, 0), metavar="X",
+        help="0 takes the likeliest token, 1 samples (0; published weights: 1)")
+    add("--order", reads, choices=list(mask_diffusion.ORDERS), help="of unmasking, see mask_diffusion.py; random, "
         "with --temperature 1, is the paper's sampler (threshold; published weights: random)")
     add("--level", reads, type=cli.number(float, 1e-9), metavar="X", help=f"of an order with one ({levels})")
-    add("--tokens-per-step", reads, **count(1, "of confidence, margin, entropy, in place of --steps"))
-    add("--refresh", reads, type=other("once", 0, 1), metavar="N", help="look at the picture again every N "
-        "evaluations, or once; 1 is exact (once; published weights: 1)")
+    add("--image-cache", reads, choices=["once", "off"], help="compute the image's keys and values once, or "
+        "at each evaluation, which is exact (once; published weights: off)")
     add("--text-guidance", "--image", **above, help="away from what is written without the picture (1: none)")
-    add("--ramp", "--text-guidance", action="store_true", help="weak while little is written")
-    add("--posterior", "--image", choices=["mean", "draw"], help="what the autoencoder gives (mean)")
     add("--max-tokens", "--image", **count(1, "longest caption or answer; above --length it goes on in "
                                            "blocks"))
 
@@ -143,7 +135,7 @@ def part_flags(add: Callable) -> None:
 
 def flags() -> tuple[cli.Parser, dict[str, str]]:
     """The parser, and for each flag that some of the ways have alone, the flags it goes with."""
-    parser, goes_with = cli.Parser(__doc__), {}
+    parser, goes_with = cli.Parser(__doc__, RENAMED), {}
 
     def add(name: str, mode: str = "", **how) -> None:
         parser.add_argument(name, default=argparse.SUPPRESS, **how)
@@ -172,37 +164,35 @@ def open_parts(args: dict, device: torch.device | str) -> Parts:
 def walk(args: dict) -> dict:
     """What drawing.drawings is told, of the flags."""
     names = dict(steps="steps", guidance="guidance", shift="shift", solver="solver", batch="batch",
-                 guidance_interval="interval", guidance_rule="rule", zero_steps="zero", compile="fast")
+                 guidance_interval="interval", compile="fast")
     how = {ours: args[name] for name, ours in names.items() if name in args}
     return how | ({"interval": tuple(how["interval"])} if "interval" in how else {})
 
 
 # flags of how a text is written, and what reading.fill calls them
-READS = dict(temperature="temperature", order="order", level="level", top_p="top_p", refresh="refresh",
-             tokens_per_step="per_step", steps="steps")
+READS = ["temperature", "order", "level", "image_cache", "steps"]
 
 
 def reads(args: dict) -> dict:
-    return {ours: args[name] for name, ours in READS.items() if name in args}
+    return {name: args[name] for name in READS if name in args}
 
 
 # how a text is written
-WRITES = [*READS, "text_guidance", "posterior", "max_tokens", "seed"]
+WRITES = [*READS, "text_guidance", "max_tokens", "seed"]
 # of these at most one
 APART = [("text", "question", "questions", "score", "chat"), ("choices", "score", "text"),
-         ("trajectory", "questions", "score", "choices", "chat", "joint", "prompts", "separate"),
-         ("prompt", "prompts", "vary", "joint", "text"), ("prompts", "image"), ("joint", "image"),
-         ("separate", "best")]
+         ("trajectory", "questions", "score", "choices", "chat", "prompts"),
+         ("prompt", "prompts", "text"), ("prompts", "image")]
 
 
 def parse(argv: list[str] | None = None) -> dict:
     """The flags that were given, checked against each other."""
     parser, goes_with = flags()
     args = vars(parser.parse_args(argv))
-    if not {"prompt", "prompts", "image", "joint", "text"} & set(args):
+    if not {"prompt", "prompts", "image", "text"} & set(args):
         parser.error("give --prompt TEXT to draw, or --image FILE to read a picture")
-    pictures, edits = len(args.get("image", [])), "image" in args and bool({"prompt", "vary"} & set(args))
-    if edits and not {"vary", "strength", "mask"} & set(args):
+    pictures, edits = len(args.get("image", [])), {"image", "prompt"} <= set(args)
+    if edits and not {"strength", "mask"} & set(args):
         parser.error("--prompt with --image draws over it: say from which noise level, --strength 0.7, or "
                      "where, --mask FILE")
     for group in APART:
@@ -218,14 +208,13 @@ def parse(argv: list[str] | None = None) -> dict:
             ("max_tokens", "text" in args, "changes nothing with --text, which is as long as it is"),
             ("length", "text" in args and args.get("length") == "auto", "auto changes nothing with --text"),
             ("best", args.get("n", 1) == 1, "changes nothing without --n, of which to show the best"),
-            *((name, not edits, "is about drawing over a picture: give --image with --prompt or --vary")
-              for name in ("strength", "mask", "vary")),
+            *((name, not edits, "is about drawing over a picture: give --image with --prompt")
+              for name in ("strength", "mask")),
             *((name, pictures > 1, "is about one picture") for name in ("text", "chat", "trajectory", "mask",
-                                                                        "strength", "prompt", "vary")),
+                                                                        "strength", "prompt")),
             ("trajectory", page and args.get("n", 1) > 1, "FILE.html is about one picture; leave out --n"),
             ("trajectory", page and "compile" in args,
              "FILE.html looks into blocks that are not compiled; leave out --compile"),
-            ("zero_steps", args.get("zero_steps", 0) >= args.get("steps", drawing.STEPS), "leaves no step"),
             *((name, bool({"score", "choices"} & set(args)), "changes nothing where no text is written")
               for name in WRITES)):
         if name in args and wrong:
@@ -241,12 +230,11 @@ def parse(argv: list[str] | None = None) -> dict:
     if args.get("trajectory") is not None and args["trajectory"] == args.get("out"):
         parser.error(f"--out and --trajectory are both {args['out']}; name two files")
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    folder = bool({"prompts", "separate"} & set(args))
     for name, kinds, such in (("out", known, ".png"), ("trajectory", {".gif", ".html"}, ".gif")):
         path = args.get(name, Path(f"sample{such}"))
         if not path.parent.is_dir():
             parser.error(f"--{name} {path}: the folder {path.parent} does not exist")
-        if path.suffix.lower() not in kinds and not (name == "out" and folder):
+        if path.suffix.lower() not in kinds and not (name == "out" and "prompts" in args):
             parser.error(f"--{name} {path}: expected a picture's name, such as {path.stem}{such}")
     return args
 
@@ -267,25 +255,12 @@ def heard(parts: Parts, name: str, text: str) -> str:
     return read
 
 
-def paint_both(args: dict, parts: Parts, take) -> None:
-    """--joint."""
-    out = args.get("out", Path("sample.png"))
-    print("note: the paper trains one of picture and text while the other is clean; here both come from "
-          "nothing", file=sys.stderr)
-    picture, text = joint(parts, **take("steps", "seed", "shift", "temperature"))
-    show.write_picture(out, show.grid([picture]))
-    print(f"{out}: {text}")
-
-
 def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
-    """--prompt, --prompts, --vary: what is drawn goes to --out."""
+    """--prompt, --prompts: what is drawn goes to --out."""
     how, prompts = walk(args), args.get("prompts") or [args.get("prompt", "")]
     if images:
         pixels = to_tensor(fit_picture(images[0], parts.height, parts.width))[None]
         latents = encode(parts, pixels, dtype=torch.float32)                      # that pixels come back
-        if "vary" in args:
-            prompts = write(parts, latents.to(parts.dtype))
-            print(f"its caption: {prompts[0]}")
         strength = args.get("strength", 1.0 if "mask" in args else 0.7)
         how["edit"] = Edit(latents, strength, args.get("mask"))
     negative, flag = args.get("negative_prompt", ""), "prompts" if "prompts" in args else "prompt"
@@ -298,7 +273,7 @@ def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
     how["negative"] = heard(parts, "negative_prompt", negative)
     seed, n = args.get("seed", 0), args.get("n", 1)
     jobs = [(prompt, seed + i) for prompt in prompts for i in range(n)]
-    if {"prompts", "separate"} & set(args):
+    if "prompts" in args:
         out = args.get("out", Path("drawn"))
         there = gallery.fill(parts, jobs, out, **how)
         print(f"{out}: {len(jobs)} pictures, {there} of which were there")
@@ -313,7 +288,7 @@ def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
     print(f"{out}: {seen.rows // n} evaluations a picture")
     if path:
         about = dict(seed=seed, evaluations=seen.rows) | {
-            name: how[name] for name in ("solver", "guidance", "rule", "interval") if name in how}
+            name: how[name] for name in ("solver", "guidance", "interval") if name in how}
         if trajectory.is_page(path):
             write_text(path, trajectory.drawing_page(parts, prompts[0], seen, about))
         else:
@@ -394,20 +369,20 @@ def main(argv: list[str] | None = None) -> None:
         args["answers"] = [heard(parts, name, text) for text in given]
     require((parts.family != "SD3" or bool({"prompt", "prompts"} & set(args)) and "best" not in args,
              "this checkpoint is SD3's, which has no text head: it only draws"))
-    if {"prompt", "prompts", "vary", "joint"} & set(args):
-        paint_both(args, parts, take) if "joint" in args else paint(args, parts, images)
+    if {"prompt", "prompts"} & set(args):
+        paint(args, parts, images)
         return
 
     steps = args.get("steps", STEPS["answer" if {"question", "questions", "chat"} & set(args) else "text"])
     order = args.get("order", parts.defaults["order"])
-    how = reads(args) | take("seed", "ramp")
+    how = reads(args) | take("seed")
     how |= dict(steps=steps, guidance=args.get("text_guidance", 1.0), canvas=0.95 if auto else None)
     try:
-        mask_diffusion.check(steps, 0, order, *(how.get(name) for name in ("level", "per_step")))
+        mask_diffusion.check(steps, 0, order, how.get("level"))
     except ValueError as error:
-        raise UserError(f"--order {order}: {error}".replace("per_step", "--tokens-per-step"))
+        raise UserError(f"--order {order}: {error}")
     pixels = [to_tensor(fit_picture(image, parts.height, parts.width)) for image in images]
-    latents = encode(parts, torch.stack(pixels), **take("posterior", "seed")) if images else None
+    latents = encode(parts, torch.stack(pixels)) if images else None
     if not images and not parts.null_learnt:
         print("warning: these weights have never learnt text without a picture", file=sys.stderr)
     if "chat" in args:

@@ -20,7 +20,7 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import numpy as np
 
@@ -46,6 +46,15 @@ def text(found, where: str, field: str) -> str:
         shown = "null" if found is None else ascii(found)[:60]
         raise UserError(f"{where}: \"{field}\" is {shown}, expected a text")
     return found
+
+
+def identity(record, where: str, field: str) -> int | str:
+    """Return a record's id, a whole number or a text.  Raises UserError for anything else."""
+    value = record.get(field) if isinstance(record, dict) else None
+    require((isinstance(value, int) and not isinstance(value, bool) or is_text(value),
+             f"{where}: expected an object with \"{field}\", a whole number or a text, found "
+             f"{ascii(record)[:60]}"))
+    return value
 
 
 def described(found, where: str, captions: tuple[str, ...] = ()) -> dict:
@@ -75,15 +84,12 @@ class Folder:
     def __init__(self, path: Path):
         self.name, self.entries = str(path), []
         if (path / "metadata.jsonl").exists():
-            for number, line in enumerate(read_text(path / "metadata.jsonl").split("\n"), 1):
-                if not line.strip():
-                    continue
+            for where, record in read_json_lines(path / "metadata.jsonl"):
                 try:
-                    entry = json.loads(line)
-                    entry = path / entry["file_name"], entry["text"]
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise UserError(f"{path}/metadata.jsonl:{number}: expected file_name and text ({error})")
-                self.entries.append((entry[0], [text(entry[1], f"{path}/metadata.jsonl:{number}", "text")]))
+                    file, caption = path / record["file_name"], record["text"]
+                except (KeyError, TypeError) as error:
+                    raise UserError(f"{where}: expected file_name and text ({error})")
+                self.entries.append((file, [text(caption, where, "text")]))
         else:
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
             pictures = {p.with_suffix(""): p for p in files if p.suffix.lower() in PICTURES}
@@ -268,6 +274,18 @@ def read_json(path: Path):
 
 def read_text(path: Path) -> str:
     return decoded(read_bytes(path), path)
+
+
+def read_lines(path: Path) -> list[tuple[str, bytes]]:
+    """Return ("PATH:NUMBER", line) for each line that is not blank; numbers count from 1."""
+    lines = read_bytes(path).split(b"\n")
+    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("PATH:NUMBER", value) for each line of a JSON Lines file.  Raises UserError."""
+    for where, line in read_lines(path):
+        yield where, parsed(line, where)
 
 
 def expand(pattern: str) -> list[str]:

@@ -67,7 +67,6 @@ def settings(stage: str, preset: str, sizes: MMDiTConfig, about: dict) -> dict:
     if small:
         found |= dict(vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0, question_share=0.4)
         found |= dict(image_data=[str(emoji.TAR)]) if stage != "text" else {}
-        found |= dict(schedule="linear") if stage == "instruct" else {}
     if stage == "instruct" and not small:
         found["recaption"] = 0.9                                 # as the published code
     if stage == "pretrain" and sizes.text_length and not small:
@@ -102,9 +101,8 @@ class TrainConfig:
     image_data: list = option([], "data of the image loss")
     text_data: list = option([], "data of the text loss, if it has its own")
     recaption: float = option(1.0, "share of re-captions where a sample has one", low=0, high=1)
-    min_side: int = option(1, "leave out images with a shorter side", low=1)
-    max_ratio: float = option(4.0, "leave out images that are longer, side to side", low=1)
-    min_caption: int = option(0, "leave out captions of fewer characters", low=0)
+    filtered: bool = option(False, "leave out what the published trainer does: sides under 256, "
+                            "longer than 4.5 to 1, captions under 6 characters")
     buckets: bool = option(False, "keep the aspect ratio of images: batches of sizes of equal area")
     text_dropout: float = option(0.1, "share of images with the empty prompt, for guidance",
                                  low=0, high=1)
@@ -115,12 +113,8 @@ class TrainConfig:
     workers: int = option(0, "processes that prepare batches ahead; 0: the trainer itself",
                           low=0, high=256)
     # The step.
-    schedule: str = option("constant", "learning rate after warm-up; linear: falls to zero",
-                           choices=["constant", "linear"])
-    decay_steps: int = option(0, "last steps over which a linear schedule falls; 0: all of them",
-                              low=1)
-    decay_from: int = option(0, "step at which a linear schedule starts to fall; ends the run early",
-                             low=1)
+    decay_steps: int = option(0, "last steps, over which the learning rate falls to zero; 0: none",
+                              low=0)
     optimizer: str = option("adamw", "of the blocks' matrices; everything else has AdamW",
                             choices=["adamw", "muon"])
     weight_decay: float = option(1e-2, "weight decay of both optimizers", low=0, high=1)
@@ -128,15 +122,9 @@ class TrainConfig:
                         choices=["logit-normal", "uniform"])
     time_shift: float = option(1.0, "shift of the image loss's times towards noise; 1: none",
                                low=0.001, high=1000)
-    image_loss: str = option("velocity", "what is compared; data: weighted by t^2",
-                             choices=["velocity", "data"])
     predicts: str = option("", "what the image head predicts, in place of the preset's choice",
                            choices=["", "velocity", "data"])
     text_loss: str = option("1/t", "weight of a masked token", choices=["1/t", "flat"])
-    text_mean: str = option("token", "mean over all tokens, or over each answer's first",
-                            choices=["token", "answer"])
-    padding: str = option("all", "how much of the padding is learned: all, none, a random part",
-                          choices=["all", "end", "random"])
     clip: float = option(2.0, "largest gradient norm", low=1e-6)
     ema: float = option(0.9999, "decay of the averaged weights", low=0, high=1)
     seed: int = option(0, "seed of weights, order, noise, times and masks", low=0, high=2**63 - 1)
@@ -156,7 +144,6 @@ class TrainConfig:
     eval_every: int | None = option(None, "steps between validations; 0: never "
                                     "(a twentieth of --steps, at most 1000)", low=0)
     compare: list = option([], "log.jsonl of other runs, to compare validations with")
-    eval_samples: int = option(160, "images, and texts, of a validation", low=10)
     meter_every: int = option(0, "steps between measurements of both losses' gradients; 0: never",
                               low=0)
     save_every: int | None = option(None, "steps between checkpoints "
@@ -164,13 +151,8 @@ class TrainConfig:
     sample_every: int | None = option(None, "steps between images of samples; 0: never "
                                       "(a tenth of --steps, at most 5000)", low=0)
     resume_step: int = option(0, "resume from this step_N; 0: from the newest", low=1)
-    extend: bool = option(False, "with more --steps: let a learning rate that fell rise again")
     fresh: bool = option(False, "start over in a folder that holds a run")
     print_plan: int = option(0, "print what the run needs on so many GPUs, and stop", low=1, bare=1)
-    rate: float = option(0.0, "with --print-plan: samples/s of all GPUs, to count days", low=1e-9)
-    mfu: float = option(0.4, "with --print-plan: the share of --peak that is reached",
-                        low=1e-3, high=1)
-    peak: float = option(989.0, "with --print-plan: TFLOP/s of a GPU (H100, bf16, dense)", low=1e-3)
 
 
 # Steps between validations, checkpoints and samples that are not given: a share of --steps, at most so many.
@@ -194,37 +176,29 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
     known = first.parse_known_args(argv)[0]
     _, sizes, about = start(known.init, known.preset)
     defaults = settings(known.stage, known.preset, sizes, about) if known.stage in STAGES else {}
-    parser = cli.Parser(doc)
+    parser = cli.Parser(doc, {"--schedule": "--decay-steps", "--min-side": "--filtered"})
     parser.add_fields(TrainConfig, defaults)
     given = vars(parser.parse_args(argv))
     config = TrainConfig(**(defaults | given))
     scratch = config.init and "a start from scratch, and --init was given"
     pictures = config.stage == "text" and "pictures, and --stage text has none"
-    plan = not config.print_plan and "--print-plan"
-    idle = {"decay_steps": config.schedule == "constant" and "--schedule linear",
-            "decay_from": not config.decay_steps and "--decay-steps, how long the rate takes to fall to zero",
-            **dict.fromkeys(("eval_samples", "compare"), config.eval_every == 0 and "--eval-every"),
-            "text_mean": config.padding == "all" and config.stage != "instruct" and (
-                "--padding end or random, or --stage instruct, where texts differ in length"),
+    idle = {"compare": config.eval_every == 0 and "--eval-every",
             "question_share": config.stage != "instruct" and "--stage instruct",
             **dict.fromkeys(("preset", "vocabulary", "predicts"), scratch),
-            **dict.fromkeys(("rate", "mfu", "peak"), plan),
-            **dict.fromkeys(("image_data", "image_batch", "image_weight", "times", "time_shift", "image_loss",
-                             "text_dropout", "recaption", "min_side", "max_ratio", "pixels", "buckets", "sample_every",
+            **dict.fromkeys(("image_data", "image_batch", "image_weight", "times", "time_shift",
+                             "text_dropout", "recaption", "filtered", "pixels", "buckets", "sample_every",
                              "meter_every"), pictures)}
     for name in given:
         if idle.get(name):
             parser.error(f"{cli.flag(name)} changes nothing without {idle[name]}")
-    if config.decay_from:
-        config = replace(config, steps=config.decay_from + config.decay_steps)
     if config.print_plan and config.dtype == "auto":
         config = replace(config, dtype="bfloat16")               # of GPUs, whatever this machine has
     return fill_intervals(replace(config, out=config.out or f"out/{config.stage}"))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then constant; `linear` falls to zero, which the step after the last would have."""
+    """Linear warm-up, then constant; over the last --decay-steps it falls towards zero at step --steps."""
     rate = config.lr * min(1, (step + 1) / max(config.warmup, 1))
-    if config.schedule == "linear":
-        rate *= min(1, (config.steps - step) / (config.decay_steps or max(config.steps - config.warmup, 1)))
+    if config.decay_steps:
+        rate *= min(1, (config.steps - step) / config.decay_steps)
     return rate

@@ -71,8 +71,7 @@ def image_batch(config: TrainConfig, held: "Held", samples: list[dict], draws: l
     texts = ["" if none else data.choose_caption(sample, config.recaption, chance)
              for sample, none, (_, chance) in zip(samples, dropped, chances)]
     ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    made = dict(images=images, ids=ids, dropped=dropped, t=t, noise=noise, count=len(ids),
-                of=config.image_loss)
+    made = dict(images=images, ids=ids, dropped=dropped, t=t, noise=noise, count=len(ids))
     return made | ({"states": torch.stack([sample["states"] for sample in samples])} if held.stated else {})
 
 
@@ -82,19 +81,9 @@ def text_batch(config: TrainConfig, held: "Held", samples: list[dict], draws: li
     uniform = torch.stack([torch.rand(config.text_length, generator=generator) for generator in draws])
     pairs = [text_sample(held.tokenizer, *row, config) for row in zip(samples, draws)]
     ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
-    behind = ((ids == held.tokenizer.end_id) & ~frozen).cumsum(1).cumsum(1) > 1   # the first end: padding
-    behind &= torch.tensor(["ids" not in sample for sample in samples])[:, None]  # plain text has none
-    if config.padding == "random":      # so many of the ends; what comes then is given (LLaDA-o)
-        kept = torch.stack([torch.rand((), generator=generator) for generator in draws]) * (behind.sum(1) + 1)
-        frozen |= behind & (behind.cumsum(1) > kept[:, None])
-    unscored = behind & (config.padding == "end")
-    tokens = (~frozen & ~unscored).sum(1)                                         # (B,)
     # the published mean is over all B L positions, prompts included
-    count, over = (len(ids), tokens.clamp(min=1)) if config.text_mean == "answer" else (
-        ids.numel(), torch.ones(len(ids)))
-    return dict(images=data.latents_of(samples), ids=ids, frozen=frozen, unscored=unscored, t=times,
-                uniform=uniform, over=over, count=count, mask_id=held.tokenizer.mask_id,
-                weight=config.text_loss)
+    return dict(images=data.latents_of(samples), ids=ids, frozen=frozen, t=times, uniform=uniform,
+                count=ids.numel(), mask_id=held.tokenizer.mask_id, weight=config.text_loss)
 
 
 def text_sample(tokenizer: Tokenizer, sample: dict, generator: torch.Generator,
@@ -121,7 +110,7 @@ def image_errors(models: Models, batch: dict) -> Tensor:
     velocity = lambda x_t, t: mmdit(x_t, text, t, need="velocity")[0]
     floor = T_FLOOR["train"] if mmdit.config.predicts == "data" else 0.0
     return flow.errors(velocity, models.latents(batch["images"]), t=batch["t"], noise=batch["noise"],
-                       of=batch["of"], floor=floor)
+                       floor=floor)
 
 
 def text_errors(models: Models, batch: dict) -> Tensor:
@@ -129,8 +118,7 @@ def text_errors(models: Models, batch: dict) -> Tensor:
     images, clean = models.latents(batch["images"]), torch.zeros(1, device=batch["ids"].device)
     logits = lambda ids, at: models.learns["mmdit"](images, models.text(ids), clean, need="logits", at=at)[1]
     return mask_diffusion.errors(logits, batch["ids"], batch["mask_id"], batch["frozen"], t=batch["t"],
-                                 uniform=batch["uniform"], unscored=batch["unscored"],
-                                 weight=batch["weight"], picks=True) / batch["over"].to(batch["ids"].device)
+                                 uniform=batch["uniform"], weight=batch["weight"], picks=True)
 
 
 ERRORS = dict(image=image_errors, text=text_errors)
@@ -168,10 +156,9 @@ class Held:
 
     def validation(self, config: TrainConfig) -> Validation:
         """What this run is measured on, in the same way whatever the losses that it learns by."""
-        plain = replace(config, text_dropout=0.0, recaption=0.0, image_loss="velocity", text_loss="1/t",
-                        text_mean="token", padding="all")
+        plain = replace(config, text_dropout=0.0, recaption=0.0, text_loss="1/t")
         make = dict(image=partial(image_batch, plain, self), text=partial(text_batch, plain, self))
-        return Validation(self.mixes, make, self.tokenizer, config.eval_samples)
+        return Validation(self.mixes, make, self.tokenizer)
 
     def batches(self, config: TrainConfig, step: int) -> dict:
         """This process's rows of both global batches, on the CPU, what samples were of no use for them, and
@@ -201,17 +188,11 @@ def optimizers_of(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim
 
 
 def check_extension(config: TrainConfig, run: Run) -> None:
-    """More steps after a rate that falls to zero would let it rise: refused, unless that is asked for."""
-    if not run.step or config.schedule != "linear" or config.steps <= run.was["steps"]:
-        return
-    before = replace(config, **{name: run.was[name] for name in ("steps", "lr", "warmup", "decay_steps")})
-    then, now = learning_rate(run.step, before), learning_rate(run.step, config)
-    said = f"the rate, {then:.3g} at step {run.step}, rises to {now:.3g} and falls to zero at {config.steps}"
-    end = run.was["steps"]
-    require((config.extend, f"--steps {config.steps}: this run's rate falls to zero at step {end}; with "
-             f"--extend {said}"))
-    if run.rank == 0:
-        print(f"note: {said}", flush=True)
+    """Raise UserError for more steps once the learning rate has begun to fall to zero: it would rise again."""
+    steps, decay_steps = run.was.get("steps", 0), run.was.get("decay_steps", 0)
+    if decay_steps and run.step > steps - decay_steps and config.steps > steps:
+        raise UserError(f"--steps {config.steps}: this run's learning rate falls to zero at step {steps}; --init "
+                        f"{config.out} with another --out starts a run from its weights")
 
 
 def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
@@ -220,7 +201,7 @@ def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
     require((given and (text_only or config.image_data), f"--stage {config.stage}: name its data with "
              f"{'--text-data' if text_only else '--image-data'}; python data.py --help lists the forms"))
     asks = config.stage == "instruct" and config.question_share > 0
-    filters = data.Filters(config.min_side, config.max_ratio, config.min_caption)
+    filters = data.PUBLISHED if config.filtered else data.Filters()
     image, text = (data.Mix(specs, config.pixels, key, filters, config.text_length, asks)
                    if specs else None for specs in (config.image_data, config.text_data))
     return {"text": text} if text_only else {"image": image, "text": text or image}

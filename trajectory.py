@@ -85,7 +85,5 @@ def reading_page(parts: Parts, picture: Tensor | None, latents: Tensor | None, i
         if number and i in at:
             known = mask_diffusion.forbid(logits[at.index(i)].cpu().double(), mask_id)
             probability[i] = float(known.softmax(-1)[token])
-    again = [(step, pieces(parts, text)) for step, text in zip(steps, texts)]
-    return page.writing(picture, pieces(parts, final), revealed, probability,
-                        again if how.get("order") == "remask" else None, attention if maps else None,
+    return page.writing(picture, pieces(parts, final), revealed, probability, attention if maps else None,
                         grid(parts) if picture is not None else None, about)

@@ -30,6 +30,7 @@ from tokenizer import Tokenizer
 
 BINS = 10
 ROWS = 32               # samples at once
+SAMPLES = 160           # images, and texts, of a validation
 
 
 def spread(rows: list[int], size: int) -> Tensor:
@@ -44,7 +45,7 @@ class Validation:
     make: of each loss, a batch of (samples, generators, times (B,)), as train.py makes it."""
 
     def __init__(self, mixes: dict[str, data.Mix], make: dict[str, Callable], tokenizer: Tokenizer,
-                 size: int):
+                 size: int = SAMPLES):
         self.mixes, self.make, self.tokenizer, self.size = mixes, make, tokenizer, size
 
     @cached_property

@@ -22,21 +22,18 @@ Any of the first four may be scored as another: score("vqav2", asked_of_textvqa,
 whatever it is in the file.  What does not fit is counted and named in `bad`, a line a kind of trouble.
 """
 
-import json
 import math
 import random
 import re
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import defaultdict
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterator
 
 from cli import UserError, require
 from data import question_prompt
-from questions import SHORT_ANSWER, UNANSWERABLE, annotations_of, coco_picture
-from sources import parsed, read_bytes, read_json, text
+from questions import READ, SUFFIX, VQA, Issues, Question
+from sources import identity, parsed, read_lines, text
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                           # not ' : . and, oddly, not & $ % # * either
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11))),
@@ -150,180 +147,114 @@ def pope(said: list[str], true: list[str]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------ questions
 
-@dataclass
-class Asked:
-    id: str
-    image: str                  # a file's name
-    question: str
-    answers: list[str]          # of the annotators, or the true one
-    types: tuple[str, ...] = ()                                  # further means that its score goes into
-
-
-def of_vqa(path: Path, beside: Path | None = None, *, bad: dict[str, list[str]]) -> Iterator[Asked]:
-    """A file of questions, and its annotations, which by their published name lie beside it."""
-    content, annotated = read_json(path), read_json(beside or annotations_of(path))
-    notes, seen, names = {}, set(), annotated.get("question_types", {})          # which OK-VQA has, by number
-    for note in annotated["annotations"]:
-        if notes.setdefault(str(note["question_id"]), note) is not note:
-            bad["annotations of one id, the first counts"].append(str(note["question_id"]))
-    for q in content["questions"]:
-        seen.add(str(q["question_id"]))
-        found = Asked(q["question_id"], coco_picture(content, path, q["image_id"]), q["question"], [])
-        if note := notes.get(str(q["question_id"])):
-            found.answers, kind = [given["answer"] for given in note["answers"]], note["question_type"]
-            found.types = note["answer_type"], f"question type: {names.get(kind, kind)}"
-        yield found
-    bad["annotations without a question"] += [name for name in notes if name not in seen]
-
-
-def of_textvqa(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
-    for q in read_json(path)["data"]:
-        yield Asked(q["question_id"], f"{q['image_id']}.jpg", q["question"], q.get("answers", []))
-
-
-def of_vizwiz(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
-    for q in read_json(path):
-        answers = [given["answer"] for given in q.get("answers", [])]            # the test set has none
-        yield Asked(q["image"], q["image"], q["question"], answers, (q["answer_type"],) if answers else ())
-
-
-def of_gqa(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
-    for name, q in read_json(path).items():
-        if not q.get("isBalanced", True):
-            bad["questions outside the balanced set, which are not scored"].append(name)
-            continue
-        kind = q.get("types", {}).get("structural")
-        yield Asked(name, f"{q['imageId']}.jpg", q["question"], [q["answer"]] if "answer" in q else [],
-                    ("open" if kind == "query" else "binary", f"structural: {kind}") if kind else ())
-
-
-def of_chartqa(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
-    for i, q in enumerate(read_json(path)):
-        yield Asked(f"{path.stem}/{i}", q["imgname"], q["query"], [q["label"]], (path.stem,))
-
-
-def of_pope(path: Path, bad: dict[str, list[str]]) -> Iterator[Asked]:
-    subset = path.stem.split("_")[-1]
-    for where, line in json_lines(path):
-        q = parsed(line, where)
-        require((q["label"] in ("yes", "no"), f"{where}: a label {ascii(q['label'])[:60]}, not yes or no"))
-        yield Asked(f"{subset}/{q['question_id']}", q["image"], q["text"], [q["label"]], (subset,))
-
-
-VQA = (of_vqa, "{questions: [{question_id, image_id, question}]}, and {annotations: [{question_id, "
-               "question_type, answer_type, answers: [{answer}]}]} beside it")
-READ = dict(vqav2=VQA, okvqa=VQA,
-            textvqa=(of_textvqa, "{data: [{question_id, image_id, question, answers: [text]}]}"),
-            vizwiz=(of_vizwiz, "[{image, question, answers: [{answer}], answer_type}]"),
-            gqa=(of_gqa, "{id: {imageId, question, answer}}"),
-            chartqa=(of_chartqa, "[{imgname, query, label}]"),
-            pope=(of_pope, "lines {question_id, image, text, label}"))
-SUFFIX = dict.fromkeys(READ, SHORT_ANSWER) | dict(vizwiz=f"{SHORT_ANSWER} {UNANSWERABLE}")   # when training
-ACCURACY = dict(vqav2=vqa, okvqa=vqa, textvqa=textvqa, vizwiz=vizwiz, gqa=exact, chartqa=relaxed)
-
-
-def known(kind: str) -> None:
+def check_kind(kind: str) -> None:
     require((kind in READ, f"{kind}: no such benchmark, expected one of {', '.join(READ)}"))
 
 
-def named(bad: dict[str, list[str]], where: str = "") -> list[str]:
-    return [f"{where}{what}: {len(ids):,} ({', '.join(ids[:5])}{', ...' * (len(ids) > 5)})"
-            for what, ids in bad.items() if ids]
+def describe(issues: Issues, where: str = "") -> list[str]:
+    """Return a line for each kind of trouble, with how many ids it has and the first five."""
+    lines = []
+    for what, ids in issues.items():
+        if ids:
+            more = ", ..." if len(ids) > 5 else ""
+            lines.append(f"{where}{what}: {len(ids):,} ({', '.join(ids[:5])}{more})")
+    return lines
 
 
-def identity(found, where: str) -> str:
-    require((isinstance(found, (int, str)) and not isinstance(found, bool),
-             f"{where}: \"question_id\" is {ascii(found)[:60]}, expected a number or a text"))
-    return text(str(found), where, "question_id")
+def check_texts(q: Question, where: str) -> None:
+    """Raise UserError for a field of a question that should be a text and is none."""
+    fields = dict(image=[q.image], question=[q.question], answer=q.answers, type=q.types)
+    for field, values in fields.items():
+        for value in values:
+            text(value, where, field)
 
 
-def checked(q: Asked, where: str, suffix: str) -> Asked:
-    """It, if all that should be a text is one.  Raises UserError."""
-    name = identity(q.id, where)
-    for field, given in dict(image=[q.image], question=[q.question], answer=q.answers, type=q.types).items():
-        for said in given:
-            text(said, f"{where}: {name}", field)
-    return Asked(name, q.image, f"{q.question.strip()} {suffix}".strip(), q.answers, q.types)
+def questions(kind: str, paths: list[str | Path], suffix: str = ""
+              ) -> tuple[list[Question], list[str]]:
+    """Return a benchmark's questions in the order of its files, and a line for what is left out.
 
-
-def questions(kind: str, paths: list[str | Path], suffix: str = "") -> tuple[list[Asked], list[str]]:
-    """(a benchmark's questions in the order of its files, what of them had to be left out and why).
-
-    suffix: what to say behind every question; SUFFIX[kind] is what the trainer says.  Raises UserError for
+    suffix: stands behind every question; SUFFIX[kind] is the one of training.  Raises UserError for
     files that are not of the kind, and where no question has a true answer."""
-    known(kind)
-    (read, form), every = READ[kind], " and ".join(map(str, paths))
-    pair = READ[kind] is VQA
-    require((bool(paths) and not (pair and len(paths) > 2), f"{kind}: {len(paths)} files, expected {form}"))
-    asked, bad = {}, defaultdict(list)
-    for part in [paths] if pair else [[path] for path in paths]:
+    check_kind(kind)
+    benchmark = READ[kind]
+    is_vqa = benchmark is VQA                                    # its second file has the annotations
+    require((bool(paths) and not (is_vqa and len(paths) > 2),
+             f"{kind}: {len(paths)} files, expected {benchmark.form}"))
+    chosen, issues = {}, defaultdict(list)
+    for part in [paths] if is_vqa else [[path] for path in paths]:
         where = " and ".join(map(str, part))
+        path, *annotations = map(Path, part)
         try:
-            for q in (checked(q, where, suffix) for q in read(*map(Path, part), bad=bad)):
-                if q.id in asked:
-                    bad["questions of one id, the first counts"].append(q.id)
+            for q in benchmark.read(benchmark.load(path), path, issues, *annotations):
+                q.id = str(identity(dict(question_id=q.id), where, "question_id"))
+                if not q.balanced:
+                    issues["questions outside the balanced set, which are not scored"].append(q.id)
+                elif q.id in chosen:
+                    issues["questions of one id, the first counts"].append(q.id)
                 elif not q.answers:
-                    bad["questions without a true answer, left out"].append(q.id)
+                    issues["questions without a true answer, left out"].append(q.id)
                 else:
-                    asked[q.id] = q
+                    check_texts(q, f"{where}: {q.id}")
+                    q.question = q.with_suffix(suffix)
+                    chosen[q.id] = q
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{where}: not of {kind} ({error!r}), expected {form}")
-    require((bool(asked), f"{every}: no question with a true answer, expected {form}"))
-    return list(asked.values()), named(bad, f"{every}: ")
+            raise UserError(f"{where}: not of {kind} ({error!r}), expected {benchmark.form}")
+    every = " and ".join(map(str, paths))
+    require((bool(chosen), f"{every}: no question with a true answer, expected {benchmark.form}"))
+    return list(chosen.values()), describe(issues, f"{every}: ")
 
 
-def shots(asked: list[Asked], k: int, key: str, before: Asked | None = None) -> str:
+def shots(asked: list[Question], k: int, key: str, before: Question | None = None) -> str:
     """k of the questions with their most common answer, the first of them in a tie: "Q: ... A: ... Q: ...
     A: ... ", to stand before `data.question_prompt` of a question that is none of them.  The key, a seed
     and that question's id, say, decides which."""
     require((0 <= k <= len(asked), f"{k} examples, expected 0 to {len(asked)}, of as many questions"))
     drawn = random.Random(key).sample(asked, min(k + 1, len(asked)))
-    return "".join(f"{question_prompt(q.question)}{Counter(q.answers).most_common(1)[0][0]} "
+    return "".join(f"{question_prompt(q.question)}{q.common_answer()} "
                    for q in [q for q in drawn if q != before][:k])
 
 
 # --------------------------------------------------------------------------------------------------- scores
 
-def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """("PATH:NUMBER", line) of all that are not empty."""
-    for i, line in enumerate(read_bytes(path).split(b"\n"), 1):
-        if line.strip():
-            yield f"{path}:{i}", line
+ACCURACY = dict(vqav2=vqa, okvqa=vqa, textvqa=textvqa, vizwiz=vizwiz, gqa=exact, chartqa=relaxed)
 
 
 def read_answers(path: str | Path) -> tuple[dict[str, str], list[str]]:
-    """({question's id: answer} of a file of lines {"question_id": ..., "answer": ...}, what is wrong in it).
+    """Read lines {"question_id": ..., "answer": ...}.
 
-    Of two answers to one question the first counts.  A last line that is cut off, as a killed run leaves it,
-    is left out.  Raises UserError for any other line that is not of this form."""
-    answers, bad, lines = {}, defaultdict(list), list(json_lines(Path(path)))
+    Return the answers by id, and a line for each kind of trouble.  Of two answers to one question the first
+    counts.  A last line that is cut off, as a killed run leaves it, is left out.  Raises UserError for any other line that is not of this form."""
+    answers, issues = {}, defaultdict(list)
+    lines = read_lines(Path(path))
     for where, line in lines:
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            require((where == lines[-1][0], f"{where}: not readable as JSON ({error}); mend or remove it"))
-            bad["last line damaged, left out"].append(where)
+            record = parsed(line, where)
+        except UserError:
+            if where != lines[-1][0]:
+                raise
+            issues["last line damaged, left out"].append(where)
             continue
-        require((isinstance(found, dict) and "question_id" in found, f"{where}: expected an object with "
-                 f"question_id and answer, found {ascii(found)[:60]}"))
-        name, said = identity(found["question_id"], where), text(found.get("answer"), where, "answer")
-        if name in answers:
-            bad["answers to one question, the first counts"].append(name)
-        answers.setdefault(name, said)
-    return answers, named(bad, f"{path}: ")
+        key = str(identity(record, where, "question_id"))
+        answer = text(record.get("answer"), where, "answer")
+        if key in answers:
+            issues["answers to one question, the first counts"].append(key)
+        answers.setdefault(key, answer)
+    return answers, describe(issues, f"{path}: ")
 
 
-def score(kind: str, asked: list[Asked], answers: dict[str, str]) -> tuple[dict[str, float], list[str]]:
+def score(kind: str, asked: list[Question], answers: dict[str, str]
+          ) -> tuple[dict[str, float], list[str]]:
     """(scores in percent, not rounded, what is amiss).  {"overall": ...} and a mean of each type; of POPE
     {"random: accuracy": ..., ..., "mean: yes-ratio": ...}, the mean being over the files that were given.
 
     A question without an answer is wrong, and in POPE not a yes; the official code refuses such a file, and
     one with an answer to no question of it, which is left out here.  Both are counted and named."""
-    known(kind)
+    check_kind(kind)
     require((bool(asked), f"{kind}: no question to score"))
     values, ids = defaultdict(list), {q.id for q in asked}
-    bad = named({"questions without an answer, scored as wrong": [q.id for q in asked if q.id not in answers],
-                 "answers to no question, left out": [name for name in answers if name not in ids]})
+    bad = describe({
+        "questions without an answer, scored as wrong": [q.id for q in asked if q.id not in answers],
+        "answers to no question, left out": [name for name in answers if name not in ids]})
     if kind == "pope":
         for q in asked:
             values[q.types[0]].append((yes_or_no(answers[q.id]) if q.id in answers else "", q.answers[0]))

@@ -21,7 +21,8 @@ from pathlib import Path
 import data
 import emoji
 from cli import UserError, require
-from sources import parsed, read_json, read_text, text
+from metrics import captions
+from sources import read_json, read_json_lines, read_text, text
 
 EACH = dict(geneval=4, t2i=10, dpg=4)                            # drawings of a prompt, as published; or one
 COCO = 30_000                                                    # captions, of as many pictures
@@ -75,17 +76,14 @@ def plain(name: str, where: str) -> str:
 
 
 def geneval(paths: list[str], n: int, seed: int) -> Asked:
-    asked, (path,) = Asked(), paths
-    lines = [line for line in read_text(Path(path)).split("\n") if line.strip()]
-    for i, line in enumerate(lines):
-        where = f"{path}:{i + 1}"
-        found = parsed(line.encode(), where)
-        require((isinstance(found, dict) and isinstance(found.get("tag"), str),
+    asked = Asked()
+    for i, (where, record) in enumerate(read_json_lines(Path(paths[0]))):
+        require((isinstance(record, dict) and isinstance(record.get("tag"), str),
                  f"{where}: expected an object with tag and prompt"))
-        prompt = text(found.get("prompt"), where, "prompt")
+        prompt = text(record.get("prompt"), where, "prompt")
         for k in range(n):
-            asked.add(prompt, seed + 1000 * i + k, f"{i:05}/samples/{k:05}.png", found["tag"])
-        asked.files[f"{i:05}/metadata.jsonl"] = json.dumps(found) + "\n"
+            asked.add(prompt, seed + 1000 * i + k, f"{i:05}/samples/{k:05}.png", record["tag"])
+        asked.files[f"{i:05}/metadata.jsonl"] = json.dumps(record) + "\n"
     return asked
 
 
@@ -132,22 +130,19 @@ def mjhq(paths: list[str], n: int, seed: int) -> Asked:
 
 
 def coco(paths: list[str], n: int, seed: int) -> Asked:
-    """The first caption of each of 30,000 pictures, which their numbers choose: the same ones every time."""
-    asked, path, captions = Asked(), Path(paths[0]), {}
-    found = read_json(path)
-    try:
-        for entry in sorted(found["annotations"], key=lambda entry: entry["id"]):
-            captions.setdefault(entry["image_id"], entry["caption"])
-        images = {int(entry["id"]): plain(entry["file_name"], str(path)) for entry in found["images"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: expected COCO's captions, with images and annotations ({error!r})")
-    chosen = sorted(images, key=lambda number: data.fraction(f"coco {number}"))[:COCO]
-    for number in sorted(chosen):
-        if not captions.get(number):
-            asked.bad.append(f"{path}: picture {number} has no caption")
-            continue
-        asked.add(" ".join(text(captions[number], str(path), "caption").split()), seed + 1000 * number,
-                  f"{number:012}.png", real=images[number])
+    """Ask for the first caption of each of 30,000 images, always the same ones: their ids decide."""
+    path = Path(paths[0])
+    references, names, bad = captions.read_captions(path)
+    asked = Asked(bad=bad)
+    chosen = sorted(references, key=lambda image_id: data.fraction(f"coco {image_id}"))[:COCO]
+    require((all(isinstance(image_id, int) for image_id in chosen),
+             f"{path}: expected numbers as ids of images, found {chosen[:2]}"))
+    for image_id in sorted(chosen):
+        if caption := " ".join(references[image_id][0].split()):
+            asked.add(caption, seed + 1000 * image_id, f"{image_id:012}.png",
+                      real=plain(names[image_id], str(path)))
+        else:
+            bad.append(f"{path}: picture {image_id} has a blank caption")
     return asked
 
 
@@ -201,11 +196,10 @@ def geneval_scores(path: Path) -> tuple[dict[str, float], list[str]]:
     """({task: share of pictures that are right, "overall": mean over tasks}, what is missing), of the
     results.jsonl that GenEval's evaluate_images.py writes.  Raises UserError."""
     right = defaultdict(list)
-    for i, line in enumerate(read_text(path).splitlines(), 1):
-        found = parsed(line.encode(), f"{path}:{i}")
-        require((isinstance(found, dict) and isinstance(found.get("correct"), bool) and "tag" in found,
-                 f"{path}:{i}: expected a line of evaluate_images.py, with tag and correct"))
-        right[found["tag"]].append(found["correct"])
+    for where, record in read_json_lines(path):
+        require((isinstance(record, dict) and isinstance(record.get("correct"), bool) and "tag" in record,
+                 f"{where}: expected a line of evaluate_images.py, with tag and correct"))
+        right[record["tag"]].append(record["correct"])
     require((bool(right), f"{path}: holds no result"))
     scores = {GENEVAL.get(tag, tag): sum(right[tag]) / len(right[tag]) for tag in [*GENEVAL, *right]
               if tag in right}

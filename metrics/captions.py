@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from cli import require
-from sources import parsed, read_json, read_text, text
+from sources import identity, read_json, read_json_lines, read_text, text
 
 NAMES = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"]
 ASCII = str.maketrans({
@@ -161,65 +161,68 @@ def cider_d(references: dict, candidates: dict, n: int = 4, sigma: float = 6.0) 
     return values
 
 
-def identity(record, where: str, field: str) -> int | str:
-    found = record.get(field) if isinstance(record, dict) else None
-    require((isinstance(found, (int, str)) and not isinstance(found, bool),
-             f"{where}: expected an object with \"{field}\", a whole number or a text, found "
-             f"{ascii(record)[:60]}"))
-    return text(found, where, field) if isinstance(found, str) else found
-
-
 def read_captions(path: Path) -> tuple[dict[int | str, list[str]], dict[int | str, str], list[str]]:
-    """(texts of each picture by id, every picture's file name by id, a line for what is left out) of COCO's
+    """Read COCO's captions, an object {"images": [...], "annotations": [...]} of records
 
-        {"images": [{"id": 42, "file_name": ...}], "annotations": [{"image_id": 42, "id": 7, "caption": ...}]}
+        {"id": 42, "file_name": ...},  {"image_id": 42, "id": 7, "caption": ...}
 
-    A picture without a caption, the second of two with the same id, and a caption of a picture that is not
-    listed are named and left out.  Raises UserError for what is no such file, or has no caption."""
-    found, references, names, bad, seen = read_json(path), {}, {}, [], set()
-    require((isinstance(found, dict) and all(isinstance(found.get(part), list)
-                                             for part in ("images", "annotations")),
-             f"{path}: expected COCO's captions, an object with the lists \"images\" and \"annotations\", "
-             f"found {ascii(found)[:60]}"))
-    for n, one in enumerate(found["images"]):
+    Return the captions of each image by its id, in the order of their own ids; the file name of every image
+    by its id; and a line for each record that is left out: an image without a caption, the second of two
+    records with the same id, and a caption of an image that is not listed.  Raises UserError for any other
+    file, and for one without a caption."""
+    content = read_json(path)
+    is_coco = isinstance(content, dict) and all(
+        isinstance(content.get(part), list) for part in ("images", "annotations"))
+    require((is_coco, f"{path}: expected COCO's captions, with images and annotations, found "
+             f"{ascii(content)[:60]}"))
+    names, captions, bad = {}, {}, []
+    for n, record in enumerate(content["images"]):
         where = f"{path}: images[{n}]"
-        if (name := identity(one, where, "id")) in names:
-            bad.append(f"{where}: picture {name!r} is listed twice")
-        else:
-            names[name], references[name] = text(one.get("file_name"), where, "file_name"), []
-    for n, one in enumerate(found["annotations"]):
+        image_id = identity(record, where, "id")
+        if image_id in names:
+            bad.append(f"{where}: picture {image_id!r} is listed twice")
+            continue
+        names[image_id] = text(record.get("file_name"), where, "file_name")
+        captions[image_id] = []
+    caption_ids = set()
+    for n, record in enumerate(content["annotations"]):
         where = f"{path}: annotations[{n}]"
-        name, number = identity(one, where, "image_id"), identity(one, where, "id")
-        caption = text(one.get("caption"), where, "caption")
-        if name not in names or number in seen:
-            bad.append(f"{where}: " + (f"caption {number!r} is there twice" if number in seen else
-                                       f"of picture {name!r}, which is not listed"))
+        image_id = identity(record, where, "image_id")
+        caption_id = identity(record, where, "id")
+        caption = text(record.get("caption"), where, "caption")
+        if caption_id in caption_ids:
+            bad.append(f"{where}: caption {caption_id!r} is there twice")
+        elif image_id not in names:
+            bad.append(f"{where}: of picture {image_id!r}, which is not listed")
         else:
-            references[name].append(caption)
-            seen.add(number)
-    bad += [f"{path}: picture {name!r}, {names[name]}, has no caption" for name in names
-            if not references[name]]
-    references = {name: texts for name, texts in references.items() if texts}
-    require((bool(references), f"{path}: has no caption of a picture{f'; {bad[0]}' if bad else ''}"))
+            captions[image_id].append((isinstance(caption_id, str), caption_id, caption))
+            caption_ids.add(caption_id)
+    references = {image_id: [caption for *_, caption in sorted(entries)]
+                  for image_id, entries in captions.items() if entries}
+    bad += [f"{path}: picture {image_id!r}, {name}, has no caption"
+            for image_id, name in names.items() if image_id not in references]
+    require((bool(references), f"{path}: has no caption of a picture; {'; '.join(bad[:1])}"))
     return references, names, bad
 
 
 def read_results(path: Path) -> tuple[dict[int | str, str], list[str]]:
-    """(caption of each picture by id, a line for each picture's second one, which is left out) of COCO's
-    results, [{"image_id": 42, "caption": ...}], or of such an object a line.  UserError for anything else."""
-    content, written, bad = read_text(path), {}, []
-    if content.lstrip().startswith("["):
-        rows = [(f"{path}: [{n}]", one) for n, one in enumerate(parsed(content.encode(), path))]
+    """Read COCO's results, a list of {"image_id": 42, "caption": ...} or one such object a line.
+
+    Return the caption of each image by its id, and a line for each second caption of an image, which is left
+    out.  Raises UserError for any other file."""
+    if read_text(path).lstrip().startswith("["):
+        rows = [(f"{path}: [{n}]", record) for n, record in enumerate(read_json(path))]
     else:
-        lines = [(f"{path}:{n}", line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
-        rows = [(where, parsed(line.encode(), where)) for where, line in lines]
+        rows = list(read_json_lines(path))
     require((bool(rows), f"{path}: expected captions, objects with image_id and caption, found none"))
-    for where, one in rows:
-        name, caption = identity(one, where, "image_id"), text(one.get("caption"), where, "caption")
-        if name in written:
-            bad.append(f"{where}: picture {name!r} has a caption already")
+    written, bad = {}, []
+    for where, record in rows:
+        image_id = identity(record, where, "image_id")
+        caption = text(record.get("caption"), where, "caption")
+        if image_id in written:
+            bad.append(f"{where}: picture {image_id!r} has a caption already")
         else:
-            written[name] = caption
+            written[image_id] = caption
     return written, bad
 
 

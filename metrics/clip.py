@@ -5,19 +5,14 @@
     print(f"{found.mean:.2f} +- {found.error:.2f}, {found.count} pairs, {len(found.bad)} left out")
 
 Two transformers of the same block read a text and a picture, and each projects one of its tokens into a
-shared space: the text's end token, the picture's class token.  Read are Hugging Face's folders, and OpenAI's
-own weights once they are safetensors (their .pt is a TorchScript archive, a program that would be run):
-
-    weights = torch.jit.load("ViT-L-14.pt", "cpu").state_dict()
-    safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, "ViT-L-14.safetensors")
+shared space: the text's end token, the picture's class token.  Weights and vocabulary are read from a
+Hugging Face folder.
 
 Shapes: B batch, L text tokens, N picture tokens (a class token and g x g patches), W width of a tower,
 H heads, E width of the shared space, S pixels a side.
 """
 
-import gzip
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
@@ -34,19 +29,10 @@ from checkpoint import build, fill, listing, read_json, shards
 from cli import UserError, require
 from layouts import Config, Entry, rename
 from pictures import read_picture, text_fields, to_tensor
-from sources import PICTURES, Folder, decoded, is_text, read_bytes, read_text
+from sources import PICTURES, Folder, is_text, read_text
 from tensors import Tensors
 
-# our names (left) in the published files (right); {q,k,v} are three tensors stacked, as in layouts.py
-OPENAI = [
-    ("txt.positions", "positional_embedding"), ("img.positions", "visual.positional_embedding"),
-    ("txt.proj.weight", "text_projection"), ("img.proj.weight", "visual.proj"), ("txt.norm.", "ln_final."),
-    ("img.norm.", "visual.ln_post."), ("embed.", "token_embedding."), ("patches.", "visual.conv1."),
-    ("cls", "visual.class_embedding"), ("pre_norm.", "visual.ln_pre."),
-    ("txt.blocks.", "transformer.resblocks."), ("img.blocks.", "visual.transformer.resblocks."),
-    (".norm1.", ".ln_1."), (".norm2.", ".ln_2."), (".qkv.", ".attn.in_proj_"), (".out.", ".attn.out_proj."),
-    (".fc1.", ".mlp.c_fc."), (".fc2.", ".mlp.c_proj."),
-]
+# our names (left) in Hugging Face's files (right); {q,k,v} are three tensors stacked, as in layouts.py
 HUGGING_FACE = [
     ("txt.positions", "text_model.embeddings.position_embedding.weight"),
     ("img.positions", "vision_model.embeddings.position_embedding.weight"),
@@ -59,14 +45,12 @@ HUGGING_FACE = [
     (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."), (".qkv.", ".self_attn.{q,k,v}_proj."),
     (".out.", ".self_attn.out_proj."), (".fc1.", ".mlp.fc1."), (".fc2.", ".mlp.fc2."),
 ]
-# in files of either, and not a part of the towers: the temperature, sizes as scalars, 0 1 2 3 ...
-BESIDE = ("logit_scale", "input_resolution", "context_length", "vocab_size",
-          "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+# in the files, and not a part of the towers: the temperature, 0 1 2 3 ...
+BESIDE = ("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 ACTIVATIONS = dict(quick_gelu=lambda x: x * torch.sigmoid(1.702 * x), gelu=F.gelu)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of RGB in [0, 1]
 START, END = "<|startoftext|>", "<|endoftext|>"
-MERGES = 49152 - 256 - 2                                         # that CLIP takes of OpenAI's 262,144
-VOCABULARIES = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]      # the first that is there
+VOCABULARIES = ["tokenizer.json", "merges.txt"]                  # the first that is there
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
@@ -154,45 +138,45 @@ def load(path: str | Path, device: str = "cpu") -> CLIP:
     that are missing, left over, misshapen or not finite."""
     path = Path(path)
     require((path.suffix not in (".pt", ".pth", ".bin") or not path.is_file(),
-             f"{path}: may be a program, which would be run; convert it to safetensors, as metrics/clip.py "
-             f"says, or name a Hugging Face folder"))
+             f"{path}: may be a program, which would be run; name a Hugging Face folder with .safetensors"))
     tensors = Tensors(shards(path) if path.is_dir() else [path])
     file, begins = tensors.files[0], {key.split(".")[0] for key in tensors.file}
-    openai = "visual" in begins
-    require((openai or "vision_model" in begins,
-             f"{file}: no CLIP in it; its tensors begin with {', '.join(sorted(begins)[:4]) or 'nothing'}"),
-            ("visual.layer1.0.conv1.weight" not in tensors,
-             f"{file}: a CLIP that sees with a ResNet, expected a ViT, such as ViT-L/14"))
-    table = OPENAI if openai else HUGGING_FACE
-    size = lambda name, axis: tensors.size(rename(name, table)[0][0], axis)
-    joint, patch = size("txt.proj.weight", 1 if openai else 0), size("patches.weight", 2)
+    require(("visual" not in begins, f"{file}: its tensors have OpenAI's names, expected a Hugging Face "
+             f"folder, such as clip-vit-large-patch14"),
+            ("vision_model" in begins,
+             f"{file}: no CLIP in it; its tensors begin with {', '.join(sorted(begins)[:4]) or 'nothing'}"))
+    vocab_size = tensors.size(key_of("embed.weight"), 0)
+    joint = tensors.size(key_of("txt.proj.weight"), 0)
+    patch = tensors.size(key_of("patches.weight"), 2)
     config = read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {}
-    txt = tower_config(tensors, table, "txt", config.get("text_config") or {})
-    img = tower_config(tensors, table, "img", config.get("vision_config") or {})
-    clip, entries = build(lambda: CLIP(txt, img, size("embed.weight", 0), patch, joint), file), {}
+    txt = tower_config(tensors, "txt", config.get("text_config") or {})
+    img = tower_config(tensors, "img", config.get("vision_config") or {})
+    clip, entries = build(lambda: CLIP(txt, img, vocab_size, patch, joint), file), {}
     for name, parameter in clip.named_parameters():
-        keys, shape = rename(name, table)[0], tuple(parameter.shape)
-        turned = openai and name.endswith("proj.weight")         # OpenAI's projections are (W, E)
-        entries[name] = Entry(keys, shape[::-1] if turned else (shape[0] // len(keys), *shape[1:]))
+        keys, shape = rename(name, HUGGING_FACE)[0], tuple(parameter.shape)
+        entries[name] = Entry(keys, (shape[0] // len(keys), *shape[1:]))
     fill(clip, tensors, entries, torch.float32, BESIDE)
-    for tower in (clip.txt, clip.img) if openai else ():         # `fill` has kept the order of the values
-        tower.proj.weight = nn.Parameter(tower.proj.weight.detach().reshape(-1, joint).T)
     return clip.to(device).eval()
 
 
-def tower_config(tensors: Tensors, table: list[tuple[str, str]], part: str, config: dict) -> TowerConfig:
+def key_of(name: str) -> str:
+    """Return the published name of a parameter of ours; of "qkv", the name of "q"."""
+    return rename(name, HUGGING_FACE)[0][0]
+
+
+def tower_config(tensors: Tensors, part: str, config: dict) -> TowerConfig:
     """Sizes of the "txt" or the "img" tower, from the shapes and its section of config.json.  UserError."""
-    key = lambda name: rename(f"{part}.{name}", table)[0][0]
     require((isinstance(config, dict), f"{tensors.files[0].parent}/config.json: expected an object for each "
              f"tower, found {str(config)[:40]}"))
-    c, length = Config(tensors, config), tensors.size(key("positions"), 0)
-    width = c.size("hidden_size", tensors.size(key("positions"), 1))
+    c = Config(tensors, config)
+    length, width = (tensors.size(key_of(f"{part}.positions"), axis) for axis in (0, 1))
     # a config.json leaves out what is the default there, 8 and 12
     heads = c.whole("num_attention_heads", dict(txt=8, img=12)[part] if config else max(1, width // 64))
     require((width % heads == 0, f"{tensors.files[0]}: a width of {width} does not divide by {heads} heads"))
     c.only("hidden_act", *ACTIVATIONS)
     return TowerConfig(
-        width, tensors.count(key("blocks.")), heads, hidden=tensors.size(key("blocks.0.fc1.weight"), 0),
+        width, depth=tensors.count(key_of(f"{part}.blocks.")), heads=heads,
+        hidden=tensors.size(key_of(f"{part}.blocks.0.fc1.weight"), 0),
         length=length if part == "txt" else 1 + math.isqrt(max(1, length - 1)) ** 2, causal=part == "txt",
         activation=config.get("hidden_act", "quick_gelu"), eps=c.real("layer_norm_eps", 1e-5, 0))
 
@@ -201,13 +185,13 @@ def tokenizer_of(path: str | Path, length: int = 77) -> Tokenizer:
     """CLIP's byte-level BPE: lower case, "</w>" behind each word, start and end token, cut to `length` with
     the end token kept, and the shorter texts of a batch filled up with end tokens.
 
-    path: a folder, or weights in a folder, that has tokenizer.json, merges.txt (with vocab.json) or OpenAI's
-    bpe_simple_vocab_16e6.txt.gz, or one of these files.  Ids are those of Hugging Face's tokenizer.  OpenAI's
-    does html.unescape and ftfy first: "&amp;", ligatures, wide letters and garbled encodings give others.  Of
-    both, "<|endoftext|>" in a text is the end token.  Raises UserError."""
+    path: a folder, or weights in a folder, that has tokenizer.json or merges.txt with vocab.json, or one of
+    these files.  Ids are those of Hugging Face's tokenizer.  OpenAI's own does html.unescape and ftfy first:
+    "&amp;", ligatures, wide letters and garbled encodings give others.  Of both, "<|endoftext|>" in a text is
+    the end token.  Raises UserError."""
     path = Path(path)
     folder, names = path if path.is_dir() else path.parent, VOCABULARIES
-    if path.suffix in (".json", ".txt", ".gz"):
+    if path.suffix in (".json", ".txt"):
         names = ["merges.txt" if path.name == "vocab.json" else path.name]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     require((file, f"{folder}: expected CLIP's vocabulary, {' or '.join(names)}, found "
@@ -228,21 +212,12 @@ def tokenizer_of(path: str | Path, length: int = 77) -> Tokenizer:
 
 
 def bpe_of(file: Path) -> Tokenizer:
-    """The tokenizer of merges, one a line behind a first line, in a .txt or .gz.  Ids are vocab.json's beside
-    a merges.txt, else OpenAI's order: bytes, bytes that end a word, merges, start, end."""
-    content = read_bytes(file)
-    try:
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: not a whole gzip file ({error}); fetch it again")
-    lines = decoded(content, file).split("\n")[1:MERGES + 1]
-    merges = [tuple(line.split()) for line in lines if line.strip()]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())        # printable bytes come first, as in GPT-2
-    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    vocab, beside = {token: i for i, token in enumerate(tokens + [START, END])}, file.with_name("vocab.json")
-    if file.suffix != ".gz" and beside.is_file():
-        vocab = read_json(beside)
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=END))
+    """Return the tokenizer of merges, one a line behind a first line, and of the ids in vocab.json beside."""
+    vocab = file.with_name("vocab.json")
+    require((vocab.is_file(), f"{file}: expected vocab.json beside it, which has the ids"))
+    merges = [tuple(line.split()) for line in read_text(file).split("\n")[1:] if line.strip()]
+    bpe = Tokenizer(models.BPE(vocab=read_json(vocab), merges=merges, end_of_word_suffix="</w>",
+                               unk_token=END))
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -38,7 +38,8 @@ RECIPE = ["--optimizer", "muon", "--lr", "2.5e-3", "--warmup", "50", "--image-ba
           "--eval-every", "250", "--save-every", "250"]
 QUICK = ["--pixels", "32", "--image-batch", "16", "--text-batch", "16", "--dtype", "float32", "--ema", "0.99",
          "--eval-every", "100"]
-PRETRAIN, INSTRUCT = ("pretrain", ["--stage", "pretrain"]), ["--stage", "instruct"]
+PRETRAIN = ("pretrain", ["--stage", "pretrain"])
+INSTRUCT = ["--stage", "instruct", "--decay-steps", "{decay}"]   # all steps but the warm-up's
 THIRD = ["--image-data", "{third}", "--text-data", str(emoji.TAR)]
 # each setting: its stages, (folder, flags), of which each starts from the one before
 TABLES = dict(
@@ -78,7 +79,7 @@ def call(command: list[str], threads: int) -> None:
 
 def train(args: argparse.Namespace, name: str, flags: list[str], before: Path | None, seed: int) -> None:
     folder = args.out / f"{name}_{seed}"
-    given = [flag.format(third=args.out / "third.tar") for flag in flags]
+    given = [flag.format(third=args.out / "third.tar", decay=max(1, args.steps - 50)) for flag in flags]
     command = ["train.py", *RECIPE, *given, *(["--init", str(before)] if before else []), "--seed", str(seed),
                "--steps", str(args.steps), "--out", str(folder), "--sample-every", "0", "--device",
                args.device]

@@ -4,7 +4,7 @@
 # and skips a stage that has all its steps.
 #
 #   bash runs/emoji.sh
-#   bash runs/emoji.sh --decay-from 3000 --decay-steps 3000     # when time is up: stage 3 ends at step 6000,
+#   bash runs/emoji.sh --steps 6000 --decay-steps 3000          # when time is up: stage 3 ends at step 6000,
 #                                                               # its rate falling to zero from step 3000 on
 #
 # Flags go to the last stage.  A GPU has each step as one CUDA graph (runs/graphed.py).  A CPU without a C++

@@ -54,9 +54,9 @@ def pack(config: TrainConfig, held: plain.Held, ring: Tensor, step: int) -> dict
     made = held.batches(config, step)
     image, text = made["image"], made["text"]
     masked = (text["uniform"] < text["t"][:, None]) & ~text["frozen"]             # as mask_diffusion.errors
-    each = (1 / text["t"] if text["weight"] == "1/t" else 2) / (text["over"] * max(1, text["count"]))
+    each = (1 / text["t"] if text["weight"] == "1/t" else torch.full_like(text["t"], 2)) / text["count"]
     found = dict(image, seen=text["images"], noised=text["ids"].masked_fill(masked, text["mask_id"]),
-                 clean=text["ids"], weight=(masked & ~text["unscored"]) * each[:, None],
+                 clean=text["ids"], weight=masked * each[:, None],
                  rate=torch.tensor(learning_rate(step, config)),                  # and as train.update
                  average=torch.tensor(1 - min(config.ema, (step + 1) / (step + 10))))
     for name, part in views(config, ring[step % len(ring)])[0].items():
@@ -73,7 +73,7 @@ def take_step(config: TrainConfig, models, run, x: dict[str, Tensor], mask: Tens
         p.grad = None                                            # of a graph they have its memory
     with torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32",
                         cache_enabled=False):                    # each weight is cast once a loss, as it is
-        image = plain.image_errors(models, x | dict(dropped=None, of=config.image_loss)).mean()
+        image = plain.image_errors(models, x | dict(dropped=None)).mean()
         (config.image_weight * image).backward()
         clean = torch.zeros(1, device=device)
         logits = model["mmdit"](x["seen"], models.text(x["noised"]), clean, need="logits")[1]     # (n, L, V)

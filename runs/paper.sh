@@ -12,10 +12,9 @@ cd "$(dirname "$0")/.."
 launch=${LAUNCH:-torchrun --standalone --nproc_per_node=8 --max-restarts=3}
 steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "out/$1/config.json" 2>/dev/null || true; }
 stage() {   # NAME STEPS FLAGS ...
-    [ "$(steps_of "$1")" = "$2" ] || $launch train.py --stage "$1" --steps "$2" --workers 8 $filters "${@:3}"
+    [ "$(steps_of "$1")" = "$2" ] || $launch train.py --stage "$1" --steps "$2" --workers 8 --filtered "${@:3}"
     [ "$(steps_of "$1")" = "$2" ] || exit 1                      # it was stopped, and goes on next time
 }
-filters='--min-side 256 --max-ratio 4.5 --min-caption 6'         # as published
 drawn='data/laion_aesthetic/{00000..01999}.tar data/midjourney/{000..199}.tar'
 read='data/sharegpt4v.json data/openimages/{000..499}.tar'
 

@@ -29,14 +29,12 @@ from parts import Parts  # noqa: E402
 from trajectory import pieces  # noqa: E402
 
 ORDERS = {
-    "confidence": dict(order="confidence"), "margin": dict(order="margin"), "entropy": dict(order="entropy"),
-    "random": dict(order="random"), "remask 0.05, 32 steps": dict(order="remask", steps=32),
-    "confidence, 2 a step": dict(order="confidence", per_step=2),
+    "confidence": dict(order="confidence"), "random": dict(order="random"),
+    "confidence in 12 steps": dict(order="confidence", steps=12),
     **{f"threshold {x}": dict(order="threshold", level=x) for x in (0.99, 0.95, 0.9)},
     **{f"eb {x}": dict(order="eb", level=x) for x in (0.01, 0.05)},
-    **{f"factor {x}": dict(order="factor", level=x) for x in (0.1, 0.5)},
 }
-REFRESH = (1, 2, 4, 0)
+CACHES = ("off", "once")
 
 
 def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float, float]:
@@ -57,15 +55,15 @@ def orders(parts: Parts, records: list[dict], latents, limit: int) -> None:
         batch, true = latents[some], [records[i]["caption"] for i in some]
         measure(parts, batch, true, **ORDERS["threshold 0.9"])                    # warm
         for name, how in ORDERS.items():
-            for refresh in REFRESH if name in ("confidence", "threshold 0.99") else (1, 0):
-                row = measure(parts, batch, true, refresh=refresh, **how)
-                found.setdefault((name, refresh), []).append(row)
-                print(name, refresh, row, file=sys.stderr, flush=True)
-    print("| order | look | right, `tone` | right, `train` | evaluations | time |\n|---|---|---|---|---|---|")
-    whole = sum(seconds for *_, seconds in found["confidence", 1])
-    for (name, refresh), (tone, train) in found.items():
+            for cache in CACHES:
+                row = measure(parts, batch, true, image_cache=cache, **how)
+                found.setdefault((name, cache), []).append(row)
+                print(name, cache, row, file=sys.stderr, flush=True)
+    print("| order | image cache | right, `tone` | right, `train` | evaluations | time |\n|---|---|---|---|---|---|")
+    whole = sum(seconds for *_, seconds in found["confidence", "off"])
+    for (name, cache), (tone, train) in found.items():
         evaluations, seconds = ((a + b) / 2 for a, b in zip(tone[1:], train[1:]))
-        print(f"| {name} | {refresh or 'once'} | {tone[0]:.1f} | {train[0]:.1f} | {evaluations:.1f} | "
+        print(f"| {name} | {cache} | {tone[0]:.1f} | {train[0]:.1f} | {evaluations:.1f} | "
               f"{2 * seconds / whole:.3f} |")
 
 
@@ -79,8 +77,8 @@ def choices(parts: Parts, records: list[dict], latents, limit: int) -> None:
         cells = []
         for some in (asked, [(i, q) for i, q in asked if q["type"].startswith("yes/no")]):
             batch, questions = latents[[i for i, _ in some]], [q["question"] for _, q in some]
-            for refresh in (1, 0):
-                said = reading.write(parts, batch, questions, steps=32, refresh=refresh)
+            for cache in CACHES:
+                said = reading.write(parts, batch, questions, steps=32, image_cache=cache)
                 cells.append(f"{right(said, some):.1f}")
         ranks = [reading.ranked(parts, latents[i:i + 1], q["question"], ["yes", "no"])
                  for i, q in some]
@@ -91,18 +89,18 @@ def choices(parts: Parts, records: list[dict], latents, limit: int) -> None:
 def infill(parts: Parts, records: list[dict], latents, limit: int) -> None:
     """One or two words of a held-out caption are gaps; the picture is looked at once, and each time."""
     some = emoji.of_split(records, "tone")
-    for refresh in (0, 1):
+    for cache in CACHES:
         chance, right, kept, gaps = random.Random(0), 0, 0, 0
         for i in (chance.choice(some) for _ in range(limit)):
             words = records[i]["caption"].split(" ")
             for at in chance.sample(range(len(words)), min(len(words), chance.randint(1, 2))):
                 words[at] = "[MASK]" + "," * words[at].endswith(",")
             text, gaps = " ".join(words), gaps + " ".join(words).count("[MASK]")
-            said = reading.infill(parts, latents[i:i + 1], text, refresh=refresh)
+            said = reading.infill(parts, latents[i:i + 1], text, image_cache=cache)
             pattern = ".*".join(map(re.escape, text.split("[MASK]")))
             right += said == records[i]["caption"]
             kept += bool(re.fullmatch(pattern, said, re.DOTALL))
-        print(f"look {refresh or 'once'}: {limit} texts, {gaps} gaps: {kept} keep every given character, "
+        print(f"image cache {cache}: {limit} texts, {gaps} gaps: {kept} keep every given character, "
               f"{right} are the true caption", flush=True)
 
 

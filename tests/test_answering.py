@@ -91,6 +91,12 @@ def test_a_question_that_is_too_long_is_left_out_and_the_rest_answered(tiny, pho
     assert lost[0].startswith("b: the question has") and lost[1].endswith("none.png: no such picture file")
 
 
+def test_an_answer_with_a_line_separator_stays_one_line(tiny, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "write", lambda parts, latents, questions, **how: ["a\u2028b"])
+    assert answering.fill(Parts(tiny), [Ask("a", "0.png", "Is?")], photos, tmp_path / "a.jsonl", {}) == []
+    assert (tmp_path / "a.jsonl").read_bytes().decode() == '{"question_id": "a", "answer": "a\u2028b"}\n'
+
+
 def test_popes_answers_and_scores_from_the_shipped_weights(photos, tmp_path, capsys):
     """What is read back is what was written, and the likeliest of two choices is one of them."""
     files = [questions(tmp_path, 6, kind) for kind in ("random", "adversarial")]

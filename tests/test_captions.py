@@ -215,10 +215,16 @@ def test_cocos_captions_are_read_and_what_is_odd_is_named(tmp_path):
                    f"{path}: picture 2, 2.jpg, has no caption"]
 
 
+def test_the_captions_of_an_image_are_in_the_order_of_their_ids(tmp_path):
+    captions_ = [dict(image_id=1, id=number, caption=str(number)) for number in (30, 4, 100)]
+    path = write(tmp_path / "c.json", {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": captions_})
+    assert captions.read_captions(path)[0] == {1: ["4", "30", "100"]}
+
+
 @pytest.mark.parametrize("content, message", [
     ("{", "c.json: not readable as JSON"),
-    ([], r'expected COCO\'s captions, an object with the lists "images" and "annotations", found \[\]'),
-    ({"images": []}, 'lists "images" and "annotations", found'),
+    ([], r"c.json: expected COCO's captions, with images and annotations, found \[\]"),
+    ({"images": []}, "c.json: expected COCO's captions, with images and annotations, found"),
     ({"images": [1], "annotations": []}, r'images\[0\]: expected an object with "id", .* found 1'),
     ({"images": [{"id": True}], "annotations": []}, 'expected an object with "id", a whole number or a text'),
     ({"images": [{"id": 1}], "annotations": []}, r'images\[0\]: "file_name" is null, expected a text'),

@@ -288,11 +288,6 @@ def test_the_release_captions_answers_and_fills_in(tmp_path, capsys, monkeypatch
     assert first == again != said("--seed", "1")
     torch.save(torch.zeros(64), tmp_path / "mask.pth")
     assert said("--mask-embedding", tmp_path / "mask.pth") != first
-    encode, asked = sample.encode, []
-    monkeypatch.setattr(sample, "encode", lambda *a, **how: asked.append(how) or encode(*a, **how))
-    for what in (["--question", "what is this?"], ["--text", "a [MASK]"], []):
-        said(*what, "--posterior", "draw", "--seed", 7)
-    assert asked == [dict(posterior="draw", seed=7)] * 3
     filled = said("--text", "a [MASK], red cat.")
     assert filled.startswith("a ") and filled.endswith(", red cat.\n")
     odd = "The {[MASK]},\n\n <b>  </s>\t<pad> [MASK] caf\u00e9\u2026"       # all of it stays, to the letter

@@ -64,7 +64,7 @@ def test_every_stage_takes_flags_that_train_has(tmp_path, tiny):
     for settings in claims.TABLES.values():
         for stages in settings.values():
             for i, (_, flags) in enumerate(stages):
-                given = [flag.format(third=emoji.TAR) for flag in flags] + ["--init", str(tiny)] * (i > 0)
+                given = [flag.format(third=emoji.TAR, decay=1) for flag in flags] + ["--init", str(tiny)] * (i > 0)
                 small = claims.QUICK[2:] if i else claims.QUICK
                 config = parse([*claims.RECIPE, *given, *small, "--steps", "7", "--sample-every", "0", "--device", "cpu"])
                 assert config.steps == 7 and config.image_batch == 16

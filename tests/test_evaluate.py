@@ -286,10 +286,10 @@ def test_the_emoji_set_is_measured_as_the_papers_tables(tmp_path, capsys, emoji_
     assert found["settings"]["steps"] == "2" and found["settings"]["reading"] == {"steps": 2}
     asked.clear()
     run(*how, "--seeds", 3, 4, "--prompts", 0, "--order", "confidence", "--temperature", 1,
-        "--tokens-per-step", 4)
+        "--image-cache", "off")
     sampled = [how for how in asked if "seed" in how]
     assert [how["seed"] for how in sampled] == [3, 3, 4, 4] and all(
-        (how["order"], how["temperature"], how["per_step"]) == ("confidence", 1, 4) for how in sampled)
+        (how["order"], how["temperature"], how["image_cache"]) == ("confidence", 1, "off") for how in sampled)
     assert "drawing" not in capsys.readouterr().out
 
 

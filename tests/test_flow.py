@@ -57,7 +57,7 @@ def test_euler_error_falls_like_one_over_the_steps():
         assert 1.8 < coarse / fine < 2.2
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("ab2", 2)])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_the_error_of_each_solver_falls_with_its_order(solver, order):
     """At 48 to 385 evaluations, of any solver, on a Gaussian, whose flow map is affine; uneven steps too."""
     noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -65,17 +65,20 @@ def test_the_error_of_each_solver_falls_with_its_order(solver, order):
     for shift in (1.0, 3.0):
         errors = []
         for n in (48, 96, 192, 384):
-            grid = torch.linspace(1, 0, n // flow.SOLVERS[solver] + 1, dtype=torch.float64)
+            grid = torch.linspace(1, 0, n // flow.SOLVERS[solver].evaluations + 1, dtype=torch.float64)
             grid = flow.shifted(grid, shift)
             *_, (t, x, clean) = flow.walk(velocity, noise, grid, solver)
             errors.append((x - exact).abs().mean())
             assert t == 0 and x is clean
         for coarse, fine in zip(errors, errors[1:]):
             assert 0.8 * 2 ** order < coarse / fine < 1.2 * 2 ** order
-    assert flow.halves(torch.tensor([1.0, 0.5, 0.3, 0.1, 0.0])) == [True, True, False, False]
+    grid, calls = torch.tensor([1.0, 0.5, 0.3, 0.1, 0.0]), []    # two steps leave half of the noise or more
+    counted = lambda x, t: calls.append(1) or velocity(x, t)
+    *_, _ = flow.walk(counted, noise, grid, solver)
+    assert len(calls) == flow.evaluations(grid, solver) == (4 if solver == "euler" else 6)
     assert order == 1 or errors[0] < 0.5 * (flow.euler(velocity, noise, flow.shifted(
         torch.linspace(1, 0, 49, dtype=torch.float64), 3.0)) - exact).abs().mean()
-    with pytest.raises(ValueError, match="solver must be one of euler, heun, ab2, got 'rk4'"):
+    with pytest.raises(ValueError, match="solver must be one of euler, heun, got 'rk4'"):
         next(flow.walk(velocity, noise, grid, "rk4"))
 
 
@@ -168,26 +171,8 @@ def test_guidance_on_an_interval_is_plain_outside_and_asks_half():
     assert asked == [5, 10, 10, 10, 5]
     whole = flow.guide(both, 1.0, interval=(0.0, 1.0))(x, torch.tensor([0.5]))
     assert torch.allclose(whole, x ** 2, atol=1e-6)              # a scale of 1 guides nowhere
-    for wrong in (dict(interval=(0.9, 0.2)), dict(rule="other")):
-        with pytest.raises(ValueError, match="the interval from low to high"):
-            flow.guide(both, 3.0, **wrong)
-
-
-def test_zero_star_and_renormalised_guidance_are_their_definitions():
-    x, t = torch.randn(5, 3, 2, 2), torch.tensor([0.5])
-    same = lambda y, t: torch.cat([y[:5], y[:5]])
-    for rule in flow.RULES:                                      # of equal velocities all are the identity
-        assert torch.allclose(flow.guide(same, 4.0, rule)(x, t), x, atol=1e-6)
-    text, null = x ** 2, x
-    for i in range(5):
-        s = float((text[i] * null[i]).sum() / (null[i] ** 2).sum())
-        found = flow.guide(both, 4.0, "zero-star")(x, t)[i]
-        assert torch.allclose(found, s * null[i] + 4 * (text[i] - s * null[i]), atol=1e-5)
-        off = lambda s: float((text[i] - s * null[i]).norm())
-        assert off(s) < off(s + 0.01) and off(s) < off(s - 0.01)             # the best fit
-        plain, found = (flow.guide(both, 4.0, rule)(x, t)[i] for rule in ("plain", "renormalised"))
-        assert torch.allclose(found / found.norm(), plain / plain.norm(), atol=1e-5)
-        assert float(found.norm()) == pytest.approx(min(float(plain.norm()), float(text[i].norm())), rel=1e-5)
+    with pytest.raises(ValueError, match="the interval must be from low to high"):
+        flow.guide(both, 3.0, interval=(0.9, 0.2))
 
 
 def test_times_are_logit_normal_and_a_split_batch_keeps_its_draws():
@@ -206,33 +191,14 @@ def test_times_are_logit_normal_and_a_split_batch_keeps_its_draws():
         flow.loss(v, x, t=t)
 
 
-def test_the_error_of_the_data_is_that_of_the_velocity_times_t_squared():
-    g = torch.Generator().manual_seed(0)
-    x, noise, t = torch.randn(64, 2, 3, 3, generator=g), torch.randn(64, 2, 3, 3, generator=g), torch.rand(64)
-    velocity = lambda x_t, t: 0.3 * x_t
-    plain = flow.errors(velocity, x, t=t, noise=noise)
-    data = flow.errors(velocity, x, t=t, noise=noise, of="data")
-    x_t = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * noise
-    clean = x_t - t.view(-1, 1, 1, 1) * velocity(x_t, t)
-    assert torch.allclose(data, (clean - x).square().flatten(1).mean(1), atol=1e-5)
-    assert torch.allclose(data, t ** 2 * plain, rtol=1e-5)
-
-
-def test_ablations_of_the_image_loss_change_it_as_gaussian_data_says():
-    """Of x, e ~ N(0, 1) and v = 0 the velocity's error is 2, the data's 2 t^2: 2/3 for uniform times."""
-    zero, found = (lambda x_t, t: torch.zeros_like(x_t)), {}
+def test_uniform_times_are_uniform_and_change_no_expected_error_of_a_constant():
+    """Of x, e ~ N(0, 1) and v = 0 the velocity's error is 2, at whatever times."""
     for times in ("logit-normal", "uniform"):
         generator = torch.Generator().manual_seed(1)
         t, noise = flow.draw((100_000, 1, 1, 4), generator, times=times)
         x = torch.randn(noise.shape, generator=generator)
-        for of in ("velocity", "data"):
-            found[times, of] = float(flow.loss(zero, x, t=t, noise=noise, of=of))
+        error = float(flow.loss(lambda x_t, t: torch.zeros_like(x_t), x, t=t, noise=noise))
+        assert error == pytest.approx(2, rel=0.01)
         if times == "uniform":          # 100,000 draws in 20 bins: 19 degrees of freedom, p = 0.001 is 43.8
             bins = torch.bincount((t * 20).long().clamp(max=19), minlength=20).double()
             assert float(((bins - 5000) ** 2 / 5000).sum()) < 43.8
-    square = torch.sigmoid(torch.linspace(-9, 9, 20001, dtype=torch.float64))
-    weight = torch.exp(-torch.linspace(-9, 9, 20001, dtype=torch.float64) ** 2 / 2)
-    normal = float((square ** 2 * weight).sum() / weight.sum())                   # E t^2 of the logit-normal
-    for key, true in ((("logit-normal", "velocity"), 2), (("uniform", "velocity"), 2),
-                      (("uniform", "data"), 2 / 3), (("logit-normal", "data"), 2 * normal)):
-        assert found[key] == pytest.approx(true, rel=0.01), key

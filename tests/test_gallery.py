@@ -74,8 +74,8 @@ def test_what_is_there_is_skipped_and_what_was_made_otherwise_is_refused(parts, 
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     fields = text_fields(folder / "00001.png")
     assert fields == dict(
-        prompt=PROMPTS[1], seed="3", steps="2", solver="euler", rule="plain", interval="(0.0, 1.0)", zero="0",
-        negative="", guidance="1.5", shift="1.0", size="64x64", dtype="float32", checkpoint=parts.digest())
+        prompt=PROMPTS[1], seed="3", steps="2", solver="euler", interval="(0.0, 1.0)", negative="",
+        guidance="1.5", shift="1.0", size="64x64", dtype="float32", checkpoint=parts.digest())
     (folder / "00001.png").unlink()
     assert gallery.fill(parts, jobs, folder, steps=2) == 2
     for path, (content, when) in before.items():
@@ -116,7 +116,8 @@ def test_the_command_fills_a_folder(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'drawn'}: 4 pictures, 0 of which were there\n"
     found = [text_fields(path) for path in sorted((tmp_path / "drawn").iterdir())]
     assert [(f["prompt"], f["seed"]) for f in found] == [(p, s) for p in PROMPTS[:2] for s in "01"]
-    sample.main(["--prompt", PROMPTS[1], "--seed", "1", "--separate", "--steps", "1", "--out",
+    (tmp_path / "one.txt").write_text(PROMPTS[1], encoding="utf-8")
+    sample.main(["--prompts", str(tmp_path / "one.txt"), "--seed", "1", "--steps", "1", "--out",
                  str(tmp_path / "one")])
     assert (tmp_path / "one/00000.png").read_bytes() == (tmp_path / "drawn/00003.png").read_bytes()
 
@@ -162,10 +163,12 @@ def test_a_mask_is_cut_as_its_picture_is_and_a_latent_of_one_white_pixel_is_draw
 
 
 def test_a_picture_is_varied_by_its_own_caption(apple, tmp_path, capsys):
-    sample.main(["--image", str(apple), "--vary", "--strength", "0.4", "--steps", "4", "--out",
+    sample.main(["--image", str(apple)])
+    caption = capsys.readouterr().out.strip()
+    assert caption == "red apple, noto style"
+    sample.main(["--image", str(apple), "--prompt", caption, "--strength", "0.4", "--steps", "4", "--out",
                  str(tmp_path / "a.png")])
-    assert capsys.readouterr().out == (f"its caption: red apple, noto style\n"
-                                       f"{tmp_path / 'a.png'}: 6 evaluations a picture\n")
+    assert capsys.readouterr().out == f"{tmp_path / 'a.png'}: 6 evaluations a picture\n"
 
 
 def test_a_folder_is_of_one_checkpoint(parts):

@@ -100,10 +100,9 @@ LOAD = dict(transformer=checkpoint.load_mmdit, text_encoder=checkpoint.load_t5, 
 
 @pytest.mark.parametrize("part, key, value, message", [
     ("transformer", "num_layers", 10**6, "1000000, expected 2, which its tensors have"),
-    ("transformer", "patch_size", 0, "0, expected a whole number"),
-    ("transformer", "patch_size", 4, "4, expected 2,"),
-    ("transformer", "in_channels", "16", "'16', expected a whole number"),
-    ("transformer", "pos_embed_max_size", 8, "8, expected "),
+    ("transformer", "num_attention_heads", 10**6, "1000000, expected 2, which its tensors have"),
+    ("transformer", "num_attention_heads", "2", "'2', expected a whole number"),
+    ("transformer", "attention_head_dim", 0, "0, expected a whole number"),
     ("transformer", "sample_size", None, "null, expected a whole number"),
     ("transformer", "qk_norm", "no", "'no', expected null or 'rms_norm'"),
     ("transformer", "qk_norm", True, "True, expected null or"),
@@ -113,10 +112,10 @@ LOAD = dict(transformer=checkpoint.load_mmdit, text_encoder=checkpoint.load_t5, 
     ("vae", "scaling_factor", "1.5", "'1.5', expected a number above 0"),
     ("vae", "scaling_factor", 0, "0, expected a number above 0"),
     ("vae", "latents_mean", [0.0], ".*, expected null"),
-    ("vae", "block_out_channels", 32, "32, expected .32, "),
     ("vae", "use_quant_conv", True, "True, expected False"),
     ("text_encoder", "num_heads", 3, "3, expected "),
-    ("text_encoder", "d_ff", True, "True, expected a whole number"),
+    ("text_encoder", "d_kv", 8, "8, expected 16, which its tensors have"),
+    ("text_encoder", "d_kv", True, "True, expected a whole number"),
     ("text_encoder", "layer_norm_epsilon", "1e-6", "'1e-6', expected a number above 0"),
     ("text_encoder", "layer_norm_epsilon", float("nan"), "nan, expected a number"),
     ("text_encoder", "feed_forward_proj", "relu", "'relu', expected 'gated-gelu'")])
@@ -129,6 +128,20 @@ def test_a_config_that_contradicts_the_tensors_is_refused(part, key, value, mess
     with pytest.raises(UserError, match=f'^{folder}/config.json: "{key}" is {message}') as error:
         LOAD[part](tmp_path / "release")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part, keys", [
+    ("transformer", ["patch_size", "pos_embed_max_size", "in_channels", "vocab_size", "joint_attention_dim"]),
+    ("vae", ["block_out_channels", "layers_per_block", "latent_channels"]),
+    ("text_encoder", ["vocab_size", "d_model", "d_ff", "relative_attention_num_buckets"])])
+def test_sizes_that_the_shapes_show_are_not_read_from_a_config(part, keys, tmp_path):
+    source = RELEASE.with_name("sd3_folder") if part == "vae" else RELEASE
+    shutil.copytree(source / part, tmp_path / "checkpoint" / part)
+    file = tmp_path / "checkpoint" / part / "config.json"
+    config = json.loads(file.read_text())
+    assert config.keys() >= set(keys)
+    file.write_text(json.dumps(config | dict.fromkeys(keys, "wrong")))
+    assert LOAD[part](tmp_path / "checkpoint").config == LOAD[part](source).config
 
 
 @pytest.mark.parametrize("key, value, message", [

@@ -116,7 +116,7 @@ def test_a_batch_costs_at_most_one_evaluation_a_masked_token_and_rows_that_are_d
     masked = torch.full((500, 3), MASK)
     masked[100:, 1:], masked[300:] = 2, torch.tensor([3, 1, 0])
     how = dict(mask_id=MASK, steps=1000, temperature=0)
-    for order in ("random", "confidence", "margin", "entropy"):
+    for order in ("random", "confidence"):
         for seen in (whole, rows, tokens):
             seen.clear()
         a = mask_diffusion.sample(lambda ids: whole.append(len(ids)) or oracle(ids), masked, order=order,
@@ -174,7 +174,7 @@ def test_training_times_cover_the_unit_interval_evenly():
     assert 0.001 <= t.min() < 0.0011 and t.max() > 0.9999
 
 
-def test_draws_follow_the_softmax_its_temperature_and_the_nucleus():
+def test_draws_follow_the_softmax_and_its_temperature():
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]], dtype=torch.float64)
     uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     for temperature in (1.0, 0.5):
@@ -182,10 +182,6 @@ def test_draws_follow_the_softmax_its_temperature_and_the_nucleus():
         share = torch.bincount(drawn, minlength=4) / 100_000
         assert torch.allclose(share.double(), (logits[0] / temperature).softmax(0), atol=2e-5)
     assert mask_diffusion.choose(logits, 0.0, uniform[:1]).tolist() == [2]
-    drawn = mask_diffusion.choose(logits.expand(100_000, 4), 1.0, uniform, top_p=0.8)     # 0.665 + 0.245
-    kept = logits[0, 1:3].softmax(0)
-    assert torch.allclose((torch.bincount(drawn, minlength=4) / 100_000).double()[1:3], kept, atol=2e-5)
-    assert drawn.min() == 1
     last = torch.tensor([1 - 2**-53], dtype=torch.float64)       # the largest number below one
     assert mask_diffusion.choose(logits, 1.0, last).tolist() == [2]
 
@@ -205,8 +201,7 @@ def test_draws_are_made_in_float64_whatever_the_network_computes_in():
     assert 0 in seen and len(seen) > 20
 
 
-@pytest.mark.parametrize("order, steps", [("random", [1, 4, 10_000]), ("confidence", [1, 2, 4]),
-                                          ("margin", [1, 4]), ("entropy", [1, 4])])
+@pytest.mark.parametrize("order, steps", [("random", [1, 4, 10_000]), ("confidence", [1, 2, 4])])
 def test_one_token_at_a_time_is_an_exact_draw_of_the_joint(order, steps):
     """Which comes first is decided by what is known, not by what is drawn: the joint is kept."""
     found = []
@@ -218,8 +213,7 @@ def test_one_token_at_a_time_is_an_exact_draw_of_the_joint(order, steps):
     assert found == sorted(found, reverse=True) and found[-1] < chance < 10 < found[0]
 
 
-@pytest.mark.parametrize("order, levels", [("threshold", [0.2, 0.4, 1.0]), ("factor", [9.0, 2.0, 0.1]),
-                                           ("eb", [9.0, 2.0, 0.01])])
+@pytest.mark.parametrize("order, levels", [("threshold", [0.2, 0.4, 1.0]), ("eb", [9.0, 2.0, 0.01])])
 def test_a_parallel_order_loses_less_the_tighter_it_is_and_nothing_in_the_limit(order, levels):
     found, evaluations = [], []
     for level in levels:
@@ -233,39 +227,24 @@ def test_a_parallel_order_loses_less_the_tighter_it_is_and_nothing_in_the_limit(
     assert evaluations[-1] == 4 and found[-1] < chance and found[0] > 20
 
 
-def test_how_many_pass_at_once():
-    minus = -torch.inf
-    ranked = torch.tensor([[0.99, 0.95, 0.4, minus], [0.5, 0.3, 0.2, minus]], dtype=torch.float64)
-    count = lambda order, level: mask_diffusion.at_once(ranked, order, level, torch.tensor([2, 1])).tolist()
-    assert count("threshold", 0.9) == [2, 1] and count("threshold", 0.3) == [3, 2]
-    assert count("confidence", None) == [2, 1]
-    assert count("factor", 0.15) == [2, 1] and count("factor", 1.0) == [2, 1]
-    assert count("factor", 2.5) == [3, 2] and count("factor", 9.0) == [3, 3]
-    ranked = torch.tensor([[-0.1, -0.2, -0.3, minus], [-2.0, -2.0, -2.0, minus]], dtype=torch.float64)
-    assert count("eb", 0.11) == [2, 1] and count("eb", 0.31) == [3, 1] and count("eb", 4.0) == [3, 3]
-    logits = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
-    assert float(mask_diffusion.sureness(logits, "confidence")) == pytest.approx(0.5)
-    assert float(mask_diffusion.sureness(logits, "margin")) == pytest.approx(0.2)
-    assert float(mask_diffusion.sureness(logits, "entropy")) == pytest.approx(
-        0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
+def test_which_tokens_pass_at_once():
+    """The first row has three masked tokens of five, the second two; a given one is never selected."""
+    masked = torch.tensor([[True, False, True, True, False], [False, True, False, False, True]])
+    quota, when = torch.tensor([[2], [1]]), torch.tensor([[3, 1, 2, 2, 1], [1, 4, 1, 1, 5]])
+    p = torch.tensor([[0.95, 0.05], [0.4, 0.6], [0.01, 0.99], [0.5, 0.5], [0.3, 0.7]], dtype=torch.float64)
 
-
-def test_masking_again_keeps_the_joint_the_finer_its_steps():
-    ids, found, how = torch.full((10_000, 4), WIDE_MASK), [], dict(mask_id=WIDE_MASK, order="remask")
-    for steps in (10, 1000):
-        states = []
-        drawn = mask_diffusion.sample(wide, ids, steps=steps, generator=torch.Generator().manual_seed(1),
-                                      level=2 / steps, trajectory=states, **how)
-        ratio, chance = misfit(drawn)
-        found.append(ratio)
-        again = [((a != WIDE_MASK) & (b == WIDE_MASK)).any() for (_, a), (_, b) in zip(states, states[1:])]
-        assert any(again) and len(states) == steps + 1 and (drawn != WIDE_MASK).all()
-    assert found[1] < chance < 5 < found[0]
-    given = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0)) < 0.3
-    some, how["mask_id"] = torch.where(given, torch.tensor([0, 1, 2]), MASK), MASK
-    out = mask_diffusion.sample(oracle, some, steps=20, generator=torch.Generator().manual_seed(1), level=0.5,
-                                **how)
-    assert torch.equal(out[given], some[given]) and (out != MASK).all()
+    def selected(order, level=None):
+        row = mask_diffusion.ORDERS[order]
+        turn = mask_diffusion.Turn(masked, when, quota, level or row.level, p if row.needs_p else None)
+        return [[i for i, chosen in enumerate(row) if chosen] for row in (masked & row.select(turn)).tolist()]
+    assert selected("random") == [[2, 3], [1]]                   # whose step is next
+    assert selected("confidence") == [[0, 3], [4]]               # two, and one
+    assert selected("threshold", 0.9) == [[0, 3], [4]] and selected("threshold", 0.55) == [[0, 2, 3], [4]]
+    entropy = torch.special.entr(p).sum(-1).tolist()             # 0.20, 0.67, 0.06; 0.69, 0.61
+    assert selected("eb", 0.01) == [[3], [4]]
+    assert selected("eb", entropy[2] + 1e-6) == [[0, 3], [4]]
+    assert selected("eb", entropy[4] + 1e-6) == [[0, 2, 3], [1, 4]]
+    assert selected("eb", 9.0) == [[0, 2, 3], [1, 4]]
 
 
 def ending(ids):
@@ -323,7 +302,7 @@ def test_the_likelihood_is_exact_with_the_oracle_within_its_error():
 
 
 def test_guidance_of_text_is_a_power_of_the_two_likelihoods():
-    """With scale s: p^s / q^(s - 1), normalised; with a ramp none of it while all is masked."""
+    """With scale s: p^s / q^(s - 1), normalised."""
     known, null = torch.randn(2, 2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ask = lambda logits: lambda ids, at, rows: 3 + logits.flatten(0, 1)[at]
     ids, at = torch.tensor([[MASK, MASK, MASK], [1, MASK, 2]]), torch.tensor([0, 4])
@@ -331,9 +310,6 @@ def test_guidance_of_text_is_a_power_of_the_two_likelihoods():
     found = mask_diffusion.guide(ask(known), ask(null), 2.5, MASK)(ids, at, None).softmax(-1)
     wanted = (p ** 2.5 / q ** 1.5).nan_to_num(0.0)
     assert torch.allclose(found, wanted / wanted.sum(-1, keepdim=True))
-    found = mask_diffusion.guide(ask(known), ask(null), 2.5, MASK, ramp=True)(ids, at, None).softmax(-1)
-    wanted = (p[1] ** 2 / q[1]).nan_to_num(0.0)                  # a third is masked: 1 + 1.5 (1 - 1/3) = 2
-    assert torch.allclose(found[0], p[0]) and torch.allclose(found[1], wanted / wanted.sum())
 
 
 def test_bad_arguments_are_refused():
@@ -341,11 +317,9 @@ def test_bad_arguments_are_refused():
     for how, message in ((dict(steps=0), "steps must be at least 1"),
                          (dict(steps=1, order="sideways"), "sideways"),
                          (dict(steps=1, temperature=-1), "temperature must be 0 or more"),
-                         (dict(steps=1, top_p=0), "top_p must be above 0"),
                          (dict(steps=1, level=0.5), "order random has no level"),
                          (dict(steps=1, level=1.5, order="threshold"), "above 0 and at most 1, got 1.5"),
-                         (dict(steps=1, level=0, order="eb"), "must be above 0, got 0"),
-                         (dict(steps=1, per_step=2, order="eb"), "per_step is a number of tokens for the")):
+                         (dict(steps=1, level=0, order="eb"), "must be above 0, got 0")):
         with pytest.raises(ValueError, match=message):
             mask_diffusion.sample(oracle, ids, MASK, **how)
     with pytest.raises(ValueError, match="together"):
@@ -363,31 +337,15 @@ def test_a_flat_weight_is_as_much_as_one_over_t_over_all_times_and_less_at_small
     assert float(steep.mean()) / 8 == pytest.approx(math.log(4), rel=0.1)
 
 
-def test_logits_of_the_scored_tokens_alone_are_enough():
+def test_logits_of_the_masked_tokens_alone_are_enough():
     ids = torch.randint(0, 4, (5, 8), generator=torch.Generator().manual_seed(0))
-    frozen, unscored = torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(1)) < 0.2
+    frozen = torch.rand(5, 8, generator=torch.Generator().manual_seed(1)) < 0.2
     drawn = dict(zip(("t", "uniform"), mask_diffusion.draw((5, 8), torch.Generator().manual_seed(2))))
     told = torch.randn(5, 8, 5, generator=torch.Generator().manual_seed(3))
-    asked, how = [], dict(frozen=frozen, unscored=unscored, **drawn)
+    asked, how = [], dict(frozen=frozen, **drawn)
     whole = mask_diffusion.errors(lambda noised: told, ids, 4, **how)
     answer = lambda noised, at: asked.append((noised, at)) or told.flatten(0, 1)[at]
     some = mask_diffusion.errors(answer, ids, 4, **how, picks=True)
     (noised, at), = asked
     assert torch.equal(whole, some) and 0 < len(at) < 30
-    assert (noised.flatten()[at] == 4).all() and not unscored.flatten()[at].any()
-
-
-def test_tokens_that_are_not_scored_are_masked_like_others():
-    ids, seen = torch.arange(6).expand(3, 6), []
-    unscored = torch.arange(6).expand(3, 6) > 3
-    uniform = torch.rand(3, 6, generator=torch.Generator().manual_seed(2))
-    drawn = dict(t=torch.full((3,), 0.5), uniform=uniform)
-
-    def even(ids):
-        seen.append(ids)
-        return torch.zeros(*ids.shape, 8)
-    found = mask_diffusion.errors(even, ids, 7, **drawn, unscored=unscored)
-    mask_diffusion.errors(even, ids, 7, **drawn)
-    masked = drawn["uniform"] < 0.5
-    assert torch.equal(*seen) and (masked & unscored).any()
-    assert torch.allclose(found, (masked & ~unscored).sum(1) * math.log(7) / 0.5)
+    assert (noised.flatten()[at] == 4).all() and not frozen.flatten()[at].any()

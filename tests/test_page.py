@@ -136,15 +136,13 @@ def test_bytes_on_the_page_are_the_attention_and_pooling_keeps_its_mean_or_its_s
 def test_a_text_is_unmasked_in_the_order_in_which_it_was_written():
     maps = [None, torch.rand(2, 6), None, None]
     given = dict(picture=Z[0], pieces=["Q:", " a", " <b>", ""], revealed=[0, 3, 1, 1], grid=(2, 3), about={},
-                 probability=[None, 0.5, 0.25, 1.0], states=None, attention=maps)
+                 probability=[None, 0.5, 0.25, 1.0], attention=maps)
     found = data(text := page.writing(**given))
     assert found["states"] == [[None] + ["[MASK]"] * 3, [None, "[MASK]", None, None], [None] * 4]
     assert found["labels"] == ["step 0 of 3, 3 masked", "step 1 of 3, 1 masked", "step 3 of 3, 0 masked"]
     assert found["known"][:2] == ["given", "step 3, probability 0.500"] and found["tints"][0] == ""
     assert found["words"] == ["Q:", "a", "<b>", ""] and "<b>" not in text
     assert [map is None for map in found["maps"]] == [True, False, True, True]
-    states = [(0, ["Q:"] + ["[MASK]"] * 3), (2, ["Q:", " x", "[MASK]", ""]), (5, given["pieces"])]
-    assert data(page.writing(**given | dict(states=states)))["states"][1] == [None, "x", "[MASK]", None]
     assert "<img" not in page.writing(**given | dict(picture=None, grid=None, attention=None))
     with pytest.raises(ValueError, match="4 pieces need as many"):
         page.writing(**given | dict(revealed=[1]))

@@ -1,5 +1,6 @@
 """plan.py: parameters, arithmetic and memory of a run before it starts."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -61,17 +62,18 @@ def test_more_processes_micro_batches_and_recomputing_take_less_memory():
     assert total("--shard", "none", *micro) > total(*micro)
 
 
-def test_days_are_of_the_rate_that_is_given(capsys):
-    flags = ["--preset", "e2e-1.1b", "--print-plan", "8", "--steps", "86400", "--image-batch", "8",
-             "--text-batch", "8"]
-    train.main([*flags, "--rate", "16"])
-    assert "1.00 days at 16 samples/s" in capsys.readouterr().out
+def test_days_follow_from_the_arithmetic(capsys):
+    flags = ["--preset", "e2e-1.1b", "--image-batch", "8", "--text-batch", "8", "--print-plan", "8"]
+    days = []
+    for steps in (10**6, 2 * 10**6):
+        train.main([*flags, "--steps", str(steps)])
+        days.append(float(re.search(r"([\d.]+) days at 40% of 8 x 989 TFLOP/s", capsys.readouterr().out)[1]))
+    assert days[1] == pytest.approx(2 * days[0], rel=0.01)
     train.main(["--print-plan"])
     assert "emoji, 1 GPU(s)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, status, message", [
-    (["--rate", "5"], 2, "--rate changes nothing without --print-plan"),
     (["--print-plan", "0"], 2, "--print-plan: expected a whole number, at least 1, got '0'"),
     (["--stage", "mask-emb", "--print-plan", "8"], 1, "--stage mask-emb: teaches T5's [MASK]"),
     (["--preset", "sd3-medium", "--pixels", "250", "--print-plan", "8"], 1, "a multiple of the patch, 16"),

@@ -1,11 +1,13 @@
 """questions.py: each published form from a small file of its shape, and its prompt letter by letter."""
 
+import collections
 import json
 
 import pytest
 from PIL import Image
 
 import data
+import questions
 from cli import UserError
 
 
@@ -53,6 +55,27 @@ def test_vqa_takes_the_answer_that_most_people_gave(folder):
     assert vqa("", "What is it?", folder, ["pear", "apple", "apple", "pear"]) == [(SHORT, "pear")]  # OK-VQA
 
 
+def test_a_question_that_nobody_answered_is_named(folder):
+    with pytest.raises(UserError, match="questions.json: question 7 has no answer"):
+        vqa("v2_", 7, folder, [])
+
+
+def test_training_and_scoring_read_the_same_files(folder):
+    """The answers of each question, and the one that training takes of them."""
+    vqa("v2_", 7, folder, ["pear", "apple", "apple"])
+    gqa = {"07": dict(imageId="42", question="What is it?", answer="apple", isBalanced=False)}
+    text = dict(data=[dict(image_id="42", question="What is it?", answers=["fig", "apple", "apple"])])
+    for kind, name, content in (("vqav2", "v2_OpenEnded_mscoco_train2014_questions.json", None),
+                                ("gqa", "gqa.json", gqa), ("textvqa", "text.json", text)):
+        if content:
+            assert prompts(folder, name, content) == [(SHORT, "apple")]
+        path, read = folder / name, questions.READ[kind]
+        q, = read.read(read.load(path), path, collections.defaultdict(list))
+        assert q.answers.count("apple") >= 1 and q.common_answer() == "apple"
+        assert data.question_prompt(q.with_suffix(questions.SUFFIX[kind])) == SHORT
+        assert q.balanced == (kind != "gqa")
+
+
 def test_gqa_textvqa_and_vizwiz(folder):
     gqa = {"07": dict(imageId="42", question="What is it?", answer="apple")}
     assert prompts(folder, "train_balanced_questions.json", gqa) == [(SHORT, "apple")]
@@ -69,7 +92,7 @@ def test_a_source_of_questions_alone_can_be_read_and_not_drawn(folder):
     prompts(folder, "train.json", viz)
     mix = data.Mix([f"{folder / 'train.json'}@{folder / 'pictures'}"], 16)
     assert mix.take([0], "text")[0]["questions"][0]["answer"] == "no"
-    with pytest.raises(UserError, match="samples are of no use, the last: .*VizWiz_train_1.jpg: no caption"):
+    with pytest.raises(UserError, match="in a row are of no use, the last: .*VizWiz_train_1.jpg: no caption"):
         mix.take([0], "image")
 
 

@@ -27,18 +27,18 @@ def test_the_order_of_unmasking_is_the_one_asked_for(parts):
         true = {order: mask_diffusion.sample(
             reading.logits(parts, NOISE[:3]), ids, tokenizer.mask_id, 6, None, 1.0, order, True,
             seeds=[3] * 3, end=(tokenizer.end_id, tokenizer.pad_id)) for order in mask_diffusion.ORDERS}
-    assert len({tuple(found.flatten().tolist()) for found in true.values()}) > 4
+    assert len({tuple(found.flatten().tolist()) for found in true.values()}) > 2
     for given, order in [(order, order) for order in true] + [(None, "threshold")]:
-        found = reading.fill(parts, NOISE[:3], ids, 6, 1.0, 3, given, refresh=1)
+        found = reading.fill(parts, NOISE[:3], ids, 6, 1.0, 3, given, image_cache="off")
         assert torch.equal(found, true[order])
-    assert (ids == tokenizer.mask_id).all() and parts.defaults["refresh"] == 0
+    assert (ids == tokenizer.mask_id).all() and parts.defaults["image_cache"] == "once"
 
 
-@pytest.mark.parametrize("order, refresh", [("random", 1), ("threshold", 0), ("remask", 1)])
-def test_a_text_is_the_same_alone_and_in_any_batch(parts, emoji_all, order, refresh):
+@pytest.mark.parametrize("order, image_cache", [("random", "off"), ("threshold", "once"), ("eb", "off")])
+def test_a_text_is_the_same_alone_and_in_any_batch(parts, emoji_all, order, image_cache):
     records, pictures = emoji_all
     asked = ["What kind of thing is this?", "Which style is it drawn in?", "Is this clothing?"] * 3
-    how = dict(order=order, refresh=refresh, temperature=3.0, steps=12)
+    how = dict(order=order, image_cache=image_cache, temperature=3.0, steps=12)
     ids = torch.stack([reading.canvas(parts, question) for question in asked[:8]])
     seeds = [5, 6, 7, 5, 6, 7, 5, 6]
     batch = reading.fill(parts, pictures[:8], ids, seed=seeds, **how)
@@ -48,7 +48,7 @@ def test_a_text_is_the_same_alone_and_in_any_batch(parts, emoji_all, order, refr
     backwards = reading.fill(parts, pictures[:8].flip(0), ids.flip(0), seed=seeds[::-1], **how)
     assert torch.equal(batch, backwards.flip(0))
     other = reading.fill(parts, pictures[:8], ids, seed=[seed + 9 for seed in seeds], **how)
-    assert order == "threshold" or not torch.equal(batch, other)        # sure of each token
+    assert order != "random" or not torch.equal(batch, other)        # sure of each token
 
 
 def test_a_picture_that_is_looked_at_once_costs_once_and_reads_the_same(parts, emoji_all, monkeypatch):
@@ -59,19 +59,19 @@ def test_a_picture_that_is_looked_at_once_costs_once_and_reads_the_same(parts, e
     monkeypatch.setattr(image, "finish", lambda self, *a: calls.append(1) or finish(self, *a))
     monkeypatch.setattr(type(parts.mmdit.time_in), "forward", lambda *a: times.append(1) or time_in(*a))
     said = {}
-    for refresh in (1, 3, 0):
+    for image_cache in ("off", "once"):
         states = []
         calls.clear(), times.clear()
-        said[refresh] = reading.write(parts, pictures[shown], refresh=refresh, order="confidence", steps=12,
-                                      trajectory=states)
+        said[image_cache] = reading.write(parts, pictures[shown], image_cache=image_cache, order="confidence",
+                                          steps=12, trajectory=states)
         n, blocks = len(states) - 1, len(parts.mmdit.blocks)
         assert n == 12
-        looks = {1: n, 3: -(-n // 3), 0: 1}[refresh]
+        looks = dict(off=n, once=1)[image_cache]
         assert len(calls) == n * blocks + looks * (blocks - 1)   # the image's last block isn't finished
         assert len(times) == looks
-    right = {refresh: sum(text == records[i]["caption"] for text, i in zip(texts, shown))
-             for refresh, texts in said.items()}
-    assert min(right.values()) >= right[1] - 1 > 12
+    right = {image_cache: sum(text == records[i]["caption"] for text, i in zip(texts, shown))
+             for image_cache, texts in said.items()}
+    assert right["once"] >= right["off"] - 1 > 12
 
 
 def test_the_length_is_read_off_the_first_evaluation(parts, emoji_all):
@@ -162,7 +162,5 @@ def test_the_ways_to_read_and_to_score(parts, apple, tmp_path, capsys, monkeypat
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
     no, refused = said("--image", apple, "--chat")
     assert no == "no" and "leaves no room" in refused
-    picture, text = said("--joint", "--steps", 3, "--out", other)[0].split(": ", 1)
-    assert picture == str(other) and text
     sample.main(["--text", "red [MASK], noto style"])
     assert capsys.readouterr().err == "warning: these weights have never learnt text without a picture\n"

@@ -103,13 +103,28 @@ def test_what_may_change_changes(go, tmp_path):
     assert go("--steps", 3) == "" and json.loads((tmp_path / "run" / "train.json").read_text())["steps"] == 5
 
 
-def test_a_rate_that_fell_to_zero_rises_again_only_when_that_is_asked_for(go, tmp_path, capsys):
-    falling = ["--schedule", "linear", "--lr", 1e-3]
-    go("--steps", 4, *falling)
-    message = go("--steps", 8, *falling)
-    assert "rate falls to zero at step 4; with --extend the rate, 0 at step 4, rises to 0.000667" in message
-    assert go("--steps", 8, *falling, "--extend") == ""
-    assert [round(row["lr"] * 1e3, 3) for row in rows(tmp_path / "run")][4:] == [0.667, 0.5, 0.333, 0.167]
+def test_a_rate_that_has_begun_to_fall_does_not_rise_again(go, tmp_path):
+    falling = ["--decay-steps", 2, "--lr", 1e-3]
+    go("--steps", 2)
+    assert go("--steps", 4, *falling) == ""                      # it had not begun
+    for flags in (falling, []):
+        message = go("--steps", 8, *flags)
+        assert f"falls to zero at step 4; --init {tmp_path / 'run'} with another --out" in message
+    assert [round(row["lr"] * 1e3, 3) for row in rows(tmp_path / "run")][2:] == [1, 0.5]
+
+
+def test_a_run_with_a_setting_that_was_removed_is_refused_unless_it_is_the_default(go, tmp_path):
+    file = tmp_path / "run" / "train.json"
+    assert go("--steps", 2) == ""
+    settings = json.loads(file.read_text())
+    for name, default, other in (("image_loss", "velocity", "data"), ("text_mean", "token", "answer"),
+                                 ("padding", "all", "end")):
+        file.write_text(json.dumps(settings | {name: other}))
+        message = go("--steps", 4)
+        assert f"began with --{name.replace('_', '-')} {other}, which is no more" in message
+    file.write_text(json.dumps(settings | dict(image_loss="velocity", text_mean="token", padding="all",
+                                               schedule="constant", extend=False, eval_samples=160)))
+    assert go("--steps", 4) == "" and [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_another_run_from_the_first_ones_weights_sees_other_noise(tmp_path, tiny):
@@ -289,7 +304,7 @@ def flags(tiny, small_tar):
     return ["--init", tiny, "--image-data", small_tar, "--image-batch", 8, "--text-batch", 8, "--dtype",
             "float32", "--warmup", 2, "--log-every", 1, "--save-every", 10, "--sample-every", 20,
             "--eval-every", 0, "--optimizer", "adamw", "--lr", 2e-4,
-            "--stage", "instruct", "--schedule", "constant", "--text-weight", 0.5, "--device", "cpu"]
+            "--stage", "instruct", "--text-weight", 0.5, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

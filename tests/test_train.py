@@ -102,37 +102,6 @@ def plain_loop(config, folder, tar):
     return rows, dict(model.named_parameters()), average
 
 
-def test_padding_and_the_mean_are_learnt_from_as_the_flags_say():
-    """Two captions of 3 and 6 tokens with their end, in 10 positions; plain text, which has no padding."""
-    tokenizer = gpt2_tokenizer()
-    pieces = tokenizer.pieces("one two three four five")
-    samples = [dict(key="a", latents=torch.zeros(3, 8, 8), captions=["one two"]),
-               dict(key="b", latents=torch.zeros(3, 8, 8), captions=["one two three four five"])]
-    plain = [dict(ids=torch.tensor([*pieces, tokenizer.end_id, *pieces[:4]]), captions=[])]
-    held = Held(tokenizer, {}, "key", 0, 1)
-    base = replace(parse([]), text_length=10, stage="pretrain")
-
-    def made(samples, **changes):
-        draws = [torch.Generator().manual_seed(i) for i in range(len(samples))]
-        return text_batch(replace(base, **changes), held, samples, draws, torch.full((len(samples),), 0.5))
-    whole, end, answer = made(samples), made(samples, padding="end"), made(samples, text_mean="answer")
-    assert whole["count"] == 20 and not whole["frozen"].any() and not whole["unscored"].any()
-    assert end["count"] == 20 and end["unscored"].sum(1).tolist() == [7, 4] and not end["frozen"].any()
-    assert answer["count"] == 2 and answer["over"].tolist() == [10, 10] and whole["over"].tolist() == [1, 1]
-    both = made(samples, text_mean="answer", padding="end")
-    assert both["over"].tolist() == [3, 6]
-    for padding in ("all", "end", "random"):
-        given = made(plain, padding=padding)
-        assert given["count"] == 10 and not given["frozen"].any()
-    kept = [int((~made(samples * 200, padding="random")["frozen"]).sum(1)[i]) for i in range(2)]
-    many = made([samples[0]] * 400, padding="random")
-    sizes = (~many["frozen"]).sum(1)
-    assert set(sizes.tolist()) == set(range(3, 11)) and 3 <= kept[0] <= 10 and 6 <= kept[1] <= 10
-    assert abs(float(sizes.float().mean()) - 6.5) < 0.5 and many["count"] == 4000
-    cut = many["frozen"].float()
-    assert (cut.diff(dim=1) >= 0).all()                          # what is given stands at the end
-
-
 def test_the_text_loss_is_the_mean_over_all_positions_prompts_included(tiny, small_tar, tmp_path):
     """The published normalisation: sum over masked tokens of CE / t, over B L, however much of it is prompt."""
     tokenizer = checkpoint.load_tokenizer(tiny)
@@ -173,7 +142,7 @@ def test_texts_that_are_cut_are_said_once_and_counted(tiny, small_tar, tmp_path,
 def test_training_equals_a_loop_written_out(stage, tiny, small_tar, tmp_path, monkeypatch):
     flags = ["--stage", stage, "--init", tiny, "--image-data", small_tar, "--out", tmp_path, "--steps", 3,
              *QUICK,
-             "--optimizer", "adamw", "--lr", 1e-3, "--warmup", 2, "--schedule", "linear", "--decay-steps", 2,
+             "--optimizer", "adamw", "--lr", 1e-3, "--warmup", 2, "--decay-steps", 2,
              "--clip", 0.5,
              "--ema", 0.15, "--text-weight", 0.3, "--text-dropout", 0.5, "--save-every", 1, "--device", "cpu",
              *(["--question-share", 0.5] if stage == "instruct" else [])]
@@ -268,18 +237,18 @@ def test_the_rate_warms_up_stays_and_falls_to_zero():
     rates = lambda *flags: [round(learning_rate(step, config), 6) for config in [parse(["--lr", "1", *flags])]
                             for step in range(config.steps)]
     assert rates("--steps", "6", "--warmup", "4") == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert rates("--steps", "6", "--warmup", "2", "--schedule", "linear") == [0.5, 1, 1, 0.75, 0.5, 0.25]
-    falling = ["--warmup", "2", "--schedule", "linear", "--decay-steps", "4"]
+    falling = ["--warmup", "2", "--decay-steps", "4"]
     assert rates("--steps", "8", *falling) == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    assert rates("--steps", "99", *falling, "--decay-from", "2") == [0.5, 1, 1, 0.75, 0.5, 0.25]
+    assert rates("--steps", "6", *falling) == [0.5, 1, 1, 0.75, 0.5, 0.25]
 
 
 def test_a_run_whose_time_is_up_ends_early_and_a_finished_one_writes_its_weights_again(
         small_tar, tiny, tmp_path, capsys):
     flags = ["--image-data", small_tar, "--init", tiny, "--out", tmp_path, *QUICK, "--save-every", "2",
-             "--schedule", "linear", "--decay-steps", "2", "--lr", "1e-3"]
+             "--lr", "1e-3"]
     here(*flags, "--steps", 2)
-    here(*flags, "--steps", 90, "--decay-from", 3, "--extend")
+    flags += ["--decay-steps", 2]
+    here(*flags, "--steps", 5)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and rows[-1]["lr"] == pytest.approx(1e-3 / 2)
     weights = (tmp_path / "model.safetensors").read_bytes()
@@ -327,14 +296,14 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     (tmp_path / "stop").unlink()
     (tmp_path / "25000.json").touch()
     assert call() == 0 and stages()[1:] == ["out/pretrain", "out/instruct", "out/each"]
-    assert call("--decay-from", "200") == 0 and stages()[4:] == ["out/each"]
+    assert call("--steps", "200", "--decay-steps", "100") == 0 and stages()[4:] == ["out/each"]
     (tmp_path / "gpu").touch()
     shutil.rmtree(tmp_path / "out")
     assert call() == 0 and stages()[5:] == stages()[1:4]
     assert [line.split()[0] for line in lines()] == 5 * ["train.py"] + 3 * ["runs/graphed.py"]
     flags = [re.sub("--init out/[a-z]*", "--init assets/emoji", line).split()[1:] for line in lines()]
     settings = list(map(parse, flags))
-    assert settings[4].decay_from == 200 and settings[4].steps == 15200
+    assert (settings[4].decay_steps, settings[4].steps) == (100, 200)
     assert {config.workers for config in settings} == {0, 12} and not any(c.compile for c in settings[5:])
 
 
@@ -350,8 +319,6 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     (["--pixels", "30"], 1, "--pixels 30: expected a multiple of the patch, 8, up to 128"),
     (["--pixels", "0"], 2, "--pixels: expected a whole number, at least 1, got '0'"),
     (["--time-shift", "0"], 2, "--time-shift: expected a number from 0.001 to 1000, got '0'"),
-    (["--decay-steps", "5"], 2, "--decay-steps changes nothing without --schedule linear"),
-    (["--schedule", "linear", "--decay-from", "5"], 2, "--decay-from changes nothing without --decay-steps"),
     (["--preset", "e2e-1.1b", "--pixels", "64"], 1, "3 channels, this model's latents have 16: expected an"),
 ])
 def test_mistakes_get_one_line_and_a_status(flags, status, message, tmp_path, small_tar, mistake):
