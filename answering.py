@@ -16,13 +16,12 @@ from typing import Callable
 import torch
 
 import parallel
-from checkpoint import write_json, write_text
 from cli import UserError, require
+from files import read_json, read_json_lines, write_json, write_text
 from data import fraction
 from parts import Parts
 from pictures import fit_picture, read_picture, to_tensor
 from reading import canvas, encode, ranked, write
-from sources import read_json, read_json_lines
 
 BLOCK = 64              # questions
 

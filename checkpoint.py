@@ -35,27 +35,16 @@ from torch.overrides import TorchFunctionMode
 
 import layouts
 from cli import UserError, require
+from files import read_json_object, write_json, write_text
 from layouts import Entry
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from t5 import T5Config, T5Encoder
-from tensors import FLOATS, Tensors, finite, is_safetensors, replacing, write_tensors
+from tensors import FLOATS, Tensors, finite, is_safetensors, write_tensors
 from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
 from vae import AutoencoderKL, Pixels, VAEConfig
 
 FORMAT = "dual-diffusion-transformer"
 MASK_EMBEDDING = "mask_embedding.safetensors"      # T5's [MASK] row, where a checkpoint has its own
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a checkpoint has it beside a model.safetensors")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({getattr(error, 'strerror', None) or error})")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: torch.dtype,
@@ -109,7 +98,7 @@ def kind(path: Path) -> str:
         return "file"
     if (path / "transformer").is_dir() or not (path / "config.json").exists():
         return "published"
-    theirs = {"_class_name", "model_type", "architectures"} & read_json(path / "config.json").keys()
+    theirs = {"_class_name", "model_type", "architectures"} & read_json_object(path / "config.json").keys()
     return "published" if theirs else "ours"
 
 
@@ -118,7 +107,7 @@ def shards(folder: Path) -> list[Path]:
     when there is none, when an index names one that is missing, or when the choice is not clear."""
     shortest, lacking = lambda path: (len(path.name), path.name), ""
     for index in sorted(folder.glob("*.safetensors.index*.json"), key=shortest):
-        table = read_json(index).get("weight_map")
+        table = read_json_object(index).get("weight_map")
         names = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
         absent = [name for name in names if "/" in name or not (folder / name).exists()]
         if names and not absent:
@@ -146,7 +135,7 @@ def find(path: str | Path, part: str) -> tuple[Tensors, dict | None, str]:
             is_safetensors(file) or ".safetensors.index" in file.name for file in path.iterdir()):
         raise UserError(f"{path}: expected a folder {wanted} with safetensors, found {listing(path)}")
     files = shards(folder) if path.is_dir() else [path]
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else None
     for prefix in ("", layouts.PREFIXES[part]):
         tensors = Tensors(files, prefix)
         for naming, sign in layouts.SIGNS[part].items():
@@ -208,7 +197,7 @@ def read_config(path: str | Path) -> dict:
         found = "a file" if Path(path).exists() else "nothing"
         raise UserError(f"{path}: expected a checkpoint folder, found {found}")
     file = Path(path) / "config.json"
-    config = read_json(file)
+    config = read_json_object(file)
     if config.get("format") != FORMAT or not isinstance(config.get("mmdit"), dict):
         raise UserError(f"{file}: expected \"format\": \"{FORMAT}\", found {config.get('format')!r}")
     known = dict(pixels=int, buckets=bool, text_length=int, step=int, latents=str, t5=str, vae=str)
@@ -355,7 +344,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                             f"v1.1 XXL, or of the tokenizer_3 folder of Stable Diffusion 3")
     elif is_safetensors(path):
         raise UserError(f"{path}: a safetensors file has no tokenizer; name a folder or a tokenizer.json")
-    content = read_json(path)
+    content = read_json_object(path)
     if "model" in content:
         return t5_tokenizer(path)
     if content.get("tokenizer") != "gpt2":
@@ -387,15 +376,6 @@ def check_config(mmdit: MMDiTConfig) -> None:
     except TypeError as error:                                   # a field that is no text, number or list
         raise UserError(f"MMDiTConfig: config.json can't hold it ({error})")
     require((again == mmdit, f"MMDiTConfig: config.json would turn {mmdit} into {again}"))
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
 
 
 def main() -> None:

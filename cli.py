@@ -16,7 +16,6 @@ import math
 import os
 import signal
 import sys
-import time
 from typing import Any, Callable, get_args, get_type_hints
 
 
@@ -122,27 +121,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
-
-
-def pace(per_second: float, unit: str = "") -> str:
-    """Return "12.0 steps/s" or, below one a second, "2.5 s/step"; without a unit "12.0/s" or "2.5 s each"."""
-    if per_second >= 1:
-        return f"{per_second:,.1f} {unit}s/s" if unit else f"{per_second:,.1f}/s"
-    return f"{1 / per_second:,.1f} s/{unit}" if unit else f"{1 / per_second:,.1f} s each"
-
-
-class Rate:
-    """A line on stderr every two seconds: how far, how fast, how long still."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.started, self.said = what, total, 0, time.time(), time.time()
-
-    def at(self, done: int) -> None:
-        self.done, now = done, time.time()
-        if now - self.said > 2:
-            self.said, rate = now, done / (now - self.started)
-            left = f"{pace(rate)}, {(self.total - done) / rate / 60:.1f} min left" if done else "nothing yet"
-            print(f"{self.what}: {done:,}/{self.total:,}, {left}", file=sys.stderr, flush=True)
 
 
 def interruptible(name: str) -> None:

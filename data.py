@@ -33,6 +33,7 @@ import questions
 import sources
 import tars
 from cli import UserError, require
+from files import sha256
 from pictures import fit_picture, read_picture
 
 PIXELS = dict(vae="pixels", channels="3")       # the stamp of pictures that are not encoded
@@ -129,7 +130,7 @@ def fingerprint(spec: str) -> str:
     each, path = EACH * path.endswith(EACH), re.sub(r"(\.json)@.*", r"\1", path.removesuffix(EACH))
     places = [Path(place) for place in sources.expand(path)]
     if len(places) == 1 and places[0].is_file() and places[0].stat().st_size < 2**28:
-        return f"{sources.sha256(places[0])[:16]}:{weight}{each}"
+        return f"{sha256(places[0])[:16]}:{weight}{each}"
     files = [(file, str(file.relative_to(place))) for place in places if place.is_dir()
              for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")
              and not file.name.endswith(tars.INDEX)]

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from cli import UserError, require
+from files import parse_json
 from data import fraction, question_prompt
 from pictures import fit_picture, read_picture
-from sources import Tars, parsed, text
+from sources import Tars, text
 from tars import Tar
 
 TAR = Path(__file__).parent / "assets" / "emoji.tar.gz"
@@ -263,7 +264,7 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
         where = f"{tar.path}: {key}"
         require(({"webp", "json"} <= files.keys(), f"{where}: expected a webp and a json, found "
                  f"{', '.join(files)}"))
-        record = parsed(files["json"], f"{where}.json")
+        record = parse_json(files["json"], f"{where}.json")
         require((isinstance(record, dict), f"{where}.json: expected an object with {', '.join(FIELDS)}"))
         records.append({name: text(record.get(name), f"{where}.json", name) for name in FIELDS})
         pictures.append(np.array(fit_picture(read_picture(files["webp"], f"{where}.webp"), pixels)))

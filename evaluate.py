@@ -32,15 +32,17 @@ import data
 import emoji
 import gallery
 import parallel
+import questions
 import sample
 import show
 from answering import Ask
-from checkpoint import write_json, write_text
 from cli import require
+from files import write_json, write_text
 from devices import DEVICES, choose_device
 from metrics import answers, benchmarks, captions, comparisons, emojis
-from metrics.tables import about, left_out, progress, table, tell
+from metrics.tables import about, left_out, table, tell
 from parts import Parts
+from progress import Progress
 from reading import STEPS
 
 WALK = ["--guidance", "--shift", "--solver", "--guidance-interval"]
@@ -74,7 +76,7 @@ def draw(args: argparse.Namespace) -> None:
             for name, text in asked.files.items():
                 (args.out / name).parent.mkdir(parents=True, exist_ok=True)
                 write_text(args.out / name, text)
-        share, say = lacking[rank::world], progress("pictures", rank, world)
+        share, say = lacking[rank::world], Progress("pictures", rank=rank, world=world).update
         for done, _ in enumerate(gallery.draw(parts, jobs, asked.names, args.out, share, shared, asked.each,
                                               **how), 1):
             say(done, len(share))
@@ -90,7 +92,7 @@ def asked_of(args: argparse.Namespace) -> tuple[list[Ask], list[str]]:
         require((len(args.questions) == 1, f"captions: {len(args.questions)} files, expected one"))
         _, names, bad = captions.read_captions(Path(args.questions[0]))
         return [Ask(name, file) for name, file in names.items()][:args.limit], bad
-    suffix = answers.SUFFIX[args.benchmark] if args.suffix is None else args.suffix
+    suffix = questions.SUFFIX[args.benchmark] if args.suffix is None else args.suffix
     asked, bad = answers.questions(args.benchmark, args.questions, suffix)
     shown, more = answers.questions(args.benchmark, args.examples, suffix) if args.shots else ([], [])
     before = lambda q: answers.shots(shown, args.shots, f"{args.seed} {q.id}", q)
@@ -136,7 +138,7 @@ def answer(args: argparse.Namespace) -> None:
                     settings={name: how.get(name, parts.defaults.get(name))
                               for name in sample.READS})
         lost = answering.fill(parts, asked, args.pictures, args.out, note, rank, world, args.seed,
-                              args.choices, progress("questions", rank, world), **how)
+                              args.choices, Progress("questions", rank=rank, world=world).update, **how)
         if lost is not None:
             print(f"{args.out}: {len(asked) - len(lost)} of {len(asked)}")
             left_out(bad + lost)

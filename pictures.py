@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from torch import Tensor
 
 from cli import UserError
-from tensors import replacing
+from files import replacing
 
 
 

@@ -32,9 +32,11 @@ import show
 import sources
 import tars
 from cli import UserError, require
+from files import replacing
+from progress import Progress
 from devices import DEVICES, choose_device
 from parts import load_text_encoder
-from tensors import finite, replacing
+from tensors import finite
 from tokenizer import Tokenizer
 
 SHARD = 512             # samples of a file of latents
@@ -151,7 +153,7 @@ def latents(args: argparse.Namespace) -> None:
                for file, places in files.items()}
     flat = sum(batches.values(), [])
     reading = data.feed(partial(read, mix, args.t5 is not None, flat), range(len(flat)), args.workers)
-    rate, seen, lost = cli.Rate("samples", sum(map(len, flat))), 0, 0
+    progress, seen, lost = Progress("samples", sum(map(len, flat))), 0, 0
     for file, parts in batches.items():
         rows = []
         for places, made in zip(parts, reading):
@@ -162,7 +164,7 @@ def latents(args: argparse.Namespace) -> None:
                      f"use, the last: {(made['bad'] or [''])[-1]}"))
             if made["samples"]:
                 rows.append((made["samples"], encode(made["samples"])))
-            rate.at(seen)
+            progress.update(seen)
         require((rows, f"{args.source}: {len(places)} samples in a row are of no use"))
         write_shard(file, rows, stamp)
     print(f"{args.out}: {len(shards)} shards, {seen - lost:,} samples encoded now, {lost:,} left out"
@@ -236,12 +238,12 @@ def pack(args: argparse.Namespace) -> None:
         require((path.endswith(sources.TEXTS), f"{path}: expected {', '.join(sources.TEXTS)}"),
                 (Path(path).is_file(), f"{path}: no such file"))
     sizes, total, count = list(map(os.path.getsize, paths)), 0, 0
-    rate = cli.Rate("bytes", sum(sizes))
+    progress = Progress("bytes", sum(sizes))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.out) as temporary, open(temporary, "wb") as file:
         file.write(bytes(HEADER))
         for n, path in enumerate(paths):
-            found = documents(path, lambda at: rate.at(sum(sizes[:n]) + at))
+            found = documents(path, lambda at: progress.update(sum(sizes[:n]) + at))
             while batch := list(itertools.islice(found, 64)):
                 for ids, (_, ends) in zip(tokenizer.many([text for text, _ in batch]), batch):
                     np.array(ids + [tokenizer.end_id] * ends, kind).tofile(file)

@@ -11,7 +11,8 @@ import torch
 import checkpoint
 import cli
 import layouts
-from checkpoint import find, kind, part_folder, read_config, write_json
+from files import write_json
+from checkpoint import find, kind, part_folder, read_config
 from cli import UserError, require
 from tensors import NAMES, Tensors, write_tensors
 

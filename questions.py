@@ -22,6 +22,7 @@ from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
+import files
 import sources
 from cli import UserError, require
 
@@ -55,7 +56,7 @@ def read_vqa(content: dict, path: Path, issues: Issues, annotations: Path | None
 
     annotations: the file of answers; by default it has its published name, and lies beside the questions."""
     published_name = path.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    annotated = sources.read_json(annotations or path.with_name(published_name))
+    annotated = files.read_json(annotations or path.with_name(published_name))
     type_names = annotated.get("question_types", {})             # OK-VQA numbers its types
     notes = {}
     for note in annotated["annotations"]:
@@ -121,7 +122,7 @@ class Format:
     """A reader (content, path, issues) -> questions, and the form of its content, for error messages."""
     read: Callable[..., Iterator[Question]]
     form: str
-    load: Callable[[Path], object] = sources.read_json
+    load: Callable[[Path], object] = files.read_json
 
 
 VQA = Format(read_vqa, "{questions: [{question_id, image_id, question}]}, and {annotations: "
@@ -131,7 +132,7 @@ READ = dict(vqav2=VQA, okvqa=VQA,
             vizwiz=Format(read_vizwiz, "[{image, question, answers: [{answer}], answer_type}]"),
             gqa=Format(read_gqa, "{id: {imageId, question, answer}}"),
             chartqa=Format(read_chartqa, "[{imgname, query, label}]"),
-            pope=Format(read_pope, "lines {question_id, image, text, label}", sources.read_json_lines))
+            pope=Format(read_pope, "lines {question_id, image, text, label}", files.read_json_lines))
 
 # what training puts behind a question
 SUFFIX = dict.fromkeys(READ, "Answer the question using a single word or phrase.")
@@ -158,7 +159,7 @@ class Questions:
     def __getitem__(self, i: int) -> dict:
         entry = json.loads(self.block[self.ends[i]:self.ends[i + 1]].tobytes())
         file = self.folder / entry["image"]
-        return dict(key=str(file), picture=sources.read_bytes(file), captions=[],
+        return dict(key=str(file), picture=files.read_bytes(file), captions=[],
                     questions=entry["questions"])
 
 
@@ -205,7 +206,7 @@ def of_json(place: str) -> Questions | sources.Listed:
     name, _, folder = place.partition("@")
     path = Path(name)
     images = Path(folder) if folder else path.parent
-    content = sources.read_json(path)
+    content = files.read_json(path)
     kind = recognise(content, path)
     if kind == "captions":
         return sources.Listed(path, content, images)

@@ -4,8 +4,6 @@ Shapes: B batch, L tokens, V vocabulary, C latent channels, h and w latent heigh
 """
 
 import itertools
-import sys
-import time
 from functools import lru_cache
 from typing import Sequence
 
@@ -16,24 +14,21 @@ import data
 import mask_diffusion
 from cli import require
 from parts import Parts
+from progress import Progress
 
 STEPS = dict(text=128, answer=32)
 MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
 
 
 def watched(parts: Parts, function, evaluations: int, what: str):
-    """The function, and every two seconds a line on stderr of how far it is; none where parts.silent."""
-    calls, started, said = 0, time.time(), time.time()
+    """Return the function, which then tells how far it is, unless parts.silent."""
+    progress = Progress(f"{what}, evaluations", evaluations, silent=parts.silent)
 
     def call(*args):
-        nonlocal calls, said
-        result, calls = function(*args), calls + 1
-        if time.time() - said > 2:
-            rate, said = calls / (time.time() - started), time.time()
-            print(f"{what}: {calls}/{evaluations} evaluations, {rate:.2f}/s, "
-                  f"{max(0, evaluations - calls) / rate:.0f} s left", file=sys.stderr, flush=True)
+        result = function(*args)
+        progress.update(progress.done + 1)
         return result
-    return function if parts.silent else call
+    return call
 
 
 def logits(parts: Parts, latents: Tensor | None, image_cache: str = "off", text=None):

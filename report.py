@@ -1,5 +1,5 @@
 """What a run's folder shows of it: loss.png, and run.html, a page with the curves, the samples over time and
-the settings, which opens from a file and fetches nothing; and how it stands to other runs, --compare.
+the settings, which opens from a file and fetches nothing.  The curves of other runs, --compare, are grey.
 """
 
 import base64
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tensors import replacing
+from files import replacing
 
 BLUE, RED, GREY, GREEN = (40, 90, 200), (200, 60, 40), (170, 170, 170), (40, 140, 80)
 SHOWN = 40              # pictures of samples on the page, at most

@@ -40,8 +40,9 @@ import parallel
 import plan
 import report
 from cli import UserError
-from sources import sha256
-from tensors import replacing, write_tensors
+from files import read_json_object, replacing, sha256, write_json
+from progress import pace, time_left
+from tensors import write_tensors
 
 # what a run is: with another value of one of these it would be another run
 IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data", "text_data", "vocabulary",
@@ -117,7 +118,7 @@ class Run:
             f"{name}_digest": settings.get(name) and data.fingerprint(settings[name])
             for name in ("vae", "t5", "mask_embedding")}
         key = f"{settings['seed']} {settings['stage']} {settings['init_digest']}"
-        was = checkpoint.read_json(out / "train.json") if (out / "train.json").exists() else {}
+        was = read_json_object(out / "train.json") if (out / "train.json").exists() else {}
         held = sorted([*out.glob("*.safetensors"), *out.glob("step_*")])
         if held and not was:
             raise UserError(f"{out}: holds {held[0].name}, which no run made there; use another --out")
@@ -173,7 +174,7 @@ class Run:
             for newer in [p for p in complete(self.out) if number(p) > self.step]:
                 newer.rename(self.out / f"left_{newer.name}")    # another future begins; that one is kept
             if self.settings["steps"] > self.step:
-                checkpoint.write_json(self.out / "train.json", self.settings)
+                write_json(self.out / "train.json", self.settings)
             with replacing(self.out / "log.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         parallel.sync()
@@ -201,7 +202,7 @@ class Run:
                        optim_state_dict=state["optimizer"])
 
     def verify(self, folder: Path) -> None:
-        digests = checkpoint.read_json(folder / DIGESTS)
+        digests = read_json_object(folder / DIGESTS)
         same = lambda name: (folder / name).exists() and sha256(folder / name) == digests[name]
         bad = [name for name in digests if not same(name)]
         if bad:
@@ -330,7 +331,7 @@ class Run:
         """Whether the weights of this step are there; on process 0."""
         files = ("config.json", "tokenizer.json", "model.safetensors", "weights.safetensors")
         return all((self.out / name).exists() for name in files) and (
-            checkpoint.read_json(self.out / "config.json").get("step") == self.step)
+            read_json_object(self.out / "config.json").get("step") == self.step)
 
     def close(self) -> None:
         """Let the folder go; process 0 holds its lock."""
@@ -380,12 +381,12 @@ class Run:
         means = parallel.mean(torch.stack([*self.sums.values()]) / self.summed).tolist()
         *losses, (_, norm) = zip(self.sums, means)
         elapsed = time.time() - self.started
-        pace, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
+        steps_per_second, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
         self.rows.append(dict(
             step=self.step, over=self.summed, **{f"{name}_loss": loss for name, loss in losses},
-            grad_norm=norm, lr=rate, seconds=seconds, **{f"{name}_per_s": float(f"{amount * pace:.4g}")
-                                                         for name, amount in self.work.items()},
-            **self.device_use(pace), **found))
+            grad_norm=norm, lr=rate, seconds=seconds, **{f"{name}_per_s": float(
+                f"{amount * steps_per_second:.4g}") for name, amount in self.work.items()},
+            **self.device_use(steps_per_second), **found))
         self.sums, self.summed = {}, 0
         bad, cut = (sum(lists, []) for lists in zip(*parallel.gather([(bad, cut)])))
         if bad:
@@ -398,9 +399,9 @@ class Run:
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(self.rows[-1]) + "\n")
-            left = (steps - self.step) / pace / 60
             shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses)
-            print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  {cli.pace(pace, 'step')}  {left:.1f} min left",
+            left = time_left((steps - self.step) / steps_per_second)
+            print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  {pace(steps_per_second, 'step')}  {left}",
                   flush=True)
             if single := [f"{name} {x:.4f}" for name, x in found.items() if isinstance(x, float)]:
                 print(f"at step {self.step}  {'  '.join(single)}", flush=True)

@@ -41,8 +41,8 @@ import gallery
 import mask_diffusion
 import show
 import trajectory
-from checkpoint import write_text
 from cli import UserError, require
+from files import write_text
 from devices import DEVICES, choose_device, has_bfloat16
 from drawing import Edit, Seen, draw, drawings, likeliest
 from parts import EMOJI, Parts

@@ -13,19 +13,19 @@ A sample is a dict: "key"; "picture", a file's bytes, or "latents" (C, h, w); "c
 """
 
 import glob
-import hashlib
 import json
 import re
 import sys
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import numpy as np
 
 import tars
 from cli import UserError, require
+from files import decode_text, parse_json, read_bytes, read_json_lines, read_text
 from tars import Tar
 from tensors import Tensors, is_safetensors
 
@@ -164,8 +164,8 @@ class Tars:
         key, files = tar[i - int(self.starts[shard])]
         where, kind = f"{tar.path}: {key}", next((kind for kind in PICTURES if kind[1:] in files), None)
         require((kind, f"{where}: no picture in this sample, found .{', .'.join(files)}"))
-        captions = (decoded(files["txt"], f"{where}.txt").strip(),) if "txt" in files else ()
-        found = parsed(files["json"], f"{where}.json") if "json" in files else {}
+        captions = (decode_text(files["txt"], f"{where}.txt").strip(),) if "txt" in files else ()
+        found = parse_json(files["json"], f"{where}.json") if "json" in files else {}
         return dict(key=where + kind, picture=files[kind[1:]]) | described(found, f"{where}.json", captions)
 
 
@@ -240,52 +240,6 @@ class Tokens:
 @lru_cache(maxsize=64)
 def mapped(path: str):
     return Tensors.open(Path(path))
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})")
-
-
-def parsed(content: bytes, name: str | Path):
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not readable as JSON ({error})")
-
-
-def decoded(content: bytes, name: str | Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})")
-
-
-def read_json(path: Path):
-    return parsed(read_bytes(path), path)
-
-
-def read_text(path: Path) -> str:
-    return decoded(read_bytes(path), path)
-
-
-def read_lines(path: Path) -> list[tuple[str, bytes]]:
-    """Return ("PATH:NUMBER", line) for each line that is not blank; numbers count from 1."""
-    lines = read_bytes(path).split(b"\n")
-    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("PATH:NUMBER", value) for each line of a JSON Lines file.  Raises UserError."""
-    for where, line in read_lines(path):
-        yield where, parsed(line, where)
 
 
 def expand(pattern: str) -> list[str]:

@@ -2,15 +2,15 @@
 
 import json
 import math
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cli import UserError
+from files import replacing
 
 SUFFIXES = (".safetensors", ".sft")
 # how other files begin that lie in a safetensors' place
@@ -105,20 +105,6 @@ def read_any(path: Path, wrong: Callable[[Exception], str]):
 def finite(tensor: Tensor) -> bool:
     """No NaN and no infinity, in one pass: both survive a minimum and a maximum."""
     return tensor.numel() == 0 or all(map(math.isfinite, tensor.detach().aminmax()))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, that takes its place when all of it is written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)                        # of a full disk, it would keep it full
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,

@@ -31,9 +31,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from cli import UserError, require
+from files import parse_json, read_lines
 from data import question_prompt
-from questions import READ, SUFFIX, VQA, Issues, Question
-from sources import identity, parsed, read_lines, text
+from questions import READ, VQA, Issues, Question
+from sources import identity, text
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                           # not ' : . and, oddly, not & $ % # * either
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11))),
@@ -228,7 +229,7 @@ def read_answers(path: str | Path) -> tuple[dict[str, str], list[str]]:
     lines = read_lines(Path(path))
     for where, line in lines:
         try:
-            record = parsed(line, where)
+            record = parse_json(line, where)
         except UserError:
             if where != lines[-1][0]:
                 raise

@@ -21,8 +21,9 @@ from pathlib import Path
 import data
 import emoji
 from cli import UserError, require
+from files import read_json, read_json_lines, read_text
 from metrics import captions
-from sources import read_json, read_json_lines, read_text, text
+from sources import text
 
 EACH = dict(geneval=4, t2i=10, dpg=4)                            # drawings of a prompt, as published; or one
 COCO = 30_000                                                    # captions, of as many pictures

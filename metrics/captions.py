@@ -20,7 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 from cli import require
-from sources import identity, read_json, read_json_lines, read_text, text
+from files import read_json, read_json_lines, read_text
+from sources import identity, text
 
 NAMES = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"]
 ASCII = str.maketrans({

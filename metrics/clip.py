@@ -25,11 +25,12 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from checkpoint import build, fill, listing, read_json, shards
+from files import read_json_object, read_text
+from checkpoint import build, fill, listing, shards
 from cli import UserError, require
 from layouts import Config, Entry, rename
 from pictures import read_picture, text_fields, to_tensor
-from sources import PICTURES, Folder, is_text, read_text
+from sources import PICTURES, Folder, is_text
 from tensors import Tensors
 
 # our names (left) in Hugging Face's files (right); {q,k,v} are three tensors stacked, as in layouts.py
@@ -148,7 +149,7 @@ def load(path: str | Path, device: str = "cpu") -> CLIP:
     vocab_size = tensors.size(key_of("embed.weight"), 0)
     joint = tensors.size(key_of("txt.proj.weight"), 0)
     patch = tensors.size(key_of("patches.weight"), 2)
-    config = read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {}
+    config = read_json_object(file.parent / "config.json") if (file.parent / "config.json").is_file() else {}
     txt = tower_config(tensors, "txt", config.get("text_config") or {})
     img = tower_config(tensors, "img", config.get("vision_config") or {})
     clip, entries = build(lambda: CLIP(txt, img, vocab_size, patch, joint), file), {}
@@ -216,7 +217,7 @@ def bpe_of(file: Path) -> Tokenizer:
     vocab = file.with_name("vocab.json")
     require((vocab.is_file(), f"{file}: expected vocab.json beside it, which has the ids"))
     merges = [tuple(line.split()) for line in read_text(file).split("\n")[1:] if line.strip()]
-    bpe = Tokenizer(models.BPE(vocab=read_json(vocab), merges=merges, end_of_word_suffix="</w>",
+    bpe = Tokenizer(models.BPE(vocab=read_json_object(vocab), merges=merges, end_of_word_suffix="</w>",
                                unk_token=END))
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])

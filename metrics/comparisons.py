@@ -12,10 +12,11 @@ from PIL import Image
 
 import emoji
 from cli import require
+from files import sha256
 from metrics import benchmarks, clip, fid, inception
-from metrics.tables import about, left_out, progress, tell
+from metrics.tables import about, left_out, tell
+from progress import Progress
 from pictures import fit_picture, read_picture, to_picture
-from sources import sha256
 
 
 def network(args: argparse.Namespace) -> tuple[inception.Inception, dict]:
@@ -38,7 +39,7 @@ def listed(source: str) -> fid.Listing | Path:
 def of_source(args: argparse.Namespace, net: inception.Inception,
               source: str) -> tuple[fid.Statistics, list[str]]:
     return fid.measure(listed(source), net, batch=args.batch, device=args.device,
-                       say=progress(f"{source}, pictures"))
+                       say=Progress(f"{source}, pictures").update)
 
 
 def fid_command(args: argparse.Namespace) -> None:
@@ -81,7 +82,7 @@ def looked_at(args: argparse.Namespace, net: inception.Inception, real: dict[str
             read = dict(drawn=drawing, real=original)[side]
             listing = [(name, functools.partial(read, name)) for name in names]
             found[side, group], lost = fid.features(net, listing, args.batch, args.device,
-                                                    progress(f"{group}, {side} pictures"))
+                                                    Progress(f"{group}, {side} pictures").update)
             bad += lost
     return found, bad
 
@@ -139,7 +140,7 @@ def mjhq(args: argparse.Namespace) -> None:
 def clip_score(args: argparse.Namespace, pairs: list) -> tuple[dict[str, float], int, list[str]]:
     """(scores, how many pairs, lines about the others)."""
     model, vocabulary = clip.load(args.clip, args.device), clip.tokenizer_of(args.vocabulary or args.clip)
-    found = clip.score(pairs, model, vocabulary, args.device, args.batch, progress("CLIP, pairs"))
+    found = clip.score(pairs, model, vocabulary, args.device, args.batch, Progress("CLIP, pairs").update)
     spread = {"its standard error": found.error} if found.count > 1 else {}
     return {"CLIP": found.mean} | spread, found.count, found.bad
 

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import cli
 import data
 import drawing
 import emoji
@@ -30,6 +29,7 @@ import show
 from cli import require
 from metrics.answers import pope
 from parts import Parts
+from progress import Progress
 from reading import STEPS, compared, encode, write
 
 BATCH = 64
@@ -38,10 +38,10 @@ TYPES = [*emoji.ASKED, "yes/no kind", "yes/no sort", "yes/no name"]
 
 
 def batches(what: str, items: list) -> Iterator[list]:
-    rate = cli.Rate(what, len(items))
+    progress = Progress(what, len(items))
     for at in range(0, len(items), BATCH):
         yield items[at:at + BATCH]
-        rate.at(min(at + BATCH, len(items)))
+        progress.update(min(at + BATCH, len(items)))
 
 
 def nearest(drawn: Tensor, pictures: Tensor) -> list[int]:

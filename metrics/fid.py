@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from cli import UserError, require
+from files import replacing
 from metrics.inception import prepare
 from pictures import read_picture
 from sources import PICTURES
 from tars import KINDS, Tar
-from tensors import replacing
 
 Listing = list[tuple[str, Callable[[], Image.Image]]]           # (name, what reads it or raises UserError)
 

@@ -6,12 +6,9 @@
 import argparse
 import statistics
 from pathlib import Path
-from typing import Callable
 
-from checkpoint import write_json
-from cli import Rate
+from files import read_json, write_json
 from metrics import benchmarks
-from sources import read_json
 
 SHOWN = 10              # of what was left out, lines on the terminal
 
@@ -59,13 +56,3 @@ def about(made: Path) -> dict:
     """What `draw` noted of a folder, or `answer` of a file, if it was made so."""
     file = Path(f"{made}.json")
     return read_json(file) if file.exists() else {}
-
-
-def progress(what: str, rank: int = 0, world: int = 1) -> Callable[[int, int], None]:
-    """What is told how many of how many are done; of several processes the first one says it."""
-    rate = Rate(what if world == 1 else f"{what}, the first of {world} processes'", 0)
-
-    def say(done: int, total: int) -> None:
-        rate.total = total
-        rate.at(done)
-    return say if rank == 0 else lambda done, total: None

@@ -25,13 +25,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import cli  # noqa: E402
 import emoji  # noqa: E402
-from checkpoint import write_json, write_text  # noqa: E402
+from files import parse_json, replacing, write_json, write_text  # noqa: E402
 from data import fraction  # noqa: E402
 from devices import DEVICES  # noqa: E402
 from metrics.tables import table  # noqa: E402
-from sources import parsed  # noqa: E402
 from tars import Tar  # noqa: E402
-from tensors import replacing  # noqa: E402
 
 SEEDS = (0, 1, 2)
 RECIPE = ["--optimizer", "muon", "--lr", "2.5e-3", "--warmup", "50", "--image-batch", "96", "--text-batch", "48",
@@ -60,7 +58,7 @@ def write_third(path: Path) -> None:
     """The emoji tar with a third of the emoji to learn from; what is held out stays, to measure alike."""
     with replacing(path) as temporary, tarfile.open(temporary, "w") as small:
         for key, files in Tar(str(emoji.TAR)):
-            record = parsed(files["json"], key)
+            record = parse_json(files["json"], key)
             if record["split"] == "train" and fraction(f"third {record['emoji']}") >= 1 / 3:
                 continue
             for kind, content in files.items():

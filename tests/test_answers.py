@@ -8,7 +8,7 @@ from cli import UserError
 from data import question_prompt
 from metrics import answers
 from metrics.answers import normal, pope, questions, read_answers, relaxed, score, yes_or_no
-from questions import Question
+from questions import SUFFIX, Question
 
 FORMS = {
     "a mark beside a space is removed, wherever it stands": [
@@ -176,7 +176,7 @@ def test_textvqa_vizwiz_and_gqa(tmp_path):
     path = write(tmp_path / "viz.json", [
         dict(image="VizWiz_val_00000000.jpg", question="Ok?", answer_type="other", answerable=1,
              answers=[dict(answer="no", answer_confidence="yes")] * 10), dict(image="b.jpg", question="Ok?")])
-    asked, bad = questions("vizwiz", [path], answers.SUFFIX["vizwiz"])
+    asked, bad = questions("vizwiz", [path], SUFFIX["vizwiz"])
     assert asked == [Question("VizWiz_val_00000000.jpg", "VizWiz_val_00000000.jpg", "Ok? Answer the question "
                            "using a single word or phrase. Reply unanswerable if information is not present "
                            "in the image.", ["no"] * 10, ("other",))]

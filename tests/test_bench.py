@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import ablations
 import pytest
-import torch
 
 import bench
 import plan

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import emoji
-from sources import parsed
 from stages import parse
+from files import parse_json
 from tars import Tar
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "runs"))
@@ -74,7 +74,7 @@ def test_every_stage_takes_flags_that_train_has(tmp_path, tiny):
 
 def test_a_third_of_the_emoji_is_left_to_learn_from_and_all_that_is_held_out(tmp_path):
     claims.write_third(tmp_path / "third.tar")
-    records = lambda path: [parsed(files["json"], key) for key, files in Tar(str(path))]
+    records = lambda path: [parse_json(files["json"], key) for key, files in Tar(str(path))]
     whole, third = records(emoji.TAR), records(tmp_path / "third.tar")
     held = lambda found: sorted(r["key"] for r in found if r["split"] != "train")
     left, every = ({r["emoji"] for r in found if r["split"] == "train"} for found in (third, whole))

@@ -14,6 +14,7 @@ import pytest
 import cli
 import sample
 import train
+from progress import pace
 
 ROOT = Path(__file__).parent.parent
 APPLE = ["--image", "assets/ATTRIBUTION.md"]     # no picture: what the flags say comes first
@@ -154,8 +155,8 @@ def test_flags_that_change_nothing_or_mean_nothing_are_refused(main, flags, said
 
 
 def test_a_pace_is_told_in_the_unit_that_is_above_one():
-    assert [cli.pace(2.5, "step"), cli.pace(0.4, "step")] == ["2.5 steps/s", "2.5 s/step"]
-    assert [cli.pace(1234.0), cli.pace(0.4)] == ["1,234.0/s", "2.5 s each"]
+    assert [pace(2.5, "step"), pace(0.4, "step")] == ["2.5 steps/s", "2.5 s/step"]
+    assert [pace(1234.0), pace(0.4)] == ["1,234.0/s", "2.5 s each"]
 
 
 def test_help_shows_each_text_and_the_stages_own_default(capsys):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import drawing
 import flow
+import progress
 import reading
 import sample
 from cli import UserError
@@ -114,11 +115,11 @@ def test_many_are_drawn_in_batches_as_if_each_were_drawn_alone(parts):
 
 def test_a_walk_that_takes_long_says_how_far_it_is(parts, monkeypatch, capsys):
     clock = iter(range(100))                                     # a second passes between any two looks at it
-    monkeypatch.setattr(reading.time, "time", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "time", lambda: next(clock))
     function = reading.watched(parts, lambda x: x + 1, 6, "drawing")
     assert [function(i) for i in range(6)] == list(range(1, 7))
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"drawing: {n}/6 evaluations, 0.60/s, {left} s left" for n, left in ((3, 5), (6, 0))]
+    assert said == [f"drawing, evaluations: {n}/6, 1.0/s, {left} s left" for n, left in ((3, 3), (6, 0))]
 
 
 def test_a_size_that_was_not_learnt_gets_a_warning(tmp_path, capsys):

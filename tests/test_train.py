@@ -23,9 +23,9 @@ import checkpoint
 import data
 import flow
 import mask_diffusion
+from files import write_json
 from processes import Forked, to_the_end, wait_until
 from run import read_log
-from tokenizer import gpt2_tokenizer
 from train import Held, learning_rate, micro_batches, parse, text_batch
 from train import main as train_main
 
@@ -286,7 +286,7 @@ def test_the_recipe_skips_what_is_done_and_does_not_go_on_from_what_is_not(tmp_p
     for program in (stub, driver):
         program.chmod(0o755)
     for steps in (5000, 15000):
-        checkpoint.write_json(tmp_path / f"{steps}.json", dict(mmdit=dict(depth=6), step=steps, stage="x"))
+        write_json(tmp_path / f"{steps}.json", dict(mmdit=dict(depth=6), step=steps, stage="x"))
     call = lambda *flags: subprocess.run(["bash", "runs/emoji.sh", *flags], cwd=tmp_path, env=os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}"}).returncode
     lines = lambda: (tmp_path / "called").read_text().splitlines()

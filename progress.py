@@ -1,0 +1,36 @@
+"""One way to say how far a long job is: a line on stderr every two seconds, with rate and time left."""
+
+import sys
+import time
+
+
+def pace(per_second: float, unit: str = "") -> str:
+    """Return "12.0 steps/s" or, below one a second, "2.5 s/step"; without a unit "12.0/s" or "2.5 s each"."""
+    if per_second >= 1:
+        return f"{per_second:,.1f} {unit}s/s" if unit else f"{per_second:,.1f}/s"
+    return f"{1 / per_second:,.1f} s/{unit}" if unit else f"{1 / per_second:,.1f} s each"
+
+
+def time_left(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min left" if seconds >= 60 else f"{max(0, seconds):.0f} s left"
+
+
+class Progress:
+    """How many of `total` are done.  Of several processes the first one prints; silent: none does."""
+
+    def __init__(self, what: str, total: int = 0, rank: int = 0, world: int = 1, silent: bool = False):
+        self.what = what if world == 1 else f"{what}, the first of {world} processes'"
+        self.total, self.silent = total, silent or rank > 0
+        self.done = 0
+        self.started = self.printed = time.time()
+
+    def update(self, done: int, total: int | None = None) -> None:
+        self.done = done
+        self.total = self.total if total is None else total
+        now = time.time()
+        if self.silent or now - self.printed <= 2:
+            return
+        self.printed = now
+        rate = done / (now - self.started)
+        left = f"{pace(rate)}, {time_left((self.total - done) / rate)}" if done else "nothing yet"
+        print(f"{self.what}: {done:,}/{self.total:,}, {left}", file=sys.stderr, flush=True)
