@@ -67,55 +67,59 @@ class Models:
 
 
 def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
-    """Raises UserError for a stage that a model of these sizes can't have.  factor: pixels per latent, along
-    a side, None where there are no pictures."""
+    """Raise UserError for a stage that a model of these sizes can't have.  factor: pixels per latent, along
+    a side, None where there are no images."""
     name = f"--init {config.init}" if config.init else f"--preset {config.preset}"
-    unit = sizes.patch * (factor or 1)
-    most = unit * sizes.position_size
-    require((not sizes.text_length or config.stage != "mask-emb", f"--stage mask-emb: teaches T5's [MASK], "
-             f"{name} has a token embedding of its own"),
-            (sizes.text_length or config.stage != "text", f"--stage text: is the end-to-end variant's, "
-             f"{name} reads T5's states"),
-            (config.text_length <= (sizes.text_length or config.text_length), f"--text-length "
-             f"{config.text_length}: expected at most {sizes.text_length}, which {name} has positions for"),
-            (not factor or config.pixels % unit == 0 and config.pixels <= most, f"--pixels {config.pixels}: "
-             f"expected a multiple of the patch, {unit}, up to {most}, this model's position table"))
+    own = sizes.text_length
+    require((not own or config.stage != "mask-emb", f"--stage mask-emb: teaches T5's [MASK], {name} has a "
+             f"token embedding of its own"),
+            (own or config.stage != "text", f"--stage text: is the end-to-end variant's, {name} reads T5's "
+             f"states"),
+            (not own or config.text_length <= own, f"--text-length {config.text_length}: expected at most "
+             f"{own}, which {name} has positions for"))
+    if factor:
+        unit = sizes.patch * factor
+        most = unit * sizes.position_size
+        require((config.pixels % unit == 0 and config.pixels <= most, f"--pixels {config.pixels}: expected a "
+                 f"multiple of the patch, {unit}, up to {most}, this model's position table"))
 
 
 def places(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:
-    """Where "t5" and "vae" are, of those that a model of these sizes has: its flag, what --init remembers of
-    its run (`about`), or --init; without what is nowhere.  UserError where a flag names no such part."""
-    found = {}
+    """Return where the "t5" and "vae" are that a model of these sizes needs: its flag, what --init
+    remembers of its run (`about`), or --init.  Raises UserError where a flag names no such part."""
+    paths = {}
     for part, needed in (("t5", not sizes.text_length), ("vae", sizes.channels != 3)):
-        given, known = getattr(config, part), about.get(part) or config.init
-        if needed and given:
-            checkpoint.named(given, part)
-        if needed and (given or known and checkpoint.holds(known, part)):
-            found[part] = given or known
-    return found
+        flag = getattr(config, part)
+        path = flag or about.get(part) or config.init
+        if needed and path:
+            try:
+                checkpoint.named(path, part)
+                paths[part] = path
+            except UserError:
+                if flag:
+                    raise
+    return paths
 
 
-def frozen(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    return model.to(device, dtype).eval().requires_grad_(False)
+def freeze(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    model.to(device, dtype).eval().requires_grad_(False)
 
 
 def load_tokenizer(config: TrainConfig, own: bool, texts: list[str] | None) -> Tokenizer:
-    """--init's or --tokenizer's; new GPT-2's, or of it what the texts use, if they are known."""
-    if config.init or not own:
-        path = config.tokenizer or config.init
-        require((path, f"--preset {config.preset} reads T5's states: name its tokenizer with --tokenizer, T5 "
-                 f"with --t5 and the autoencoder with --vae"))
-        try:
-            tokenizer = checkpoint.load_tokenizer(path)
-        except UserError as error:
-            raise UserError(f"{error}; name it with --tokenizer") if not config.tokenizer else error
-        tokenizer.pad_id = tokenizer.end_id                      # as the published trainer pads, not <pad>
-        return tokenizer
-    return gpt2_tokenizer(gpt2_subset(texts) if config.vocabulary == "used" and texts is not None else None)
+    """Load --init's or --tokenizer's, or make a new one: GPT-2's, or the part of it that the texts use."""
+    if own and not config.init:
+        used = config.vocabulary == "used" and texts is not None
+        return gpt2_tokenizer(gpt2_subset(texts) if used else None)
+    path = config.tokenizer or config.init
+    require((path, f"--preset {config.preset} reads T5's states: name its tokenizer with --tokenizer, T5 "
+             f"with --t5 and the autoencoder with --vae"))
+    tokenizer = checkpoint.load_tokenizer(path)
+    tokenizer.pad_id = tokenizer.end_id                          # as the published trainer pads, not <pad>
+    return tokenizer
 
 
 def text_encoder(config: TrainConfig, sizes: MMDiTConfig, path: str, tokenizer: Tokenizer) -> T5Encoder:
-    """In --dtype, with the [MASK] embedding that is named, or that --init has learnt.  Raises UserError."""
+    """Load T5 in --dtype, with the [MASK] embedding that is named, or that --init has.  Raises UserError."""
     require((path, f"{config.init or config.preset}: no T5 encoder in it; name its file or folder with --t5"))
     vector = checkpoint.learnt_mask(config.init) if config.init else None
     if config.mask_embedding:
@@ -125,11 +129,11 @@ def text_encoder(config: TrainConfig, sizes: MMDiTConfig, path: str, tokenizer: 
 
 def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts: list[str] | None,
           plain: bool, vae: AutoencoderKL | Pixels | None, device: torch.device) -> Models:
-    """All of a run, on the device.  Raises UserError where parts are missing or don't fit.
+    """Build all models of a run, on the device.  Raises UserError where parts are missing or don't fit.
 
     sizes: as --init or the preset has them; where: `places`; texts: all of the training data, if known;
-    plain: they have no pictures, and the null image learns."""
-    own, dtype = sizes.text_length > 0, getattr(torch, config.dtype)
+    plain: they have no images, and the null image is trained."""
+    stage, own, dtype = STAGES[config.stage], sizes.text_length > 0, getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config, own, texts)
     if own and (not config.init or tokenizer.seen is not None):  # otherwise what --init saw is not known
         tokenizer.meet(texts)
@@ -138,55 +142,63 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
     if config.init:
         mmdit = checkpoint.load_mmdit(config.init, vocab_size=tokenizer.vocab_size, training=True)
         sizes = mmdit.config
+        require((sizes.vocab_size == tokenizer.vocab_size, f"{config.init}: its text head has "
+                 f"{sizes.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; name the right one with "
+                 f"--tokenizer"))
     else:
         sizes = replace(sizes, vocab_size=tokenizer.vocab_size,
                         text_length=config.text_length if own else 0,
                         predicts=config.predicts or sizes.predicts)
         mmdit = MMDiT(sizes)
-    require((sizes.vocab_size == tokenizer.vocab_size, f"{config.init}: its text head has {sizes.vocab_size} "
-             f"tokens, the tokenizer {tokenizer.vocab_size}; name the right one with --tokenizer"))
-    learns, t5, empty = nn.ModuleDict(dict(mmdit=mmdit)), None, None
+    models = Models(nn.ModuleDict(dict(mmdit=mmdit)), tokenizer, None, vae)
+    learns, blocks = models.learns, [*mmdit.blocks]
+    recomputed = [*blocks]
     table = position_table(sizes.width, sizes.position_size, sizes.position_base)
-    kept = {} if torch.equal(mmdit.positions, table) else {"mmdit.positions": mmdit.positions}
-    if own:
-        learns["embedding"] = checkpoint.load_embedding(config.init, training=True) if config.init else (
-            TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width))
-    else:
-        t5 = text_encoder(config, sizes, where.get("t5", ""), tokenizer)
-        kept["mask.vector"] = t5.embed.weight[tokenizer.mask_id].detach().float().clone()
-        if "[MASK]" in STAGES[config.stage].learns:
-            learns["mask"] = MaskEmbedding(kept["mask.vector"], tokenizer.mask_id)
-        frozen(t5, dtype, device)
+    if not torch.equal(mmdit.positions, table):
+        models.kept["mmdit.positions"] = mmdit.positions
+    if not own:
+        models.t5 = text_encoder(config, sizes, where.get("t5", ""), tokenizer)
+        vector = models.t5.embed.weight[tokenizer.mask_id].detach().float().clone()
+        models.kept["mask.vector"] = vector
+        if "[MASK]" in stage.learns:
+            learns["mask"] = MaskEmbedding(vector, tokenizer.mask_id)
+            recomputed += models.t5.blocks
+        freeze(models.t5, dtype, device)
         with torch.no_grad():
-            empty = t5(tokenizer.encode("", config.text_length)[None].to(device))
+            models.empty = models.t5(tokenizer.encode("", config.text_length)[None].to(device))
+    elif config.init:
+        learns["embedding"] = checkpoint.load_embedding(config.init, training=True)
+    else:
+        learns["embedding"] = TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
     mmdit.null_image.requires_grad_(plain)
-    blocks, last = [*mmdit.blocks], mmdit.blocks[-1].img
-    for part in (mmdit.img_in, mmdit.img_modulation, mmdit.img_out, last.out, last.fc1, last.fc2):
-        part.requires_grad_(STAGES[config.stage].losses != "text")          # only a velocity is made of them
-    for block in [*blocks, *(t5.blocks if "mask" in learns else [])] if config.checkpoint_activations else []:
-        block.forward = partial(recompute, block.forward, use_reentrant=False)
+    if stage.losses == "text":                                   # these parts only give a velocity
+        last = blocks[-1].img
+        for part in (mmdit.img_in, mmdit.img_modulation, mmdit.img_out, last.out, last.fc1, last.fc2):
+            part.requires_grad_(False)
+    if config.checkpoint_activations:
+        for block in recomputed:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
     if config.compile:
         torch._dynamo.config.recompile_limit = 64                # image, text, and last-block variants
         for block in blocks:
             block.compile()
     if isinstance(vae, AutoencoderKL):
-        frozen(vae, dtype, device)
-    return Models(learns.to(device).train(), tokenizer, t5, vae, empty, kept)
+        freeze(vae, dtype, device)
+    learns.to(device).train()
+    return models
 
 
 def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> bool:
-    """Whether T5's states of the captions are stored, by this T5 as it was published: its [MASK] is in none.
-
+    """Tell if the captions' states are stored, all by this T5 as published: its [MASK] is in none of them.
     Raises UserError where they are another's."""
-    made = [getattr(source, "states", None) for source in mix.sources] if mix and models.t5 else [None]
-    if None in made:
+    if not mix or not models.t5 or any(getattr(source, "states", None) is None for source in mix.sources):
         return False
     t5 = checkpoint.load_t5(where["t5"], torch.bfloat16)
-    mine = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(), length=str(config.text_length),
-                recaption=str(config.recaption))
-    for source, found in zip(mix.sources, made):
-        require((found == mine, f"{source.name}: stored states of {found}, this run's are of {mine}; make "
-                 f"them again, or without --t5"))
+    stamp = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(),
+                 length=str(config.text_length), recaption=str(config.recaption))
+    for source in mix.sources:
+        require((source.states == stamp, f"{source.name}: stored states of {source.states}, this run's are "
+                 f"of {stamp}; make them again, or without --t5"))
     return True
 
 

@@ -1,7 +1,8 @@
-"""The emoji set: 7,572 pictures that come with the repository, every emoji of Unicode 16 in the styles of
-Google (Noto) and Twitter (Twemoji), with one caption each and questions that Unicode's metadata answers.
+"""The emoji set: 7,572 pictures that come with the repository, every emoji of Unicode 16 in the
+styles of Google (Noto) and Twitter (Twemoji), with one caption each and questions that Unicode's
+metadata answers.
 
-    python emoji.py                 # rebuild assets/emoji.tar.gz from two npm packages (needs npm, 140 MB)
+    python emoji.py      # rebuild assets/emoji.tar.gz from two npm packages (needs npm, 140 MB)
 
 Shapes: n pictures, P pixels a side.
 """
@@ -12,8 +13,10 @@ cli.interruptible(__name__)
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -26,23 +29,24 @@ import torch
 from torch import Tensor
 
 from cli import UserError, require
-from files import parse_json
+from files import parse_json, replacing
 from data import fraction, question_prompt
 from pictures import fit_picture, read_picture
-from sources import Tars, text
+from progress import Progress
+from sources import Tars, described, text
 from tars import Tar
 
 TAR = Path(__file__).parent / "assets" / "emoji.tar.gz"
-STYLES = {"noto": "google", "twemoji": "twitter"}       # our word in captions: the npm package's and folder's
+STYLES = {"noto": "google", "twemoji": "twitter"}       # our word in captions: the npm package's
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark",
          "1F3FF": "dark"}
-NOUNS = {                                               # a kind of thing, and how a yes/no question names it
+NOUNS = {                       # a kind of thing, and how a yes/no question names it
     "smileys & emotion": "a smiley", "people & body": "a person or a body part",
     "animals & nature": "an animal or a plant", "food & drink": "food or drink",
     "travel & places": "a place or a vehicle", "activities": "an activity", "objects": "an object",
     "symbols": "a symbol", "flags": "a flag", "component": "a skin tone swatch",
 }
-ASKED = {                                               # what is asked about each picture, in these words
+ASKED = {                       # what is asked about each image, in these words
     "name": ["What is this?", "What is this called?", "What does the picture show?"],
     "kind": ["What kind of thing is this?", "What category is it in?"],
     "group": ["Which group does it belong to?", "What group is it in?"],
@@ -52,8 +56,8 @@ ASKED = {                                               # what is asked about ea
 YES_NO = ["Is this {}?", "Does this show {}?", "Can you see {} here?"]
 SPLITS = ["train", "tone", "style"]
 FIELDS = ["key", "caption", "name", "emoji", "kind", "group", "tone", "style", "split"]
-# What a person might call it: a noun, and two patterns of "kind/group/name", where it is true and where
-# nobody could say (there it is never asked).  Nouns that are close to each other stand together.
+# What a person might call it: a noun, and two patterns of "kind/group/name": where it is true, and
+# where nobody could say (there it is never asked).  Nouns close to each other stand together.
 SORTS = [
     ("a person", r"/person(?! symbol| fantasy)[^/]*/(?!(men|women|wrestlers|sleep|bath|horse r))",
      r"^(people|smileys|component)|snow|statue|doll|mens$|children|pedestrian|baby|wheelchair|joker"),
@@ -99,59 +103,75 @@ SORTS = [
 ]
 
 
+def plain_name(name: str) -> str:
+    """Return Unicode's name in lower case without colons, "X Flag" as "flag of X"."""
+    if name.endswith(" Flag"):
+        return "flag of " + name.removesuffix(" Flag")
+    name = name.lower()
+    head, _, tail = name.partition(": ")
+    if tail and head in ("family", "kiss", "couple with heart"):
+        return f"{head} of {' and '.join(tail.rsplit(', ', 1))}"
+    if tail and head in ("man", "woman", "person"):
+        return f"{head} with {tail}"
+    return name.replace(":", "")
+
+
 def short_names(entries: list[dict]) -> dict[str, str]:
-    """A short, natural and unique name for every base emoji, by its codepoints.
+    """Return a short, natural and unique name for every base emoji, by its codepoints.
 
-    Unicode's name in lower case, "sign" and "symbol" at its end and colons taken out, "X flag" as "flag of
-    X".  Where two emoji would share a name, the data set's own short name is used."""
-    def plain(name: str) -> str:
-        if name.endswith(" Flag"):
-            return "flag of " + name.removesuffix(" Flag")
-        head, colon, tail = name.lower().partition(": ")
-        *first, last = tail.split(", ")
-        if colon and head in ("family", "kiss", "couple with heart"):
-            return f"{head} of {', '.join(first)} and {last}"
-        gendered = colon and head in ("man", "woman", "person")
-        return f"{head} with {tail}" if gendered else name.lower().replace(":", "")
+    It is the plain name without "sign" and "symbol" at its end. Where two emoji would share it, it
+    is the plain name, and else the data set's own short name."""
+    choices = {}
+    for entry in entries:
+        plain = plain_name(entry["name"])
+        choices[entry["unified"]] = [plain.removesuffix(" sign").removesuffix(" symbol"), plain]
+    counts = Counter(name for names in choices.values() for name in set(names))
+    result = {}
+    for entry in entries:
+        spare = entry["short_name"].replace("_", " ").replace("-", " ")
+        unique = [name for name in choices[entry["unified"]] if counts[name] == 1]
+        result[entry["unified"]] = [*unique, spare][0]
+    return result
 
-    short = {e["unified"]: plain(e["name"]).removesuffix(" sign").removesuffix(" symbol") for e in entries}
-    taken = Counter(list(short.values()) + [plain(e["name"]) for e in entries
-                                            if short[e["unified"]] != plain(e["name"])])
-    names = {e["unified"]: short[e["unified"]] if taken[short[e["unified"]]] == 1 else plain(e["name"])
-             for e in entries}
-    taken = Counter(names.values())
-    return {e["unified"]: names[e["unified"]] if taken[names[e["unified"]]] == 1
-            else e["short_name"].replace("_", " ").replace("-", " ") for e in entries}
+
+def split_of(record: dict) -> str:
+    held_style = "noto" if fraction("which style of " + record["emoji"]) >= 0.5 else "twemoji"
+    if record["style"] == held_style and fraction("style of " + record["emoji"]) < 0.05:
+        return "style"
+    if record["tone"] != "none" and fraction("tone of " + record["key"]) < 0.10:
+        return "tone"
+    return "train"
 
 
 def describe(entries: list[dict]) -> list[dict]:
-    """One record a picture: key, image file, style, caption, metadata, questions with answers, split."""
+    """Return one record for each image: key, image file, style, caption, metadata, split."""
     names = short_names(entries)
     records = []
     for entry in entries:
+        name = names[entry["unified"]]
         variants = {"": entry} | entry.get("skin_variations", {})
         for tone_code, variant in variants.items():
-            tones = list(dict.fromkeys(TONES[code] for code in tone_code.split("-") if code))
-            tone = " and ".join(tones) or "none"
-            words = [names[entry["unified"]]] + [f"{tone} skin tone{'s' * (len(tones) > 1)}"] * bool(tones)
+            tones = dict.fromkeys(TONES[code] for code in tone_code.split("-") if code)
+            tone = " and ".join(tones)
+            caption = f"{name}, {tone} skin tone" if tones else name
+            if len(tones) > 1:
+                caption += "s"
             for style, package in STYLES.items():
-                if not variant[f"has_img_{package}"]:
-                    continue
-                records.append(dict(
-                    key=f"{Path(variant['image']).stem}-{style}", image=variant["image"], style=style,
-                    emoji=entry["unified"], name=names[entry["unified"]], tone=tone,
-                    kind=entry["category"].lower(), group=entry["subcategory"].replace("-", " "),
-                    caption=", ".join(words + [f"{style} style"])))
-    for record in records:
-        held_style = sorted(STYLES)[fraction("which style of " + record["emoji"]) < 0.5]
-        styled = fraction("style of " + record["emoji"]) < 0.05 and record["style"] == held_style
-        toned = record["tone"] != "none" and fraction("tone of " + record["key"]) < 0.10
-        record["split"] = "style" if styled else "tone" if toned else "train"
+                if variant[f"has_img_{package}"]:
+                    record = dict(
+                        key=f"{Path(variant['image']).stem}-{style}", image=variant["image"],
+                        style=style, emoji=entry["unified"], name=name, tone=tone or "none",
+                        kind=entry["category"].lower(),
+                        group=entry["subcategory"].replace("-", " "),
+                        caption=f"{caption}, {style} style")
+                    record["split"] = split_of(record)
+                    records.append(record)
     return records
 
 
 def article(name: str) -> str:
-    """A name as it stands in a question: "a taco", "an ox", "the flag of Chad", and what is many as it is."""
+    """A name as it stands in a question: "a taco", "an ox", "the flag of Chad", and what is many as
+    it is."""
     if re.search(r"^(people|men|women|two) |(?<![suia])s$", name):
         return name
     return ("the " if name.startswith("flag of") else "an " if name[0] in "aeio" else "a ") + name
@@ -159,7 +179,8 @@ def article(name: str) -> str:
 
 @cache
 def sorts(kind: str, group: str, name: str) -> tuple[list[str], list[str]]:
-    """The nouns of SORTS that are true of such an emoji, and those that are false, in the table's order."""
+    """The nouns of SORTS that are true of such an emoji, and those that are false, in the table's
+    order."""
     text, true, false = f"{kind}/{group}/{name}", [], []
     for noun, yes, unclear in SORTS:
         if re.search(yes, text):
@@ -170,106 +191,114 @@ def sorts(kind: str, group: str, name: str) -> tuple[list[str], list[str]]:
 
 
 def rivals(names: list[str]) -> dict[str, list[str]]:
-    """For each name of a group the others that nobody would give to the same emoji.
+    """Return for each name of a group the others that nobody would give to the same emoji.
 
-    Two names may both be right when one has all words of the other (singer, man singer; words are compared by
-    three letters) or says less about who it is (bicyclist, man biking): such pairs are left out."""
+    Two names may both be right when one has all words of the other (singer, man singer; words are
+    compared by three letters) or says less about who it is (bicyclist, man biking): such pairs are
+    left out."""
     words = {name: {word[:3] for word in re.findall(r"\w+", name.lower())} for name in names}
-    gendered = {name: bool(re.search(r"\b(wo)?m[ae]n\b", name)) for name in names}
-    return {mine: [name for name in names if gendered[name] == gendered[mine]
-                   and not words[name] <= words[mine] and not words[mine] <= words[name]] for mine in names}
+    gendered = [name for name in names if re.search(r"\b(wo)?m[ae]n\b", name)]
+    others = defaultdict(list)
+    for name, other in itertools.permutations(names, 2):
+        nested = words[name] <= words[other] or words[other] <= words[name]
+        if not nested and (name in gendered) == (other in gendered):
+            others[name].append(other)
+    return others
 
 
 def ask(records: list[dict]) -> None:
-    """Give each record its "questions": dicts of type, question and answer, several phrasings of each.
+    """Give each record its "questions": dicts of type, question and answer, several phrasings of
+    each.
 
-    Every answer follows from the record's name, kind, group, tone and style.  Of each picture as many
-    questions are answered yes as no, in the same phrasings, so that always-yes scores a half."""
+    Every answer follows from the record's name, kind, group, tone and style. As many questions
+    about an image are answered yes as no, in the same phrasings, so that always-yes scores a
+    half."""
     groups = defaultdict(set)
     for record in records:
         groups[record["kind"], record["group"]].add(record["name"])
     others = {group: rivals(sorted(names)) for group, names in groups.items()}
+    nouns = [noun for noun, _, _ in SORTS]
     for record in records:
-        chance = lambda what: fraction(f"{what} {record['key']}")
-        pick = lambda what, choices: choices[int(chance(what) * len(choices))]
-        questions = [dict(type=kind, question=question, answer=record[kind])
-                     for kind, ways in ASKED.items() for question in ways]
-        true, false = sorts(record["kind"], record["group"], record["name"])
-        wrong = pick("not", [kind for kind in NOUNS if kind != record["kind"]])
-        pairs = [("kind", NOUNS[record["kind"]], NOUNS[wrong])]
-        if near := others[record["kind"], record["group"]][record["name"]]:
-            pairs += [("name", article(record["name"]), article(pick("other", near)))]
-        nouns = [noun for noun, _, _ in SORTS]
-        for noun in true if false else []:      # against one that is near in the table (man, woman), and any
-            near = min(false, key=lambda n: abs(nouns.index(n) - nouns.index(noun)))
+        def pick(purpose: str, choices: list[str]) -> str:
+            return choices[int(fraction(f"{purpose} {record['key']}") * len(choices))]
+
+        kind, group, name = record["kind"], record["group"], record["name"]
+        questions = []
+        for field, ways in ASKED.items():
+            questions += [dict(type=field, question=way, answer=record[field]) for way in ways]
+        other_kind = pick("not", [other for other in NOUNS if other != kind])
+        pairs = [("kind", NOUNS[kind], NOUNS[other_kind])]
+        if near := others[kind, group][name]:
+            pairs.append(("name", article(name), article(pick("other", near))))
+        true, false = sorts(kind, group, name)
+        # a true noun is asked against one that is near in the table (man, woman), and against any
+        for noun in true if false else []:
+            near = min(false, key=lambda other: abs(nouns.index(other) - nouns.index(noun)))
             pairs += [("sort", noun, near), ("sort", noun, pick(f"no {noun}", false))]
-        for n, (about, right, wrong) in enumerate(pairs):
-            ways = YES_NO if about == "name" else [pick(f"way {n}", YES_NO)]
-            questions += [dict(type=f"yes/no {about}", question=way.format(thing), answer=answer)
-                          for way in ways for thing, answer in ((right, "yes"), (wrong, "no"))]
+        for n, (field, right, wrong) in enumerate(pairs):
+            for way in YES_NO if field == "name" else [pick(f"way {n}", YES_NO)]:
+                for thing, answer in ((right, "yes"), (wrong, "no")):
+                    question = way.format(thing)
+                    questions.append(dict(type=f"yes/no {field}", question=question, answer=answer))
         record["questions"] = questions
 
 
+def fetch_packages(folder: str) -> tuple[list[dict], dict[tuple[str, str], bytes]]:
+    """Return the entries of the two npm packages and, by style and file name, their images."""
+    require((shutil.which("npm"),
+             "npm was not found: install Node.js, or use the committed assets/emoji.tar.gz"))
+    images = {}
+    for style, package in STYLES.items():
+        name = f"emoji-datasource-{package}"
+        print(f"fetching {name}", flush=True)
+        command = ["npm", "pack", "--loglevel", "error", f"{name}@16.0.0"]
+        status = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode
+        require((status == 0, f"npm pack {name} failed: is the npm registry within reach?"))
+        with tarfile.open(f"{folder}/{name}-16.0.0.tgz") as tar:
+            entries = json.load(tar.extractfile("package/emoji.json"))
+            for member in tar:
+                if member.name.startswith(f"package/img/{package}/64/"):
+                    images[style, Path(member.name).name] = tar.extractfile(member).read()
+    return entries, images
+
+
 def build(out: Path = TAR) -> None:
-    """Write the emoji tar, bit for bit the same each time, from the two npm packages (`npm pack`)."""
+    """Write the emoji tar, bit for bit the same each time, from the two npm packages."""
     with tempfile.TemporaryDirectory() as folder:
-        packages = {style: f"emoji-datasource-{package}@16.0.0" for style, package in STYLES.items()}
-        print("fetching " + " and ".join(packages.values()), flush=True)
-        try:
-            subprocess.run(["npm", "pack", "--silent", *packages.values()], cwd=folder, check=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        except FileNotFoundError:
-            raise UserError("npm was not found: install Node.js, or use the committed assets/emoji.tar.gz")
-        except subprocess.CalledProcessError as error:
-            reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"npm pack failed ({reason}): is the npm registry within reach?")
-        pictures, entries = {}, []
-        for style, package in STYLES.items():
-            wanted = f"package/img/{package}/64/"
-            with tarfile.open(Path(folder) / f"emoji-datasource-{package}-16.0.0.tgz") as tar:
-                for member in tar:
-                    if member.name.startswith(wanted):
-                        pictures[style, member.name.removeprefix(wanted)] = tar.extractfile(member).read()
-                    elif member.name == "package/emoji.json":
-                        entries = json.load(tar.extractfile(member))
+        entries, images = fetch_packages(folder)
     records = sorted(describe(entries), key=lambda r: hashlib.sha256(r["key"].encode()).digest())
-    if len({r["caption"] for r in records}) != len(records):
-        raise RuntimeError("two pictures share a caption")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    with open(temporary, "wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed, \
+    counts = Counter(r["split"] for r in records)
+    progress = Progress("images", len(records))
+    with replacing(out) as temporary, open(temporary, "wb") as file, \
+            gzip.GzipFile("", "wb", 9, file, mtime=0) as packed, \
             tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for n, record in enumerate(records, 1):
-            picture = io.BytesIO()
-            image = record.pop("image")
-            read_picture(pictures[record["style"], image]).save(picture, "WEBP", lossless=True, quality=75,
-                                                                method=4)
+        for n, record in enumerate(records):
+            image = read_picture(images[record["style"], record.pop("image")])
+            webp = io.BytesIO()
+            image.save(webp, "WEBP", lossless=True, quality=75, method=4)
             text = json.dumps(record, ensure_ascii=False, indent=1).encode()
-            for extension, content in (("webp", picture.getvalue()), ("json", text)):
+            for extension, content in (("webp", webp.getvalue()), ("json", text)):
                 member = tarfile.TarInfo(f"{record['key']}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-            if n % 500 == 0 or n == len(records):
-                print(f"\r{n}/{len(records)} pictures", end="", flush=True)
-    temporary.replace(out)
-    counts = Counter(r["split"] for r in records)
-    print(f"\n{out}: {out.stat().st_size / 2**20:.1f} MiB, splits {dict(counts)}")
+            progress.update(n)
+    print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, splits {dict(counts)}")
 
 
 def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
-    """Every record of the emoji tar, with questions, and the pictures as uint8 (n, 3, P, P)."""
-    records, pictures = [], []
+    """Return every record of the emoji tar, with questions, and the images as uint8 (n, 3, P,
+    P)."""
+    records, images = [], []
     tar = path if isinstance(path, Tar) else Tar(str(path))
     for key, files in tar:
         where = f"{tar.path}: {key}"
-        require(({"webp", "json"} <= files.keys(), f"{where}: expected a webp and a json, found "
-                 f"{', '.join(files)}"))
-        record = parse_json(files["json"], f"{where}.json")
-        require((isinstance(record, dict), f"{where}.json: expected an object with {', '.join(FIELDS)}"))
-        records.append({name: text(record.get(name), f"{where}.json", name) for name in FIELDS})
-        pictures.append(np.array(fit_picture(read_picture(files["webp"], f"{where}.webp"), pixels)))
+        require(({"webp", "json"} <= files.keys(), f"{where}: expected a webp and a json"))
+        record = parse_json(files["json"], where)
+        described(record, where)                                 # checks that it is an object
+        records.append({name: text(record.get(name), where, name) for name in FIELDS})
+        images.append(np.array(fit_picture(read_picture(files["webp"], where), pixels)))
     ask(records)
-    return records, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return records, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def split_named(name: str) -> str:
@@ -279,50 +308,49 @@ def split_named(name: str) -> str:
     return split
 
 
-def of_split(records: list[dict], split: str) -> list[int]:
-    """The places of a split's records, in the tar's order, which is random."""
-    return [i for i, record in enumerate(records) if record["split"] == split]
-
-
-def fair(records: list[dict]) -> list[list[int]]:
-    """The pictures to learn from, one group for each emoji and style: its skin tones, or a single picture.
-
-    An epoch that takes one of each group shows a red apple as often as a farmer, who comes in six skin tones.
-    """
-    groups = defaultdict(list)
-    for i, record in enumerate(records):
-        if record["split"] == "train":
-            groups[record["emoji"], record["style"]].append(i)
-    return list(groups.values())
+def of_split(records: list[dict], *splits: str) -> list[int]:
+    """Return the places of the records of some splits, in the tar's order, which is random."""
+    return [i for i, record in enumerate(records) if record["split"] in splits]
 
 
 def texts(records: list[dict]) -> list[str]:
     """Every text of the emoji set, in the pieces in which it is tokenized."""
-    return [r["caption"] for r in records] + [text for r in records for q in r["questions"]
-                                              for text in (question_prompt(q["question"]), q["answer"])]
+    result = [record["caption"] for record in records]
+    for record in records:
+        for pair in record["questions"]:
+            result += [question_prompt(pair["question"]), pair["answer"]]
+    return result
 
 
 def is_emoji(source) -> bool:
-    """Whether a source is such a tar, told by its first sample."""
-    if not isinstance(source, Tars) or len(source.tars) != 1:
+    """Tell the emoji tar by its first sample."""
+    if not isinstance(source, Tars) or len(source.tars) > 1:
         return False
+    _, files = source.tars[0][0]
     try:
-        return set(FIELDS) <= set(json.loads(source.tars[0][0][1].get("json", "{}")))
-    except (UserError, ValueError, TypeError, RecursionError):
-        return False                                             # said when it is read as what it is then
+        return set(FIELDS) <= parse_json(files["json"], "").keys()
+    except (UserError, KeyError, AttributeError):
+        return False                                             # the first read says what is wrong
 
 
 class Emoji:
-    """The set as a source (data.Mix): a place is an emoji in a style, its skin tone drawn anew each epoch; or
-    each picture is one."""
+    """The set as a source (data.Mix).
+
+    An epoch takes each emoji in each style once, its skin tone drawn anew, so that it shows a red
+    apple as often as a farmer, who comes in six skin tones; with `each` it takes each image
+    once."""
 
     def __init__(self, tar: Tar, pixels: int, each: bool = False):
-        self.name, (self.records, self.pictures) = tar.path, load(tar, pixels)
-        self.groups = [[i] for i in of_split(self.records, "train")] if each else fair(self.records)
-        self.every = sorted(i for group in self.groups for i in group)
-        self.held = [i for i, record in enumerate(self.records) if record["split"] != "train"]
-        if not self.groups:
-            raise UserError(f"{tar.path}: no sample of this tar is in the split \"train\"")
+        self.name = tar.path
+        self.records, self.pictures = load(tar, pixels)
+        self.every = of_split(self.records, "train")
+        require((self.every, f"{tar.path}: no sample of this tar is in the split \"train\""))
+        self.held = of_split(self.records, "tone", "style")
+        groups = defaultdict(list)
+        for i in self.every:
+            record = self.records[i]
+            groups[i if each else (record["emoji"], record["style"])].append(i)
+        self.groups = list(groups.values())
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -1,19 +1,18 @@
 """What published files call things: how each part is told, its sizes, and where our parameters are found.
 
-Nothing here opens a file: `tensors` are `checkpoint.Tensors`, the names and shapes in the files of one part,
-`config` is the part's config.json or None, `naming` is "file" (one SD3 file) or "folder" (the part's own).
+Nothing here opens a file: `tensors` are `tensors.Tensors`, the names and shapes in the files of one part,
+`config` is the part's config.json or {}, `naming` is "file" (one SD3 file) or "folder" (the part's own).
 """
 
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from cli import UserError, require
+from cli import require
 from model import MMDiT, MMDiTConfig
 from t5 import T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
@@ -66,9 +65,9 @@ T5_NAMES = [
 ]
 POOLED = ("y_embedder.", "time_text_embed.text_embedder.")      # SD3's pooled CLIP branch, which D-DiT drops
 POOLED_WIDTH = 2048                                             # of what it reads
-T5_TWIN = "encoder.embed_tokens.weight"                         # the token table's other name
-SCALED = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8")   # of "scaled fp8"
-DECODER = ("decoder.", "lm_head.", "logit_scale")               # what a whole T5 has beside its encoder
+T5_TABLES = ("shared.weight", "encoder.embed_tokens.weight")    # the token table's two names
+# what a T5 file has beside its encoder: the decoder, and the same table under both names
+BESIDE_T5 = ("decoder.", "lm_head.", "logit_scale", *T5_TABLES)
 
 SUBFOLDERS = dict(transformer=["transformer"], vae=["vae"], t5=["text_encoder_3", "text_encoder"],
                   tokenizer=["tokenizer_3", "tokenizer"])
@@ -99,14 +98,9 @@ def rename(name: str, table: list[tuple[str, str]]) -> tuple[list[str], bool]:
     return [key.lstrip("~") for key in keys], name.startswith("~")
 
 
-def check_kind(tensors) -> None:
-    """Raises UserError for files of the same names that are something else."""
-    for key, file in tensors.file.items():
-        where = f"{file}: {tensors.prefix}{key}"
-        require((not key.endswith(SCALED), f"{where} is of \"scaled fp8\" weights, whose scales are not read "
-                 f"here; fetch them in half precision or plain float8"),
-                (".attn2." not in key, f"{where} is of SD3.5-medium, whose blocks have a second attention; "
-                 f"expected SD3's or D-DiT's transformer"))
+def family(tensors) -> str:
+    """Return "D-DiT" for a transformer with a text head, otherwise "SD3"."""
+    return "D-DiT" if "text_proj_out.weight" in tensors else "SD3"
 
 
 def shown(value) -> str:
@@ -114,63 +108,54 @@ def shown(value) -> str:
 
 
 class Config:
-    """Values of a part's config.json that no shape shows, each checked, with defaults where it has none.
+    """Values of a part's config.json that no shape shows, each checked, with defaults.
     A size that a shape shows is not read here."""
 
-    def __init__(self, tensors, config: dict | None):
-        self.found, self.where = config or {}, tensors.files[0].parent / "config.json"
+    def __init__(self, tensors, config: dict):
+        self.found = config
+        self.where = tensors.files[0].parent / "config.json"
 
-    def refuse(self, key: str, expected) -> UserError:
-        return UserError(f"{self.where}: \"{key}\" is {shown(self.found[key])}, expected {expected}")
+    def check(self, key: str, holds: bool, expected) -> None:
+        require((holds, f"{self.where}: \"{key}\" is {shown(self.found.get(key))}, expected {expected}"))
 
     def whole(self, key: str, default: int) -> int:
-        """A whole number that no shape shows."""
+        """Read a whole number above 0."""
         value = self.found.get(key, default)
-        if type(value) is not int or value < 1:
-            raise self.refuse(key, "a whole number")
+        self.check(key, type(value) is int and value > 0, "a whole number")
         return value
 
     def expect(self, key: str, value: int) -> int:
-        """Return a size that no shape shows: of the heads, or the number of blocks, which tells a file that
-        lacks the last ones.  Raises UserError where config.json has another value."""
-        if self.whole(key, value) != value:
-            raise self.refuse(key, f"{value}, which its tensors have")
+        """Return a size that the tensors have.  Raises UserError where config.json has another value: the
+        file may lack its last blocks."""
+        self.check(key, self.whole(key, value) == value, f"{value}, which its tensors have")
         return value
 
     def real(self, key: str, default: float, low: float = -math.inf) -> float:
         value = self.found.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= low:
-            raise self.refuse(key, "a number" if low else "a number above 0")
+        number = type(value) in (int, float) and math.isfinite(value)
+        self.check(key, number and value > low, "a number" if low else "a number above 0")
         return float(value)
 
     def only(self, key: str, *values) -> None:
         """Refuse a value that means something which is not read here."""
         value = self.found.get(key, values[0])
-        if not any(type(value) is type(known) and value == known for known in values):
-            raise self.refuse(key, " or ".join(map(shown, values)))
+        known = [(type(each), each) for each in values]
+        self.check(key, (type(value), value) in known, " or ".join(map(shown, values)))
 
 
-def has_type(value, kind) -> bool:
-    """Tell whether a value read from JSON has the type of an annotation, such as float or int | None."""
-    kinds = get_args(kind) if isinstance(kind, UnionType) else [kind]
-    if float in kinds and type(value) is int:                    # JSON may write 1.0 as 1
-        return True
-    return type(value) in [get_origin(each) or each for each in kinds]
-
-
-def own_config(found: dict, where: Path) -> MMDiTConfig:
+def own_config(config: dict, where: Path) -> MMDiTConfig:
     """Return the "mmdit" of a config.json of ours.  Raises UserError for an unknown name or a bad value."""
-    kinds, known = get_type_hints(MMDiTConfig), {field.name: field for field in fields(MMDiTConfig)}
-    unknown = sorted(set(found) - set(known))
-    require((not unknown, f"{where}: unknown sizes {', '.join(unknown)}, known are {', '.join(known)}"))
-    for name, value in found.items():
-        kind, low = kinds[name], known[name].metadata.get("low")
-        expected = getattr(kind, "__name__", str(kind))
-        if low is not None:
-            expected += f" of at least {low}"
-        good = has_type(value, kind) and (low is None or value >= low)
-        require((good, f"{where}: \"{name}\" is {shown(value)}, expected {expected}"))
-    c = MMDiTConfig(**found)
+    kinds = get_type_hints(MMDiTConfig)
+    lows = {field.name: field.metadata.get("low", -math.inf) for field in fields(MMDiTConfig)}
+    unknown = sorted(config.keys() - kinds)
+    require((not unknown, f"{where}: unknown sizes {', '.join(unknown)}, known are {', '.join(kinds)}"))
+    for name, value in config.items():
+        kind, low = kinds[name], lows[name]
+        accepted = (int, float) if kind is float else (kind,)    # JSON may write 1.0 as 1
+        limit = f" of at least {low}" if math.isfinite(low) else ""
+        good = type(value) in accepted and (not limit or value >= low)
+        require((good, f"{where}: \"{name}\" is {shown(value)}, expected {kind.__name__}{limit}"))
+    c = MMDiTConfig(**config)
     side = f"{where}: \"position_size\" is {c.position_size}, expected"
     require((c.position_base <= c.position_size, f"{side} at least \"position_base\", {c.position_base}"),
             (c.position_size ** 2 * c.width < 2**30, f"{side} a table of less than 4 GiB"))
@@ -178,87 +163,74 @@ def own_config(found: dict, where: Path) -> MMDiTConfig:
 
 
 def own_entries(module: nn.Module, *buffers: str) -> dict[str, Entry]:
-    """A file of ours has the module's names and shapes."""
+    """Describe a file of ours: it has the module's names and shapes."""
     held = dict(module.named_parameters()) | {name: getattr(module, name) for name in buffers}
     return {name: Entry([name], tuple(tensor.shape)) for name, tensor in held.items()}
 
 
-def mmdit_config(tensors, config: dict | None, naming: str, vocab_size: int = 32100) -> MMDiTConfig:
+def mmdit_config(tensors, config: dict, naming: str, vocab_size: int = 32100) -> MMDiTConfig:
     """Return a published transformer's sizes: from the shapes, and from config.json what no shape shows."""
     c = Config(tensors, config)
-    c.only("dual_attention_layers", [], None)                    # SD3.5-medium has some
-    c.only("quantization_config", None)
-    c.only("qk_norm", None, "rms_norm")
-    patch_in = "x_embedder.proj.weight" if naming == "file" else "pos_embed.proj.weight"
-    table, blocks = ("pos_embed", "joint_blocks.") if naming == "file" else (
-        "pos_embed.pos_embed", "transformer_blocks.")
-    qk_norm = ("joint_blocks.0.x_block.attn.ln_q.weight" if naming == "file" else
-               "transformer_blocks.0.attn.norm_q.weight") in tensors
+    names = SD3_FILE if naming == "file" else DIFFUSERS
+    [patch_in, table, blocks, q_norm] = [rename(name, names)[0][0] for name in (
+        "img_in.weight", "positions", "blocks.", "blocks.0.img.q_norm.weight")]
+    c.only("qk_norm", "rms_norm" if q_norm in tensors else None)
     head = c.whole("attention_head_dim", 64)                                  # 64 in every published model
     heads = c.expect("num_attention_heads", max(1, tensors.size(patch_in, 0) // head))
     patch = tensors.size(patch_in, 2)
     side = math.isqrt(tensors.size(table, 1))
-    base = max(1, c.whole("sample_size", 64 * patch) // patch)
-    base = base if config else position_base(tensors, table, side)
-    if "text_proj_out.weight" in tensors:
+    base = min(side, max(1, c.whole("sample_size", 64 * patch) // patch))
+    nulls = 8
+    if family(tensors) == "D-DiT":
         vocab_size = tensors.size("text_proj_out.weight", 0)
-    nulls = tensors.size("null_image_embd", 1) if "null_image_embd" in tensors else 8
+        nulls = tensors.size("null_image_embd", 1)
     return MMDiTConfig(
         depth=c.expect("num_layers", tensors.count(blocks)), heads=heads, width=heads * head, patch=patch,
         channels=tensors.size(patch_in, 1), position_size=side, position_base=base,
         vocab_size=vocab_size, null_tokens=nulls, text_width=tensors.size("context_embedder.weight", 1),
-        qk_norm=c.found["qk_norm"] is not None if "qk_norm" in c.found else qk_norm)
+        qk_norm=q_norm in tensors)
 
 
-def position_base(tensors, table: str, side: int) -> int:
-    """The base of a stored position table: its second position is at base / side, and the first entry there
-    is the sine of that.  Few bits say 61 for 64: then it is a power of two that rounds to what is stored."""
-    stored = tensors.read(table).flatten()[tensors.size(table, 2)]
-    exact = max(1.0, side * math.asin(min(1, max(-1, float(stored)))))
-    near = 2 ** round(math.log2(exact))
-    fits = float(torch.tensor(math.sin(near / side), device="cpu").to(stored.dtype)) == float(stored)
-    return near if fits else round(exact)
-
-
-def mmdit_entries(model: MMDiT, table: list[tuple[str, str]], from_sd3: bool) -> dict[str, Entry]:
+def mmdit_entries(model: MMDiT, family: str, naming: str) -> dict[str, Entry]:
     """Where each parameter, and the position table, is found in a published transformer."""
     config = model.config
-    D, p, last = config.width, config.patch, f"blocks.{config.depth - 1}.txt."
+    D, last = config.width, f"blocks.{config.depth - 1}.txt."
+    table = SD3_FILE if naming == "file" else SD3_FOLDER if family == "SD3" else RELEASE
     entries = {}
-    if from_sd3:    # a model of one block has everything that SD3's last block lacks
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            new = MMDiT(replace(config, depth=1, position_size=1)).state_dict()
-    for name, parameter in [*model.named_parameters(), ("positions", model.positions)]:
+    for name, tensor in [*model.named_parameters(), ("positions", model.positions)]:
         keys, swap = rename(name, table)
-        shape = tuple(parameter.shape)
-        shape = (shape[0] // len(keys), *shape[1:])
+        shape = (tensor.shape[0] // len(keys), *tensor.shape[1:])
         if name == "positions":
             shape = (1, config.position_size ** 2, D)
         elif name == "img_in.weight":
-            shape = (D, config.channels, p, p)
+            shape = (D, config.channels, config.patch, config.patch)
         entries[name] = Entry(keys, shape, swap)
-        if not from_sd3:
-            continue
-        if name.startswith(last + "modulation."):                # SD3 has (shift, scale) of attention alone
-            entries[name] = Entry(keys, (2 * D, *shape[1:]), table is SD3_FOLDER,
-                                  torch.zeros(4 * D, *shape[1:]))
-        elif name in ("txt_out.weight", "txt_out.bias", "null_image") or (
-                name.startswith(last) and name.split(".")[3] in ("out", "fc1", "fc2")):
+    if family == "D-DiT":
+        return entries
+    # a model of one block has everything that SD3's last block lacks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        new = MMDiT(replace(config, depth=1, position_size=1)).state_dict()
+    for name, entry in entries.items():
+        if name.startswith(last + "modulation."):                # SD3 has (shift, scale) of attention only
+            entry.swap = naming == "folder"
+            entry.fresh = torch.zeros(4 * D, *entry.shape[1:])
+            entry.shape = (2 * D, *entry.shape[1:])
+        elif name.startswith(("txt_out.", "null_image", f"{last}out.", f"{last}fc")):
             entries[name] = Entry([], (), fresh=new[name.replace(last, "blocks.0.txt.")])
     return entries
 
 
-def vae_config(tensors, config: dict | None, naming: str) -> VAEConfig:
+def vae_config(tensors, config: dict, naming: str) -> VAEConfig:
     """Return an autoencoder's sizes, from the shapes, and its scale and shift: config.json's or SD3's."""
     c = Config(tensors, config)
     for key in ("latents_mean", "latents_std"):
         c.only(key, None)
-    for key in ("use_quant_conv", "use_post_quant_conv"):
-        c.only(key, False, None)
     level, block = ("encoder.down.", ".block.") if naming == "file" else ("encoder.down_blocks.", ".resnets.")
     widths = [tensors.size(f"{level}{i}{block}0.conv1.weight", 0) for i in range(tensors.count(level))]
-    shift = 0.0 if c.found.get("shift_factor", 0) is None else c.real("shift_factor", VAEConfig.shift)
+    shift = 0.0
+    if c.found.get("shift_factor", 0) is not None:
+        shift = c.real("shift_factor", VAEConfig.shift)
     return VAEConfig(
         tuple(widths), blocks=tensors.count(f"{level}0{block}"),
         latent=tensors.size("decoder.conv_in.weight", 1),
@@ -267,57 +239,59 @@ def vae_config(tensors, config: dict | None, naming: str) -> VAEConfig:
 
 
 def vae_entries(vae: AutoencoderKL, naming: str) -> dict[str, Entry]:
-    """Where each parameter of an autoencoder is found in the naming of the "file" or of the "folder"."""
+    """Return where each parameter of an autoencoder is found in the naming of the "file" or "folder"."""
     entries = {}
     for name, parameter in vae.named_parameters():
-        shape, way = tuple(parameter.shape), name.split(".")[1]           # "down" or "up", where there is one
-        if naming == "file":  # 1x1 convolutions in attention, and up levels numbered from the largest picture
+        shape = tuple(parameter.shape)
+        way, level = name.split(".")[1:3]               # of a level: "down" or "up", and its number
+        if naming == "folder":
+            keys, _ = rename(name, VAE_FOLDER + [(".resample.", f".{way}samplers.0.conv.")])
+        else:   # 1x1 convolutions in attention, and up levels numbered from the largest image
+            if ".attention." in name and len(shape) == 2:
+                shape += (1, 1)
             table = VAE_FILE + [(".resample.", f".{way}sample.conv.")]
-            shape += (1, 1) if ".attention." in name and len(shape) == 2 else ()
-        else:
-            table = VAE_FOLDER + [(".resample.", f".{way}samplers.0.conv.")]
-        keys, _ = rename(name, table)
-        if naming == "file" and keys[0].startswith("decoder.up."):
-            at = int(name.split(".")[2])
-            keys = [keys[0].replace(f".up.{at}.", f".up.{len(vae.config.widths) - 1 - at}.")]
+            if way == "up":
+                mirrored = len(vae.config.widths) - 1 - int(level)
+                table += [(f".up.{level}.", f".up.{mirrored}.")]
+            keys, _ = rename(name, table)
         entries[name] = Entry(keys, shape)
     return entries
 
 
-def t5_config(tensors, config: dict | None, naming: str) -> T5Config:
+def t5_config(tensors, config: dict, naming: str) -> T5Config:
     """Return a T5 encoder's sizes: from the shapes, and from config.json what no shape shows."""
     c = Config(tensors, config)
     c.only("feed_forward_proj", "gated-gelu")
-    c.only("quantization_config", None)
-    table, attention = t5_table(tensors), "encoder.block.0.layer.0.SelfAttention."
-    bias = attention + "relative_attention_bias.weight"
+    [bias, query, mlp] = [rename(name, T5_NAMES)[0][0] for name in (
+        "position_bias.weight", "blocks.0.q.weight", "blocks.0.wi_0.weight")]
+    table = t5_table(tensors)
     heads = c.expect("num_heads", tensors.size(bias, 1))
     return T5Config(
         vocab_size=tensors.size(table, 0), width=tensors.size(table, 1),
         depth=c.expect("num_layers", tensors.count("encoder.block.")), heads=heads,
-        head=c.expect("d_kv", max(1, tensors.size(attention + "q.weight", 0) // heads)),
-        hidden=tensors.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
-        buckets=tensors.size(bias, 0),
+        head=c.expect("d_kv", max(1, tensors.size(query, 0) // heads)),
+        hidden=tensors.size(mlp, 0), buckets=tensors.size(bias, 0),
         distance=c.whole("relative_attention_max_distance", T5Config.distance),
         eps=c.real("layer_norm_epsilon", T5Config.eps, 0))
 
 
 def t5_table(tensors) -> str:
-    """What a T5 file calls its token table; with both names, the first."""
-    return "shared.weight" if "shared.weight" in tensors or T5_TWIN not in tensors else T5_TWIN
+    """Return the name of a T5 file's token table; with both names, the first."""
+    table, twin = T5_TABLES
+    return table if table in tensors else twin
 
 
 def t5_entries(t5: T5Encoder, table: str) -> dict[str, Entry]:
-    """Where each parameter of T5 is found; `table` is what the file calls the token table."""
-    return {name: Entry([table] if name == "embed.weight" else rename(name, T5_NAMES)[0], tuple(p.shape))
-            for name, p in t5.named_parameters()}
+    """Return where each parameter of T5 is found; table: `t5_table`."""
+    names = [("embed.weight", table)] + T5_NAMES
+    return {name: Entry(rename(name, names)[0], tuple(p.shape)) for name, p in t5.named_parameters()}
 
 
 def published_state(model: MMDiT, layout: str) -> dict[str, Tensor]:
-    """A transformer's tensors as D-DiT's "release" or the "sd3" folder names and shapes them."""
-    state, held = {}, dict(model.named_parameters()) | {"positions": model.positions}
-    table = RELEASE if layout == "release" else SD3_FOLDER
-    for name, entry in mmdit_entries(model, table, layout == "sd3").items():
+    """Return a transformer's tensors as D-DiT's "release" or the "sd3" folder names and shapes them."""
+    held = dict(model.named_parameters()) | {"positions": model.positions}
+    state = {}
+    for name, entry in mmdit_entries(model, "SD3" if layout == "sd3" else "D-DiT", "folder").items():
         if not entry.keys:
             continue                                             # SD3 has no such part
         tensor = held[name].detach()
@@ -325,35 +299,38 @@ def published_state(model: MMDiT, layout: str) -> dict[str, Tensor]:
             tensor = tensor[:-len(entry.fresh)]
         if entry.swap:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        pieces = zip(entry.keys, tensor.chunk(len(entry.keys)))
-        state |= {key: piece.reshape(entry.shape).contiguous() for key, piece in pieces}
+        for key, piece in zip(entry.keys, tensor.chunk(len(entry.keys))):
+            state[key] = piece.reshape(entry.shape).contiguous()
     if layout == "sd3":
-        D, at = model.config.width, "time_text_embed.text_embedder.linear_"
-        state |= {f"{at}1.weight": torch.zeros(D, POOLED_WIDTH), f"{at}2.weight": torch.zeros(D, D)}
-        state |= {f"{at}{i}.bias": torch.zeros(D) for i in (1, 2)}
+        D = model.config.width
+        for i, inputs in (1, POOLED_WIDTH), (2, D):
+            state[f"time_text_embed.text_embedder.linear_{i}.weight"] = torch.zeros(D, inputs)
+            state[f"time_text_embed.text_embedder.linear_{i}.bias"] = torch.zeros(D)
     return state
 
 
 def published_files(c: MMDiTConfig, layout: str) -> dict[str, dict]:
-    """The JSON files of a folder in that layout, by name, as its pipeline reads them."""
-    release = layout == "release"
+    """Return the JSON files of a folder in that layout, by name, as its pipeline reads them."""
+    t5, tokenizer = ["transformers", "T5EncoderModel"], ["transformers", "T5TokenizerFast"]
     sizes = dict(
-        _class_name="SD3JointModelFlexible" if release else "SD3Transformer2DModel",
         attention_head_dim=c.width // c.heads, caption_projection_dim=c.width, dual_attention_layers=[],
         in_channels=c.channels, joint_attention_dim=c.text_width, num_attention_heads=c.heads,
         num_layers=c.depth, out_channels=c.channels, patch_size=c.patch, pooled_projection_dim=POOLED_WIDTH,
         pos_embed_max_size=c.position_size, qk_norm="rms_norm" if c.qk_norm else None,
         sample_size=c.position_base * c.patch)
-    t5, tokenizer = ["transformers", "T5EncoderModel"], ["transformers", "T5TokenizerFast"]
-    clip = {name: [None, None] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
-    parts = dict(_class_name="DualDiffSD3Pipeline", text_encoder=t5, tokenizer=tokenizer,
-                 transformer=["sd3_modules.sd3_model", "SD3JointModelFlexible"]) if release else dict(
-        _class_name="StableDiffusion3Pipeline", **clip, text_encoder_3=t5, tokenizer_3=tokenizer,
-        transformer=["diffusers", "SD3Transformer2DModel"])
-    return {
-        "transformer/config.json": sizes | (dict(vocab_size=c.vocab_size) if release else {}),
-        "scheduler/scheduler_config.json": dict(
-            _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0,
-            use_dynamic_shifting=False),
-        "model_index.json": parts | dict(scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
-                                         vae=["diffusers", "AutoencoderKL"])}
+    parts = dict(scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                 vae=["diffusers", "AutoencoderKL"])
+    if layout == "release":
+        sizes.update(_class_name="SD3JointModelFlexible", vocab_size=c.vocab_size)
+        parts.update(_class_name="DualDiffSD3Pipeline", text_encoder=t5, tokenizer=tokenizer,
+                     transformer=["sd3_modules.sd3_model", "SD3JointModelFlexible"])
+    else:
+        sizes.update(_class_name="SD3Transformer2DModel")
+        parts.update(_class_name="StableDiffusion3Pipeline", text_encoder_3=t5, tokenizer_3=tokenizer,
+                     transformer=["diffusers", "SD3Transformer2DModel"])
+        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            parts[name] = [None, None]
+    scheduler = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0,
+                     use_dynamic_shifting=False)
+    return {"transformer/config.json": sizes, "scheduler/scheduler_config.json": scheduler,
+            "model_index.json": parts}

@@ -1,11 +1,11 @@
 """A walk that can be seen: one html file of a picture being drawn, or of a text being written, with what the
 network attended to at each step.  It opens from a file and can fetch nothing.
 
-    with watching(mmdit, patches=64, reads="words") as attention: ...   # (K, N, L) of each evaluation
+    with watching(mmdit, "words") as attention: ...   # (K, N, L) of each evaluation
     Path("walk.html").write_text(drawing(prompt, words, steps, attention, (8, 8), dict(seed=0)), "utf-8")
 
 Shapes: B batch, H heads, K blocks kept, N image tokens (rows x columns patches), L text tokens, d size of a
-head, W maps in one tensor; pictures (3, height, width) in [-1, 1].
+head, W maps in one tensor; images (3, height, width) in [-1, 1].
 """
 
 import base64
@@ -14,7 +14,8 @@ import io
 import json
 import re
 from contextlib import ExitStack, contextmanager
-from typing import Iterator, Sequence
+from inspect import signature
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,59 +25,61 @@ from torch import Tensor
 from model import MMDiT
 from pictures import to_picture
 
-SIDE, COARSE = 256, 16  # pixels of a picture on the page, at most; patches a side where there are too many
-MOST, NUMBERS = 600_000, 4_000_000    # characters of attention on the page; K N L that an evaluation keeps
+SIDE = 256              # pixels of an image on the page, at most
+COARSE = 16             # patches a side where there are too many
+MOST = 450_000          # numbers of attention on the page, where more are reduced
+NUMBERS = 4_000_000     # K N L that an evaluation keeps
 
 
 @contextmanager
-def watching(mmdit: MMDiT, patches: int, reads: str,
-             chosen: list[int] | None = None) -> Iterator[list[Tensor]]:
-    """While it lasts, each evaluation adds to the list what the batch's first row attended to, softmax(q k' /
-    sqrt(d)) in float32 and its mean over heads, float16 on the CPU; what the network computes stays the same.
+def watching(mmdit: MMDiT, reads: str) -> Iterator[list[Tensor]]:
+    """Record in the list what the batch's first row attends to in each evaluation: softmax(q k' / sqrt(d)) in
+    float32 and its mean over heads, float16 on the CPU.  What the network computes stays the same.
 
     reads: "words", each patch's to each token, (K, N, L), of evaluations that give a velocity; or "patches",
-    each token's to each patch, (K, L, N), of those that give logits; those without a picture add nothing.
-    chosen: the blocks kept, all by default.  Where K N L is over 4 million they are averaged, K = 1: an
-    evaluation keeps at most 8 MB, or 2 N L bytes.  Not under torch.compile.  Raises ValueError."""
-    if reads not in ("words", "patches"):
-        raise ValueError(f"reads is {reads!r}, expected \"words\" or \"patches\"")
-    blocks = list(mmdit.blocks) if chosen is None else [mmdit.blocks[k] for k in chosen]
-    found, seen, wanted = [], {}, False
+    each token's to each patch, (K, L, N), of those that give logits; those without an image add nothing.
+    Where K N L is over 4 million the blocks are averaged, K = 1: an evaluation keeps at most 8 MB, or 2 N L
+    bytes.  Not under torch.compile."""
+    recorded, maps, patches = [], [], 0
 
     def start(_, args, named):
-        nonlocal wanted
-        given = dict(zip(("latents", "text", "t", "need", "at", "kept"), args)) | named
-        z, need = given["latents"], "logits" if given.get("kept") else given.get("need", "both")
-        wanted = z is not None and need in ("both", "velocity" if reads == "words" else "logits")
-        if wanted and patches != (there := z.shape[2] * z.shape[3] // mmdit.config.patch ** 2):
-            raise ValueError(f"a picture of {there} patches, watching expects {patches}")
+        nonlocal patches
+        given = signature(mmdit.forward).bind(*args, **named).arguments
+        latents = given["latents"]
+        need = "logits" if given.get("kept") else given.get("need", "both")
+        patches = 0
+        if latents is not None and need in ("both", "velocity" if reads == "words" else "logits"):
+            patches = latents.shape[2] * latents.shape[3] // mmdit.config.patch ** 2
 
     def end(*_):
-        if wanted:
-            maps = torch.stack([seen.pop(i) for i in range(len(blocks))])         # (K, N, L) or (K, L, N)
-            found.append((maps.float().mean(0, True).half() if maps.numel() > NUMBERS else maps).cpu())
+        if patches:
+            stacked = torch.stack(maps)                                           # (K, N, L) or (K, L, N)
+            maps.clear()
+            if stacked.numel() > NUMBERS:
+                stacked = stacked.float().mean(0, True).half()
+            recorded.append(stacked.cpu())
 
-    def watched(i, attention):
+    def watched(attention):
         @torch.no_grad()
         def call(q, k, v):
-            if wanted:          # image first, then text; in the last block and in `read` one's queries alone
-                both = slice(patches), slice(patches - k.shape[2], None)
-                rows, columns = both if reads == "words" else both[::-1]
+            if patches:         # image first, then text; in the last block and in `read` only one's queries
+                rows, columns = slice(patches), slice(patches - k.shape[2], None)
+                if reads == "patches":
+                    rows, columns = columns, rows
                 with torch.autocast(q.device.type, enabled=False):
                     heads = (((a[rows].float() * a.shape[-1] ** -0.5) @ b.float().T).softmax(-1)[:, columns]
                              for a, b in zip(q[0], k[0]))        # one by one: N (N + L) numbers at a time
-                    seen[i] = (sum(heads) / q.shape[1]).half()                    # (N, L) or (L, N)
+                    maps.append((sum(heads) / q.shape[1]).half())                 # (N, L) or (L, N)
             return attention(q, k, v)
         return call
 
     with ExitStack() as stack:
         stack.callback(mmdit.register_forward_pre_hook(start, with_kwargs=True).remove)
         stack.callback(mmdit.register_forward_hook(end).remove)
-        for i, block in enumerate(blocks):
-            own = vars(block).get("attention")
-            stack.callback(*(setattr, block, "attention", own) if own else (delattr, block, "attention"))
-            block.attention = watched(i, block.attention)
-        yield found
+        for block in mmdit.blocks:
+            block.attention = watched(block.attention)
+            stack.callback(delattr, block, "attention")
+        yield recorded
 
 
 def inline(picture: Tensor) -> str:
@@ -88,89 +91,91 @@ def inline(picture: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def packed(maps: Sequence[Tensor | None], shape: tuple[int, int], grid: tuple[int, int],
-           per: str) -> tuple[list, tuple[int, int], str]:
-    """Maps (K, W, N), one per "step" or "word", for the page: (each as scales (K,) and base64 of K W N bytes,
-    the grid that they are of, what was done to them).  Raises ValueError where (W, N) is another shape.
+def packed(maps: list[Tensor | None], grid: tuple[int, int], per: str) -> tuple[list, tuple[int, int], str]:
+    """Pack maps (K, W, N), one per "step" or "word", for the page.  Return each as scales (K,) and base64 of
+    K W N bytes, the grid that they have, and a note.
 
     A byte is 255 sqrt(p / scale), which keeps the weak beside the strong; scale is the greatest p of a block.
-    Of patches pooled a step has the mean, a word, which attends to them, the sum."""
-    if wrong := {tuple(x.shape[1:]) for x in maps if x is not None} - {shape}:
-        raise ValueError(f"attention of {wrong} (words, patches), expected {shape}, of a grid of {grid}")
-    done, every = [], lambda function: [None if x is None else function(x) for x in maps]
-    size = lambda: sum(x.numel() for x in maps if x is not None) * 4 / 3
-    few = tuple(max(1, round(side * min(1, COARSE / max(1, *grid)))) for side in grid)
-    if size() > MOST and few != grid:
-        times = shape[1] / (few[0] * few[1]) if per == "word" else 1
-        maps = every(lambda x: F.adaptive_avg_pool2d(x.float().unflatten(2, grid), few).flatten(2) * times)
-        done, grid = [f"pooled from {grid[0]} x {grid[1]} to {few[0]} x {few[1]} patches"], few
-    if size() > MOST and any(x is not None and len(x) > 1 for x in maps):
-        maps = every(lambda x: x.float().mean(0, True))
-        done += ["the mean of the blocks alone"]
-    if (apart := int(size() // MOST) + 2) > 2:                   # not + 1, for the first is always kept
-        maps = [x if i % apart == 0 else None for i, x in enumerate(maps)]
-        done += [f"of one {per} in {apart}"]
-    maps = every(lambda x: x.float().nan_to_num(0.0).clamp(min=1e-9))
-    levels = lambda x: (x / x.amax((1, 2), True)).sqrt().mul(255).round().byte().numpy().tobytes()
-    found = every(lambda x: dict(scales=x.amax((1, 2)).tolist(), bytes=base64.b64encode(levels(x)).decode()))
-    kept = f" Attention: mean over heads, in 8 bits of its square root, scaled by the greatest of each {per}"
-    return found, grid, "; reduced: ".join([f"{kept} and block", *done]) + "." if any(found) else ""
+    Too many numbers are reduced: to the mean of the blocks, and to 16 patches a side.  Pooled patches show a
+    step's mean, and the sum for a word, which attends to them."""
+    reduced = sum(x.numel() for x in maps if x is not None) > MOST
+    few, entries = grid, []
+    note = (f" Attention: mean over heads, in 8 bits of its square root, scaled by the greatest of each {per}"
+            " and block")
+    if reduced:
+        few = tuple(max(1, round(side * min(1, COARSE / max(grid)))) for side in grid)
+        note += (f"; reduced: the mean of the blocks, pooled from {grid[0]} x {grid[1]} to {few[0]} x {few[1]}"
+                 " patches")
+    for x in maps:
+        if x is None:
+            entries.append(None)
+            continue
+        x = x.float()
+        if reduced:
+            x = F.adaptive_avg_pool2d(x.mean(0, True).unflatten(2, grid), few).flatten(2)
+            if per == "word":
+                x *= grid[0] * grid[1] / (few[0] * few[1])
+        x = x.nan_to_num(0.0).clamp(min=1e-9)
+        scales = x.amax((1, 2), True)
+        content = (x / scales).sqrt().mul(255).round().byte().numpy().tobytes()
+        entries.append(dict(scales=scales.flatten().tolist(), bytes=base64.b64encode(content).decode()))
+    return entries, few, f"{note}." if any(entries) else ""
 
 
 def drawing(prompt: str, words: list[str], steps: list[tuple[float, Tensor, Tensor]],
-            attention: list[Tensor | None] | None, grid: tuple[int, int], about: dict) -> str:
-    """The page of a picture being drawn.  about: settings, for one line.  Raises ValueError for a misfit.
+            attention: list[Tensor], grid: tuple[int, int], about: dict) -> str:
+    """Return the page of an image being drawn.  about: settings, for one line.
 
     words: the prompt's L tokens as they are written, spaces too, "" for an end or padding: not shown.  steps:
-    (t, x_t, the clean picture predicted there) of each evaluation, and (0.0, x, x), the result.  attention:
-    (K, N, L) of each evaluation, as `watching` reads words, or None.  grid: (rows, columns) of patches."""
-    maps, shown = list(attention or []), [i for i, word in enumerate(words) if word]
-    if len(maps) not in (0, len(steps), len(steps) - 1) or any(
-            x.shape[2] != len(words) for x in maps if x is not None):
-        raise ValueError(f"attention of {len(maps)} steps, expected {len(steps)}, of {len(words)} words each")
-    maps = [None if x is None else x[..., shown].transpose(1, 2) for x in maps if shown]
-    maps, coarse, done = packed(maps, (len(shown), grid[0] * grid[1]), grid, "step")
+    (t, x_t, the clean image predicted there) of each evaluation, and (0.0, x, x), the result.  attention:
+    (K, N, L) of each evaluation, as `watching` reads words.  grid: (rows, columns) of patches."""
+    shown = [i for i, word in enumerate(words) if word]
+    maps, coarse, note = packed([x[..., shown].transpose(1, 2) for x in attention if shown], grid, "step")
     strip = "\n".join(f'<button><img src="{inline(x)}" alt=""><img src="{inline(clean)}" alt=""> {t:.2f}'
                       '</button>' for t, x, clean in steps)
     views = "".join(VIEW.format("", text) for text in ("x<sub>t</sub>", "x&#770;, clean as predicted there"))
     labels = [f"step {i} of {len(steps) - 1}, t = {t:.3f}" for i, (t, *_) in enumerate(steps[:-1], 1)]
-    return filled("drawing", prompt, about, views, strip, steps[0][1], done, [
-        words[i] for i in shown if any(maps)], maps=maps, grid=coarse, labels=labels + ["the result, t = 0"])
+    return filled("drawing", prompt, about, views, strip, note, [words[i] for i in shown],
+                  maps=maps, grid=coarse, labels=labels + ["the result, t = 0"])
 
 
 def writing(picture: Tensor | None, pieces: list[str], revealed: list[int], probability: list[float | None],
-            attention: list[Tensor | None] | None, grid: tuple[int, int] | None, about: dict) -> str:
-    """The page of a text being unmasked, the paper's Figure 2.  Raises ValueError for a misfit.
+            attention: list[Tensor | None], grid: tuple[int, int], about: dict) -> str:
+    """Return the page of a text being unmasked, the paper's Figure 2.
 
     pieces: the final L tokens as they are written, spaces too, "" for an end or padding.  revealed: the step
     at which each came, 0 where it was given; probability: its own at that moment, or None.  attention: each
-    token's (K, N), its row as `watching` reads patches, or None.  picture, grid: None for a text about no picture."""
-    L, attention, grid, last = len(pieces), list(attention or []), grid or (0, 0), max(2, *revealed)
-    if {len(revealed), len(probability), len(attention) or L} != {L}:
-        raise ValueError(f"{L} pieces need as many of revealed, probability and attention")
-    states = [(step, [piece if when <= step else "[MASK]" for piece, when in zip(pieces, revealed)])
-              for step in sorted({0, *revealed})]
+    token's (K, N), its row as `watching` reads patches, or None.  picture: None for a text about none."""
+    last = max(2, *revealed)
     maps = [None if x is None else x[:, None] for x in attention]                 # (K, 1, N) each
-    maps, coarse, done = packed(maps, (1, grid[0] * grid[1]), grid, "word")
-    tint = lambda step: f"hsl({220 + 170 * (step - 1) / (last - 1):.0f} 80% 55% / 0.38)" if step else ""
+    maps, coarse, note = packed(maps, grid, "word")
+
+    def tint(step: float) -> str:
+        return f"hsl({220 + 170 * (step - 1) / (last - 1):.0f} 80% 55% / 0.38)" if step else ""
     view = "" if picture is None else VIEW.format(f'src="{inline(picture)}"', "the picture that is read")
     view += (f'<p id="legend" class="small">Written at step 1 <i style="background: linear-gradient(90deg, '
              f'{tint(1)}, {tint((1 + last) / 2)}, {tint(last)})"></i> {last}; plain: given</p>')
-    known = [f"step {step}, probability {'unknown' if p is None else f'{p:.3f}'}" if step else "given"
-             for step, p in zip(revealed, probability)]
-    labels = [f"step {step} of {states[-1][0]}, {ids.count('[MASK]')} masked" for step, ids in states]
-    states = [[None if a == b else a.strip() for a, b in zip(ids, pieces)] for _, ids in states]
-    return filled("writing", "A text, step by step", about, view, "", picture, done, pieces, labels=labels,
+    known = []
+    for step, p in zip(revealed, probability):
+        certainty = "unknown" if p is None else f"{p:.3f}"
+        known.append(f"step {step}, probability {certainty}" if step else "given")
+    states, labels = [], []
+    for now in sorted({0, *revealed}):
+        states.append([None if step <= now else "[MASK]" for step in revealed])   # None: the final piece
+        masked = sum(step > now for step in revealed)
+        labels.append(f"step {now} of {max(revealed)}, {masked} masked")
+    return filled("writing", "A text, step by step", about, view, "", note, pieces, labels=labels,
                   known=known, tints=list(map(tint, revealed)), states=states, maps=maps, grid=coarse)
 
 
-def filled(kind: str, title: str, about: dict, views: str, strip: str, picture: Tensor | None, note: str,
-           words: list[str], **data) -> str:
-    """The page.  Every text goes in by one pass, so that none can stand for another's place."""
-    if picture is not None and max(picture.shape[1:]) > SIDE:
-        note = f" Pictures: of {picture.shape[2]} x {picture.shape[1]}, shrunk to {SIDE} pixels.{note}"
+def filled(kind: str, title: str, about: dict, views: str, strip: str, note: str, words: list[str],
+           **data) -> str:
+    """Fill in the page.  Every text goes in by one pass, so that none can stand for another's place."""
     data = json.dumps(dict(data, words=[word.strip() for word in words]), separators=(",", ":"))
-    shown = [" " * word.startswith(" ") + f"<button>{html.escape(word.strip())}</button>" for word in words]
+    shown = []
+    for word in words:
+        space = " " if word.startswith(" ") else ""
+        shown.append(f"{space}<button>{html.escape(word.strip())}</button>")
     about = html.escape(" · ".join(f"{name} {value}" for name, value in about.items()))
     texts = dict(kind=kind, title=html.escape(title), about=about, views=views, strip=strip, note=note,
                  words="".join(shown), data=data.replace("<", "\\u003c"), style=STYLE, script=SCRIPT)

@@ -7,7 +7,6 @@ Shapes: B batch, L tokens, E width of text states.
 """
 
 import hashlib
-import math
 import os
 import re
 from pathlib import Path
@@ -17,10 +16,11 @@ from torch import Tensor
 
 import buckets
 import checkpoint
-from cli import UserError, require
+from cli import require
 from devices import has_bfloat16
+from files import sha256
 from t5 import T5Encoder
-from tensors import read_any
+from tensors import Tensors, finite, read_any
 from tokenizer import Tokenizer
 from vae import AutoencoderKL, Pixels
 
@@ -31,24 +31,23 @@ PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random", image
 
 
 def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
-    """The aligned [MASK] embedding, one vector (E,): a .safetensors or a .pth that holds one tensor.
+    """Read the aligned [MASK] embedding, one vector (E,): a .safetensors or a .pth that holds one tensor.
 
     width: E, if it is known.  A .pth is unpickled with weights_only.  Raises UserError."""
     path = Path(path)
-    held = read_any(path, lambda error: f"not a file of one tensor ({str(error).splitlines()[0]})")
-    found = list(held.values()) if isinstance(held, dict) else [held]
-    if [isinstance(x, Tensor) and x.numel() == max(x.shape, default=0) for x in found] != [True]:
-        shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in found[:4]]
-        raise UserError(f"{path}: expected one vector, the [MASK] embedding, found {', '.join(shapes)}")
-    if not checkpoint.finite(found[0]):
-        raise UserError(f"{path}: the [MASK] embedding holds NaN or infinity")
-    row = found[0].numel()
-    require((width in (None, row), f"{path}: a [MASK] embedding of {row} numbers, this T5 has {width}"))
-    return found[0].detach().flatten()
+    content = read_any(path, lambda error: f"not a file of one tensor ({str(error).splitlines()[0]})")
+    tensors = list(content.values()) if isinstance(content, dict) else [content]
+    [vector] = tensors if len(tensors) == 1 else [None]
+    require((isinstance(vector, Tensor) and vector.numel() == max(vector.shape, default=0),
+             f"{path}: expected one vector, the [MASK] embedding"))
+    row = len(vector.flatten())
+    require((finite(vector), f"{path}: the [MASK] embedding holds NaN or infinity"),
+            (width in (None, row), f"{path}: a [MASK] embedding of {row} numbers, this T5 has {width}"))
+    return vector.detach().flatten()
 
 
 def check_text_encoder(path: str | Path, tokenizer: Tokenizer, width: int | None = None) -> None:
-    """Raises UserError, from T5's headers alone, where it lacks rows for the tokenizer's ids, or its states
+    """Raise UserError, from T5's headers, where it lacks rows for the tokenizer's ids, or its states
     have not the `width` that the transformer reads."""
     sizes, ids = checkpoint.t5_sizes(path), tokenizer.vocab_size
     require((ids <= sizes.vocab_size, f"{path}: T5's table has {sizes.vocab_size} rows, the tokenizer {ids} "
@@ -59,7 +58,7 @@ def check_text_encoder(path: str | Path, tokenizer: Tokenizer, width: int | None
 
 def load_text_encoder(path: str | Path, dtype: torch.dtype, tokenizer: Tokenizer, width: int | None = None,
                       vector: Tensor | None = None) -> T5Encoder:
-    """T5 that fits (`check_text_encoder`), with `vector` (E,), if any, as its [MASK] embedding."""
+    """Load a T5 that fits (`check_text_encoder`), with `vector` (E,), if any, as its [MASK] embedding."""
     check_text_encoder(path, tokenizer, width)
     encoder = checkpoint.load_t5(path, dtype)
     if vector is not None:
@@ -68,9 +67,8 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype, tokenizer: Tokenizer
 
 
 def load_autoencoder(path: str | Path, channels: int) -> AutoencoderKL | Pixels:
-    """In float32, for it is one percent of the whole; for a transformer on latents of so many channels.
-
-    Raises UserError."""
+    """Load it in float32, for it is one percent of the whole.  Raises UserError where a transformer on
+    latents of so many channels can't use it."""
     autoencoder = checkpoint.load_vae(path)
     require((autoencoder.channels == channels, f"{path}: latents of {autoencoder.channels} channels, the "
              f"transformer has {channels}; name the right one with --vae"))
@@ -90,54 +88,61 @@ def available(device: torch.device) -> int:
 
 
 class Parts:
-    """The parts that a checkpoint lacks are named: vae, t5, tokenizer (paths of any layout), mask_embedding
-    (the aligned [MASK] vector).  keep: all parts stay in memory once loaded, which is the default where they
-    take up two thirds of what is free at most; otherwise only those that the moment needs, so that a drawing
-    takes the memory of its largest part.  height, width: of pictures, in pixels.  length: positions of a
-    text.  trained: the (height, width) that the weights have learnt, if known.  UserError where parts don't
-    fit."""
+    """A checkpoint's parts, each loaded when it is needed.
+
+    vae, t5, tokenizer, mask_embedding: paths of the parts that the checkpoint lacks.  keep: all parts stay in
+    memory once loaded, by default where they take up two thirds of what is free at most; otherwise only
+    those that the moment needs, so that drawing takes the memory of its largest part.  height, width: of
+    images, in pixels.  length: positions of a text.  trained: the (height, width) that the weights were
+    trained on, if known.  Raises UserError where parts don't fit."""
 
     def __init__(self, path: str | Path = EMOJI, device: str = "cpu", dtype: torch.dtype | None = None, *,
                  vae: Path | None = None, t5: Path | None = None, tokenizer: Path | None = None,
                  mask_embedding: Path | None = None, height: int | None = None, width: int | None = None,
                  length: int | None = None, keep: bool | None = None):
         self.family, self.sizes = checkpoint.read_sizes(path)
-        config = checkpoint.read_config(path) if self.family == "ours" else dict(pixels=512)
+        sizes = self.sizes
+        config = checkpoint.read_config(path) if self.family == "ours" else {"null_image": True}
+        pixels = config.get("pixels")
         self.paths = dict(text=t5 or config.get("t5") or path, mmdit=path,
                           vae=vae or config.get("vae") or path)
-        self.own = self.sizes.text_length > 0                             # the end-to-end variant's embedding
-        self.device, self.silent = torch.device(device), False     # no line of how far it is
-        self.dtype = dtype or (torch.bfloat16 if not self.own or has_bfloat16(self.device) else torch.float32)
+        self.own = sizes.text_length > 0                            # the end-to-end variant's embedding
         self.defaults = OWN if self.own else PUBLISHED
+        self.null_learnt = bool(config.get("null_image"))
+        self.silent = False                                         # prints no progress
+        self.device = torch.device(device)
+        half = not self.own or has_bfloat16(self.device)
+        self.dtype = dtype or (torch.bfloat16 if half else torch.float32)
         self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
-        self.length = length or self.sizes.text_length or 256
-        self.answer_length = length or self.sizes.text_length or 128
-        learnt = Path(path) / checkpoint.MASK_EMBEDDING
-        mask_embedding = mask_embedding or (learnt if learnt.exists() and not self.own else None)
-        row = None if self.own else self.sizes.text_width
-        self.vector = load_mask_embedding(mask_embedding, row) if mask_embedding else None
-        self.height, self.width = height or config.get("pixels"), width or config.get("pixels")
-        self.factor = 1 if self.sizes.channels == 3 else checkpoint.vae_sizes(self.paths["vae"]).factor
-        if not self.own:                                                     # before minutes of loading
-            check_text_encoder(self.paths["text"], self.tokenizer, self.sizes.text_width)
-        unit, heads, tokens = self.sizes.patch * self.factor, self.sizes.vocab_size, self.tokenizer.vocab_size
-        most = unit * self.sizes.position_size
-        fits = lambda side: isinstance(side, int) and 0 < side <= most and side % unit == 0
-        expected = f"expected a multiple of {unit} up to {most}"
-        require(
-            (not self.own or self.length <= self.sizes.text_length,
-             f"{path}: texts of {self.length} tokens, its embedding has {self.sizes.text_length} positions"),
-            (self.family == "SD3" or heads == tokens,
-             f"{path}: the tokenizer has {tokens} tokens, the model's text head {heads}"),
-            (not mask_embedding or not self.own,
-             "--mask-embedding is a row of T5's table; this checkpoint has an embedding of its own"),
-            (fits(self.height), f"{path}: a picture's height of {self.height!r}, {expected}"),
-            (fits(self.width), f"{path}: a picture's width of {self.width!r}, {expected}"))
-        pixels = config.get("pixels") if self.family == "ours" else None
-        # published weights are trusted to have learnt it
-        self.null_learnt = self.family != "ours" or bool(config.get("null_image"))
+        self.length = length or sizes.text_length or 256
+        self.answer_length = length or sizes.text_length or 128
+        self.height = height or pixels or 512
+        self.width = width or pixels or 512
+        self.factor, self.vector = 1, None
+        if sizes.channels != 3:
+            self.factor = checkpoint.vae_sizes(self.paths["vae"]).factor
+        if self.own:
+            require((not mask_embedding, "--mask-embedding is a row of T5's table; this checkpoint has an "
+                     "embedding of its own"),
+                    (self.length <= sizes.text_length, f"{path}: texts of {self.length} tokens, its "
+                     f"embedding has {sizes.text_length} positions"))
+        else:                                                       # before minutes of loading
+            check_text_encoder(self.paths["text"], self.tokenizer, sizes.text_width)
+            learnt = Path(path) / checkpoint.MASK_EMBEDDING
+            if mask_embedding or learnt.exists():
+                self.vector = load_mask_embedding(mask_embedding or learnt, sizes.text_width)
+        heads, tokens = sizes.vocab_size, self.tokenizer.vocab_size
+        require((self.family == "SD3" or heads == tokens,
+                 f"{path}: the tokenizer has {tokens} tokens, the model's text head {heads}"))
+        unit = sizes.patch * self.factor
+        most = unit * sizes.position_size
+        for side in ("height", "width"):
+            value = getattr(self, side)
+            require((0 < value <= most and value % unit == 0, f"{path}: a picture's {side} of {value}, "
+                     f"expected a multiple of {unit} up to {most}"))
         self.trained = [(pixels, pixels)] if pixels else []
-        self.trained += buckets.sizes(pixels, unit) if pixels and config.get("buckets") else []
+        if pixels and config.get("buckets"):
+            self.trained += buckets.sizes(pixels, unit)
         self.keep = 1.5 * self.weight() < available(self.device) if keep is None else keep
         if keep or self.own and self.keep:
             self.hold("text", "mmdit", "vae")
@@ -145,37 +150,37 @@ class Parts:
     @classmethod
     def of(cls, models, pixels: int, length: int, device: torch.device,
            dtype: torch.dtype = torch.float32) -> "Parts":
-        """The parts that are in memory, being trained (`build.Models`); nothing is read."""
+        """Take parts that are in memory, being trained (`build.Models`); nothing is read."""
         parts, mmdit, own = cls.__new__(cls), models.learns["mmdit"], models.t5 is None
         vars(parts).update(
             family="ours", own=own, keep=True, sizes=mmdit.config,
-            defaults=(OWN if own else PUBLISHED) | dict(image_cache="off"),   # FSDP gathers what a forward needs
+            # FSDP gathers what a forward needs
+            defaults=(OWN if own else PUBLISHED) | dict(image_cache="off"),
             mmdit=mmdit, vae=models.vae, text=models.text, tokenizer=models.tokenizer, device=device,
             dtype=dtype, height=pixels, width=pixels, factor=models.vae.factor, length=length,
             answer_length=length, silent=True)
         return parts
 
-    def transformer(self) -> checkpoint.Tensors:
-        """Its tensors on disk."""
+    def transformer(self) -> Tensors:
+        """Open the transformer's tensors on disk."""
         path = self.paths["mmdit"]
-        return checkpoint.Tensors([checkpoint.own_weights(path, False)]) if self.family == "ours" else (
-            checkpoint.find(path, "transformer")[0])
+        if self.family == "ours":
+            return Tensors([checkpoint.own_weights(path, False)])
+        return checkpoint.find(path, "transformer")[0]
 
     def digest(self) -> str:
-        """Of the files that the transformer is read from."""
-        found = hashlib.sha256()
-        for file in self.transformer().files:
-            with open(file, "rb") as opened:
-                found.update(hashlib.file_digest(opened, "sha256").digest())
-        return found.hexdigest()[:16]
+        """Hash the files that the transformer is read from."""
+        hashes = b"".join(bytes.fromhex(sha256(file)) for file in self.transformer().files)
+        return hashlib.sha256(hashes).hexdigest()[:16]
 
     def weight(self) -> int:
-        """Bytes of all parts in memory, from headers alone."""
-        size = lambda tensors: sum(map(math.prod, tensors.shape.values()))
-        count = size(self.transformer())
-        count += 0 if self.own else size(checkpoint.find(self.paths["text"], "t5")[0])
-        vae = 0 if self.sizes.channels == 3 else size(checkpoint.find(self.paths["vae"], "vae")[0])
-        return count * self.dtype.itemsize + vae * 4
+        """Return the bytes of all parts in memory, from headers."""
+        values, size = self.transformer().values(), 0
+        if not self.own:
+            values += checkpoint.find(self.paths["text"], "t5")[0].values()
+        if self.sizes.channels != 3:
+            size = 4 * checkpoint.find(self.paths["vae"], "vae")[0].values()
+        return size + values * self.dtype.itemsize
 
     def load_text(self):
         if self.own:
@@ -188,18 +193,20 @@ class Parts:
 
     def load_vae(self):
         autoencoder = load_autoencoder(self.paths["vae"], self.sizes.channels)
-        found = checkpoint.digest(autoencoder) if self.family == "ours" else None
-        learnt = found and checkpoint.read_config(self.paths["mmdit"]).get("latents")
-        require((learnt == found, f"{self.paths['vae']}: is the autoencoder {found}, this transformer has "
-                 f"learnt the latents of {learnt}"))
+        if self.family == "ours":
+            digest = checkpoint.digest(autoencoder)
+            latents = checkpoint.read_config(self.paths["mmdit"]).get("latents")
+            require((latents == digest, f"{self.paths['vae']}: is the autoencoder {digest}, this transformer "
+                     f"was trained on the latents of {latents}"))
         return autoencoder
 
     def hold(self, *names: str) -> None:
         """Have these of text, mmdit and vae in memory; unless all are kept, free the others first."""
-        for name in ("text", "mmdit", "vae"):
-            if name not in names and not self.keep:
-                self.__dict__.pop(name, None)
+        held = vars(self)
+        for name in {"text", "mmdit", "vae"}.difference(names):
+            if not self.keep:
+                held.pop(name, None)
         for name in names:
-            if name not in self.__dict__:
+            if name not in held:
                 part = getattr(self, f"load_{name}")()
-                setattr(self, name, part.to(self.device) if isinstance(part, torch.nn.Module) else part)
+                held[name] = part if isinstance(part, Pixels) else part.to(self.device)

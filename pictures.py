@@ -1,4 +1,4 @@
-"""Pictures as a viewer shows them: files read, cut to a size, and turned into tensors and back.
+"""Images as a viewer shows them: files read, cut to a size, and turned into tensors and back.
 
 Shapes: P pixels a side.
 """
@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from cli import UserError
-from files import replacing
-
+from cli import UserError, require
+from files import read_bytes, replacing
 
 
 @contextmanager
@@ -33,33 +32,31 @@ def picture_size(content: bytes) -> tuple[int, int]:
     """(width, height) the right way up, from a file's header.  Raises what Pillow raises."""
     with decided():
         picture = Image.open(io.BytesIO(content))
-        if picture.format == "TIFF":                             # which Pillow turns itself, sooner or later
+        if picture.format == "TIFF":             # which Pillow turns itself, sooner or later
             return decode(content).size
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return picture.size[::-1] if turned else picture.size
 
 
 def read_picture(source: Path | bytes, name: str = "a picture") -> Image.Image:
-    """Any picture file as RGB, as the camera was held, grey of 16 bits and floats too, transparent parts on
-    white; of an animation the first frame.
+    """Read any image file as RGB, as the camera was held, grey of 16 bits and floats too,
+    transparent parts on white; of an animation the first frame.
 
-    Raises UserError where it is not whole, as far as its format can tell (a PNG has checksums, a JPEG has
-    none), or has more pixels than Pillow takes."""
-    name = source if isinstance(source, Path) else name
+    Raises UserError where it is not whole, as far as its format can tell (a PNG has checksums, a
+    JPEG has none), or has more pixels than Pillow takes."""
+    if isinstance(source, Path):
+        require((source.exists(), f"{source}: no such picture file"))
+        name, source = str(source), read_bytes(source)
     try:
-        content = source.read_bytes() if isinstance(source, Path) else source
         with decided():
-            return flat(decode(content))
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such picture file")
+            return flat(decode(source))
     except UnidentifiedImageError:
-        raise UserError(f"{name}: not a picture that can be read (of no known format)")
+        reason = "of no known format"
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{name}: a picture of over {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make "
-                        f"it smaller first")
+        reason = f"over {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller first"
     except Exception as error:      # a decoder raises whatever the damage led to
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{name}: not a picture that can be read ({reason.splitlines()[0]})")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise UserError(f"{name}: not a picture that can be read ({reason})")
 
 
 def decode(content: bytes) -> Image.Image:
@@ -67,10 +64,11 @@ def decode(content: bytes) -> Image.Image:
     picture = Image.open(io.BytesIO(content))
     if picture.format == "EPS":
         raise ValueError("PostScript is a program, and would be run")
-    if picture.format == "PNG":                                  # whose decoder leaves the checksums alone
+    if picture.format == "PNG":                          # whose decoder leaves the checksums alone
         picture.verify()
         picture = Image.open(io.BytesIO(content))
-        bits, clear = content[24], picture.info.get("transparency")      # in the file's bits, not in eight
+        bits = content[24]
+        clear = picture.info.get("transparency")         # in the file's bits, not in eight
         if picture.mode == "L" and clear is not None:
             picture.info["transparency"] = clear * {2: 85, 4: 17}.get(bits, 1)
         elif picture.mode == "RGB" and clear and bits == 16:
@@ -85,7 +83,8 @@ def flat(picture: Image.Image) -> Image.Image:
     if picture.mode[0] in "IF":
         values, most = np.asarray(picture).astype(np.float64), 1 if picture.mode == "F" else 65535
         if not 0 <= values.min() <= values.max() <= most:
-            raise ValueError(f"grey from {values.min():g} to {values.max():g}, expected 0 to {most}")
+            raise ValueError(
+                f"grey from {values.min():g} to {values.max():g}, expected 0 to {most}")
         picture = Image.fromarray((values * (255 / most)).round().astype(np.uint8))
         if isinstance(clear, int):
             picture.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
@@ -97,15 +96,12 @@ def flat(picture: Image.Image) -> Image.Image:
 
 def fit_picture(picture: Image.Image, height: int, width: int | None = None,
                 filter: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """The largest middle part of the shape of height x width (a square without a width), resized.
+    """Return the largest middle part of the shape of height x width (a square without a width),
+    resized.
 
-    It is cut before it is resized: of a picture of 100,000 x 1 the other order would make gigabytes."""
-    across, down, width = *picture.size, width or height
-    size = (across, across * height / width) if across * height <= down * width else (
-        down * width / height, down)
-    left, top = (across - size[0]) / 2, (down - size[1]) / 2
-    return picture.resize((width, height), filter,
-                          (left, top, left + size[0], top + size[1]))
+    It is cut before it is resized: of a picture of 100,000 x 1 the other order would make
+    gigabytes."""
+    return ImageOps.fit(picture, (width or height, height), filter)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -120,16 +116,15 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def read_mask(path: Path, like: Image.Image, height: int, width: int, factor: int) -> Tensor:
-    """Where a mask file, of the size of the picture that it is about, is not black, (1, 1, h, w) bool: cut as
-    that is (`fit_picture`), and a latent of which any pixel is meant counts as meant.  Raises UserError."""
+    """Return where a mask file, of the size of its picture, is white, (1, 1, h, w) bool.
+
+    It is cut as the picture is, and a latent is masked where any of its pixels is.  Raises
+    UserError."""
     mask = read_picture(path)
-    if mask.size != like.size:
-        raise UserError(f"{path}: a mask of {mask.width}x{mask.height}, the picture has {like.width}x"
-                        f"{like.height}; expected the same")
+    require((mask.size == like.size,
+             f"{path}: a mask of {mask.size} pixels, expected the picture's {like.size}"))
     light = mask.convert("L").point(lambda value: 255 * (value > 127))
-    if not light.getbbox():
-        raise UserError(f"{path}: is black everywhere, so that nothing would be drawn; paint white what is "
-                        f"to be drawn anew")
+    require((light.getbbox(), f"{path}: is black everywhere; paint white what is to be drawn anew"))
     fitted = torch.from_numpy(np.array(fit_picture(light, height, width, Image.Resampling.BOX)))
     return F.max_pool2d((fitted > 0)[None, None].float(), factor) > 0
 

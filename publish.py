@@ -1,6 +1,5 @@
 """Checkpoints for people and for other programs: the commands of checkpoint.py, inspect and export."""
 
-import math
 import shutil
 import sys
 from collections import Counter
@@ -11,26 +10,28 @@ import torch
 import checkpoint
 import cli
 import layouts
-from files import write_json
-from checkpoint import find, kind, part_folder, read_config
+from checkpoint import find, is_ours, part_folder, read_config
 from cli import UserError, require
+from files import write_json
 from tensors import NAMES, Tensors, write_tensors
 
 
 def export(source: Path, target: Path, layout: str = "release", tokenizer: Path | None = None) -> None:
-    """Write any layout's transformer as a folder that its published pipeline loads, in its stored dtype; of a
-    run that is the averaged weights.  The autoencoder and T5 come from the release or from SD3.
+    """Write any layout's transformer as a folder that its published pipeline loads, in its stored dtype,
+    a run's averaged weights.  The autoencoder and T5 come from the release or from SD3.
 
-    layout: "release", D-DiT's; or "sd3", without what D-DiT added, and with SD3's pooled CLIP branch at zero:
-    the same velocity.  A learnt [MASK] embedding comes along as a file.  Raises UserError."""
-    require((not target.exists() or not any(target.iterdir()),
-             f"{target}: expected a new folder, found one that is not empty"))
-    ours = read_config(source)["mmdit"] if kind(source) == "ours" else None
-    require((not ours or ours.predicts == "velocity", f"{source}: its image head predicts "
-             f"{ours and ours.predicts}, the published layouts' a velocity"),
-            (not ours or not ours.text_length, f"{source}: its text comes from a token embedding; the "
-             f"published layouts are made for T5"))
-    tensors = Tensors([source / "model.safetensors"], "mmdit.") if ours else find(source, "transformer")[0]
+    layout: "release", D-DiT's; or "sd3", without what D-DiT added, and with SD3's pooled CLIP branch at
+    zero: the same velocity.  A learned [MASK] embedding comes along as a file.  Raises UserError."""
+    require((not target.exists() or not any(target.iterdir()), f"{target}: expected an empty folder"))
+    if is_ours(source):
+        sizes = read_config(source)["mmdit"]
+        require((sizes.predicts == "velocity", f"{source}: its image head predicts {sizes.predicts}, the "
+                 f"published layouts' a velocity"),
+                (not sizes.text_length, f"{source}: its text comes from a token embedding; the published "
+                 f"layouts are made for T5"))
+        tensors = Tensors([source / "model.safetensors"], "mmdit.")
+    else:
+        tensors, _, _ = find(source, "transformer")
     stored = Counter(tensors.dtype.values()).most_common(1)[0][0]
     dtype = next((dtype for dtype, name in NAMES.items() if name == stored), torch.float32)
     model = checkpoint.load_mmdit(source, dtype)
@@ -42,27 +43,26 @@ def export(source: Path, target: Path, layout: str = "release", tokenizer: Path 
     for name, content in layouts.published_files(model.config, layout).items():
         write_json(target / name, content)
     origin = tokenizer or part_folder(source, "tokenizer")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model"):
-        if origin.is_dir() and (origin / name).exists():
-            shutil.copyfile(origin / name, place / name)
+    copies = {origin / name: place / name for name in (
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")}
+    copies[source / checkpoint.MASK_EMBEDDING] = target / checkpoint.MASK_EMBEDDING
+    for original, copy in copies.items():
+        if original.exists():
+            shutil.copyfile(original, copy)
     if not any(place.iterdir()):
-        print(f"note: {origin} has no tokenizer; put T5's into {place}, or name it with --tokenizer",
-              file=sys.stderr)
-    if (source / checkpoint.MASK_EMBEDDING).exists():
-        shutil.copyfile(source / checkpoint.MASK_EMBEDDING, target / checkpoint.MASK_EMBEDDING)
+        print(f"note: {origin} has no tokenizer; put T5's into {place}", file=sys.stderr)
 
 
 def describe(title: str, tensors: Tensors, sizes) -> str:
-    """Two lines on a part: how much of what there is, and its sizes, a dataclass."""
-    count = sum(math.prod(shape) for shape in tensors.shape.values())
-    return (f"{title}: {len(tensors.file)} tensors, {count / 1e6:,.1f} M values, "
-            f"{', '.join(Counter(tensors.dtype.values()))}, {len(tensors.files)} file(s)\n    "
-            + ", ".join(f"{k} {v}" for k, v in vars(sizes).items()))
+    """Return two lines on a part: how much there is of it, and its sizes, a dataclass."""
+    fields = ", ".join(f"{name} {value}" for name, value in vars(sizes).items())
+    return (f"{title}: {len(tensors.file)} tensors, {tensors.values() / 1e6:,.1f} M values, "
+            f"{', '.join(set(tensors.dtype.values()))}, {len(tensors.files)} file(s)\n    {fields}")
 
 
 def inspect(path: Path) -> str:
-    """Layout, parts, sizes, dtypes and parameter counts, a screenful."""
-    if kind(path) == "ours":
+    """Return layout, parts, sizes, dtypes and parameter counts, a screenful."""
+    if is_ours(path):
         config, tensors = read_config(path), Tensors([path / "model.safetensors"], "mmdit.")
         return (f"{path}: ours, latents {config.get('latents')}, step {config.get('step')}\n"
                 + describe("transformer", tensors, config["mmdit"]))
@@ -70,15 +70,15 @@ def inspect(path: Path) -> str:
     lines, absent = [f"{path}:"], []
     for name in sizes:
         try:
-            found = find(path, name)
+            tensors, config, naming = find(path, name)
         except UserError as error:
             absent.append(f"{name}: {error}")
             continue
-        family = "D-DiT" if "text_proj_out.weight" in found[0] else "SD3"
-        title = f"{family} transformer" if name == "transformer" else layouts.TITLES[name]
-        lines.append(describe(title, found[0], sizes[name](*found)))
-    if len(lines) == 1:
-        raise UserError(absent[0].removeprefix("transformer: "))
+        title = layouts.TITLES[name]
+        if name == "transformer":
+            title = f"{layouts.family(tensors)} transformer"
+        lines.append(describe(title, tensors, sizes[name](tensors, config, naming)))
+    require((len(absent) < len(sizes), absent and absent[0].removeprefix("transformer: ")))
     return "\n".join(lines + absent)
 
 

@@ -1,16 +1,17 @@
 """Images with questions: LLaVA-1.5, and the published files of seven benchmarks.
 
     PATH[@IMAGES]                                                  IMAGES: the folder of its images
-    llava_v1_5_mix665k.json@images                                 entries without an image are left out
-    v2_OpenEnded_mscoco_train2014_questions.json@train2014         VQAv2; its annotations stand beside
+    llava_v1_5_mix665k.json@images                       entries without an image are left out
+    v2_OpenEnded_mscoco_train2014_questions.json@train2014     VQAv2; its annotations stand beside
     OpenEnded_mscoco_train2014_questions.json@train2014            OK-VQA, likewise
     train_balanced_questions.json@images                           GQA
     TextVQA_0.5.1_train.json@train_images                          TextVQA
     train.json@train                                               VizWiz
 
-READ has one reader of each format. Training (`of_json`) takes the most common answer to a question, and
-puts the suffix of the published code behind the question; the paper's prompt format is
-`data.question_prompt`. Scoring (metrics/answers.py) takes all answers, and reads ChartQA and POPE too.
+READ has one reader of each format. Training (`of_json`) takes the most common answer to a question,
+and puts the suffix of the published code behind the question; the paper's prompt format is
+`data.question_prompt`. Scoring (metrics/answers.py) takes all answers, and reads ChartQA and POPE
+too.
 """
 
 import json
@@ -30,7 +31,7 @@ from cli import UserError, require
 Issues = dict[str, list[str]]
 
 
-# -------------------------------------------------------------------------------------- published formats
+# ---------------------------------------------------------------------------- published formats
 
 @dataclass
 class Question:
@@ -54,7 +55,8 @@ def read_vqa(content: dict, path: Path, issues: Issues, annotations: Path | None
              ) -> Iterator[Question]:
     """Yield the questions of VQAv2 or OK-VQA.
 
-    annotations: the file of answers; by default it has its published name, and lies beside the questions."""
+    annotations: the file of answers; by default it has its published name, and lies beside the
+    questions."""
     published_name = path.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
     annotated = files.read_json(annotations or path.with_name(published_name))
     type_names = annotated.get("question_types", {})             # OK-VQA numbers its types
@@ -119,33 +121,36 @@ def read_pope(content: Iterable[tuple], path: Path, issues: Issues) -> Iterator[
 
 @dataclass
 class Format:
-    """A reader (content, path, issues) -> questions, and the form of its content, for error messages."""
+    """A reader (content, path, issues) -> questions, and the form of its content, for error
+    messages."""
     read: Callable[..., Iterator[Question]]
     form: str
     load: Callable[[Path], object] = files.read_json
 
 
-VQA = Format(read_vqa, "{questions: [{question_id, image_id, question}]}, and {annotations: "
-                       "[{question_id, question_type, answer_type, answers: [{answer}]}]} beside it")
+VQA = Format(read_vqa, "{questions: [{question_id, image_id, question}]}, and beside it "
+                       "{annotations: [{question_id, question_type, answer_type, answers: [{answer}]}]}")
 READ = dict(vqav2=VQA, okvqa=VQA,
-            textvqa=Format(read_textvqa, "{data: [{question_id, image_id, question, answers: [text]}]}"),
+            textvqa=Format(read_textvqa,
+                           "{data: [{question_id, image_id, question, answers: [text]}]}"),
             vizwiz=Format(read_vizwiz, "[{image, question, answers: [{answer}], answer_type}]"),
             gqa=Format(read_gqa, "{id: {imageId, question, answer}}"),
             chartqa=Format(read_chartqa, "[{imgname, query, label}]"),
-            pope=Format(read_pope, "lines {question_id, image, text, label}", files.read_json_lines))
+            pope=Format(read_pope, "lines {question_id, image, text, label}",
+                        files.read_json_lines))
 
 # what training puts behind a question
 SUFFIX = dict.fromkeys(READ, "Answer the question using a single word or phrase.")
 SUFFIX["vizwiz"] += " Reply unanswerable if information is not present in the image."
 
 
-# ----------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------- training
 
 class Questions:
     """Entries of an image and its questions, as a source.
 
-    They are kept as one block of bytes: as a list of dicts, 665,000 conversations would take gigabytes,
-    and each process that reads ahead would get a copy of the entries that it touches."""
+    They are kept as one block of bytes: as a list of dicts, 665,000 conversations would take
+    gigabytes, and each process that reads ahead would get a copy of the entries that it touches."""
 
     def __init__(self, name: str, entries: list[dict], folder: Path):
         self.name, self.folder = name, folder
@@ -164,7 +169,8 @@ class Questions:
 
 
 def read_llava(content: list[dict]) -> Iterator[dict]:
-    """Yield LLaVA's conversations as pairs of question and answer, one of which the trainer draws."""
+    """Yield LLaVA's conversations as pairs of question and answer, one of which the trainer
+    draws."""
     for entry in content:
         pairs, question = [], None
         for turn in entry["conversations"]:
@@ -177,9 +183,10 @@ def read_llava(content: list[dict]) -> Iterator[dict]:
 
 
 def read_short_answers(kind: str, content, path: Path) -> Iterator[dict]:
-    """Yield a benchmark's questions with their most common answers.  Raises UserError if one has none."""
+    """Yield a benchmark's questions with their most common answers.  Raises UserError if one has
+    none."""
     for q in READ[kind].read(content, path, defaultdict(list)):
-        require((bool(q.answers), f"{path}: question {q.id} has no answer, expected one to train on"))
+        require((q.answers, f"{path}: question {q.id} has no answer, expected one to train on"))
         pair = dict(question=q.with_suffix(SUFFIX[kind]), answer=q.common_answer())
         yield dict(image=q.image, questions=[pair])
 
@@ -192,33 +199,33 @@ KEYS = dict(captions={"image_path"}, llava={"conversations"}, vizwiz={"image", "
 def recognise(content, path: Path) -> str:
     """Return which format of KEYS a file has.  Raises UserError."""
     entries = list(content.values()) if isinstance(content, dict) else content
-    first = entries[0] if isinstance(entries, list) and entries else None
-    keys = {key for level in (content, first) if isinstance(level, dict) for key in level}
+    first = entries[:1] if isinstance(entries, list) else []
+    keys = {key for level in (content, *first) if isinstance(level, dict) for key in level}
     for kind, needed in KEYS.items():
         if needed <= keys:
             return kind
-    raise UserError(f"{path}: expected a list of pictures with captions, or one of the published forms "
-                    f"of questions, found the keys {', '.join(sorted(keys)[:6]) or 'of nothing'}")
+    raise UserError(f"{path}: expected a list of pictures with captions, or a published form of "
+                    f"questions, found the keys {', '.join(sorted(keys)[:6]) or 'of nothing'}")
 
 
 def of_json(place: str) -> Questions | sources.Listed:
-    """Open the JSON file PATH[@IMAGES], questions or a list of captions, as a source.  Raises UserError."""
+    """Open the JSON file PATH[@IMAGES], questions or a list of captions, as a source.  Raises
+    UserError."""
     name, _, folder = place.partition("@")
     path = Path(name)
-    images = Path(folder) if folder else path.parent
+    images = Path(folder or path.parent)
     content = files.read_json(path)
     kind = recognise(content, path)
     if kind == "captions":
         return sources.Listed(path, content, images)
     read = read_llava(content) if kind == "llava" else read_short_answers(kind, content, path)
+    entries = []
     try:
-        entries = list(read)
+        for entry in read:
+            image = sources.text(entry["image"], str(path), "image")
+            sources.described(entry, f"{path}: {image}")
+            entries.append(entry)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"{path}: an entry lacks {error}, so these are no questions with answers")
-    require((bool(entries), f"{path}: no question about a picture in it"))
-    for entry in entries:
-        where = f"{path}: {sources.text(entry['image'], str(path), 'image')}"
-        for pair in entry["questions"]:
-            for field, value in pair.items():
-                sources.text(value, where, field)
+    require((entries, f"{path}: no question about a picture in it"))
     return Questions(place, entries, images)

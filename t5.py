@@ -47,7 +47,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(self.weight.dtype) * self.weight
@@ -69,12 +70,13 @@ class T5Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, L, E) float32, bias (1, H, L, L) -> (B, L, E) float32."""
         y = self.attention_norm(x)
-        heads = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, H, L, K)
-        q, k, v = heads(self.q(y)), heads(self.k(y)), heads(self.v(y))
+        q, k, v = (project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, H, L, K)
+                   for project in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)     # (B, H, L, K)
         x = x + self.o(y.transpose(1, 2).flatten(2)).float()
         y = self.mlp_norm(x)
-        gate, value = F.gelu(self.wi_0(y), approximate="tanh"), self.wi_1(y)      # (B, L, hidden) each
+        gate = F.gelu(self.wi_0(y), approximate="tanh")                           # (B, L, hidden)
+        value = self.wi_1(y)                                                      # (B, L, hidden)
         if gate.dtype == torch.float16:    # T5-XXL's MLP goes over 65504, float16's largest number
             return x + F.linear(gate.float() * value.float(), self.wo.weight.float())
         return x + self.wo(gate * value).float()
@@ -86,7 +88,8 @@ class MaskEmbedding(nn.Module):
 
     def __init__(self, vector: Tensor, mask_id: int):
         super().__init__()
-        self.vector, self.mask_id = nn.Parameter(vector.detach().float().clone()), mask_id
+        self.vector = nn.Parameter(vector.clone())
+        self.mask_id = mask_id
 
     def forward(self, ids: Tensor, x: Tensor) -> Tensor:
         return torch.where((ids == self.mask_id)[..., None], self.vector, x)
@@ -105,11 +108,7 @@ class T5Encoder(nn.Module):
 
     @torch.no_grad()
     def set_embedding(self, token: int, vector: Tensor) -> None:
-        """Replace one row of the table: the aligned [MASK] embedding, the only part of T5 that D-DiT trains.
-
-        Raises ValueError when the vector (E,) has another length."""
-        if tuple(vector.shape) != (self.config.width,):
-            raise ValueError(f"an embedding of {tuple(vector.shape)}, T5's width is {self.config.width}")
+        """Replace a row of the table by a vector (E,): [MASK], the only part of T5 that D-DiT trains."""
         self.embed.weight[token] = vector.to(self.embed.weight)
 
     def forward(self, ids: Tensor, mask: MaskEmbedding | None = None) -> Tensor:
@@ -117,7 +116,8 @@ class T5Encoder(nn.Module):
         bucket = buckets(ids.shape[1], self.config.buckets, self.config.distance).to(ids.device)
         bias = self.position_bias(bucket).permute(2, 0, 1)[None]                  # (1, H, L, L)
         x = self.embed(ids).float()                                               # (B, L, E)
-        x = x if mask is None else mask(ids, x)
+        if mask is not None:
+            x = mask(ids, x)
         for block in self.blocks:
             x = block(x, bias)
         return self.final_norm(x)

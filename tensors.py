@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cli import UserError
+from cli import UserError, require
 from files import replacing
 
 SUFFIXES = (".safetensors", ".sft")
@@ -33,14 +33,19 @@ class Tensors:
     Raises UserError for a file that is missing, no safetensors, or cut off."""
 
     def __init__(self, files: list[Path], prefix: str = ""):
-        self.prefix, self.files, self.handle, self.opened, self.converted = prefix, files, None, None, 0
+        self.files = files
+        self.prefix = prefix
+        self.opened = self.handle = None        # the file that is open, and its tensors
+        self.converted = 0                      # bytes since it was opened
         self.file, self.shape, self.dtype = {}, {}, {}
         for file in files:
             with self.open(file) as tensors:
                 for key in tensors.keys():
                     if key.startswith(prefix):
-                        part, name = tensors.get_slice(key), key.removeprefix(prefix)
-                        self.file[name], self.shape[name] = file, tuple(part.get_shape())
+                        name = key.removeprefix(prefix)
+                        part = tensors.get_slice(key)
+                        self.file[name] = file
+                        self.shape[name] = tuple(part.get_shape())
                         self.dtype[name] = part.get_dtype()
 
     @staticmethod
@@ -48,15 +53,11 @@ class Tensors:
         try:
             with open(file, "rb") as opened:
                 begins = opened.read(4)
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file")
         except OSError as error:
             raise UserError(f"{file}: can't be read ({error.strerror})")
-        if begins in OTHERS:
-            raise UserError(f"{file}: is {OTHERS[begins]}")
-        if not is_safetensors(file):
-            raise UserError(f"{file}: expected .safetensors; a {file.suffix or 'file without suffix'} may be "
-                            f"a pickle, which can run code; convert it first")
+        require((begins not in OTHERS, f"{file}: is {OTHERS.get(begins)}"),
+                (is_safetensors(file), f"{file}: expected .safetensors; a {file.suffix} may be a pickle, "
+                 f"which can run code; convert it first"))
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -67,9 +68,21 @@ class Tensors:
 
     def size(self, name: str, axis: int) -> int:
         """Raises UserError when the tensor isn't there or has fewer axes."""
-        if name not in self.file or len(self.shape[name]) <= axis:
-            raise UserError(f"{self.files[0]}: {self.prefix}{name} is missing, so the sizes can't be read")
+        require((len(self.shape.get(name, ())) > axis, f"{self.files[0]}: {self.prefix}{name} is missing, so "
+                 f"the sizes can't be read"))
         return self.shape[name][axis]
+
+    def values(self) -> int:
+        """Count the numbers in all tensors, from the headers."""
+        return sum(map(math.prod, self.shape.values()))
+
+    def refuse(self, problems: dict[str, str]) -> None:
+        """Raise UserError with the problems, by tensor name, if there are any."""
+        lines = [f"{self.file.get(name, self.files[0]).name}: {self.prefix}{name} {problem}"
+                 for name, problem in sorted(problems.items())]
+        if lines:
+            more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+            raise UserError(f"{self.files[0].parent}/{'; '.join(lines[:4])}{more}")
 
     def count(self, stem: str) -> int:
         """How many numbers stand behind a stem: 24 of "blocks." for blocks.0.a, blocks.0.b, ..., 23.b."""
@@ -80,8 +93,10 @@ class Tensors:
         touched count as this process's memory until it is unmapped: after each gigabyte that was converted
         the file is opened anew, so that a conversion needs no memory for both."""
         if self.opened != self.file[name] or self.converted > 2**30:
-            self.handle, self.opened, self.converted = None, None, 0
-            self.handle, self.opened = self.open(self.file[name]), self.file[name]
+            self.handle = None                  # unmap before the file is mapped again
+            self.converted = 0
+            self.opened = self.file[name]
+            self.handle = self.open(self.opened)
         tensor = self.handle.get_tensor(self.prefix + name)
         if dtype in (None, tensor.dtype):
             return tensor

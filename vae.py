@@ -9,6 +9,7 @@ Shapes: B batch, H and W picture height and width, C channels inside, h = H/8, w
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Sequence
 
 import torch
 import torch.nn as nn
@@ -88,36 +89,45 @@ class Level(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(outer if i else inner, outer, groups) for i in range(blocks))
         self.change = change
-        self.resample = nn.Identity() if change == "none" else nn.Conv2d(
-            outer, outer, 3, stride=2 if change == "down" else 1, padding=0 if change == "down" else 1)
+        if change == "down":
+            self.resample = nn.Conv2d(outer, outer, 3, stride=2)
+        elif change == "up":
+            self.resample = nn.Conv2d(outer, outer, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
+        if self.change == "none":
+            return x
         if self.change == "down":
             x = F.pad(x, (0, 1, 0, 1))                                            # right and bottom only
-        elif self.change == "up":
+        else:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.resample(x)
+
+
+def levels(widths: Sequence[int], blocks: int, groups: int, change: str) -> nn.Sequential:
+    """Build levels of these widths; each but the last changes the size."""
+    inner = [widths[0], *widths]
+    changes = [change] * (len(widths) - 1) + ["none"]
+    return nn.Sequential(*(Level(inner[i], width, blocks, groups, changes[i])
+                           for i, width in enumerate(widths)))
 
 
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups, last = config.widths, config.groups, len(config.widths) - 1
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(Level(widths[max(i - 1, 0)], width, config.blocks, groups,
-                                        "down" if i < last else "none") for i, width in enumerate(widths))
-        self.mid_1 = ResBlock(widths[-1], widths[-1], groups)
-        self.attention = Attention(widths[-1], groups)
-        self.mid_2 = ResBlock(widths[-1], widths[-1], groups)
-        self.norm = GroupNorm(groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent, 3, padding=1)
+        groups, width = config.groups, config.widths[-1]
+        self.conv_in = nn.Conv2d(3, config.widths[0], 3, padding=1)
+        self.down = levels(config.widths, config.blocks, groups, "down")
+        self.mid_1 = ResBlock(width, width, groups)
+        self.attention = Attention(width, groups)
+        self.mid_2 = ResBlock(width, width, groups)
+        self.norm = GroupNorm(groups, width)
+        self.conv_out = nn.Conv2d(width, 2 * config.latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)                                                       # (B, C, H, W)
-        for level in self.down:
-            x = level(x)                                                          # ends at (B, C, h, w)
+        x = self.down(self.conv_in(x))                                            # (B, C, h, w)
         x = self.mid_2(self.attention(self.mid_1(x)))
         return self.conv_out(activate(self.norm, x))                              # (B, 32, h, w)
 
@@ -125,20 +135,18 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups, last = config.widths[::-1], config.groups, len(config.widths) - 1
-        self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
-        self.mid_1 = ResBlock(widths[0], widths[0], groups)
-        self.attention = Attention(widths[0], groups)
-        self.mid_2 = ResBlock(widths[0], widths[0], groups)
-        self.up = nn.ModuleList(Level(widths[max(i - 1, 0)], width, config.blocks + 1, groups,
-                                      "up" if i < last else "none") for i, width in enumerate(widths))
-        self.norm = GroupNorm(groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        groups, width = config.groups, config.widths[-1]
+        self.conv_in = nn.Conv2d(config.latent, width, 3, padding=1)
+        self.mid_1 = ResBlock(width, width, groups)
+        self.attention = Attention(width, groups)
+        self.mid_2 = ResBlock(width, width, groups)
+        self.up = levels(config.widths[::-1], config.blocks + 1, groups, "up")
+        self.norm = GroupNorm(groups, config.widths[0])
+        self.conv_out = nn.Conv2d(config.widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_2(self.attention(self.mid_1(self.conv_in(z))))               # (B, C, h, w)
-        for level in self.up:
-            x = level(x)                                                          # ends at (B, C, H, W)
+        x = self.up(x)                                                            # (B, C, H, W)
         return self.conv_out(activate(self.norm, x))
 
 
@@ -162,7 +170,7 @@ class AutoencoderKL(nn.Module):
 
         The posterior's mean, or a draw from it with a generator (the published code draws, for captions too).
         Raises ValueError for sides that are no multiples of 8."""
-        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+        if any(side % self.factor for side in images.shape[2:]):
             raise ValueError(f"a picture of {tuple(images.shape[2:])} is not a multiple of {self.factor}")
         z, logvar = self.posterior(images)
         if generator is not None:

@@ -8,8 +8,8 @@
                 picture asked for ("exact"); and the caption that the model then writes for its own drawing
                 is the prompt ("read back")
 
-each of the pictures trained on and of the two held-out splits: `tone`, an emoji in a skin tone not seen on it
-in that style, and `style`, an emoji never seen in that style.
+each of the pictures trained on and of the two held-out splits: `tone`, an emoji in a skin tone not
+seen on it in that style, and `style`, an emoji never seen in that style.
 
 Shapes: B batch, n pictures, P pixels a side.
 """
@@ -45,79 +45,105 @@ def batches(what: str, items: list) -> Iterator[list]:
 
 
 def nearest(drawn: Tensor, pictures: Tensor) -> list[int]:
-    """For each drawing (B, 3, P, P) the index of the picture (n, 3, P, P) at the least Euclidean distance."""
+    """Return for each drawing (B, 3, P, P) the index of the nearest picture (n, 3, P, P) in L2
+    distance."""
     return torch.cdist(drawn.flatten(1), pictures.flatten(1)).argmin(1).tolist()
 
 
 def one_of_each(record: dict) -> list[dict]:
-    """Of a picture's questions one for each type and answer, in a phrasing that its key decides."""
-    shuffled = sorted(record["questions"], key=lambda q: data.fraction(f"{record['key']} {q['question']}"))
+    """Return one question of an image for each type and answer, in a phrasing that the image's key
+    decides."""
+    shuffled = sorted(record["questions"],
+                      key=lambda q: data.fraction(f"{record['key']} {q['question']}"))
     return list({(q["type"], q["answer"]): q for q in shuffled}.values())
+
+
+def percent(results: list[bool]) -> float:
+    return 100 * statistics.mean(results)
 
 
 def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, limit: int, seed: int,
             how: dict) -> dict[str, float]:
-    """Captions and answers about one split's pictures, in percent.  pictures: (n, 3, P, P) in [-1, 1].
+    """Measure captions and answers about one split's images, in percent.
 
-    how: goes to reading.write; `steps` are 128 and 32 unless given."""
+    pictures: (n, 3, P, P) in [-1, 1].  how: goes to reading.write; `steps` are 128 and 32 unless
+    given."""
     shown = emoji.of_split(records, split)[:limit]
     require((bool(shown), f"no picture of the emoji tar is in the split \"{split}\""))
-    right, answers, latents = [], defaultdict(list), dict(zip(shown, encode(parts, pictures[shown])))
+    latents = dict(zip(shown, encode(parts, pictures[shown])))
+    captions = []
     for batch in batches(f"{split}, captions", shown):
-        said = write(parts, torch.stack([latents[i] for i in batch]), seed=seed, **how)
-        right += [text == records[i]["caption"] for text, i in zip(said, batch)]
+        written = write(parts, torch.stack([latents[i] for i in batch]), seed=seed, **how)
+        captions += [text == records[i]["caption"] for text, i in zip(written, batch)]
 
-    asked = [(i, q) for i in shown for q in one_of_each(records[i])]
+    how = dict(steps=STEPS["answer"]) | how
+    answers, yes_no = defaultdict(list), []
+    asked = [(latents[i], q) for i in shown for q in one_of_each(records[i])]
     for batch in batches(f"{split}, answers", asked):
-        said = write(parts, torch.stack([latents[i] for i, _ in batch]), [q["question"] for _, q in batch],
-                     seed=seed, **dict(steps=STEPS["answer"]) | how)
-        for text, (_, q) in zip(said, batch):
-            answers[q["type"]].append((text, q["answer"]))
-    percent = lambda pairs: 100 * statistics.mean(said == true for said, true in pairs)
-    pairs = [pair for kind in answers if kind.startswith("yes/no") for pair in answers[kind]]
-    return ({"caption": 100 * statistics.mean(right)}
-            | {f"answer: {kind}": percent(answers[kind]) for kind in TYPES if kind in answers}
-            | {f"POPE: {name}": value for name, value in pope(*zip(*pairs)).items()})
+        states, questions = zip(*batch)
+        written = write(parts, torch.stack(states), [q["question"] for q in questions], seed=seed,
+                        **how)
+        for text, q in zip(written, questions):
+            answers[q["type"]].append(text == q["answer"])
+            if q["type"].startswith("yes/no"):
+                yes_no.append((text, q["answer"]))
+    scores = {"caption": percent(captions)}
+    for kind in TYPES:
+        if kind in answers:
+            scores[f"answer: {kind}"] = percent(answers[kind])
+    for name, value in pope(*zip(*yes_no)).items():
+        scores[f"POPE: {name}"] = value
+    return scores
 
 
-def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, prompts: int, seed: int,
+def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, prompts: int,
+             seed: int,
              how: dict) -> dict[str, float]:
-    """Drawings of one split's captions, in percent; `how` goes to drawing.draw."""
+    """Measure drawings of one split's captions, in percent; `how` goes to drawing.draw."""
     results = {name: [] for name in ("emoji", "people", "all else", "exact", "read back")}
-    for batch in batches(f"{split}, drawings, seed {seed}", emoji.of_split(records, split)[:prompts]):
-        captions, start = [records[i]["caption"] for i in batch], seed * 1000 + len(results["emoji"])
-        drawn = drawing.draw(parts, captions, seed=start, **how)
-        for i, found, text in zip(batch, nearest(drawn, pictures), write(parts, encode(parts, drawn))):
+    for batch in batches(f"{split}, drawings, seed {seed}",
+                         emoji.of_split(records, split)[:prompts]):
+        captions = captions_of(records, batch)
+        drawn = drawing.draw(parts, captions, seed=seed * 1000 + len(results["emoji"]), **how)
+        texts = write(parts, encode(parts, drawn))
+        for i, found, caption, text in zip(batch, nearest(drawn, pictures), captions, texts):
             right = records[found]["emoji"] == records[i]["emoji"]
             results["emoji"].append(right)
-            whose = "people" if records[i]["kind"] == PEOPLE else "all else"
-            results[whose].append(right)
+            results["people" if records[i]["kind"] == PEOPLE else "all else"].append(right)
             results["exact"].append(found == i)
-            results["read back"].append(text == records[i]["caption"])
-    return {f"drawing: {name}": 100 * statistics.mean(values) for name, values in results.items() if values}
+            results["read back"].append(text == caption)
+    return {f"drawing: {name}": percent(values) for name, values in results.items() if values}
+
+
+def captions_of(records: list[dict], indices: list[int]) -> list[str]:
+    return [records[i]["caption"] for i in indices]
 
 
 def page(parts: Parts, records: list[dict], pictures: Tensor, walk: dict, how: dict) -> Image.Image:
-    """The first of each split, none chosen: 14 single objects and 7 people that were learnt and 7 that are
-    held out, drawn; held-out pictures, captioned.  pictures: (n, 3, P, P) of all records; walk, how: of the
-    drawings and of the captions."""
+    """Draw the first ones of each split, not cherry-picked: 14 single objects and 7 people that
+    were trained on, and 7 held-out people; and caption held-out images.
+
+    pictures: (n, 3, P, P) of all records.  walk, how: settings of the drawings and of the
+    captions."""
     train, tone, style = (emoji.of_split(records, split) for split in emoji.SPLITS)
-    people = {i for i, record in enumerate(records) if record["kind"] == PEOPLE}
-    shown = ([i for i in train if i not in people][:14] + [i for i in train if i in people][:7] + tone[:7])
-    captions = lambda indices: [records[i]["caption"] for i in indices]
-    drawn = [*zip(drawing.draw(parts, captions(shown), **walk), captions(shown))]
+    people = [i for i in train if records[i]["kind"] == PEOPLE]
+    objects = [i for i in train if records[i]["kind"] != PEOPLE]
+    prompts = captions_of(records, objects[:14] + people[:7] + tone[:7])
+    drawn = list(zip(drawing.draw(parts, prompts, **walk), prompts))
     read = tone[-6:] + style[:4]
-    cells = compared(parts, pictures[read], captions(read), **how)
-    return show.above(show.rows(*(drawn[at:at + 7] for at in range(0, len(drawn), 7))),
-                      show.page(cells[::2], cells[1::2]))
+    cells = compared(parts, pictures[read], captions_of(records, read), **how)
+    rows = show.rows(*(drawn[at:at + 7] for at in range(0, len(drawn), 7)))
+    return show.above(rows, show.page(cells[::2], cells[1::2]))
 
 
 def tables(results: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """{split: figures of each seed} -> for each kind of figure a table: {kind: {split: {name: values}}}."""
-    found = defaultdict(lambda: defaultdict(dict))
+    """Turn {split: scores of each seed} into a table for each kind: {kind: {split: {name:
+    values}}}."""
+    kinds = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for split, runs in results.items():
-        for name in dict.fromkeys(name for run in runs for name in run):
-            kind, _, figure = name.partition(": ")
-            kind = "reading" if kind in ("caption", "answer") else kind
-            found[kind][split][figure or name] = [run[name] for run in runs if name in run]
-    return found
+        for run in runs:
+            for name, value in run.items():
+                kind, _, figure = name.rpartition(": ")
+                kind = kind if kind in ("drawing", "POPE") else "reading"
+                kinds[kind][split][figure].append(value)
+    return kinds

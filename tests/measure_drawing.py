@@ -25,6 +25,7 @@ import drawing  # noqa: E402
 import emoji  # noqa: E402
 import flow  # noqa: E402
 import show  # noqa: E402
+from devices import choose_device  # noqa: E402
 from metrics import emojis  # noqa: E402
 from parts import EMOJI, Parts  # noqa: E402
 
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cli.require(*((name not in args.tables or len(args.tables) == 1, f"{name}: is measured alone")
                   for name in alone))
-    parts = Parts(args.checkpoint, cli.device("auto"), getattr(torch, args.dtype) if args.dtype else None)
+    parts = Parts(args.checkpoint, choose_device("auto"), getattr(torch, args.dtype) if args.dtype else None)
     if args.tables == ["outside"]:
         return outside(parts, args.page or Path("outside.png"))
     records, pictures = emoji.load(pixels=parts.height)

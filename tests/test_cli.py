@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,6 +153,24 @@ def test_flags_that_change_nothing_or_mean_nothing_are_refused(main, flags, said
     monkeypatch.chdir(ROOT)
     code, found = mistake(main, flags)
     assert code == 2 and said in found and len(found.splitlines()) == 1
+
+
+REMOVED = {
+    sample.main: ["--joint", "--vary", "--separate", "--zero-steps", "--guidance-rule", "--ramp", "--top-p",
+                  "--posterior", "--refresh", "--tokens-per-step"],
+    train.main: ["--image-loss", "--text-mean", "--padding", "--schedule", "--decay-from", "--extend", "--rate",
+                 "--mfu", "--peak", "--min-side", "--eval-samples"]}
+
+
+def test_a_removed_flag_is_refused_by_name_with_one_that_exists(mistake):
+    nearest = {}
+    for main, flags in REMOVED.items():
+        for flag in flags:
+            code, said = mistake(main, [flag, "1"])
+            found = re.fullmatch(rf"error: unknown argument {flag}; did you mean (--[a-z-]+)\?\n", said)
+            assert code == 2 and found
+            nearest[flag] = found[1]
+    assert nearest["--refresh"] == "--image-cache" and nearest["--schedule"] == "--decay-steps"
 
 
 def test_a_pace_is_told_in_the_unit_that_is_above_one():

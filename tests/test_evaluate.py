@@ -1,7 +1,6 @@
 """evaluate.py: a benchmark's pictures, however many processes draw them; its scores; the small benchmark."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +168,7 @@ def categories(tmp_path, quick):
 
 def test_mjhqs_categories_and_what_is_missing_is_named(categories, tmp_path, capsys):
     drawn, real = categories[:2]
-    run("mjhq", *categories, "--statistics", tmp_path / "kept", "--json", tmp_path / "s.json")
+    run("mjhq", *categories, "--json", tmp_path / "s.json")
     said, found = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
     scores = found["scores"]["these drawings"]
     side = lambda paths: fid.statistics(fid.features(Mean(), [
@@ -180,14 +179,10 @@ def test_mjhqs_categories_and_what_is_missing_is_named(categories, tmp_path, cap
     assert scores["cats"] == pytest.approx(wanted("cats")) and scores["dogs"] == pytest.approx(wanted("dogs"))
     assert set(scores) == {"overall", "cats", "dogs"} and "| 15.16 |" in said
     named = "\n".join(found["left_out"])
-    assert "none: 0 drawn pictures that can be read, so it has no score" in named
+    assert "none: 0 drawn pictures that can be read, so no score" in named
     assert "drawn/cats/id3.png: not a picture that can be read" in named and "id18: no prompt" in named
     assert "real/dogs/id4.jpg: no such picture file" in named and "drawn/none/id2.png: no such" in named
     assert f"left out: {len(found['left_out'])}" in said and len(found["left_out"]) == 10
-    shutil.rmtree(real)                                          # its statistics are enough
-    run("mjhq", *categories, "--statistics", tmp_path / "kept", "--json", tmp_path / "s.json")
-    again = json.loads((tmp_path / "s.json").read_text())["scores"]["these drawings"]
-    assert again == pytest.approx(scores)
 
 
 def test_cocos_pictures_are_chosen_by_number_and_cut_to_the_drawings_shape(tmp_path, quick, capsys,
@@ -213,7 +208,7 @@ def test_cocos_pictures_are_chosen_by_number_and_cut_to_the_drawings_shape(tmp_p
         tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["scores"]["these drawings"]["FID"] < 1e-9
     said = capsys.readouterr().out
-    assert "| D-DiT from SD3 (2B), published | 9.40 | 31.20 |" in said and "learnt nothing" in said
+    assert "| D-DiT from SD3 (2B), published | 9.40 | 31.20 |" in said and "random weights" in said
 
 
 def test_fid_of_sources_of_every_kind(tmp_path, quick, capsys):
@@ -242,7 +237,7 @@ def test_fid_of_sources_of_every_kind(tmp_path, quick, capsys):
     ("geneval", "m.jsonl", '{"prompt": "a"}', "m.jsonl:1: expected an object with tag and prompt"),
     ("geneval", "m.jsonl", '{"tag": "colors", "prompt": null}', '"prompt" is null, expected a text'),
     ("geneval", "m.jsonl", "", "holds no prompt"),
-    ("mjhq", "m.json", '{"../x": {"category": "a", "prompt": "b"}}', "'../x' can't be a file's name"),
+    ("mjhq", "m.json", '{"../x": {"category": "a", "prompt": "b"}}', "'a/../x' can't be a category and a file's name"),
     ("mjhq", "m.json", "[]", "expected an object of {id: {category, prompt}}"),
     ("coco", "c.json", '{"images": []}', "expected COCO's captions, with images and annotations"),
     ("t2i", "color_val.txt", "x" * 300, "which no file's name can have"),
@@ -321,5 +316,6 @@ def test_the_clip_score_of_a_drawn_folder_names_what_has_no_caption(tiny, tmp_pa
     assert found["left_out"] == ["other.png: has no caption"] and "pairs: 3" in capsys.readouterr().out
     drawn = sorted((tmp_path / "out").glob("0*.png"))
     pairs = [(str(path), path, text_fields(path)["prompt"]) for path in drawn]
-    model, vocabulary = comparisons.clip.load(clip_[1]), comparisons.clip.tokenizer_of(clip_[1])
-    assert scores["CLIP"] == pytest.approx(comparisons.clip.score(pairs, model, vocabulary, "cpu").mean)
+    model, vocabulary = comparisons.clip.load(clip_[1]), comparisons.clip.load_tokenizer(clip_[1])
+    cosines, _ = comparisons.clip.score(pairs, model, vocabulary, "cpu")
+    assert scores["CLIP"] == pytest.approx(np.mean(cosines))

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 
 from cli import UserError
 from metrics import fid, inception
@@ -114,23 +113,15 @@ def test_kid_of_equal_distributions_is_about_zero_and_as_often_below_it():
     assert kid(normal(60, 8, 0, 1), normal(60, 8, 1.0, 2))[0] > 10 * found.std()
 
 
-def test_kid_of_subsets_is_near_that_of_all_and_the_same_for_a_seed():
+def test_kid_of_subsets_is_near_that_of_all_and_the_same_again():
     x, y = normal(400, 8, 0, 1), normal(300, 8, 0.5, 2)
     exact, none = kid(x, y, size=400)
     mean, spread = kid(x, y, subsets=50, size=100)
     assert none is None and 0 < spread < exact and abs(mean - exact) < 4 * spread / np.sqrt(50)
-    assert kid(x, y, subsets=50, size=100) == (mean, spread) != kid(x, y, subsets=50, size=100, seed=1)
+    assert kid(x, y, subsets=50, size=100) == (mean, spread)
     assert kid(x, y, subsets=2, size=1000)[1] is None and kid(x, y, subsets=2, size=350)[1] > 0
     almost = kid(x[:301], y, subsets=3, size=300)[0]             # all but one, as nothing is drawn twice
     assert almost == pytest.approx(kid(x[:301], y)[0], rel=0.02)
-
-
-@pytest.mark.parametrize("x, y, message", [
-    (normal(1), normal(5), "the features of 1 and 5 pictures, expected 2 or more"),
-    (normal(5), normal(5, 4), r"features \(5, 16\) and \(5, 4\), expected the same network's")])
-def test_kid_of_what_has_none_is_refused(x, y, message):
-    with pytest.raises(UserError, match=message):
-        kid(x, y)
 
 
 def test_statistics_are_numpys_and_the_same_when_loaded(tmp_path):
@@ -142,26 +133,21 @@ def test_statistics_are_numpys_and_the_same_when_loaded(tmp_path):
     fid.save(tmp_path / "b.npz", made, features=True)
     np.savez_compressed(tmp_path / "c.npz", mu=made.mu, sigma=made.sigma)          # as pytorch-fid writes it
     for name, count, kept in (("a", 30, None), ("b", 30, x), ("c", None, None)):
-        found, bad = fid.measure(tmp_path / f"{name}.npz")
-        assert np.array_equal(found.mu, made.mu) and np.array_equal(found.sigma, made.sigma) and not bad
+        found = fid.load(tmp_path / f"{name}.npz")
+        assert np.array_equal(found.mu, made.mu) and np.array_equal(found.sigma, made.sigma)
         assert found.count == count and np.array_equal(found.features, kept)
         assert frechet(found, made) < 1e-10
     assert len(list(tmp_path.iterdir())) == 3
-    for name, what, message in (("d.pth", made, "d.pth: expected a name that ends in .npz"),
-                                ("none/d.npz", made, "d.npz: can't be written .No such file"),
-                                ("d.npz", found, "d.npz: these statistics came without features")):
-        with pytest.raises(UserError, match=message):
-            fid.save(tmp_path / name, what, features=True)
+    with pytest.raises(UserError, match="d.pth: expected a name that ends in .npz"):
+        fid.save(tmp_path / "d.pth", made)
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(mu=None), "expected mu and sigma in it, found sigma, count"),
+    (dict(mu=None), "not a whole .npz of statistics .*mu is not a file in the archive"),
     (dict(sigma=np.eye(15)), r"sigma is float64 \(15, 15\), expected finite numbers \(16, 16\)"),
     (dict(mu=np.zeros((4, 4))), r"mu is float64 \(4, 4\), expected finite numbers \(16,\)"),
     (dict(mu=np.array(["a"] * 16)), r"mu is <U1 \(16,\), expected finite numbers \(16,\)"),
     (dict(sigma=np.full((16, 16), np.nan)), "sigma is float64 .*, expected finite numbers"),
-    (dict(sigma=-np.eye(16)), "sigma is not a covariance; measure the pictures again"),
-    (dict(sigma=np.triu(np.ones((16, 16)))), "sigma is not a covariance"),
     (dict(features=normal(29)), r"features is float32 \(29, 16\), expected finite numbers \(30, 16\)"),
     (dict(mu=np.array([dict()] * 16)), "not a whole .npz of statistics .Object arrays cannot be loaded")])
 def test_statistics_that_are_none_are_refused_in_a_line(change, message, tmp_path):
@@ -188,36 +174,34 @@ def test_a_damaged_npz_is_the_whole_one_or_refused_in_a_line(tmp_path):
             assert str(error).startswith(f"{file}: ") and len(str(error).splitlines()) == 1
             counts["refused"] += 1
     assert counts["refused"] > 45
-    with pytest.raises(UserError, match="b.npz: no such file"):
-        fid.measure(tmp_path / "b.npz")
+    with pytest.raises(UserError, match="b.npz: not a whole .npz of statistics .*No such file"):
+        fid.measure(str(tmp_path / "b.npz"), toy)
 
 
 def test_a_folder_and_a_tar_of_the_same_pictures_have_equal_features(folder, tmp_path):
     names = ["a.png", "b/c.PNG", "b/d.webp", "e.jpg"]
     tar = write_tar(tmp_path / "set.tar", {name: (folder / name).read_bytes() for name in names})
-    told, listings = [], [fid.pictures(source) for source in (folder, tar)]
+    listings = [fid.pictures(source) for source in (folder, tar)]
     assert [[name.lower() for name, _ in listing] for listing in listings] == [
         [name.lower() for name in names]] * 2
-    found = [fid.features(toy, listing, batch=3, say=lambda *done: told.append(done))[0]
-             for listing in listings]
+    found = [fid.features(toy, listing, batch=3)[0] for listing in listings]
     assert found[0].shape == (4, 48) and found[0].dtype == np.float32 and np.array_equal(*found)
-    assert told == [(n, 4) for n in (1, 2, 3, 4)] * 2 and len(set(map(bytes, found[0]))) == 4
+    assert len(set(map(bytes, found[0]))) == 4
     assert np.allclose(fid.features(toy, listings[0], batch=1)[0], found[0], atol=1e-6)
     part = fid.features(toy, fid.pictures(folder / "b"))[0]
-    for source in (folder, tar):
-        assert np.array_equal(fid.measure(source, toy, "b/*")[0].features, part)
-    assert frechet(fid.measure(folder, toy)[0], fid.measure(tar, toy)[0]) < 1e-10
+    assert np.array_equal(found[0][1:3], part)
+    assert frechet(fid.measure(str(folder), toy)[0], fid.measure(str(tar), toy)[0]) < 1e-10
 
 
 def test_what_is_no_picture_is_named_and_the_rest_measured(folder, tmp_path):
-    whole = fid.measure(folder, toy)[0]
+    whole = fid.measure(str(folder), toy)[0]
     files = {f"{i}.png": path.read_bytes() for i, path in enumerate(sorted(folder.glob("**/[a-z].*[!t]")))}
     tar = write_tar(tmp_path / "a.tar", files | {"8.webp": b"RIFF", "9.txt": b"a caption"})
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:90])
-    found, bad = fid.measure(folder, toy, batch=2)
+    found, bad = fid.measure(str(folder), toy)
     assert found.count == 4 and np.allclose(found.features, whole.features, atol=1e-6)
     assert len(bad) == 1 and bad[0].startswith(f"{folder / 'broken.png'}: not a picture that can be read")
-    found, bad = fid.measure(tar, toy)
+    found, bad = fid.measure(str(tar), toy)
     assert found.count == 4 and bad[0].startswith(f"{tar}: 8.webp: not a picture that can be read")
     assert bad[1:] == [f"{tar}: 9: no picture in this sample"]
 
@@ -225,21 +209,19 @@ def test_what_is_no_picture_is_named_and_the_rest_measured(folder, tmp_path):
 @pytest.mark.parametrize("where, message", [
     ("set/b", r"set/b: 1 pictures that can be read, expected 2 or more; .*c.PNG: not a picture"),
     ("empty", r"empty: no pictures in it, expected .jpg, .jpeg, .png, .webp"),
-    ("none", "none: expected a folder of pictures, a tar or an .npz, found nothing"),
+    ("none", "none: expected a folder of pictures, or a tar or an .npz"),
     ("none.tar", "none.tar: no such tar file"),
-    ("set/a.txt", "a.txt: expected a folder of pictures, a tar or an .npz, found another file")])
+    ("set/a.txt", "a.txt: expected a folder of pictures, or a tar or an .npz")])
 def test_a_source_without_two_pictures_is_refused_in_a_line(where, message, folder, tmp_path):
     (folder / "b/c.PNG").write_bytes(b"cut")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
-        fid.measure(tmp_path / where, toy)
-    with pytest.raises(UserError, match=r"set: no pictures in it with names like cats/\*"):
-        fid.pictures(folder, "cats/*")
+        fid.measure(str(tmp_path / where), toy)
 
 
 def test_features_that_are_not_finite_are_refused(folder):
     with pytest.raises(UserError, match="not finite; are these the network's weights"):
-        fid.measure(folder, lambda x: toy(x) / 0)
+        fid.measure(str(folder), lambda x: toy(x) / 0)
 
 
 def test_the_networks_tensors_are_the_published_ones(network):
@@ -253,7 +235,7 @@ def test_the_networks_tensors_are_the_published_ones(network):
 
 
 @pytest.mark.parametrize("name, corner, edge", [
-    *[(name, 3.0, 3.5) for name, (_, pool) in inception.BLOCKS.items() if pool == "average"],
+    *[(name, 3.0, 3.5) for name in inception.BLOCKS if name not in inception.POOL_OF],
     ("Mixed_7c", 5.0, 6.0)])
 def test_averages_leave_out_the_padding_and_the_last_block_takes_the_maximum(name, corner, edge, network):
     """Of 1 to 9 in rows: (1 + 2 + 4 + 5) / 4 in a corner, where padding would give 12 / 9.  The norm divides
@@ -297,15 +279,12 @@ def test_the_network_tells_pictures_apart_and_batches_make_no_difference(network
     assert one.shape == (3, 2048) and one.dtype == np.float32 and 0.01 < one.std() < 10
     away = np.linalg.norm(one[:, None] - one, axis=-1) + np.eye(3) * 1e9
     assert away.min() > 0.01 * np.linalg.norm(one) and np.abs(one - all).max() < 1e-4 * one.max()
-    state = {name: x.contiguous() for name, x in network.state_dict().items()}
-    save_file(state, tmp_path / "a.safetensors")
     more = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008),
             "AuxLogits.fc.bias": torch.zeros(9), "Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(0)}
-    torch.save(state | more, tmp_path / "a.pth")
-    for name in ("a.safetensors", "a.pth"):
-        read = inception.load(tmp_path / name)
-        assert not read.training and not any(x.requires_grad for x in read.parameters())
-        assert np.array_equal(fid.features(read, listing[:1])[0], one[:1])
+    torch.save(network.state_dict() | more, tmp_path / "a.pth")
+    read = inception.load(tmp_path / "a.pth")
+    assert not read.training and not any(x.requires_grad for x in read.parameters())
+    assert np.array_equal(fid.features(read, listing[:1])[0], one[:1])
     (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:10**6])
     with pytest.raises(UserError, match="a.pth: not a whole .pth, or one of more than tensors"):
         inception.load(tmp_path / "a.pth")
@@ -316,17 +295,15 @@ def test_what_is_wrong_with_the_weights_is_named_in_one_message(network, tmp_pat
     name, bad = "Mixed_6b.branch7x7_2", state["Conv2d_1a_3x3.bn.bias"].clone()
     bad[3] = float("inf")
     state |= {f"{name}.conv.weight": torch.zeros(2, 3), "fc.weight": torch.zeros(1000, 2048),
-              "Conv2d_1a_3x3.bn.bias": bad, "Conv2d_1a_3x3.bn.running_var": 5,
-              "Mixed_7c.extra": torch.zeros(1)}
+              "Conv2d_1a_3x3.bn.bias": bad}
     del state[f"{name}.bn.weight"]
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(UserError) as error:
         inception.load(tmp_path / "a.pth")
     assert str(error.value) == (
         f"{tmp_path / 'a.pth'}: not the weights of FID's Inception, pt_inception-2015-12-05-6726825d.pth; "
-        f"missing: {name}.bn.weight; left over: Mixed_7c.extra; misshapen: Conv2d_1a_3x3.bn.running_var int, "
-        f"expected (32,), {name}.conv.weight (2, 3), expected (128, 128, 1, 7), fc.weight (1000, 2048), "
-        f"expected (1008, 2048); not finite: Conv2d_1a_3x3.bn.bias")
+        f"Conv2d_1a_3x3.bn.bias is not finite; {name}.conv.weight is [2, 3], expected [128, 128, 1, 7]; "
+        f"{name}.bn.weight is missing, expected [128]; fc.weight is [1000, 2048], expected [1008, 2048]")
 
 
 class Harmless:
@@ -335,8 +312,8 @@ class Harmless:
 
 @pytest.mark.parametrize("content, message", [
     ({"Conv2d_1a_3x3.conv.weight": Harmless()}, "not a whole .pth, or one of more than tensors, which could"),
-    ([torch.zeros(3)], "expected tensors by name, found list"),
-    ({"a": torch.zeros(3)}, "missing: Conv2d_1a_3x3.conv.weight, .* and 466 more; left over: a$"),
+    ([torch.zeros(3)], "found list, expected tensors by name"),
+    ({"a": torch.zeros(3)}, "Conv2d_1a_3x3.conv.weight is missing, expected .32, 3, 3, 3."),
     (None, "no such file; it is pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid")])
 def test_a_file_of_other_things_is_refused_in_a_line(content, message, tmp_path):
     if content is not None:

@@ -87,7 +87,7 @@ def test_what_is_there_is_skipped_and_what_was_made_otherwise_is_refused(parts, 
     with pytest.raises(UserError, match="00002.png: not a picture that can be read"):
         gallery.fill(parts, jobs, folder, steps=2)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: is a file, expected a folder"):
+    with pytest.raises(FileExistsError, match="file"):                   # cli.run says so in one line
         gallery.fill(parts, jobs, tmp_path / "file")
 
 

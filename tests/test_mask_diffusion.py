@@ -247,6 +247,20 @@ def test_which_tokens_pass_at_once():
     assert selected("eb", 9.0) == [[0, 2, 3], [1, 4]]
 
 
+def test_a_new_order_is_one_function_and_one_row(monkeypatch):
+    """From right to left, one token a step: an exact draw of the joint, as any order is."""
+    def select_last(turn):
+        place = torch.arange(turn.masked.shape[1]).expand_as(turn.masked)
+        return mask_diffusion.largest(torch.where(turn.masked, place, -1), 1)
+    monkeypatch.setitem(mask_diffusion.ORDERS, "right to left", mask_diffusion.Order(select_last, needs_p=False))
+    states = []
+    drawn = mask_diffusion.sample(wide, torch.full((50_000, 4), WIDE_MASK), WIDE_MASK, 9, order="right to left",
+                                  generator=torch.Generator().manual_seed(1), trajectory=states)
+    ratio, chance = misfit(drawn)
+    assert ratio < chance and len(states) == 1 + 4
+    assert (states[1][1][:, :3] == WIDE_MASK).all() and (states[1][1][:, 3] != WIDE_MASK).all()
+
+
 def ending(ids):
     """Three tokens, 3 being the end: behind an end all is end, before it anything is as likely."""
     logits = torch.zeros(*ids.shape, V + 1, dtype=torch.float64)

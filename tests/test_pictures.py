@@ -134,8 +134,8 @@ def test_the_cut_comes_before_the_resize():
 
 @pytest.mark.parametrize("content, message", [
     (png(10000, 9500, 1, 0, (b"\0" + bytes(1250)) * 9500),
-     "a picture of over 89 million pixels; make it smaller"),
-    (png(20000, 20000, 1, 0, b"\0"), "a picture of over 89 million pixels"),
+     "not a picture that can be read (over 89 million pixels; make it smaller"),
+    (png(20000, 20000, 1, 0, b"\0"), "over 89 million pixels"),
     (b"", "not a picture that can be read (of no known format)"),
     (b"hello", "not a picture that can be read (of no known format)"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "PostScript is a program")])
@@ -147,7 +147,7 @@ def test_what_is_no_picture_of_a_size_gets_one_line_and_no_warning(content, mess
     assert str(error.value).startswith(f"{tmp_path / 'a.png'}: ") and message in str(error.value)
     with pytest.raises(UserError, match="b.png: no such picture file"):
         read_picture(tmp_path / "b.png")
-    with pytest.raises(UserError, match="not a picture that can be read .Is a directory"):
+    with pytest.raises(UserError, match="can't be read .Is a directory"):
         read_picture(tmp_path)
 
 

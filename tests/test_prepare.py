@@ -102,9 +102,7 @@ def test_a_stopped_command_goes_on_and_parts_make_a_whole(photos, tmp_path, smal
         encode(photos, whole, pixels=24)
     with pytest.raises(UserError, match="--pixels 17: expected a multiple of 2"):
         encode(photos, whole, pixels=17)
-    flags = ["latents", photos, whole, "--vae", VAE, "--tokenizer", RELEASE]
-    assert mistake(data.main, flags) == (2, "error: --tokenizer changes nothing without --t5\n")
-    code, said = mistake(data.main, [*flags[:5], "--piels", 3])
+    code, said = mistake(data.main, ["latents", photos, whole, "--vae", VAE, "--piels", 3])
     assert code == 2 and said == "error: unknown argument --piels; did you mean --pixels?\n"
 
 
@@ -137,7 +135,7 @@ def test_pictures_of_no_use_are_left_out_and_named(photos, tmp_path, small, caps
     assert f"left out: {names[1]}: not a picture" in capsys.readouterr().err
     for name in names:
         name.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="5 samples in a row are of no use"):
+    with pytest.raises(UserError, match="latents-00000.safetensors: all of its samples are of no use"):
         encode(tmp_path / "photos", tmp_path / "none")
     assert not list((tmp_path / "none").iterdir())
 
@@ -147,7 +145,7 @@ def test_shards_that_do_not_belong_together_or_are_damaged_are_refused(photos, t
     other = encode(photos, tmp_path / "other", "--dtype", "float32")
     shutil.copy(other / "latents-00001.safetensors", out)
     sources.mapped.cache_clear()
-    with pytest.raises(UserError, match="00001.safetensors: made with other settings than latents-00000"):
+    with pytest.raises(UserError, match="00001.safetensors: made with other settings than .*latents-00000"):
         sources.of_path(str(out))
     file = other / "latents-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
@@ -201,7 +199,7 @@ def test_a_run_on_latents_says_whose_they_are_and_refuses_those_of_others(photos
     changed = {name: x.float() for name, x in load_file(VAE).items() if name.startswith("first_stage")}
     changed["first_stage_model.decoder.conv_in.bias"] += 1
     save_file(changed, tmp_path / "changed.safetensors")
-    with pytest.raises(UserError, match="changed.safetensors: is the autoencoder .*, this transformer has"):
+    with pytest.raises(UserError, match="changed.safetensors: is the autoencoder .*, this transformer "):
         Parts(run, vae=tmp_path / "changed.safetensors")
     again = lambda path: go("--image-data", path, "--out", tmp_path / "next")
     said = again(encode(photos, tmp_path / "other", vae=tmp_path / "changed.safetensors"))
@@ -258,10 +256,12 @@ def test_a_vocabulary_over_65536_is_packed_in_uint32(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"", "no text in it"),
     ("a.txt", b"fine\n\xff\xfe", "a.txt:2: not UTF-8 text"),
-    ("a.jsonl", b'{"text": "x"}\n{"words": 1}', "a.jsonl:2: expected a JSON object with \"text\""),
-    ("a.jsonl", b'{"text": null}', "a.jsonl:1: expected a JSON object with \"text\""),
-    ("a.jsonl", b'"\\ud800"', "a.jsonl:1: expected a JSON object .* surrogates not allowed"),
-    ("a.jsonl", b"{", "a.jsonl:1: expected a JSON object with \"text\""),
+    ("a.jsonl", b'{"text": "x"}\n{"words": 1}', "a.jsonl:2: \"text\" is null, expected a text"),
+    ("a.jsonl", b'{"text": null}', "a.jsonl:1: \"text\" is null, expected a text"),
+    ("a.jsonl", b'[1]', r"a.jsonl:1: \"text\" is \[1\], expected a text"),
+    ("a.jsonl", b'"\\ud800"', r"a.jsonl:1: \"text\" is '\\ud800', expected a text"),
+    ("a.jsonl", b"{", "a.jsonl:1: not readable as JSON"),
+    ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1: not readable as JSON .*utf-8"),
     ("a.txt.gz", b"plain", "a.txt.gz: can't be read"),
     ("a.txt.gz", gzip.compress(b"word " * 9999)[:-20], "a.txt.gz: can't be read"),
     ("a.md", b"words", "a.md: expected .txt, .jsonl"),

@@ -97,8 +97,8 @@ def test_a_source_of_questions_alone_can_be_read_and_not_drawn(folder):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(answer=None), "42.jpg: \"answer\" is null, expected a text"),
-    (dict(question="What \ud83c?"), r"42.jpg: \"question\" is .*\\ud83c.*, expected a text"),
+    (dict(answer=None), r"42.jpg: \"questions\[0\].answer\" is null, expected a text"),
+    (dict(question="What \ud83c?"), r"42.jpg: \"questions\[0\].question\" is .*\\ud83c.*, expected a text"),
     (dict(question=3), "an entry lacks 'int' object has no attribute 'strip'")])
 def test_a_question_or_an_answer_that_is_no_text_is_named(wrong, message, folder):
     with pytest.raises(UserError, match=message) as error:
