@@ -18,7 +18,7 @@ velocity is SD3's with a pooled text embedding of zero.
 Reading is strict: a tensor that is missing, left over, misshapen or not finite is an error that names it.
 """
 
-import cli
+from common import cli
 cli.interruptible(__name__)
 
 import hashlib
@@ -33,15 +33,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import layouts
-from cli import UserError, require
-from files import read_json_object, write_json, write_text
-from layouts import Entry
+from common.cli import UserError, require
+from common.files import read_json_object, write_json, write_text
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
-from t5 import T5Config, T5Encoder
-from tensors import FLOATS, Tensors, finite, is_safetensors, write_tensors
-from tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
-from vae import AutoencoderKL, Pixels, VAEConfig
+from pretrained import layouts
+from pretrained.export import describe, write_folder
+from pretrained.layouts import Entry
+from pretrained.safetensors_io import (FLOATS, NAMES, Tensors, finite, is_safetensors, read_any,
+                                       write_tensors)
+from pretrained.t5 import T5Config, T5Encoder
+from pretrained.tokenizer import Tokenizer, gpt2_tokenizer, t5_tokenizer
+from pretrained.vae import AutoencoderKL, Pixels, VAEConfig
 
 FORMAT = "dual-diffusion-transformer"
 MASK_EMBEDDING = "mask_embedding.safetensors"      # T5's [MASK] row, where a checkpoint has its own
@@ -306,6 +308,51 @@ def load_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
     return t5.eval()
 
 
+def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
+    """Read the aligned [MASK] embedding, one vector (E,): a .safetensors or a .pth that holds one tensor.
+
+    width: E, if it is known.  A .pth is unpickled with weights_only.  Raises UserError."""
+    path = Path(path)
+    content = read_any(path, lambda error: f"not a file of one tensor ({str(error).splitlines()[0]})")
+    tensors = list(content.values()) if isinstance(content, dict) else [content]
+    [vector] = tensors if len(tensors) == 1 else [None]
+    require((isinstance(vector, Tensor) and vector.numel() == max(vector.shape, default=0),
+             f"{path}: expected one vector, the [MASK] embedding"))
+    row = len(vector.flatten())
+    require((finite(vector), f"{path}: the [MASK] embedding holds NaN or infinity"),
+            (width in (None, row), f"{path}: a [MASK] embedding of {row} numbers, this T5 has {width}"))
+    return vector.detach().flatten()
+
+
+def check_text_encoder(path: str | Path, tokenizer: Tokenizer, width: int | None = None) -> None:
+    """Raise UserError, from T5's headers, where it lacks rows for the tokenizer's ids, or its states
+    have not the `width` that the transformer reads."""
+    sizes, ids = t5_sizes(path), tokenizer.vocab_size
+    require((ids <= sizes.vocab_size, f"{path}: T5's table has {sizes.vocab_size} rows, the tokenizer {ids} "
+             f"tokens; name T5's own with --tokenizer"),
+            (width in (None, sizes.width), f"{path}: T5 gives {sizes.width} numbers a token, the transformer "
+             f"reads {width}"))
+
+
+def load_text_encoder(path: str | Path, dtype: torch.dtype, tokenizer: Tokenizer, width: int | None = None,
+                      vector: Tensor | None = None) -> T5Encoder:
+    """Load a T5 that fits (`check_text_encoder`), with `vector` (E,), if any, as its [MASK] embedding."""
+    check_text_encoder(path, tokenizer, width)
+    encoder = load_t5(path, dtype)
+    if vector is not None:
+        encoder.set_embedding(tokenizer.mask_id, vector)
+    return encoder
+
+
+def load_autoencoder(path: str | Path, channels: int) -> AutoencoderKL | Pixels:
+    """Load it in float32, for it is one percent of the whole.  Raises UserError where a transformer on
+    latents of so many channels can't use it."""
+    autoencoder = load_vae(path)
+    require((autoencoder.channels == channels, f"{path}: latents of {autoencoder.channels} channels, the "
+             f"transformer has {channels}; name the right one with --vae"))
+    return autoencoder
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer in a folder of any layout or a tokenizer.json, or "gpt2".  Raises UserError."""
     if str(path) == "gpt2":
@@ -351,9 +398,66 @@ def check_config(mmdit: MMDiTConfig) -> None:
     require((again == mmdit, f"MMDiTConfig: config.json would turn {mmdit} into {again}"))
 
 
+# ------------------------------------------------------------------------------------------- the commands
+
+def export(source: Path, target: Path, layout: str = "release", tokenizer: Path | None = None) -> None:
+    """Write any layout's transformer as a folder that its published pipeline loads, in its stored dtype,
+    a run's averaged weights.  The autoencoder and T5 come from the release or from SD3.
+
+    layout: "release", D-DiT's; or "sd3", without what D-DiT added, and with SD3's pooled CLIP branch at
+    zero: the same velocity.  A learned [MASK] embedding comes along as a file.  Raises UserError."""
+    require((not target.exists() or not any(target.iterdir()), f"{target}: expected an empty folder"))
+    if is_ours(source):
+        sizes = read_config(source)["mmdit"]
+        require((sizes.predicts == "velocity", f"{source}: its image head predicts {sizes.predicts}, the "
+                 f"published layouts' a velocity"),
+                (not sizes.text_length, f"{source}: its text comes from a token embedding; the published "
+                 f"layouts are made for T5"))
+        tensors = Tensors([source / "model.safetensors"], "mmdit.")
+    else:
+        tensors, _, _ = find(source, "transformer")
+    stored = Counter(tensors.dtype.values()).most_common(1)[0][0]
+    dtype = next((dtype for dtype, name in NAMES.items() if name == stored), torch.float32)
+    model = load_mmdit(source, dtype)
+    write_folder(model, target, layout, dtype, tokenizer or part_folder(source, "tokenizer"),
+                 source / MASK_EMBEDDING)
+
+
+def inspect(path: Path) -> str:
+    """Return layout, parts, sizes, dtypes and parameter counts, a screenful."""
+    if is_ours(path):
+        config, tensors = read_config(path), Tensors([path / "model.safetensors"], "mmdit.")
+        return (f"{path}: ours, latents {config.get('latents')}, step {config.get('step')}\n"
+                + describe("transformer", tensors, config["mmdit"]))
+    sizes = dict(transformer=layouts.mmdit_config, vae=layouts.vae_config, t5=layouts.t5_config)
+    lines, absent = [f"{path}:"], []
+    for name in sizes:
+        try:
+            tensors, config, naming = find(path, name)
+        except UserError as error:
+            absent.append(f"{name}: {error}")
+            continue
+        title = layouts.TITLES[name]
+        if name == "transformer":
+            title = f"{layouts.family(tensors)} transformer"
+        lines.append(describe(title, tensors, sizes[name](tensors, config, naming)))
+    require((len(absent) < len(sizes), absent and absent[0].removeprefix("transformer: ")))
+    return "\n".join(lines + absent)
+
+
 def main() -> None:
-    import publish                                               # here: its commands read through this file
-    publish.main(__doc__)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("command", choices=["inspect", "export"])
+    parser.add_argument("source", type=Path, help="a folder or a file of any layout")
+    parser.add_argument("target", type=Path, nargs="?", help="export: the new folder")
+    parser.add_argument("--layout", choices=["release", "sd3"], default="release")
+    parser.add_argument("--tokenizer", type=Path, help="export: a folder with T5's tokenizer, if not in SRC")
+    args = parser.parse_args()
+    if (args.target is None) == (args.command == "export"):
+        parser.error("export takes SRC and DST" if args.command == "export" else "inspect takes one path")
+    if args.command == "export":
+        export(args.source, args.target, args.layout, args.tokenizer)
+    print(args.target or inspect(args.source))
 
 
 if __name__ == "__main__":

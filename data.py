@@ -3,59 +3,49 @@
     python data.py show PATH[:WEIGHT] ... --out page.png     # what the trainer would see, and what is wrong
     python data.py index SHARD.tar ...                       # where a tar's samples are; also at first use
     python data.py latents PATH FOLDER --vae VAE             # pictures encoded once, before training
+    python data.py build-emoji                               # the emoji set anew
     python data.py pack BOOK.txt WEB.jsonl.gz T.safetensors  # plain text as tokens
 
 A source is a path, told by what it is: a folder of pictures with captions, tars, a JSON list, stored latents
-or tokens (sources.py), the published files of questions (questions.py), or the embedded set (emoji.py), whose
+or tokens (dataset/sources.py), the published files of questions (dataset/questions.py), or the embedded set (dataset/emoji.py), whose
 epoch has each emoji and style once or, with @each behind its path, each picture.  The sample at position i of
 a run is a function of (run, i) alone: there are no iterators, and nothing about order is stored.
 
 Shapes: n samples or positions, P pixels a side.
 """
 
-import cli
+from common import cli
 cli.interruptible(__name__)
 
+import argparse
 import hashlib
 import re
-import signal
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-import questions
-import sources
-import tars
-from cli import UserError, require
-from files import sha256
-from pictures import fit_picture, read_picture
+import checkpoint
+from common.cli import UserError, require
+from common.devices import DEVICES
+from common.files import sha256
+from common.seeding import fraction
+from dataset import emoji, precompute, questions, sources, webdataset
+from dataset.aspect_buckets import Buckets
+from dataset.images import fit_picture, picture_size, read_picture
+from viz import grids
 
 PIXELS = dict(vae="pixels", channels="3")       # the stamp of pictures that are not encoded
+LOOK = 1000                                     # samples that `show` looks at
 EACH = "@each"                                  # behind the emoji tar's path: each picture as often
 
 
-def question_prompt(question: str) -> str:
-    """The paper's prompt format; the answer follows it directly."""
-    return f"Q: {question} A: "
-
-
 # ------------------------------------------------------------------------------------------------------ order
-
-def fraction(text: str) -> float:
-    """A text's hash as a number in [0, 1): the same on every machine, so splits never move."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
-
-
-def seeded(*key) -> torch.Generator:
-    """A generator of random numbers that depend on the key alone."""
-    return torch.Generator().manual_seed(int(fraction(repr(key)) * 2**53))
-
 
 def permute(at: Tensor, size: int, key: str) -> Tensor:
     """Where a random permutation of range(size) takes each place, (n,) int64 -> (n,), without storing it.
@@ -104,7 +94,6 @@ def locate(positions: Tensor, sizes: list[int], weights: list[float], key: str) 
 
 def open_source(path: str, pixels: int, length: int = 256):
     """The source at a path; plain text in pieces of `length` tokens.  Raises UserError."""
-    import emoji                # here: it reads its pictures through this file
     if re.search(r"\.json(@|$)", path):
         return questions.of_json(path)
     source = sources.of_path(path.removesuffix(EACH), length)
@@ -133,7 +122,7 @@ def fingerprint(spec: str) -> str:
         return f"{sha256(places[0])[:16]}:{weight}{each}"
     files = [(file, str(file.relative_to(place))) for place in places if place.is_dir()
              for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")
-             and not file.name.endswith(tars.INDEX)]
+             and not file.name.endswith(webdataset.INDEX)]
     files += [(place, place.name) for place in places if place.is_file()]
     listed = "".join(f"{name} {file.stat().st_size}\n" for file, name in files)
     if files:
@@ -226,6 +215,20 @@ class Mix:
             return self.sources[k].choose(place, fraction(f"{self.key} {k} {epoch} {place}"))
         return place
 
+    def buckets(self, name: str, unit: int) -> Buckets:
+        """Return batches of sizes of about the square's area, of this mixture's order `name`.
+
+        Raises UserError where there are no pictures to cut."""
+        kind = "stored latents" if self.stamp else "plain text"
+        require((self.stamp and self.stamp["vae"] == "pixels",
+                 f"--buckets: {self.sources[0].name} has no pictures to cut, but {kind}"))
+        return Buckets((self.key, name), self.pixels, unit, partial(self.places, name=name), self.picture_size)
+
+    def picture_size(self, place: tuple[int, int, int]) -> tuple[int, int]:
+        """Return (width, height) of the picture at a place, from its file's header."""
+        k, epoch, at = place
+        return picture_size(self.sources[k][self.index(k, epoch, at)]["picture"])
+
     def newly_bad(self) -> list[str]:
         """The bad ones since this was last asked."""
         new, self.bad = self.bad, []
@@ -282,50 +285,6 @@ class Mix:
         return [self.read(0, 0, place, captioned) for place in places]
 
 
-class Ahead(torch.utils.data.Dataset):
-    """make(step), made by another process; a UserError comes back as what was made."""
-
-    def __init__(self, make: Callable[[int], dict]):
-        self.make = make
-
-    def __getitem__(self, step: int) -> dict:
-        try:
-            return self.make(step)
-        except UserError as error:
-            return dict(error=str(error))
-
-
-def deaf(_: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def feed(make: Callable[[int], dict], steps: range, workers: int) -> Iterator[dict]:
-    """make(step) for each step in order: here, or by `workers` processes ahead.  The same either way.
-
-    What ends a job (SLURM, `timeout`) sends SIGTERM to all of its processes: the workers leave it to this
-    one, which saves first, and end with it."""
-    loader = map(make, steps) if workers == 0 else torch.utils.data.DataLoader(
-        Ahead(make), sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=deaf)
-    for made in loader:
-        if "error" in made:
-            raise UserError(made["error"])
-        yield made
-
-
-@contextmanager
-def readers_watched() -> Iterator[None]:
-    """torch says wherever the main process is that a worker of `feed` was killed, or that nobody is there
-    whose tensor it is about to take: here it is a UserError."""
-    try:
-        yield
-    except (RuntimeError, ConnectionResetError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"a process that reads data ahead was lost ({said}); the same command goes on from "
-                        f"the newest checkpoint")
-
-
 def latent_factor(specs: list[str]) -> int | None:
     """Pixels per latent, along a side, of the first stored latents among the sources; None without any."""
     for spec in specs:
@@ -333,24 +292,6 @@ def latent_factor(specs: list[str]) -> int | None:
             side = sources.mapped(file).get_slice("latents").get_shape()[-1]
             return int(sources.read_stamp(file)["pixels"]) // side
     return None
-
-
-def choose_caption(sample: dict, recaption: float, chance: float) -> str:
-    """One of a sample's captions or, for a share `recaption` of draws, the re-caption; chance: in [0, 1)."""
-    again, captions = sample.get("recaption"), sample["captions"]
-    if again and (not captions or chance < recaption):
-        return again
-    if again:
-        chance = (chance - recaption) / (1 - recaption)
-    return captions[int(chance * len(captions))]
-
-
-def latents_of(samples: list[dict]) -> Tensor | None:
-    """What a model diffuses, (B, C, h, w) float32: stored latents or pictures in [-1, 1]; None for text."""
-    if "ids" in samples[0]:
-        return None
-    return torch.stack([sample["latents"].float() if "latents" in sample else
-                        sample["picture"].float() / 127.5 - 1 for sample in samples])
 
 
 def check_stamps(image: Mix | None, text: Mix, channels: int, learnt: str | None,
@@ -411,9 +352,131 @@ def check_tokens(mix: Mix, tokenizer, name: str) -> None:
                             f"again with --tokenizer {name}"))
 
 
+# ------------------------------------------------------------------------------------------------- the commands
+
+def show_sources(args: argparse.Namespace) -> None:
+    """Write a page of twelve samples as the trainer sees them; print counts, and each unreadable
+    sample."""
+    mix = Mix(args.paths, args.pixels, "show", length=args.text_length)
+    tokenizer = checkpoint.load_tokenizer(args.tokenizer)
+    check_tokens(mix, tokenizer, args.tokenizer)
+    for source, weight in zip(mix.sources, mix.weights):
+        share = weight / sum(mix.weights)
+        kind = type(source).__name__
+        print(f"{source.name}: {kind}, {len(source):,} samples, {share:.1%} of the mix")
+    places = mix.places(range(0, len(mix), max(1, len(mix) // LOOK)), "show")
+    cells, longest, bad = [], 0, 0
+    for place in places:
+        try:
+            sample = mix.sample(*place)
+        except UserError as error:
+            bad += 1
+            print(f"wrong: {error}")
+            continue
+        lines = [sample["key"][-50:]]
+        for text in [*sample["captions"], sample.get("recaption")]:
+            if text:
+                count = len(tokenizer.pieces(text))
+                longest = max(longest, count)
+                lines.append(f"{text} ({count} tokens)")
+        for pair in sample.get("questions") or []:
+            lines.append(f"Q: {pair['question']} A: {pair['answer']}")
+        if "ids" in sample:
+            lines.append(tokenizer.bpe.decode(sample["ids"].tolist()))
+        if len(cells) < 12:
+            cells.append((preview(sample), lines))
+    print(f"looked at {len(places):,} samples, {bad:,} of no use")
+    print(f"the longest caption has {longest} tokens")
+    if cells:
+        grids.write_picture(args.out, grids.page(cells[:6], cells[6:]))
+        print(args.out)
+
+
+def preview(sample: dict) -> Tensor:
+    """Return an image (3, h, w) in [-1, 1]: the first three channels of latents, white for plain
+    text."""
+    latents = sources.latents_of([sample])
+    return torch.ones(3, 8, 8) if latents is None else latents[0, :3]
+
+
+def index(args: argparse.Namespace) -> None:
+    """Write an index beside each tar."""
+    for path in precompute.expand(args.paths):
+        require((not path.endswith(webdataset.PACKED), f"{path}: is packed; gunzip it to index it"))
+        print(f"{path}: {len(webdataset.make_index(path)):,} samples")
+
+
+def build_emoji(args: argparse.Namespace) -> None:
+    emoji.build(args.out)
+
+
+def latents(args: argparse.Namespace) -> None:
+    """Encode a source's images, once its networks are found to fit."""
+    encoder = precompute.Encoder(args)
+    mix = Mix([args.source], args.pixels, filters=PUBLISHED if args.filtered else Filters())
+    precompute.store_latents(args, encoder, mix, fingerprint(args.source))
+
+
+def part(text: str) -> tuple[int, int]:
+    """Read I/N, the I-th of N parts, from 0."""
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
+    return int(first), int(last)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable, about: str) -> cli.Parser:
+        command = commands.add_parser(name, doc=about, help=about)
+        command.set_defaults(run=run)
+        return command
+
+    def add_number(command: cli.Parser, flag: str, low: int, default: int, about: str) -> None:
+        command.add_argument(flag, type=cli.number(int, low), default=default, metavar="N",
+                             help=f"{about} ({default})")
+
+    page = add("show", show_sources, "a page of what the trainer would see; on stdout all that is wrong")
+    page.add_argument("paths", nargs="+", metavar="PATH[:WEIGHT]", help="sources")
+    page.add_argument("--out", type=Path, default=Path("data.png"), help="the page (data.png)")
+    indexed = add("index", index, "where each sample of a tar is, in a file beside it")
+    indexed.add_argument("paths", nargs="+", metavar="TAR", help="tars, or patterns of them")
+    coded = add("latents", latents, "a source's images as latents, in shards; a stopped command goes on")
+    coded.add_argument("source", metavar="PATH", help="a source of images")
+    coded.add_argument("out", type=Path, metavar="FOLDER", help="of the shards")
+    coded.add_argument("--vae", required=True, metavar="PATH", help="autoencoder, of any layout")
+    coded.add_argument("--t5", metavar="PATH", help="store its states of a caption as well")
+    coded.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
+                       help="of what is stored (bfloat16)")
+    coded.add_argument("--recaption", type=cli.number(float, 0, 1), default=1.0, metavar="N",
+                       help="of states: the share that is of re-captions (1)")
+    coded.add_argument("--filtered", action="store_true",
+                       help="leave out what train.py --filtered does")
+    add_number(coded, "--batch", 1, 16, "images at a time")
+    add_number(coded, "--workers", 0, 0, "processes that read ahead")
+    coded.add_argument("--part", type=part, default=(0, 1), metavar="I/N",
+                       help="every N-th shard from I on: one process a GPU (0/1)")
+    coded.add_argument("--device", choices=DEVICES, default="auto", help="where (auto)")
+    packed = add("pack", precompute.pack, "plain text as one file of tokens, an end token behind each document")
+    packed.add_argument("paths", nargs="+", metavar="FILE",
+                        help=".txt, or .jsonl with an object with \"text\" a line; also .gz")
+    packed.add_argument("out", type=Path, metavar="T.safetensors", help="the tokens")
+    built = add("build-emoji", build_emoji, "the emoji set anew, from two npm packages")
+    built.add_argument("--out", type=Path, default=emoji.TAR, help="(assets/emoji.tar.gz)")
+    for command in (page, coded):
+        add_number(command, "--pixels", 8, 256, "a side")
+        add_number(command, "--text-length", 2, 256, "tokens")
+    for command, default in ((page, "gpt2"), (packed, "gpt2"), (coded, None)):
+        command.add_argument("--tokenizer", metavar="PATH", default=default,
+                             help=f"gpt2, or a folder that has one ({default or 'that of --t5'})")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> None:
-    import prepare                                               # here: its commands read through this file
-    prepare.main(argv)
+    args = parse(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ every score.  Each command ends with what had to be left out; --json writes all 
 explains the scores.
 """
 
-import cli
+from common import cli
 cli.interruptible(__name__)
 
 import argparse
@@ -26,23 +26,20 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import answering
-import data
-import emoji
-import gallery
-import parallel
-import questions
-import sample
-import show
-from answering import Ask
-from cli import require
-from files import write_json, write_text
-from devices import DEVICES, choose_device
+from common import processes
+from common.cli import require
+from common.devices import DEVICES, choose_device
+from common.files import write_json, write_text
+from common.progress import Progress
+from dataset import emoji, questions
+from dataset.questions import question_prompt
+from inference import answer_file, image_folder, options
+from inference.answer_file import Ask
+from inference.image_to_text import STEPS
+from inference.parts import Parts
 from metrics import answers, benchmarks, captions, comparisons, emojis
 from metrics.tables import about, left_out, table, tell
-from parts import Parts
-from progress import Progress
-from reading import STEPS
+from viz import grids
 
 WALK = ["--guidance", "--shift", "--solver", "--guidance-interval"]
 PARTS = ["--checkpoint", "--dtype", "--height", "--width", "--length", "--vae", "--t5",
@@ -68,23 +65,23 @@ def write_notes(args: argparse.Namespace, asked: benchmarks.Asked,
 
 def draw(args: argparse.Namespace) -> None:
     """A benchmark's pictures, shared among the processes of torchrun."""
-    rank, world, device = parallel.start(args.device)
-    with parallel.one_voice():
+    rank, world, device = processes.start(args.device)
+    with processes.one_voice():
         asked = benchmarks.read(args.benchmark, args.prompts, args.n, args.seed, args.limit)
-        parts = sample.open_parts(vars(args), device)
-        how = sample.walk(vars(args))
+        parts = options.open_parts(vars(args), device)
+        how = options.walk(vars(args))
         how["negative"] = getattr(args, "negative_prompt", "")
         jobs = [(parts.tokenizer.lowered(prompt), seed) for prompt, seed in asked.jobs]
         parts.silent = True
-        shared = parallel.first(lambda: gallery.settings(parts, **how))  # reads the weights' file
+        shared = processes.first(lambda: image_folder.settings(parts, **how))  # reads the weights' file
         share = range(rank, len(jobs), world)
-        missing = gallery.missing(jobs, asked.names, args.out, share, shared, asked.each)
-        missing = sorted(parallel.gather(missing))
+        missing = image_folder.missing(jobs, asked.names, args.out, share, shared, asked.each)
+        missing = sorted(processes.gather(missing))
         if rank == 0:
             write_notes(args, asked, shared)
         share = missing[rank::world]
         progress = Progress("pictures", len(share), rank, world)
-        drawn = gallery.draw(parts, jobs, asked.names, args.out, share, shared, asked.each, **how)
+        drawn = image_folder.draw(parts, jobs, asked.names, args.out, share, shared, asked.each, **how)
         for done, _ in enumerate(drawn, 1):
             progress.update(done)
         if rank == 0:
@@ -115,7 +112,7 @@ def make_room(parts: Parts, asked: list[Ask], args: argparse.Namespace) -> None:
     """Lengthen the answers' positions so that the longest prompt with its --shots fits.
 
     Raises UserError where --length, or the checkpoint's position table, leaves room for none."""
-    prompts = [data.question_prompt(ask.question) for ask in asked]
+    prompts = [question_prompt(ask.question) for ask in asked]
     sizes = sorted(map(len, parts.tokenizer.many(prompts)))
     needed = sizes[-1] + ANSWER_ROOM
     if needed <= parts.answer_length:
@@ -133,27 +130,27 @@ def make_room(parts: Parts, asked: list[Ask], args: argparse.Namespace) -> None:
 
 def answer(args: argparse.Namespace) -> None:
     """Answers to a benchmark's questions, or captions, shared among the processes of torchrun."""
-    rank, world, device = parallel.start(args.device)
-    with parallel.one_voice():
+    rank, world, device = processes.start(args.device)
+    with processes.one_voice():
         asked, bad = read_questions(args)
-        parts = sample.open_parts(vars(args), device)
+        parts = options.open_parts(vars(args), device)
         require((parts.family != "SD3",
                  "this checkpoint is SD3's, which has no text head: it only draws"))
         if args.shots:
             make_room(parts, asked, args)
         kind = "text" if args.benchmark == "captions" else "answer"
-        how = dict(steps=STEPS[kind]) | sample.reads(vars(args))
+        how = dict(steps=STEPS[kind]) | options.reads(vars(args))
         parts.silent = True
         note = {name: getattr(args, name) for name in
                 ("benchmark", "questions", "limit", "shots", "examples", "suffix", "choices",
                  "seed")}
         note |= dict(made_by=args.command_line, asked=len(asked),
-                     checkpoint=parallel.first(parts.digest),
+                     checkpoint=processes.first(parts.digest),
                      length=parts.answer_length, dtype=str(parts.dtype).removeprefix("torch."),
                      settings={name: how.get(name, parts.defaults.get(name))
-                               for name in sample.READS})
+                               for name in options.READS})
         progress = Progress("questions", rank=rank, world=world)
-        lost = answering.fill(parts, asked, args.pictures, args.out, note, rank, world, args.seed,
+        lost = answer_file.fill(parts, asked, args.pictures, args.out, note, rank, world, args.seed,
                               args.choices, progress.update, **how)
         if lost is not None:
             print(f"{args.out}: {len(asked) - len(lost)} of {len(asked)}")
@@ -192,13 +189,13 @@ def score(args: argparse.Namespace) -> None:
 
 def measure_emoji(args: argparse.Namespace) -> None:
     """The emoji set, as the paper's tables: drawings, reading, POPE."""
-    parts = sample.open_parts(vars(args), args.device)
+    parts = options.open_parts(vars(args), args.device)
     records, pictures = emoji.load(emoji.TAR, parts.height)
     pictures = pictures.float() / 127.5 - 1
-    walk = sample.walk(vars(args))
-    how = sample.reads(vars(args))
+    walk = options.walk(vars(args))
+    how = options.reads(vars(args))
     if args.page:
-        show.write_picture(args.page, emojis.page(parts, records, pictures, walk, how))
+        grids.write_picture(args.page, emojis.page(parts, records, pictures, walk, how))
         return
     settings = parts.defaults | how
     is_random = settings["temperature"] > 0 or settings["order"] == "random"
@@ -211,7 +208,7 @@ def measure_emoji(args: argparse.Namespace) -> None:
             if args.limit and (is_random or not runs):           # else every seed reads the same
                 run |= emojis.reading(parts, records, pictures, split, args.limit, seed, how)
             runs.append(run)
-    shared = gallery.settings(parts, **walk) | {"reading": how}
+    shared = image_folder.settings(parts, **walk) | {"reading": how}
     for kind, rows in emojis.tables(results).items():
         print(table(rows, corner=f"{kind}, %"), end="\n\n")
     print(f"command: {args.command_line}\ncheckpoint: {shared['checkpoint']}")
@@ -226,7 +223,7 @@ def borrow(parser: cli.Parser, names: list[str]) -> None:
     def add(name: str, mode: str = "", **how) -> None:
         if name in names:
             parser.add_argument(name, default=argparse.SUPPRESS, **how)
-    for group in (sample.draw_flags, sample.read_flags, sample.part_flags):
+    for group in (options.draw_flags, options.read_flags, options.part_flags):
         group(add)
 
 
@@ -243,7 +240,7 @@ def emoji_flags(parser: cli.Parser) -> None:
     add("--limit", **count(0, 200), help="pictures a split that are read (200)")
     add("--prompts", **count(0, 200), help="prompts a split that are drawn (200)")
     add("--page", type=Path, help="measure nothing: a picture of what is drawn and read")
-    borrow(parser, [*WALK, *PARTS, *map(cli.flag, sample.READS), "--compile"])
+    borrow(parser, [*WALK, *PARTS, *map(cli.flag, options.READS), "--compile"])
 
 
 def draw_flags(parser: cli.Parser) -> None:
@@ -267,7 +264,7 @@ def answer_flags(parser: cli.Parser) -> None:
     add("--by", choices=["writing", "likelihood"], default="writing",
         help="likelihood: the likeliest of --choices is the answer (writing)")
     add("--choices", nargs="+")
-    borrow(parser, [*PARTS, *map(cli.flag, sample.READS)])
+    borrow(parser, [*PARTS, *map(cli.flag, options.READS)])
 
 
 def score_flags(parser: cli.Parser) -> None:

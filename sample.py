@@ -22,115 +22,38 @@ FILE.html, for a browser, what the network looks at meanwhile.
 Shapes: B batch, L tokens, E width of text states, H and W height and width in pixels.
 """
 
-import cli
+from common import cli
 cli.interruptible(__name__)
 
 import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-import data
-import flow
-import gallery
 import mask_diffusion
-import show
-import trajectory
-from cli import UserError, require
-from files import write_text
-from devices import DEVICES, choose_device, has_bfloat16
-from drawing import Edit, Seen, draw, drawings, likeliest
-from parts import EMOJI, Parts
-from pictures import fit_picture, read_mask, read_picture, to_tensor
-from reading import STEPS, compared, encode, infill, ranked, write
-
-
-def results(parts: Parts, prompts: list[str], captions: list[str], images: Tensor) -> Image.Image:
-    """Two columns: prompts with what is drawn for them, and images (B, 3, H, W) as `reading.compared`."""
-    drawn = [(image, [f"drawn: {text}"]) for image, text in zip(draw(parts, prompts), prompts)]
-    return show.page(drawn, compared(parts, images, captions))
+from common.cli import UserError, require
+from common.devices import choose_device
+from common.files import write_text
+from dataset import questions
+from dataset.images import fit_picture, read_mask, read_picture, to_tensor
+from inference import image_folder
+from inference.image_to_text import STEPS, encode, infill, ranked, write
+from inference.options import (READS, draw_flags, open_parts, part_flags, read_flags, read_text,
+                               reads, walk)
+from inference.parts import Parts
+from inference.text_to_image import Edit, Seen, drawings, likeliest
+from viz import grids, trajectory
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
-above = dict(type=cli.number(float, 0.001), metavar="X")
-count = lambda low, text: dict(type=cli.number(int, low), metavar="N", help=text)
-other = lambda word, value, low: lambda text: value if text == word else cli.number(int, low)(text)
-
-
 RENAMED = {"--refresh": "--image-cache", "--separate": "--prompts", "--tokens-per-step": "--steps",
            "--top-p": "--temperature", "--vary": "--strength"}
-
-
-def draw_flags(add: Callable) -> None:
-    pictures = "--prompt or --prompts"
-    add("--prompt", help="draw this")
-    add("--prompts", type=Path, metavar="FILE", help="draw these, a line each, into the folder --out; what "
-        "is there already is skipped")
-    add("--image", type=Path, nargs="+", metavar="FILE", help="caption these pictures, a line each, or "
-        "answer about them, or score a text; fill --text, or --chat, about one; with --prompt: draw over it")
-    add("--strength", type=cli.number(float, 0, 1), metavar="X", help="the noise level from which --image is "
-        "drawn over: 0 gives it back, 1 is a drawing from nothing (0.7; with --mask 1)")
-    add("--mask", type=Path, metavar="FILE", help="a picture of the size of --image; what is black "
-        "there stays")
-    add("--negative-prompt", pictures, help="guide away from this, not from the empty prompt")
-    add("--n", pictures, **count(1, "pictures drawn of each prompt, with this seed and the next ones, as one "
-        "grid (1)"))
-    add("--best", "--prompt", action="store_true", help="the --n pictures in the order of how likely they "
-        "make the prompt")
-    add("--guidance", pictures, **above, help="classifier-free guidance; 1: none (1.5; published weights: 7)")
-    add("--guidance-interval", pictures, nargs=2, type=cli.number(float, 0, 1), metavar="T", help="guided at "
-        "these noise levels alone, for half the work outside (0 1)")
-    add("--solver", pictures, choices=list(flow.SOLVERS), help="see flow.py; heun takes two evaluations a "
-        "step, and half of --steps (euler)")
-    add("--batch", pictures, **count(1, "pictures drawn at once; changes time and memory alone (16; large "
-        "models 4)"))
-    add("--compile", pictures, action="store_true", help="compile the blocks first, which takes a minute; on "
-        "a GPU one CUDA graph")
-    add("--shift", pictures, **above, help="shift of the noise levels; 1: none (1; published weights: 3)")
-    add("--out", pictures, type=Path, help="where the picture goes (sample.png), or the pictures (drawn)")
-
-
-def read_flags(add: Callable) -> None:
-    reads = "--image or --text"
-    levels = ", ".join(f"{name} {order.level}" for name, order in mask_diffusion.ORDERS.items() if order.level)
-    add("--question", "--image", help="what to answer")
-    add("--questions", "--image", type=Path, metavar="FILE", help="what to answer, a line each")
-    add("--chat", "--image", action="store_true", help="ask in the terminal, until an empty line")
-    add("--choices", "--question", nargs="+", metavar="TEXT", help="how likely each of these answers is")
-    add("--score", "--image", metavar="TEXT", help="how likely this caption, or answer to --question, is")
-    add("--text", help="a text whose [MASK]s to fill; without --image about no picture")
-    add("--temperature", reads, type=cli.number(float, 0), metavar="X",
-        help="0 takes the likeliest token, 1 samples (0; published weights: 1)")
-    add("--order", reads, choices=list(mask_diffusion.ORDERS), help="of unmasking, see mask_diffusion.py; random, "
-        "with --temperature 1, is the paper's sampler (threshold; published weights: random)")
-    add("--level", reads, type=cli.number(float, 1e-9), metavar="X", help=f"of an order with one ({levels})")
-    add("--image-cache", reads, choices=["once", "off"], help="compute the image's keys and values once, or "
-        "at each evaluation, which is exact (once; published weights: off)")
-    add("--text-guidance", "--image", **above, help="away from what is written without the picture (1: none)")
-    add("--max-tokens", "--image", **count(1, "longest caption or answer; above --length it goes on in "
-                                           "blocks"))
-
-
-def part_flags(add: Callable) -> None:
-    add("--steps", **count(1, "evaluations of the walk: 28 to draw, 128 for a text, 32 to answer"))
-    add("--seed", type=cli.number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same result (0)")
-    add("--checkpoint", type=Path, help="any layout (the shipped emoji weights)")
-    add("--device", choices=DEVICES, help="(auto)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of transformer, T5 (bfloat16 where it is native)")
-    add("--height", **count(1, "of the picture (as trained; published weights: 512)"))
-    add("--width", **count(1, "of the picture (as trained; published weights: 512)"))
-    add("--length", type=other("auto", "auto", 2), metavar="N", help="tokens of a text (as trained; "
-        "published weights: 256, with --question 128); auto: as many as the first evaluation expects")
-    add("--vae", type=Path, help="where the autoencoder is, if not in --checkpoint")
-    add("--t5", type=Path, help="where T5 is, if not in --checkpoint")
-    add("--tokenizer", type=Path, help="where T5's tokenizer.json is, if not in --checkpoint")
-    add("--mask-embedding", type=Path, help="the aligned [MASK] embedding, a .pth or .safetensors file")
 
 
 def flags() -> tuple[cli.Parser, dict[str, str]]:
@@ -149,32 +72,6 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
     return parser, goes_with
 
 
-def open_parts(args: dict, device: torch.device | str) -> Parts:
-    """The models that the flags name."""
-    names = ["vae", "t5", "tokenizer", "mask_embedding", "height", "width"]
-    names += ["length"] * (args.get("length") != "auto")
-    dtype = getattr(torch, args["dtype"]) if "dtype" in args else None
-    parts = Parts(args.get("checkpoint", EMOJI), device, dtype, **{n: args[n] for n in names if n in args})
-    if parts.dtype == torch.bfloat16 and dtype is None and not has_bfloat16(parts.device):
-        print("note: this device has no native bfloat16, which fits in half the memory; --dtype float32 is "
-              "faster if memory allows it", file=sys.stderr)
-    return parts
-
-
-def walk(args: dict) -> dict:
-    """What drawing.drawings is told, of the flags."""
-    names = dict(steps="steps", guidance="guidance", shift="shift", solver="solver", batch="batch",
-                 guidance_interval="interval", compile="fast")
-    how = {ours: args[name] for name, ours in names.items() if name in args}
-    return how | ({"interval": tuple(how["interval"])} if "interval" in how else {})
-
-
-# flags of how a text is written, and what reading.fill calls them
-READS = ["temperature", "order", "level", "image_cache", "steps"]
-
-
-def reads(args: dict) -> dict:
-    return {name: args[name] for name in READS if name in args}
 
 
 # how a text is written
@@ -239,22 +136,6 @@ def parse(argv: list[str] | None = None) -> dict:
     return args
 
 
-def heard(parts: Parts, name: str, text: str) -> str:
-    """What the model reads of a flag's text: in lower case what no caption that it learnt capitalises.  That,
-    and words that it never met, are said on stderr."""
-    tokenizer, asked = parts.tokenizer, name == "question"
-    read = text if asked else tokenizer.lowered(text)
-    if read != text:
-        print(f"note: {cli.flag(name)} is read as {read!r}, as captions were written in training",
-              file=sys.stderr)
-    name = "prompt" if name == "prompts" else name
-    given = [data.question_prompt(read)] if asked else read.replace(" [MASK]", "[MASK]").split("[MASK]")
-    if words := [word for text in given for word in tokenizer.strange(text)]:
-        why = "no text in training had" if tokenizer.seen is not None else "the tokenizer has no piece for"
-        print(f"warning: {cli.flag(name)}: {why} {' '.join(words)}", file=sys.stderr)
-    return read
-
-
 def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
     """--prompt, --prompts: what is drawn goes to --out."""
     how, prompts = walk(args), args.get("prompts") or [args.get("prompt", "")]
@@ -269,13 +150,13 @@ def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
         which = "--negative-prompt" if text is negative else cli.flag(flag) + f", {text[:40]!r}," * (
             flag == "prompts")
         require((count <= most, f"{which} has {count} tokens, expected at most {most}; cut it"))
-    prompts = [heard(parts, flag, text) for text in prompts]
-    how["negative"] = heard(parts, "negative_prompt", negative)
+    prompts = [read_text(parts, flag, text) for text in prompts]
+    how["negative"] = read_text(parts, "negative_prompt", negative)
     seed, n = args.get("seed", 0), args.get("n", 1)
     jobs = [(prompt, seed + i) for prompt in prompts for i in range(n)]
     if "prompts" in args:
         out = args.get("out", Path("drawn"))
-        there = gallery.fill(parts, jobs, out, **how)
+        there = image_folder.fill(parts, jobs, out, **how)
         print(f"{out}: {len(jobs)} pictures, {there} of which were there")
         return
     out, path = args.get("out", Path("sample.png")), args.get("trajectory")
@@ -284,7 +165,7 @@ def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
     if "best" in args:
         nats, drawn = zip(*likeliest(parts, drawn, prompts[0]))
         print("nats of the prompt: " + " ".join(f"{x:.2f}" for x in nats))
-    show.write_picture(out, show.grid(drawn))
+    grids.write_picture(out, grids.grid(drawn))
     print(f"{out}: {seen.rows // n} evaluations a picture")
     if path:
         about = dict(seed=seed, evaluations=seen.rows) | {
@@ -292,7 +173,7 @@ def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
         if trajectory.is_page(path):
             write_text(path, trajectory.drawing_page(parts, prompts[0], seen, about))
         else:
-            show.write_picture(path, *trajectory.drawing_frames(seen))
+            grids.write_picture(path, *trajectory.drawing_frames(seen))
         print(path)
 
 
@@ -307,7 +188,7 @@ def told(parts: Parts, latents: Tensor, args: dict) -> Iterator[str]:
 
 def lines(args: dict, parts: Parts, latents: Tensor, how: dict) -> Iterator[str]:
     """What is said of pictures (B, C, h, w), line after line; of several, each after its file's name."""
-    questions = [heard(parts, "question", line) for line in args.get("questions", [])]
+    questions = [read_text(parts, "question", line) for line in args.get("questions", [])]
     questions = questions or [args.get("question")]
     several = len(latents) > 1 or len(questions) > 1
     asked = [(path, z, question) for path, z in zip(args["image"], latents) for question in questions]
@@ -363,10 +244,10 @@ def main(argv: list[str] | None = None) -> None:
     if "mask" in args:
         args["mask"] = read_mask(args["mask"], images[0], parts.height, parts.width, parts.factor)
     for name in {"question", "text"} & set(args):
-        heard(parts, name, args[name])
+        read_text(parts, name, args[name])
     for name in {"choices", "score"} & set(args):
         given = args[name] if name == "choices" else [args[name]]
-        args["answers"] = [heard(parts, name, text) for text in given]
+        args["answers"] = [read_text(parts, name, text) for text in given]
     require((parts.family != "SD3" or bool({"prompt", "prompts"} & set(args)) and "best" not in args,
              "this checkpoint is SD3's, which has no text head: it only draws"))
     if {"prompt", "prompts"} & set(args):
@@ -399,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
             write_text(path, trajectory.reading_page(parts, pixels[0] if images else None, latents, start,
                                                      about, **how))
         else:
-            show.write_picture(path, *trajectory.reading_frames(parts, states, steps * (order == "random")))
+            grids.write_picture(path, *trajectory.reading_frames(parts, states, steps * (order == "random")))
         print(path)
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import emoji
-from parts import Parts
+from dataset import emoji
+from inference.parts import Parts
 
 
 def to_tf32(x: Tensor) -> Tensor:

@@ -32,11 +32,10 @@ from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 from pathlib import Path
 
-from cli import UserError, require
-from files import read_json_lines
-from data import question_prompt
-from questions import READ, VQA, Issues, Question
-from sources import identity, text
+from common.cli import UserError, require
+from common.files import read_json_lines
+from dataset.questions import READ, VQA, Issues, Question, question_prompt
+from dataset.sources import identity, text
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                  # not ' : . and, oddly, not & $ % # * either
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(),

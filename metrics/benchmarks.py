@@ -19,12 +19,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import data
-import emoji
-from cli import UserError, require
-from files import read_json, read_json_lines, read_text
+from common import seeding
+from common.cli import UserError, require
+from common.files import read_json, read_json_lines, read_text
+from dataset import emoji
+from dataset.sources import text
 from metrics import captions
-from sources import text
 
 EACH = dict(geneval=4, t2i=10, dpg=4)                 # drawings of a prompt, as published; else one
 COCO = 30_000                                                    # captions, of as many images
@@ -132,7 +132,7 @@ def coco(paths: list[str], n: int, seed: int) -> Asked:
     decide."""
     references, names, bad = captions.read_captions(Path(paths[0]))
     asked = Asked(bad=bad)
-    chosen = sorted(references, key=lambda image_id: data.fraction(f"coco {image_id}"))[:COCO]
+    chosen = sorted(references, key=lambda image_id: seeding.fraction(f"coco {image_id}"))[:COCO]
     require((all(isinstance(image_id, int) for image_id in chosen),
              f"{paths[0]}: expected numbers as ids of images, found {chosen[:2]}"))
     for image_id in sorted(chosen):

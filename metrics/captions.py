@@ -20,9 +20,9 @@ import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from cli import require
-from files import read_json, read_json_lines, read_text
-from sources import identity, text
+from common.cli import require
+from common.files import read_json, read_json_lines, read_text
+from dataset.sources import identity, text
 
 ORDERS = range(1, 5)            # the k of k-grams
 BETA = 1.2                      # of ROUGE-L

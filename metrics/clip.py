@@ -26,16 +26,16 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from files import read_json_object, read_text
 from checkpoint import build, fill, shards
-from cli import UserError, require
-from layouts import Config, Entry, rename
+from common.cli import UserError, require
+from common.files import read_json_object, read_text
+from common.progress import Progress
+from dataset.images import read_picture, text_fields, to_tensor
 from metrics.fid import image_files
-from pictures import read_picture, text_fields, to_tensor
-from progress import Progress
-from tensors import Tensors
+from pretrained.layouts import Config, Entry, rename
+from pretrained.safetensors_io import Tensors
 
-# our names in Hugging Face's files; {q,k,v} are three tensors stacked, as in layouts.py
+# our names in Hugging Face's files; {q,k,v} are three tensors stacked, as in pretrained/layouts.py
 HUGGING_FACE = [
     ("txt.positions", "text_model.embeddings.position_embedding.weight"),
     ("img.positions", "vision_model.embeddings.position_embedding.weight"),

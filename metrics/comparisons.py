@@ -11,11 +11,11 @@ from typing import Callable
 import numpy as np
 from PIL import Image
 
-from cli import require
-from files import sha256
+from common.cli import require
+from common.files import sha256
+from dataset.images import fit_picture, read_picture
 from metrics import benchmarks, clip, fid, inception
 from metrics.tables import about, left_out, tell
-from pictures import fit_picture, read_picture
 
 
 def load_network(args: argparse.Namespace) -> tuple[inception.Inception, dict[str, str]]:

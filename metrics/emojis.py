@@ -22,15 +22,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import data
-import drawing
-import emoji
-import show
-from cli import require
+from common import seeding
+from common.cli import require
+from common.progress import Progress
+from dataset import emoji
+from inference import text_to_image
+from inference.image_to_text import STEPS, compared, encode, write
+from inference.parts import Parts
 from metrics.answers import pope
-from parts import Parts
-from progress import Progress
-from reading import STEPS, compared, encode, write
+from viz import grids
 
 BATCH = 64
 PEOPLE = "people & body"                        # a record's kind, Unicode's
@@ -54,7 +54,7 @@ def one_of_each(record: dict) -> list[dict]:
     """Return one question of an image for each type and answer, in a phrasing that the image's key
     decides."""
     shuffled = sorted(record["questions"],
-                      key=lambda q: data.fraction(f"{record['key']} {q['question']}"))
+                      key=lambda q: seeding.fraction(f"{record['key']} {q['question']}"))
     return list({(q["type"], q["answer"]): q for q in shuffled}.values())
 
 
@@ -99,12 +99,12 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
 def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, prompts: int,
              seed: int,
              how: dict) -> dict[str, float]:
-    """Measure drawings of one split's captions, in percent; `how` goes to drawing.draw."""
+    """Measure drawings of one split's captions, in percent; `how` goes to text_to_image.draw."""
     results = {name: [] for name in ("emoji", "people", "all else", "exact", "read back")}
     for batch in batches(f"{split}, drawings, seed {seed}",
                          emoji.of_split(records, split)[:prompts]):
         captions = captions_of(records, batch)
-        drawn = drawing.draw(parts, captions, seed=seed * 1000 + len(results["emoji"]), **how)
+        drawn = text_to_image.draw(parts, captions, seed=seed * 1000 + len(results["emoji"]), **how)
         texts = write(parts, encode(parts, drawn))
         for i, found, caption, text in zip(batch, nearest(drawn, pictures), captions, texts):
             right = records[found]["emoji"] == records[i]["emoji"]
@@ -129,11 +129,11 @@ def page(parts: Parts, records: list[dict], pictures: Tensor, walk: dict, how: d
     people = [i for i in train if records[i]["kind"] == PEOPLE]
     objects = [i for i in train if records[i]["kind"] != PEOPLE]
     prompts = captions_of(records, objects[:14] + people[:7] + tone[:7])
-    drawn = list(zip(drawing.draw(parts, prompts, **walk), prompts))
+    drawn = list(zip(text_to_image.draw(parts, prompts, **walk), prompts))
     read = tone[-6:] + style[:4]
     cells = compared(parts, pictures[read], captions_of(records, read), **how)
-    rows = show.rows(*(drawn[at:at + 7] for at in range(0, len(drawn), 7)))
-    return show.above(rows, show.page(cells[::2], cells[1::2]))
+    rows = grids.rows(*(drawn[at:at + 7] for at in range(0, len(drawn), 7)))
+    return grids.above(rows, grids.page(cells[::2], cells[1::2]))
 
 
 def tables(results: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, list[float]]]]:

@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import emoji
-from cli import UserError, require
-from files import replacing
+from common.cli import UserError, require
+from common.files import replacing
+from common.progress import Progress
+from dataset import emoji
+from dataset.images import read_picture, to_picture
+from dataset.sources import PICTURES
+from dataset.webdataset import KINDS, Tar
 from metrics.inception import prepare
-from pictures import read_picture, to_picture
-from progress import Progress
-from sources import PICTURES
-from tars import KINDS, Tar
 
 # (name, a function that reads it or raises UserError)
 Listing = list[tuple[str, Callable[[], Image.Image]]]

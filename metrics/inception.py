@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from checkpoint import build
-from cli import require
-from pictures import to_tensor
-from tensors import finite, read_any
+from common.cli import require
+from dataset.images import to_tensor
+from pretrained.safetensors_io import finite, read_any
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SIDE = 299              # pixels

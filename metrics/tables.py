@@ -7,7 +7,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from files import read_json, write_json
+from common.files import read_json, write_json
 from metrics import benchmarks
 
 SHOWN = 10              # lines about what was left out

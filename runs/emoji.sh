@@ -7,22 +7,21 @@
 #   bash runs/emoji.sh --steps 6000 --decay-steps 3000          # when time is up: stage 3 ends at step 6000,
 #                                                               # its rate falling to zero from step 3000 on
 #
-# Flags go to the last stage.  A GPU has each step as one CUDA graph (runs/graphed.py).  A CPU without a C++
+# Flags go to the last stage.  A GPU has each step as one CUDA graph (--cuda-graph).  A CPU without a C++
 # compiler has nothing compiled; a step takes 1.1 to 1.4 times as long.
 set -eu
 cd "$(dirname "$0")/.."
 compile=$(command -v c++ g++ clang++ >/dev/null && echo --compile || true)
-program=train.py flags="--eval-every 250 --save-every 250 --sample-every 1000 $compile"
+flags="--eval-every 250 --save-every 250 --sample-every 1000 $compile"
 if nvidia-smi -L >/dev/null 2>&1; then
-    program=runs/graphed.py
-    flags="--workers 12 --log-every 50 --eval-every 1000 --save-every 5000 --sample-every 5000"
+    flags="--cuda-graph --workers 12 --log-every 50 --eval-every 1000 --save-every 5000 --sample-every 5000"
 fi
 steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "out/$1/config.json" 2>/dev/null || true; }
 recipe="--optimizer muon --lr 2.5e-3 --warmup 50"
 batches="--image-batch 96 --text-batch 48"
 stage() {                                                    # NAME STEPS FLAG ...
     local name=$1 steps=$2; shift 2
-    [ "$(steps_of "$name")" = "$steps" ] || python $program --out "out/$name" --steps "$steps" $flags $recipe $batches "$@"
+    [ "$(steps_of "$name")" = "$steps" ] || python train.py --out "out/$name" --steps "$steps" $flags $recipe $batches "$@"
     [ "$(steps_of "$name")" = "$steps" ] || exit 1           # it was stopped, and goes on next time
 }
 
@@ -37,6 +36,6 @@ stage instruct 15000 --stage instruct --init out/pretrain --decay-steps 4000 --q
 
 # 3. The same with more texts, each masked token alike, of each picture as often: two people come in 25 pairs
 #    of tones, of which an epoch had one until here.
-python $program --out out/each --steps 25000 $flags $recipe --stage instruct --init out/instruct --decay-steps 15000 \
+python train.py --out out/each --steps 25000 $flags $recipe --stage instruct --init out/instruct --decay-steps 15000 \
     --question-share 0.6 --text-weight 2.66 --text-loss flat --image-batch 64 --text-batch 96 \
     --text-data assets/emoji.tar.gz@each "$@"

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import checkpoint
-import emoji
-from cli import UserError
+from common.cli import UserError
+from dataset import emoji
+from dataset.webdataset import Tar
+from inference.parts import Parts
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
-from parts import Parts
-from tars import Tar
-from tokenizer import gpt2_subset, gpt2_tokenizer
+from pretrained.tokenizer import gpt2_subset, gpt2_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,152 @@
+"""The command line's manners, the same for every program.
+
+    from common import cli
+    cli.interruptible(__name__)     # before torch is imported: Ctrl-C then, too, is one line
+    ...
+    if __name__ == "__main__":
+        cli.run(main)
+
+A program that can't go on says so in one line on stderr; its status is 1, or 2 for flags it can't take.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import signal
+import sys
+from typing import Any, Callable, get_args, get_type_hints
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend; `run` prints it as one line and exits with 1."""
+
+
+def require(*conditions: tuple[bool, str]) -> None:
+    """Raise UserError with the message of the first condition that does not hold."""
+    for holds, message in conditions:
+        if not holds:
+            raise UserError(message)
+
+
+def option(default: Any, help: str = "", *, low: float | None = None, high: float | None = None,
+           choices: list | None = None, bare: Any = None):
+    """Return a dataclass field that `Parser.add_fields` makes a flag of: its default, help text and limits.
+
+    bare: the value of a flag that stands alone."""
+    metadata = dict(help=help, low=low, high=high, choices=choices, bare=bare)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
+    """What argparse reads a number with: an int or a float from low to high, never nan nor infinity."""
+    def read(text: str) -> float:
+        wanted = ("a whole number" if kind is int else "a number") + ("" if low is None else (
+            f" from {low} to {high}" if high is not None else f", at least {low}"))
+        try:
+            got = kind(text)
+            if math.isfinite(got) and (low is None or got >= low) and (high is None or got <= high):
+                return got
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    return read
+
+
+def flag(name: str) -> str:
+    """"text_batch" -> "--text-batch"."""
+    return "--" + name.replace("_", "-")
+
+
+def own_default(field: dataclasses.Field) -> Any:
+    """Return the default of a dataclass field, whichever way it was given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the closest flag for an unknown one, takes no abbreviation and ends in one line.
+
+    renamed: removed flags, and those that do now what they did."""
+
+    def __init__(self, doc: str, renamed: dict[str, str] = {}, **more):
+        self.renamed = renamed
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **more)
+
+    def add_fields(self, config: type, defaults: dict) -> None:
+        """Add a flag for each field of a dataclass; one that isn't given is left out of the parsed result.
+
+        A field made by `option` has a help text and limits, any other is a flag without them.
+        `defaults` are shown in place of the class's own: the chosen stage's."""
+        kinds = get_type_hints(config)
+        for field in dataclasses.fields(config):
+            kind, limits = kinds[field.name], field.metadata
+            default = defaults.get(field.name, own_default(field))
+            help_text = limits.get("help", "").replace("%", "%%")
+            if default not in ("", False, None, []):
+                shown = " ".join(default) if kind is list else default
+                help_text = f"{help_text} ({shown})".strip()
+            if kind is bool:
+                how = dict(action="store_true")
+            elif kind is list:
+                how = dict(nargs="+", metavar="PATH")
+            elif kind is str:
+                choices = limits.get("choices")
+                how = dict(choices=choices, metavar=None if choices else "TEXT")
+            else:
+                [numeric] = {int, float} & {kind, *get_args(kind)}                # of int | None: int
+                how = dict(type=number(numeric, limits.get("low"), limits.get("high")), metavar="N")
+                if limits.get("bare") is not None:
+                    how.update(nargs="?", const=limits["bare"])
+            self.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help_text, **how)
+
+    def parse_args(self, args=None):
+        parsed, unknown = self.parse_known_args(args)
+        if unknown:
+            name, known = unknown[0].split("=")[0], list(self._option_string_actions)
+            for action in self._subparsers._group_actions if self._subparsers else []:
+                known += [flag for each in action.choices.values() for flag in each._option_string_actions]
+            if not name.startswith("-"):
+                self.error(f"unknown argument {name}; see --help")
+            nearest = self.renamed.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            self.error(f"unknown argument {name}; did you mean {nearest}?")
+        for name, text in vars(parsed).items():
+            for part in text if isinstance(text, list) else [text]:
+                if isinstance(part, str) and any("\ud800" <= c <= "\udfff" for c in part):
+                    self.error(f"{flag(name)} is no text in this terminal's encoding: {ascii(part)}")
+        return parsed
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+
+
+def interruptible(name: str) -> None:
+    """For a program's first lines, with its __name__: Ctrl-C while it imports is one line, status 130."""
+    if name == "__main__":
+        signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped\n"), os._exit(130)))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a program and end as it should: a mistake, a file that can't be opened and Ctrl-C (status 130) in
+    one line, a closed pipe in silence.  What the terminal's encoding lacks is printed as \\N{SNOWMAN}."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="namereplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
+    except BrokenPipeError:                                    # python would complain once more while it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")

@@ -1,0 +1,82 @@
+"""The device that a program runs on, and the precision that is fast there.
+
+What Apple's MPS lacks, autocast and float64, is kept away from it here and in `mask_diffusion.exact_dtype`.
+Nobody has run this project on MPS yet.
+"""
+
+import os
+import re
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from common.cli import UserError
+
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+DTYPES = ["auto", "float32", "bfloat16"]
+NATIVE_BFLOAT16 = r"\b(avx512_bf16|amx_bf16|bf16)\b"            # flags of x86 and Arm processors
+
+
+def choose_device(name: str) -> str:
+    """Return "cuda", "mps" or "cpu" for a --device; auto takes the first of them that is there.
+
+    Raises UserError for a device that is not there."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1           # processes that talk over CUDA or CPUs
+    found = {"cuda": torch.cuda.is_available(), "cpu": True,
+             "mps": torch.backends.mps.is_available() and not several}
+    if name == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if found[kind])
+    if not found[name]:
+        where = "several processes" if name == "mps" and several else "this machine"
+        raise UserError(f"--device {name}: torch has none for {where}; use --device cpu")
+    return name
+
+
+def processor_flags() -> str:
+    """Return /proc/cpuinfo, or nothing where there is none."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bfloat16 natively; elsewhere float32 can be 70 times faster.
+
+    On a CPU both the processor and oneDNN must: ONEDNN_MAX_CPU_ISA=AVX2 makes it answer no."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    native = re.search(NATIVE_BFLOAT16, processor_flags())
+    return bool(native) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
+    """Return ("float32" or "bfloat16", why) for a --dtype of matrix products; weights are always float32.
+
+    Raises UserError for bfloat16 on MPS."""
+    if device.type == "mps" and name == "bfloat16":
+        raise UserError("--dtype bfloat16: autocast is not used on MPS; use --dtype float32")
+    if name != "auto":
+        return name, f"--dtype {name}"
+    if has_bfloat16(device):
+        return "bfloat16", f"this {device.type.upper()} multiplies bfloat16 natively"
+    return "float32", f"this {device.type.upper()} has no native bfloat16"
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """Return a context in which matrix products are made in `dtype`."""
+    if dtype == "float32":
+        return nullcontext()                                     # MPS never gets here with another dtype
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
+def allow_tf32(device: torch.device, dtype: str) -> None:
+    """With bfloat16 products on a GPU, make those that stay in float32, the text head's, in TF32.
+
+    On an H100 float32 has 67 TFLOP/s and TF32 about 490.  TF32's rounding moves a token's cross-entropy by 0.0017
+    nats at most, bfloat16's by 0.06 (`python -m experiments.tf32_head`, a simulation on the shipped weights)."""
+    if device.type == "cuda" and dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")

@@ -1,0 +1,236 @@
+"""Images with questions: LLaVA-1.5, and the published files of seven benchmarks.
+
+    PATH[@IMAGES]                                                  IMAGES: the folder of its images
+    llava_v1_5_mix665k.json@images                       entries without an image are left out
+    v2_OpenEnded_mscoco_train2014_questions.json@train2014     VQAv2; its annotations stand beside
+    OpenEnded_mscoco_train2014_questions.json@train2014            OK-VQA, likewise
+    train_balanced_questions.json@images                           GQA
+    TextVQA_0.5.1_train.json@train_images                          TextVQA
+    train.json@train                                               VizWiz
+
+READ has one reader of each format. Training (`of_json`) takes the most common answer to a question,
+and puts the suffix of the published code behind the question; the paper's prompt format is
+`data.question_prompt`. Scoring (metrics/answers.py) takes all answers, and reads ChartQA and POPE
+too.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterable, Iterator
+
+import numpy as np
+
+from common import files
+from common.cli import UserError, require
+from dataset import sources
+
+# trouble that a reader leaves out -> the ids of its questions
+Issues = dict[str, list[str]]
+
+
+# ---------------------------------------------------------------------------- published formats
+
+def question_prompt(question: str) -> str:
+    """The paper's prompt format; the answer follows it directly."""
+    return f"Q: {question} A: "
+
+
+@dataclass
+class Question:
+    """A question about an image, as a benchmark's file has it."""
+    id: str | int | None
+    image: str                          # file name
+    question: str
+    answers: list[str]                  # of all annotators, or the true one; empty in a test set
+    types: tuple[str, ...] = ()         # further means that its score goes into
+    balanced: bool = True               # GQA scores only its balanced set
+
+    def common_answer(self) -> str:
+        """Return the answer that most annotators gave, the first one in a tie."""
+        return Counter(self.answers).most_common(1)[0][0]
+
+    def with_suffix(self, suffix: str) -> str:
+        return f"{self.question.strip()} {suffix}".strip()
+
+
+def read_vqa(content: dict, path: Path, issues: Issues, annotations: Path | None = None
+             ) -> Iterator[Question]:
+    """Yield the questions of VQAv2 or OK-VQA.
+
+    annotations: the file of answers; by default it has its published name, and lies beside the
+    questions."""
+    published_name = path.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
+    annotated = files.read_json(annotations or path.with_name(published_name))
+    type_names = annotated.get("question_types", {})             # OK-VQA numbers its types
+    notes = {}
+    for note in annotated["annotations"]:
+        key = str(note["question_id"])
+        if key in notes:
+            issues["annotations of one id, the first counts"].append(key)
+        notes.setdefault(key, note)
+    subset = content.get("data_subtype") or re.search(r"(train|val|test)\d+", path.name)[0]
+    question_ids = set()
+    for entry in content["questions"]:
+        key = str(entry["question_id"])
+        question_ids.add(key)
+        note = notes.get(key, {})
+        answers = [given["answer"] for given in note.get("answers", [])]
+        kind = note.get("question_type")
+        types = note.get("answer_type"), f"question type: {type_names.get(kind, kind)}"
+        image = f"COCO_{subset}_{entry['image_id']:012d}.jpg"
+        yield Question(entry["question_id"], image, entry["question"], answers, types)
+    issues["annotations without a question"] += [key for key in notes if key not in question_ids]
+
+
+def read_textvqa(content: dict, path: Path, issues: Issues) -> Iterator[Question]:
+    for entry in content["data"]:
+        image = f"{entry['image_id']}.jpg"
+        yield Question(entry.get("question_id"), image, entry["question"], entry.get("answers", []))
+
+
+def read_vizwiz(content: list[dict], path: Path, issues: Issues) -> Iterator[Question]:
+    for entry in content:
+        answers = [given["answer"] for given in entry.get("answers", [])]
+        types = (entry.get("answer_type"),)
+        yield Question(entry["image"], entry["image"], entry["question"], answers, types)
+
+
+def read_gqa(content: dict, path: Path, issues: Issues) -> Iterator[Question]:
+    for key, entry in content.items():
+        question = Question(key, f"{entry['imageId']}.jpg", entry["question"], [])
+        question.balanced = entry.get("isBalanced", True)
+        if "answer" in entry:
+            question.answers = [entry["answer"]]
+        if kind := entry.get("types", {}).get("structural"):
+            question.types = "open" if kind == "query" else "binary", f"structural: {kind}"
+        yield question
+
+
+def read_chartqa(content: list[dict], path: Path, issues: Issues) -> Iterator[Question]:
+    for i, entry in enumerate(content):
+        key = f"{path.stem}/{i}"
+        yield Question(key, entry["imgname"], entry["query"], [entry["label"]], (path.stem,))
+
+
+def read_pope(content: Iterable[tuple], path: Path, issues: Issues) -> Iterator[Question]:
+    subset = path.stem.split("_")[-1]
+    for where, entry in content:
+        label = entry["label"]
+        require((label in ("yes", "no"), f"{where}: a label {ascii(label)[:60]}, not yes or no"))
+        key = f"{subset}/{entry['question_id']}"
+        yield Question(key, entry["image"], entry["text"], [label], (subset,))
+
+
+@dataclass
+class Format:
+    """A reader (content, path, issues) -> questions, and the form of its content, for error
+    messages."""
+    read: Callable[..., Iterator[Question]]
+    form: str
+    load: Callable[[Path], object] = files.read_json
+
+
+VQA = Format(read_vqa, "{questions: [{question_id, image_id, question}]}, and beside it "
+                       "{annotations: [{question_id, question_type, answer_type, answers: [{answer}]}]}")
+READ = dict(vqav2=VQA, okvqa=VQA,
+            textvqa=Format(read_textvqa,
+                           "{data: [{question_id, image_id, question, answers: [text]}]}"),
+            vizwiz=Format(read_vizwiz, "[{image, question, answers: [{answer}], answer_type}]"),
+            gqa=Format(read_gqa, "{id: {imageId, question, answer}}"),
+            chartqa=Format(read_chartqa, "[{imgname, query, label}]"),
+            pope=Format(read_pope, "lines {question_id, image, text, label}",
+                        files.read_json_lines))
+
+# what training puts behind a question
+SUFFIX = dict.fromkeys(READ, "Answer the question using a single word or phrase.")
+SUFFIX["vizwiz"] += " Reply unanswerable if information is not present in the image."
+
+
+# ------------------------------------------------------------------------------------- training
+
+class Questions:
+    """Entries of an image and its questions, as a source.
+
+    They are kept as one block of bytes: as a list of dicts, 665,000 conversations would take
+    gigabytes, and each process that reads ahead would get a copy of the entries that it touches."""
+
+    def __init__(self, name: str, entries: list[dict], folder: Path):
+        self.name, self.folder = name, folder
+        lines = [json.dumps(entry, ensure_ascii=False).encode() for entry in entries]
+        self.ends = np.cumsum([0] + [len(line) for line in lines])
+        self.block = np.frombuffer(b"".join(lines), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> dict:
+        entry = json.loads(self.block[self.ends[i]:self.ends[i + 1]].tobytes())
+        file = self.folder / entry["image"]
+        return dict(key=str(file), picture=files.read_bytes(file), captions=[],
+                    questions=entry["questions"])
+
+
+def read_llava(content: list[dict]) -> Iterator[dict]:
+    """Yield LLaVA's conversations as pairs of question and answer, one of which the trainer
+    draws."""
+    for entry in content:
+        pairs, question = [], None
+        for turn in entry["conversations"]:
+            text = turn["value"].replace("<image>", "").replace("\n", " ").strip()
+            if turn["from"] == "gpt" and question is not None:
+                pairs.append(dict(question=question, answer=text))
+            question = text if turn["from"] == "human" else None
+        if entry.get("image") and pairs:
+            yield dict(image=entry["image"], questions=pairs)
+
+
+def read_short_answers(kind: str, content, path: Path) -> Iterator[dict]:
+    """Yield a benchmark's questions with their most common answers.  Raises UserError if one has
+    none."""
+    for q in READ[kind].read(content, path, defaultdict(list)):
+        require((q.answers, f"{path}: question {q.id} has no answer, expected one to train on"))
+        pair = dict(question=q.with_suffix(SUFFIX[kind]), answer=q.common_answer())
+        yield dict(image=q.image, questions=[pair])
+
+
+# the keys that tell a format, of the file or of its first entry
+KEYS = dict(captions={"image_path"}, llava={"conversations"}, vizwiz={"image", "question"},
+            vqav2={"questions"}, textvqa={"data"}, gqa={"imageId"})
+
+
+def recognise(content, path: Path) -> str:
+    """Return which format of KEYS a file has.  Raises UserError."""
+    entries = list(content.values()) if isinstance(content, dict) else content
+    first = entries[:1] if isinstance(entries, list) else []
+    keys = {key for level in (content, *first) if isinstance(level, dict) for key in level}
+    for kind, needed in KEYS.items():
+        if needed <= keys:
+            return kind
+    raise UserError(f"{path}: expected a list of pictures with captions, or a published form of "
+                    f"questions, found the keys {', '.join(sorted(keys)[:6]) or 'of nothing'}")
+
+
+def of_json(place: str) -> Questions | sources.Listed:
+    """Open the JSON file PATH[@IMAGES], questions or a list of captions, as a source.  Raises
+    UserError."""
+    name, _, folder = place.partition("@")
+    path = Path(name)
+    images = Path(folder or path.parent)
+    content = files.read_json(path)
+    kind = recognise(content, path)
+    if kind == "captions":
+        return sources.Listed(path, content, images)
+    read = read_llava(content) if kind == "llava" else read_short_answers(kind, content, path)
+    entries = []
+    try:
+        for entry in read:
+            image = sources.text(entry["image"], str(path), "image")
+            sources.described(entry, f"{path}: {image}")
+            entries.append(entry)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: an entry lacks {error}, so these are no questions with answers")
+    require((entries, f"{path}: no question about a picture in it"))
+    return Questions(place, entries, images)

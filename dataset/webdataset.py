@@ -1,0 +1,175 @@
+"""Tars in WebDataset layout: files with one key, side by side, are a sample; whole, or refused.
+
+A plain tar is read at random, by an index beside it; a packed one, .tar.gz or .tgz, is held in
+memory, and gzip's checksum is checked.  Tars that `cat` joined are read to the end.  What lies
+beside the samples is left out: folders, hidden files (macOS leaves ._x and .DS_Store), READMEs and
+licences, names without an extension.
+"""
+
+import gzip
+import io
+import os
+import re
+import tarfile
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+
+from common.cli import UserError, require
+from common.files import replacing
+
+KINDS = (".tar", ".tar.gz", ".tgz")
+PACKED = KINDS[1:]
+WHOLE_GZIP = 2**31      # bytes of a packed tar once unpacked: it is held in memory
+BLOCK = bytes(512)      # of zeros: behind the last file
+INDEX = ".index.npy"    # behind a tar's name; its last row is the tar's size, and
+RULES = 2               # of what is a sample, that made it
+BESIDE = re.compile(r"(readme|licen[sc]e|copying|notice)\.(md|txt|rst|html)", re.IGNORECASE)
+
+
+@contextmanager
+def whole(path: str) -> Iterator[None]:
+    """What is wrong with a tar that is read here, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such tar file")
+    except Exception as error:      # tarfile and gzip let out whatever the damage led to
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: not a whole tar file ({reason}); fetch or build it again")
+
+
+def members(file) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Each member of a tar, and of tars that were joined to it, and where its last block ends."""
+    end, size = 0, file.seek(0, 2)
+    while True:
+        file.seek(end)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members.clear()          # it would keep the headers of a whole shard
+                end = tar.offset
+                if end > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield member, end
+        file.seek(end)
+        if file.read(512) != BLOCK:              # tarfile takes a damaged header for the end
+            raise tarfile.ReadError(f"no header and no end at byte {end}")
+        end += 512
+        while (block := file.read(512)) == BLOCK:
+            end += 512
+        if not block.strip(b"\0"):
+            return
+
+
+def part(path: str, member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Return (key, extension) of a member that belongs to a sample, None for another.
+
+    The key is the name up to the first dot of its last part.  Raises UserError for a link."""
+    *folders, file = member.name.split("/")
+    stem, _, extension = file.partition(".")
+    beside = file.startswith(".") or BESIDE.fullmatch(file) or "__MACOSX" in folders
+    if member.isdir() or not extension or beside:
+        return None
+    require((member.isreg() and not member.issparse(),
+             f"{path}: {member.name} is a link or no plain file, expected the file itself; tar it "
+             f"again with --dereference --hard-dereference"))
+    return "/".join([*folders, stem]), extension.lower()
+
+
+def scan(path: str, content: bytes | None = None) -> np.ndarray:
+    """Return the (offset, length) of each sample of a tar, int64 (n, 2).  Raises UserError."""
+    rows, parts, keys = [], set(), []
+    with whole(path), open(path, "rb") if content is None else io.BytesIO(content) as file:
+        for member, end in members(file):
+            if (name := part(path, member)) is None:
+                continue
+            require((name not in parts, f"{path}: {member.name} is in it twice"))
+            parts.add(name)
+            if not keys or name[0] != keys[-1]:
+                keys.append(name[0])
+                rows.append([member.offset, 0])
+            rows[-1][1] = end - rows[-1][0]
+    require((rows, f"{path}: no samples in this tar"),
+            (len(set(keys)) == len(keys), f"{path}: the files of a sample stand in two places, "
+             f"expected them side by side; tar it again with --sort=name"))
+    return np.array(rows, np.int64)
+
+
+def unpacked(path: str) -> bytes:
+    """Read a packed tar into memory: it can't be read at random otherwise.  Raises UserError above
+    2 GiB."""
+    with whole(path), gzip.open(path) as file:
+        content = file.read(WHOLE_GZIP + 1)              # up to the end: there is its checksum
+    require((len(content) <= WHOLE_GZIP,
+             f"{path}: over 2 GiB unpacked, and a .tar.gz is held in memory; gunzip it"))
+    return content
+
+
+class Tar:
+    """The samples of one tar at random, one contiguous read each.  Raises UserError."""
+
+    def __init__(self, path: str):
+        self.path, self.content = path, None
+        if path.endswith(PACKED):
+            self.content = unpacked(path)
+            self.index = scan(path, self.content)
+        else:
+            self.index = read_index(path)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[str, dict[str, bytes]]:
+        """Return (key, its files by extension)."""
+        offset, length = map(int, self.index[i])
+        files = {}
+        with whole(self.path):
+            if self.content is None:
+                block = os.pread(opened(self.path).fileno(), length, offset)
+            else:
+                block = self.content[offset:offset + length]
+            for member, _ in members(io.BytesIO(block + BLOCK)):
+                if name := part(self.path, member):
+                    key, extension = name
+                    files[extension] = block[member.offset_data:member.offset_data + member.size]
+            return key, files
+
+
+@lru_cache(maxsize=1024)
+def read_index(path: str) -> np.ndarray:
+    """Return a tar's index, mapped; make it where there is none.  Raises UserError for a stale
+    one."""
+    file = Path(path + INDEX)
+    if not file.exists():
+        return make_index(path)
+    with whole(path):
+        tar = Path(path).stat()
+    try:
+        index = np.load(file, mmap_mode="r", allow_pickle=False)
+        fits = index.dtype == np.int64 and index[-1].tolist() == [tar.st_size, RULES]
+    except Exception:               # numpy raises whatever the damage led to
+        fits = False
+    require((fits and file.stat().st_mtime >= tar.st_mtime,
+             f"{file}: damaged, or older than its tar or the rules of this program; make it "
+             f"again with python data.py index {path}"))
+    return index[:-1]
+
+
+def make_index(path: str) -> np.ndarray:
+    """Scan a tar and leave its index beside it, where that can be written."""
+    index = scan(path)
+    last = [Path(path).stat().st_size, RULES]
+    with suppress(OSError), replacing(Path(path + INDEX)) as temporary:
+        with open(temporary, "wb") as file:
+            np.save(file, np.vstack([index, last]))
+    return index
+
+
+@lru_cache(maxsize=256)
+def opened(path: str):
+    return open(path, "rb")

@@ -1,0 +1,217 @@
+"""How long a step of training, a drawing and a caption take, on a CPU or a GPU.
+
+    python -m experiments.bench train                                        # the emoji preset, random data
+    python -m experiments.bench train --preset sd3-medium --image-batch 4 --text-batch 4 --dtype bfloat16
+    python -m experiments.bench sample                                       # the shipped weights
+    python -m experiments.bench sample --preset sd3-medium --pixels 512 --dtype bfloat16 --n 4 --compile
+
+A preset has random weights, SD3's autoencoder where it works on latents, and constant states in place of T5's;
+captions of random weights never end, and take all of their steps.  Prints a table, then the same as JSON.
+
+    MFU = arithmetic / (time x peak of dense products); arithmetic: plan.sample_flops, forward and backward
+"""
+
+from common import cli
+cli.interruptible(__name__)
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+import flow
+import mask_diffusion
+import train
+from common import processes
+from common.devices import DEVICES, choose_device
+from inference import text_to_image
+from inference.image_to_text import STEPS, encode, fill
+from inference.parts import EMOJI, OWN, PUBLISHED, Parts
+from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
+from pretrained.vae import AutoencoderKL, Pixels, VAEConfig
+from training import plan
+from training.config import TrainConfig, parse
+from training.models import Models
+
+
+def median_seconds(function: Callable[[], object], rounds: int, device: torch.device) -> float:
+    """Return the median time of a call, after one that is not counted."""
+    seconds = []
+    for _ in range(1 + rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Models:
+    """Return a new model with random gates, so that all of it is computed, and constant text states."""
+    torch.manual_seed(0)
+    learns = nn.ModuleDict(dict(mmdit=MMDiT(sizes)))
+    vae, states, t5 = Pixels(), None, None
+    if sizes.channels != 3:
+        vae = AutoencoderKL(VAEConfig()).to(device).eval()
+    if sizes.text_length:
+        learns["embedding"] = TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
+    else:
+        states = torch.randn(1, length, sizes.text_width, device=device)
+        t5 = lambda ids, mask=None: states.expand(len(ids), -1, -1)
+    for parameter in learns.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    learns["mmdit"].null_image.requires_grad_(False)
+    return Models(learns.to(device).train(), None, t5, vae, states)
+
+
+def random_batch(config: TrainConfig, sizes: MMDiTConfig, side: int) -> dict:
+    """Return both losses' batches as train.py makes them, of latents of side x side."""
+    generator = torch.Generator().manual_seed(0)
+    length, mask_id = config.text_length, sizes.vocab_size - 1
+    shape = (sizes.channels, side, side)
+
+    def pair(rows: int) -> dict[str, Tensor]:
+        images = torch.randn(rows, *shape, generator=generator)
+        return dict(images=images, ids=torch.randint(0, mask_id, (rows, length), generator=generator))
+    image, text = pair(config.image_batch), pair(config.text_batch)
+    t, noise = flow.draw((config.image_batch, *shape), generator, config.time_shift)
+    image.update(t=t, noise=noise, dropped=torch.zeros(len(t), dtype=torch.bool), count=len(t))
+    t, uniform = mask_diffusion.draw((config.text_batch, length), generator)
+    text.update(t=t, uniform=uniform, frozen=torch.zeros(uniform.shape, dtype=torch.bool),
+                count=uniform.numel(), mask_id=mask_id, weight=config.text_loss)
+    return dict(image=image, text=text)
+
+
+def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dict:
+    """Time the trainer's step: both losses, their gradients, clipping, optimizers and the average."""
+    device = torch.device(choose_device(config.device))
+    sizes = MMDiTConfig(**PRESETS[config.preset])
+    sizes = replace(sizes, vocab_size=vocab_size or sizes.vocab_size,
+                    text_length=config.text_length if sizes.text_length else 0)
+    models = random_models(sizes, config.text_length, device)
+    factor = 1 if isinstance(models.vae, Pixels) else models.vae.factor
+    batch = random_batch(config, sizes, config.pixels // factor)
+    if config.compile:
+        for block in models.learns["mmdit"].blocks:
+            block.compile()
+    processes.keep_memory()
+    ema = {name: p.detach().clone() for name, p in models.learns.named_parameters()}
+    run = SimpleNamespace(model=models.learns, ema=ema, step=0,
+                          optimizers=train.optimizers_of(models.learns, config))
+
+    def step() -> None:
+        train.backward(config, models, batch, 1, False)
+        nn.utils.clip_grad_norm_(models.learns.parameters(), config.clip)
+        train.update(run, config.ema)
+        run.step += 1
+    seconds = median_seconds(step, rounds, device)
+    work, peak = plan.work(config, sizes, factor), plan.peak(device, config.dtype)
+    found = dict(preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,
+                 compiled=config.compile, seconds=seconds)
+    for name, amount in work.items():
+        found[f"{name}_per_s"] = amount / seconds
+    if peak:
+        found["mfu"] = work["tflop"] / seconds / peak
+    return found
+
+
+def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: torch.dtype) -> Parts:
+    """Return what inference needs of `random_models`."""
+    sizes = MMDiTConfig(**PRESETS[preset])
+    length, mask_id = sizes.text_length or 256, sizes.vocab_size - 1
+    models = random_models(sizes, length, device)
+    models.learns.to(dtype).eval().requires_grad_(False)
+    models.tokenizer = SimpleNamespace(mask_id=mask_id, end_id=-1, pad_id=-1,                # never an end
+                                       encode=lambda text, length: torch.full((length,), len(text) % mask_id))
+    side = pixels or (64 if sizes.channels == 3 else 512)
+    parts = Parts.of(models, side, length, device, dtype)
+    parts.defaults = OWN if sizes.text_length else PUBLISHED
+    if not sizes.text_length:
+        parts.text = lambda ids: models.text(ids).to(dtype)
+    return parts
+
+
+@torch.no_grad()
+def bench_sample(parts: Parts, n: int, steps: int, guidance: float | None, compiled: bool, rounds: int) -> dict:
+    """Time n drawings at once, and n captions of noise."""
+    seen, evaluations = text_to_image.Seen(states=None), []
+    images = torch.randn(n, 3, parts.height, parts.width).clamp(-1, 1)
+    blank = torch.full((n, parts.length), parts.tokenizer.mask_id)
+
+    def draw() -> None:
+        seen.rows = 0
+        text_to_image.draw(parts, ["red apple, noto style"] * n, steps=steps, guidance=guidance, fast=compiled,
+                     batch=n, seen=seen)
+
+    def read() -> None:
+        evaluations.clear()
+        fill(parts, encode(parts, images), blank, STEPS["text"], asked=evaluations)
+    drawn = median_seconds(draw, rounds, parts.device)
+    captioned = median_seconds(read, rounds, parts.device)
+    return dict(dtype=str(parts.dtype).removeprefix("torch."), compiled=compiled, n=n,
+                pixels=[parts.width, parts.height], draws_per_s=n / drawn, captions_per_s=n / captioned,
+                evaluations_a_drawing=seen.rows // n, evaluations_a_batch_of_captions=len(evaluations))
+
+
+def parse_args() -> argparse.Namespace:
+    parser, count = cli.Parser(__doc__), cli.number(int, 1)
+    kinds = parser.add_subparsers(dest="what", required=True)
+    training = kinds.add_parser("train", doc="a step of training")
+    training.add_argument("--preset", choices=list(PRESETS), default="emoji")
+    for name in ("image-batch", "text-batch", "pixels"):
+        training.add_argument(f"--{name}", type=count, help="(the stage's)")
+    training.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    training.add_argument("--vocab-size", type=count, help="(the preset's; the shipped weights have 4441)")
+    sampling = kinds.add_parser("sample", doc="drawings and captions")
+    sampling.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
+    sampling.add_argument("--preset", choices=list(PRESETS), help="random weights of these sizes")
+    sampling.add_argument("--n", type=count, default=16, help="drawings, and captions, at once (16)")
+    sampling.add_argument("--steps", type=count, default=text_to_image.STEPS, help="of a drawing (28)")
+    sampling.add_argument("--guidance", type=cli.number(float, 1e-3), help="of a drawing (as sample.py)")
+    sampling.add_argument("--pixels", type=count, help="side of the images (as trained; 64 or 512)")
+    for command, rounds in ((training, 9), (sampling, 3)):
+        command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+        command.add_argument("--device", choices=DEVICES, default="auto")
+        command.add_argument("--compile", action="store_true", help="compile the blocks")
+        command.add_argument("--rounds", type=count, default=rounds, help=f"({rounds})")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device = torch.device(choose_device(args.device))
+    if args.what == "train":
+        flags = ["--preset", args.preset, "--dtype", args.dtype, "--device", args.device,
+                 "--optimizer", args.optimizer]
+        for name in ("image_batch", "text_batch", "pixels"):
+            if getattr(args, name):
+                flags += [cli.flag(name), str(getattr(args, name))]
+        if args.compile:
+            flags.append("--compile")
+        found = bench_train(parse(flags), args.vocab_size, args.rounds)
+    else:
+        dtype = getattr(torch, args.dtype)
+        if args.preset:
+            parts = random_parts(args.preset, args.pixels, device, dtype)
+        else:
+            parts = Parts(args.checkpoint, device, dtype, height=args.pixels, width=args.pixels)
+        found = bench_sample(parts, args.n, args.steps, args.guidance, args.compile, args.rounds)
+    found["device"] = "cpu"
+    if device.type == "cuda":
+        found.update(device=torch.cuda.get_device_name(device), gib=torch.cuda.max_memory_allocated(device) / 2**30)
+    for name, value in found.items():
+        print(f"{name:32}{value:.5g}" if isinstance(value, float) else f"{name:32}{value}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)

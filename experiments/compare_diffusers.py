@@ -1,0 +1,52 @@
+"""Forward time of our MMDiT against diffusers' SD3Transformer2DModel, alternating in one process.
+
+    python -m venv peers && peers/bin/pip install diffusers==0.42.1 transformers==5.23.0 torch safetensors
+    peers/bin/python -m experiments.compare_diffusers
+
+Depth 12 of SD3-medium's width, 256 image and 128 text tokens, batch 2, two threads.  The peer is SD3's class:
+the last block's text stream and the text head, which D-DiT has in addition, are left out here as well
+(need="velocity").  Not part of the test run, since it needs packages that the project does not.
+"""
+
+import statistics
+import time
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+from model import MMDiT, MMDiTConfig
+
+
+@torch.inference_mode()
+def main(repeats: int = 11) -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    theirs = SD3Transformer2DModel(sample_size=128, patch_size=2, in_channels=16, num_layers=12,
+                                   attention_head_dim=64,
+                                   num_attention_heads=24, joint_attention_dim=4096,
+                                   caption_projection_dim=1536,
+                                   pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192).eval()
+    ours = MMDiT(MMDiTConfig(depth=12)).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs, ours = theirs.to(dtype), ours.to(dtype)
+        x, text = torch.randn(2, 16, 32, 32, dtype=dtype), torch.randn(2, 128, 4096, dtype=dtype)
+        pooled, t = torch.zeros(2, 2048, dtype=dtype), torch.full((2,), 0.5)
+        jobs = dict(diffusers=lambda: theirs(x, text, pooled, 1000 * t),
+                    velocity=lambda: ours(x, text, t, need="velocity"),
+                    both=lambda: ours(x, text, t))
+        times = {name: [] for name in jobs}
+        for round in range(repeats + 1):                     # the first round warms up
+            for name, job in jobs.items():
+                started = time.perf_counter()
+                job()
+                if round:
+                    times[name].append(time.perf_counter() - started)
+        base = times["diffusers"]
+        for name in ("velocity", "both"):
+            ratios = [a / b for a, b in zip(times[name], base)]
+            print(f"{dtype}: ours ({name}) / diffusers {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                  f"{max(ratios):.2f}), {repeats} rounds; ours {statistics.median(times[name]):.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Solvers and guidance on the emoji set: how often the right emoji is drawn, how far off, for how much work.
+
+    python -m experiments.measure_drawing                    # all rows, 192 prompts, some minutes of two cores
+    python -m experiments.measure_drawing solvers --prompts 96 --checkpoint out/instruct
+    python -m experiments.measure_drawing --page assets/drawing.webp      # the README's picture, and no table
+    python -m experiments.measure_drawing objects --page objects.png      # twenty things, four drawings of each
+    python -m experiments.measure_drawing outside --page outside.png      # the same of what the set doesn't have
+
+Every row draws the same captions of the split with the same seeds. `emoji`: of the whole set the nearest
+picture, pixel by pixel, has the emoji asked for; `distance`: root mean square of the difference to the
+picture asked for, of 255; `evaluations`: of the network, a picture. Not part of the test run.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import flow
+from common import cli
+from common.devices import choose_device
+from dataset import emoji
+from inference import text_to_image
+from inference.parts import EMOJI, Parts
+from metrics import emojis
+from viz import grids
+
+SOLVERS = {f"{solver}, {steps} evaluations": dict(solver=solver, steps=steps)
+           for steps in (28, 12, 6) for solver in flow.SOLVERS}
+GUIDANCE = {
+    **{f"guidance {scale:g}": dict(guidance=scale) for scale in (1.0, 1.5, 2.0, 4.0, 7.0)},
+    "guidance 4 for t in 0.2 .. 0.9": dict(guidance=4.0, interval=(0.2, 0.9)),
+    "guidance 4 for t in 0.3 .. 1": dict(guidance=4.0, interval=(0.3, 1.0)),
+    "guidance 4 for t in 0.7 .. 1": dict(guidance=4.0, interval=(0.7, 1.0)),
+}
+SHIFTS = {f"shift {shift:g}": dict(shift=shift) for shift in (0.5, 1.0, 2.0, 3.0)}
+TABLES = dict(solvers=SOLVERS, guidance=GUIDANCE, shifts=SHIFTS)
+OBJECTS = ["red apple", "snowman", "cat face", "slice of pizza", "rocket", "dog face", "elephant", "penguin",
+           "fire", "flag of Japan", "guitar", "sunflower", "bicycle", "strawberry", "octopus", "hammer",
+           "umbrella", "steam locomotive", "cheese wedge", "anchor"]
+OUTSIDE = ["blue apple, noto style", "a blue apple", "a cat on a train", "pizza"]
+
+
+@torch.no_grad()
+def measured(parts: Parts, captions: list[str], own: list[int], records: list[dict], pictures: torch.Tensor,
+             how: dict) -> dict[str, float]:
+    """One row.  own: the captions' pictures among all (n, 3, P, P)."""
+    seen, begun = text_to_image.Seen(states=None), time.time()
+    drawn = text_to_image.draw(parts, captions, seen=seen, **how)
+    seconds, found = time.time() - begun, emojis.nearest(drawn, pictures)
+    right = [records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, own)]
+    single = [hit for hit, i in zip(right, own) if records[i]["kind"] != emojis.PEOPLE]
+    off = (drawn - pictures[own]).square().mean((1, 2, 3)).sqrt() * 127.5
+    return dict(emoji=100 * sum(right) / len(right), single=100 * sum(single) / max(1, len(single)),
+                distance=float(off.mean()), evaluations=seen.rows / len(own), seconds=seconds)
+
+
+@torch.no_grad()
+def write_page(parts: Parts, records: list[dict], pictures: torch.Tensor, path: Path) -> None:
+    """A walk, solvers at 7 evaluations, guidance, strengths, a hat drawn anew, variations; none chosen."""
+    draw = lambda prompt, **how: text_to_image.draw(parts, [prompt], seed=0, **how)[0]
+    number = {record["caption"]: i for i, record in enumerate(records)}
+    apple, farmer = "red apple, noto style", "woman farmer, medium skin tone, noto style"
+    original, seen = pictures[number[farmer]], text_to_image.Seen()
+    draw(apple, seen=seen)
+    walk = [[(state[which][0], f"{name} at t = {state[0]:.2f}") for state in seen.states[::4]]
+            for which, name in ((1, "x"), (2, "predicted"))]
+    few = [(draw(apple, steps=steps, solver=solver), f"{solver}, {steps} evaluations")
+           for steps in (4, 7) for solver in flow.SOLVERS]
+    guided = [(draw(apple, guidance=scale), f"guidance {scale:g}") for scale in (1, 2, 4, 7)]
+    over = [(draw("woman farmer, dark skin tone, noto style", edit=text_to_image.Edit(original[None], strength)),
+             f"dark, strength {strength:g}") for strength in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    mask = torch.zeros(1, 1, parts.height, parts.width, dtype=torch.bool)
+    mask[..., :parts.height * 15 // 32, :] = True
+    anew = [(draw(f"woman {who}, medium skin tone, noto style", edit=text_to_image.Edit(original[None], 1.0, mask)),
+             f"above: {who}") for who in ("firefighter", "astronaut", "cook", "mechanic", "artist")]
+    first = [(original, "the set's own picture")]
+    grids.write_picture(path, grids.rows(*walk, few, guided, first + over, first + anew))
+
+
+def write_rows(path: Path, cells: list[tuple[torch.Tensor, str]]) -> None:
+    grids.write_picture(path, grids.rows(*(cells[at:at + 8] for at in range(0, len(cells), 8))))
+
+
+@torch.no_grad()
+def objects(parts: Parts, records: list[dict], pictures: torch.Tensor, style: str, path: Path) -> None:
+    """Each as `sample.py --n 4` draws it: how often it is the nearest, and a picture of all."""
+    number, cells, right = {record["caption"]: i for i, record in enumerate(records)}, [], []
+    for name in OBJECTS:
+        caption = f"{name}, {style} style"
+        drawn = text_to_image.draw(parts, [caption] * 4, seed=0)
+        found = [records[i] for i in emojis.nearest(drawn, pictures)]
+        right += [record["emoji"] == records[number[caption]]["emoji"] for record in found]
+        cells += zip(drawn, [name if hit else f"{name}: {record['name']}"
+                             for hit, record in zip(right[-4:], found)])
+    print(f"{style}: {sum(right)} of {len(right)} drawings are nearest to the emoji asked for")
+    write_rows(path, cells)
+
+
+@torch.no_grad()
+def outside(parts: Parts, path: Path) -> None:
+    """To look at: there is nothing to compare with."""
+    write_rows(path, [(x, prompt) for prompt in OUTSIDE for x in text_to_image.draw(parts, [prompt] * 4, seed=0)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, alone = cli.Parser(__doc__), ("objects", "outside")
+    parser.add_argument("tables", nargs="*", choices=[[], *TABLES, *alone], metavar="TABLE",
+                        help=" ".join([*TABLES, *alone]))
+    parser.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
+    parser.add_argument("--split", choices=emoji.SPLITS, default="train", help="(train)")
+    parser.add_argument("--prompts", type=cli.number(int, 1), default=192, help="(192)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(as sample.py)")
+    parser.add_argument("--json", type=argparse.FileType("w"), help="also write the rows here")
+    parser.add_argument("--page", type=Path, help="a picture of it all")
+    args = parser.parse_args(argv)
+    cli.require(*((name not in args.tables or len(args.tables) == 1, f"{name}: is measured alone")
+                  for name in alone))
+    parts = Parts(args.checkpoint, choose_device("auto"), getattr(torch, args.dtype) if args.dtype else None)
+    if args.tables == ["outside"]:
+        return outside(parts, args.page or Path("outside.png"))
+    records, pictures = emoji.load(pixels=parts.height)
+    pictures = pictures.float() / 127.5 - 1
+    if args.tables == ["objects"]:
+        page = args.page or Path("objects.png")
+        for style in emoji.STYLES:
+            objects(parts, records, pictures, style, page.with_stem(f"{page.stem}_{style}"))
+        return
+    if args.page:
+        write_page(parts, records, pictures, args.page)
+        return
+    own = [i for i, record in enumerate(records) if record["split"] == args.split][:args.prompts]
+    print("| | emoji, % | single objects, % | distance | evaluations | seconds |\n|---|---|---|---|---|---|")
+    rows, captions = {}, [records[i]["caption"] for i in own]
+    for table in args.tables or TABLES:
+        for name, how in TABLES[table].items():
+            row = rows[name] = measured(parts, captions, own, records, pictures, how)
+            print(f"| {name} | {row['emoji']:.1f} | {row['single']:.1f} | {row['distance']:.1f} | "
+                  f"{row['evaluations']:.0f} | {row['seconds']:.0f} |", flush=True)
+    if args.json:
+        json.dump(rows, args.json, indent=1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

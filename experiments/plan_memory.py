@@ -1,0 +1,104 @@
+"""The memory that --print-plan tells beside what a run on this CPU takes.
+
+    python -m experiments.plan_memory small      # two steps of a small end-to-end model, each way of training it
+    python -m experiments.plan_memory full       # a step at SD3-medium's full width and picture, four of its blocks
+
+Not part of the test run.  What is told is the growth of the resident set over that after the imports, at its
+largest before anything is saved.  `full` has random weights, SD3's autoencoder, and a T5 of one narrow block.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import checkpoint
+import model
+import train
+from pretrained import layouts
+from training import plan, run_folder
+from experiments.full_size import real_tokenizer
+from pretrained.t5 import T5Config, T5Encoder
+from pretrained.vae import AutoencoderKL, VAEConfig
+
+SIZES = dict(
+    small=("emoji", dict(depth=6, heads=8, width=512, text_width=512)),
+    full=("sd3-medium", dict(depth=4)))
+SMALL = ["--device", "cpu", "--vocabulary", "full", "--pixels", "128", "--optimizer", "adamw",
+         "--image-batch", "32", "--text-batch", "16"]
+WAYS = dict(plain=[], micro_batches=["--micro-batch", "4"], recomputed=["--checkpoint-activations"],
+            float32=["--dtype", "float32"])
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def parts(folder: Path) -> list[str]:
+    """SD3's autoencoder, a T5 of one block with its width, a tokenizer of its size; flags that name them."""
+    torch.manual_seed(0)
+    vae, t5 = AutoencoderKL(VAEConfig()), T5Encoder(T5Config(depth=1, heads=4, hidden=256))
+    for name, part, entries in (("vae", vae, layouts.vae_entries(vae, "folder")),
+                                ("t5", t5, layouts.t5_entries(t5, "shared.weight"))):
+        tensors = {entries[key].keys[0]: p.detach() for key, p in part.named_parameters()}
+        checkpoint.write_tensors(folder / f"{name}.safetensors", tensors, torch.float16)
+    real_tokenizer(folder)
+    return ["--vae", folder / "vae.safetensors", "--t5", folder / "t5.safetensors", "--tokenizer",
+            folder / "tokenizer", "--image-batch", 1, "--text-batch", 1, "--micro-batch", 1,
+            "--checkpoint-activations", "--device", "cpu"]
+
+
+def measure(kind: str, flags: list[str]) -> None:
+    """In a process of its own: trains, and prints what it took and what the plan says."""
+    preset, sizes = SIZES[kind]
+    model.PRESETS[preset].update(sizes)
+    with tempfile.TemporaryDirectory() as out:
+        flags = ["--preset", preset, "--steps", "2" if kind == "small" else "1", "--log-every", "1",
+                 "--sample-every", "0", "--out", out, *flags]
+        run_folder.Run.save = run_folder.Run.end = lambda self, *_: None
+        config = train.parse([*flags, "--print-plan", "1"])
+        before = resident("VmRSS")
+        config, held, models, it = train.set_up(config)
+        Path("/proc/self/clear_refs").write_text("5")            # the largest resident set from here on
+        train.train(config, held, models, it, [])
+        took = resident("VmHWM") - before
+    print(json.dumps(dict(took=took, told=told(train.parse([*flags, "--print-plan", "1"])), row=it.rows[-1])))
+
+
+def told(config) -> dict[str, float]:
+    _, sizes, about = train.start(config.init, config.preset)
+    t5, vae = plan.frozen_sizes(config, sizes, about)
+    N = plan.image_tokens(config, sizes, vae.factor if vae else 1)
+    return plan.memory(config, sizes, t5, vae, N, 1, False)
+
+
+def main(kind: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "pictures").mkdir()
+        for i in range(8):
+            Image.new("RGB", (256, 256), (30 * i, 99, 0)).save(Path(folder) / "pictures" / f"{i}.png")
+            (Path(folder) / "pictures" / f"{i}.txt").write_text(f"a red cat {i}")
+        ways = {name: [*SMALL, *more] for name, more in WAYS.items()}
+        if kind == "full":
+            ways = dict(full=list(map(str, parts(Path(folder)))))
+        for name, flags in ways.items():
+            command = [sys.executable, __file__, kind, *flags, "--image-data", f"{folder}/pictures"]
+            child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found = json.loads(child.stdout.splitlines()[-1])
+            said = sum(found["told"].values())
+            print(f"{name}: took {found['took'] / 2**30:.2f} GiB, the plan says {said / 2**30:.2f}: "
+                  f"{said / found['took']:.2f} of it; losses {found['row']['image_loss']:.3f}, "
+                  f"{found['row']['text_loss']:.3f}", flush=True)
+            shown = {part: f"{size / 2**30:.2f}" for part, size in found["told"].items() if size}
+            print("    " + ", ".join(f"{part} {size}" for part, size in shown.items()), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in SIZES:
+        sys.exit(__doc__)
+    main(sys.argv[1]) if len(sys.argv) == 2 else measure(sys.argv[1], sys.argv[2:])
