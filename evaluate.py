@@ -134,8 +134,7 @@ def answer(args: argparse.Namespace) -> None:
     with processes.one_voice():
         asked, bad = read_questions(args)
         parts = options.open_parts(vars(args), device)
-        require((parts.family != "SD3",
-                 "this checkpoint is SD3's, which has no text head: it only draws"))
+        parts.check_text_head()
         if args.shots:
             make_room(parts, asked, args)
         kind = "text" if args.benchmark == "captions" else "answer"

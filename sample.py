@@ -43,8 +43,8 @@ from dataset import questions
 from dataset.images import fit_picture, read_mask, read_picture, to_tensor
 from inference import image_folder
 from inference.image_to_text import STEPS, encode, infill, ranked, write
-from inference.options import (READS, draw_flags, open_parts, part_flags, read_flags, read_text,
-                               reads, walk)
+from inference.options import (READS, check_prompt, draw_flags, open_parts, part_flags, read_flags,
+                               read_text, reads, walk)
 from inference.parts import Parts
 from inference.text_to_image import Edit, Seen, drawings, likeliest
 from viz import grids, trajectory
@@ -70,8 +70,6 @@ def flags() -> tuple[cli.Parser, dict[str, str]]:
         "the text being unmasked; or an .html page of it, with what the network looks at")
     part_flags(add)
     return parser, goes_with
-
-
 
 
 # how a text is written
@@ -146,10 +144,9 @@ def paint(args: dict, parts: Parts, images: list[Image.Image]) -> None:
         how["edit"] = Edit(latents, strength, args.get("mask"))
     negative, flag = args.get("negative_prompt", ""), "prompts" if "prompts" in args else "prompt"
     for text in [negative, *prompts]:
-        count, most = len(parts.tokenizer.pieces(parts.tokenizer.lowered(text))), parts.length - 1
         which = "--negative-prompt" if text is negative else cli.flag(flag) + f", {text[:40]!r}," * (
             flag == "prompts")
-        require((count <= most, f"{which} has {count} tokens, expected at most {most}; cut it"))
+        check_prompt(parts, text, which)
     prompts = [read_text(parts, flag, text) for text in prompts]
     how["negative"] = read_text(parts, "negative_prompt", negative)
     seed, n = args.get("seed", 0), args.get("n", 1)
@@ -248,9 +245,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in {"choices", "score"} & set(args):
         given = args[name] if name == "choices" else [args[name]]
         args["answers"] = [read_text(parts, name, text) for text in given]
-    require((parts.family != "SD3" or bool({"prompt", "prompts"} & set(args)) and "best" not in args,
-             "this checkpoint is SD3's, which has no text head: it only draws"))
-    if {"prompt", "prompts"} & set(args):
+    draws = bool({"prompt", "prompts"} & set(args))
+    if not draws or "best" in args:
+        parts.check_text_head()
+    if draws:
         paint(args, parts, images)
         return
 

@@ -186,13 +186,14 @@ def update(run: Run, decay: float) -> None:
                          [distributed.local(p.detach()) for p in run.model.parameters()], 1 - decay)
 
 
-def show_samples(config: TrainConfig, run: Run, maker: BatchMaker, models: Models, device: torch.device) -> None:
+def show_samples(config: TrainConfig, maker: BatchMaker, models: Models, run: Run) -> None:
     """Drawings and captions by the averaged weights, made by all processes; the last two prompts are new."""
-    mix = maker.mixes["image"]
+    mix, device = maker.mixes["image"], next(models.learns.parameters()).device
     known, kept = mix.shown(6, False), mix.shown(8, True)
     captions = lambda samples: [sources.choose_caption(sample, 0, 0) for sample in samples]
     parts = Parts.of(models, config.pixels, config.text_length, device)
-    with distributed.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"):
+    with (distributed.averaged(run.model, run.ema), torch.compiler.set_stance("force_eager"),
+          autocast(device, config.dtype)):
         results = samples_page(parts, captions(known + kept[:2]), captions(kept), sources.latents_of(kept))
     if run.rank == 0:
         grids.write_picture(run.out / f"samples_{run.step}.png", results)
@@ -245,13 +246,24 @@ def validate(config: TrainConfig, maker: BatchMaker, models: Models, run: Run, v
         return validation.measure({name: errors(name) for name in ERRORS}, maker.rank, maker.world)
 
 
+def finish_step(config: TrainConfig, maker: BatchMaker, models: Models, run: Run, validation: Validation | None,
+                rate: float, found: dict, stopping: bool) -> None:
+    """What is due after a step: validation, a row of the log, a checkpoint, samples.  found: what the meter says."""
+    if validation and run.due(config.eval_every) and not stopping:
+        found = found | validate(config, maker, models, run, validation)
+    if run.due(config.log_every) or run.step <= 5 or found:
+        run.log(rate, config.steps, found)
+    if run.due(config.save_every) or stopping:
+        run.save()
+    if run.due(config.sample_every) and not stopping:
+        show_samples(config, maker, models, run)
+
+
 def train(config: TrainConfig, maker: BatchMaker, models: Models, run: Run, asked: list[int]) -> None:
     """The loop: rate, both losses, clip, agree, update, log, measure, save, show."""
     model, device = models.learns, next(models.learns.parameters()).device
     feed = workers.feed(partial(maker.batches, config), range(run.step, config.steps), config.workers)
     validation = maker.validation(config) if config.eval_every else None
-    due = lambda every: every and (run.step % every == 0 or run.step == config.steps)
-    bad, cut = [], []               # samples of no use, and what was lost of texts, since the last row
 
     while run.step < config.steps:
         rate = learning_rate(run.step, config)
@@ -271,18 +283,8 @@ def train(config: TrainConfig, maker: BatchMaker, models: Models, run: Run, aske
                             f"{run.newest()} with a smaller --lr")
         update(run, config.ema)
         run.step += 1
-        run.note(losses | dict(grad=norm))
-        bad, cut = bad + made["bad"], cut + made["cut"]
-        if validation and due(config.eval_every) and not stopping:
-            found |= validate(config, maker, models, run, validation)
-        if due(config.log_every) or run.step <= 5 or found:
-            run.log(rate, config.steps, bad, cut, found)
-            bad, cut = [], []
-        if due(config.save_every) or stopping:
-            run.save()
-        if due(config.sample_every) and not stopping:
-            with autocast(device, config.dtype):
-                show_samples(config, run, maker, models, device)
+        run.note(losses | dict(grad=norm), made)
+        finish_step(config, maker, models, run, validation, rate, found, stopping)
         if stopping:
             break
     run.end(config.steps)
@@ -303,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
         config, maker, models, run = set_up(config)
         with closing(run), asked_to_stop() as asked, workers.readers_watched():
             if config.cuda_graph:
-                cuda_graph.train(config, maker, models, run, asked, image_errors, validate, show_samples)
+                cuda_graph.train(config, maker, models, run, asked, image_errors, finish_step)
             else:
                 train(config, maker, models, run, asked)
 

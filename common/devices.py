@@ -66,11 +66,11 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
     return "float32", f"this {device.type.upper()} has no native bfloat16"
 
 
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
-    """Return a context in which matrix products are made in `dtype`."""
+def autocast(device: torch.device, dtype: str, **how) -> AbstractContextManager:
+    """Return a context in which matrix products are made in `dtype`; how: of torch.autocast."""
     if dtype == "float32":
         return nullcontext()                                     # MPS never gets here with another dtype
-    return torch.autocast(device.type, getattr(torch, dtype))
+    return torch.autocast(device.type, getattr(torch, dtype), **how)
 
 
 def allow_tf32(device: torch.device, dtype: str) -> None:

@@ -119,7 +119,7 @@ def write(parts: Parts, latents: Tensor, question: str | list[str] | None = None
 
 
 def compared(parts: Parts, images: Tensor, captions: list[str], **how) -> list[tuple[Tensor, list[str]]]:
-    """Cells of show.page: images (B, 3, H, W) with the caption that is written, above the true one."""
+    """Cells of `grids.page`: images (B, 3, H, W) with the caption that is written, above the true one."""
     said = write(parts, encode(parts, images), **how)
     return [(image, [f"read: {text}", f"true: {true}"]) for image, text, true in zip(images, said, captions)]
 

@@ -97,19 +97,25 @@ def open_parts(args: dict, device: torch.device | str) -> Parts:
 
 
 def walk(args: dict) -> dict:
-    """What drawing.drawings is told, of the flags."""
+    """What `text_to_image.drawings` is told, of the flags."""
     names = dict(steps="steps", guidance="guidance", shift="shift", solver="solver", batch="batch",
                  guidance_interval="interval", compile="fast")
     how = {ours: args[name] for name, ours in names.items() if name in args}
     return how | ({"interval": tuple(how["interval"])} if "interval" in how else {})
 
 
-# flags of how a text is written, and what reading.fill calls them
+# flags of how a text is written, and what `image_to_text.fill` calls them
 READS = ["temperature", "order", "level", "image_cache", "steps"]
 
 
 def reads(args: dict) -> dict:
     return {name: args[name] for name in READS if name in args}
+
+
+def check_prompt(parts: Parts, text: str, which: str) -> None:
+    """Raise UserError for a prompt that has no room for its end; which: how the message names it."""
+    count, most = len(parts.tokenizer.pieces(parts.tokenizer.lowered(text))), parts.length - 1
+    cli.require((count <= most, f"{which} has {count} tokens, expected at most {most}; cut it"))
 
 
 def read_text(parts: Parts, name: str, text: str) -> str:

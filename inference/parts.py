@@ -102,7 +102,7 @@ class Parts:
     @classmethod
     def of(cls, models, pixels: int, length: int, device: torch.device,
            dtype: torch.dtype = torch.float32) -> "Parts":
-        """Take parts that are in memory, being trained (`build.Models`); nothing is read."""
+        """Take parts that are in memory, being trained (`training.models.Models`); nothing is read."""
         parts, mmdit, own = cls.__new__(cls), models.learns["mmdit"], models.t5 is None
         vars(parts).update(
             family="ours", own=own, keep=True, sizes=mmdit.config,
@@ -112,6 +112,10 @@ class Parts:
             dtype=dtype, height=pixels, width=pixels, factor=models.vae.factor, length=length,
             answer_length=length, silent=True)
         return parts
+
+    def check_text_head(self) -> None:
+        """Raise UserError for SD3's own weights, which read no picture."""
+        require((self.family != "SD3", "this checkpoint is SD3's, which has no text head: it only draws"))
 
     def transformer(self) -> Tensors:
         """Open the transformer's tensors on disk."""

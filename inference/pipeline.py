@@ -21,7 +21,7 @@ from torch import Tensor
 from common.cli import require
 from dataset.images import fit_picture, to_picture, to_tensor
 from inference import image_to_text, text_to_image
-from inference.options import read_text
+from inference.options import check_prompt, read_text
 from inference.parts import EMOJI, Parts
 
 
@@ -46,12 +46,10 @@ class Pipeline:
         """Return an image for each prompt, with this seed and the next ones.
 
         how: steps, guidance, shift, solver, interval, batch, of `text_to_image.drawings`."""
-        self.check_text_head(drawing=True)
+        for text in (*as_list(prompts), negative):
+            check_prompt(self.parts, text, f"prompt {text[:40]!r}")
         prompts = [read_text(self.parts, "prompt", prompt) for prompt in as_list(prompts)]
-        for prompt in (*prompts, negative):
-            count = len(self.parts.tokenizer.pieces(prompt))
-            require((count < self.parts.length, f"prompt {prompt[:40]!r} has {count} tokens, expected at most "
-                     f"{self.parts.length - 1}"))
+        negative = read_text(self.parts, "negative_prompt", negative)
         drawn = text_to_image.drawings(self.parts, prompts, negative=negative, seed=seed, **how)
         return [to_picture(image) for image in drawn]
 
@@ -79,11 +77,7 @@ class Pipeline:
 
     def encode(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Return clean latents (B, C, h, w) of images, whose middle is cut to the model's size."""
-        self.check_text_head(drawing=False)
+        self.parts.check_text_head()
         fitted = [fit_picture(image.convert("RGB"), self.parts.height, self.parts.width)
                   for image in as_list(images)]
         return image_to_text.encode(self.parts, torch.stack(list(map(to_tensor, fitted))))
-
-    def check_text_head(self, drawing: bool) -> None:
-        require((drawing or self.parts.family != "SD3",
-                 "this checkpoint is SD3's, which has no text head: it only draws"))

@@ -136,7 +136,7 @@ class TrainConfig:
     device: str = option("auto", "auto: CUDA, then Apple's MPS, then the CPU", choices=DEVICES)
     cuda_graph: bool = option(False, "on a GPU, the step of a small model as one CUDA graph")
     compile: bool = option(False, "torch.compile each block; on a CPU this needs a C++ compiler")
-    shard: str = option("zero2", "what FSDP2 shards, see parallel.shard",
+    shard: str = option("zero2", "what FSDP2 shards, see training/distributed.py",
                         choices=["zero2", "zero3", "hsdp", "none"])
     shard_t5: bool = option(False, "shard the frozen T5 too")
     # The run.

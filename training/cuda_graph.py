@@ -62,8 +62,7 @@ def take_step(config: TrainConfig, models, run, image_errors: Callable, x: dict[
     model, device = models.learns, mask.device
     for p in model.parameters():
         p.grad = None                                            # of a graph they have its memory
-    with torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32",
-                        cache_enabled=False):                    # each weight is cast once a loss, as it is
+    with autocast(device, config.dtype, cache_enabled=False):    # each weight is cast once a loss, as it is
         image = image_errors(models, x | dict(dropped=None)).mean()
         (config.image_weight * image).backward()
         clean = torch.zeros(1, device=device)
@@ -126,7 +125,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], rate: float | Tensor) -> N
 
 
 def train(config: TrainConfig, maker: BatchMaker, models, run, asked: list[int], image_errors: Callable,
-          validate: Callable, show_samples: Callable) -> None:
+          finish_step: Callable) -> None:
     """train.py's loop, with its functions; the device is waited for where something is due."""
     cli.require((bool(maker.mixes["text"].stamp), "--cuda-graph with --text-data that has no pictures: not in a "
                  "graph"))
@@ -135,11 +134,10 @@ def train(config: TrainConfig, maker: BatchMaker, models, run, asked: list[int],
     # a DataLoader has two steps a reader on the way; forks share this memory, whatever /dev/shm can hold
     ring = torch.frombuffer(mmap.mmap(-1, slots * size), dtype=torch.uint8).view(slots, size)
     there = torch.zeros(size, dtype=torch.uint8, device=device)
-    x, take, bad, cut = views(config, there)[0], None, [], []
+    x, take = views(config, there)[0], None
     mask = x["ids"].new_tensor([maker.tokenizer.mask_id])
     step = partial(take_step, config, models, run, image_errors, x, mask)
     validation = config.eval_every and maker.validation(config)
-    due = lambda every: every and (run.step % every == 0 or run.step == config.steps)
     if cuda:
         torch.set_num_threads(2)                                 # the readers want the other cores
     for made in workers.feed(partial(pack, config, maker, ring), range(run.step, config.steps), config.workers):
@@ -147,27 +145,18 @@ def train(config: TrainConfig, maker: BatchMaker, models, run, asked: list[int],
         there.copy_(slot.pin_memory() if cuda else slot, non_blocking=True)
         set_rate(run.optimizers, x["rate"])
         take = take or (captured(step, run) if cuda else step)
-        run.note(take())
-        rate, stopping, found = learning_rate(run.step, config), bool(asked), {}
-        run.step, bad, cut = run.step + 1, bad + made["bad"], cut + made["cut"]
-        logs = due(config.log_every) or run.step <= 5
-        if logs or stopping or any(map(due, (config.eval_every, config.save_every, config.sample_every))):
+        run.note(take(), made)
+        rate, stopping = learning_rate(run.step, config), bool(asked)
+        run.step += 1
+        if stopping or run.step <= 5 or any(map(run.due, (config.log_every, config.eval_every, config.save_every,
+                                                          config.sample_every))):
+            set_rate(run.optimizers, rate)                       # a checkpoint has it as train.py does
             means = {name: float(total) / run.summed for name, total in run.sums.items()}
             if run.error or not all(map(math.isfinite, means.values())):
                 run.wait()                                       # says what went wrong with a save
                 raise cli.UserError(f"step {run.step}, or one since the last row: the gradient is not finite "
                                     f"({means}); go on from {run.newest()} with a smaller --lr")
-        if validation and due(config.eval_every) and not stopping:
-            found = validate(config, maker, models, run, validation)
-        if logs or found:
-            run.log(rate, config.steps, bad, cut, found)
-            bad, cut = [], []
-        if due(config.save_every) or stopping:
-            set_rate(run.optimizers, rate)
-            run.save()
-        if due(config.sample_every) and not stopping:
-            with autocast(device, config.dtype):
-                show_samples(config, run, maker, models, device)
+        finish_step(config, maker, models, run, validation, rate, {}, stopping)
         if stopping:
             break
     run.end(config.steps)

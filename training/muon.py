@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from training.distributed import whole
+
 # x -> a x + b x^3 + c x^5, with the steepest slope at 0 that keeps singular values of up to 1 bounded
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -68,8 +70,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         average = state["momentum_buffer"]
         average.lerp_(p.grad, 1 - momentum)
-        update = p.grad.lerp(average, momentum)
-        return update.full_tensor() if isinstance(update, DTensor) else update
+        return whole(p.grad.lerp(average, momentum))
 
 
 def like(p: Tensor, update: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class Run:
     def begin(self, models, optimizers: list, about: dict, work: dict[str, float]) -> None:
         """Take what is trained, and fill it from the checkpoint to go on from.  Raises UserError.
 
-        models: `build.Models`; about: what goes into config.json beside the sizes; work: `plan.work`."""
+        models: `training.models.Models`; about: what goes into config.json beside the sizes; work: `plan.work`."""
         self.model, self.tokenizer, self.kept = models.learns, models.tokenizer, models.kept
         self.optimizers, self.about, self.work = optimizers, about, work
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -169,6 +169,7 @@ class Run:
             self.load(Path(self.folder))
         self.started, self.first = time.time(), self.step
         self.sums, self.summed = {}, 0                           # losses and gradient norm since the last row
+        self.bad, self.cut = [], []                              # since then: samples of no use, texts cut
         if self.rank == 0:
             for newer in [p for p in complete(self.out) if number(p) > self.step]:
                 newer.rename(self.out / f"left_{newer.name}")    # another future begins; that one is kept
@@ -350,10 +351,17 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------- log
 
-    def note(self, found: dict[str, Tensor]) -> None:
-        """Add one step's losses by name, "image" and "text", and gradient norm, "grad", to the next row."""
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps (0: never), and at the last, is to be done now."""
+        return every > 0 and (self.step % every == 0 or self.step == self.settings["steps"])
+
+    def note(self, found: dict[str, Tensor], made: dict) -> None:
+        """Add to the next row one step's losses by name, "image" and "text", and gradient norm, "grad"; and of
+        its batches, `made`, the samples of no use, "bad", and what was lost of each text, "cut"."""
         self.sums = {name: self.sums.get(name, 0) + value for name, value in found.items()}
         self.summed += 1
+        self.bad += made["bad"]
+        self.cut += made["cut"]
 
     def device_use(self, steps_per_second: float) -> dict[str, float]:
         """Return the "gib" that were allocated at most and, where the peak is known, "mfu"."""
@@ -368,15 +376,15 @@ class Run:
             use["mfu"] = round(self.work["tflop"] * steps_per_second / peak, 4)
         return use
 
-    def log(self, rate: float, steps: int, bad: list[str], cut: list[str], found: dict) -> None:
+    def log(self, rate: float, steps: int, found: dict) -> None:
         """A row of means over the last `over` steps, and a line with the pace and the time left.
 
         Pace, tokens, arithmetic: of all processes since this start, validation, samples and saving included.
         mfu: that arithmetic over the peak of so many devices, where it is known; gib: the most memory that
         this process has had, of the GPU or else in all.
 
-        bad: samples of no use since the last row, that are named in this one; cut: texts that were cut since,
-        that are counted; found: what validation and the meter say of this step."""
+        Samples of no use since the last row are named in this one, and texts that were cut are counted; found:
+        what validation and the meter say of this step."""
         means = processes.mean(torch.stack([*self.sums.values()]) / self.summed).tolist()
         *losses, (_, norm) = zip(self.sums, means)
         elapsed = time.time() - self.started
@@ -386,8 +394,8 @@ class Run:
             grad_norm=norm, lr=rate, seconds=seconds, **{f"{name}_per_s": float(
                 f"{amount * steps_per_second:.4g}") for name, amount in self.work.items()},
             **self.device_use(steps_per_second), **found))
-        self.sums, self.summed = {}, 0
-        bad, cut = (sum(lists, []) for lists in zip(*processes.gather([(bad, cut)])))
+        bad, cut = (sum(lists, []) for lists in zip(*processes.gather([(self.bad, self.cut)])))
+        self.sums, self.summed, self.bad, self.cut = {}, 0, [], []
         if bad:
             self.rows[-1] |= dict(bad_samples=len(bad), bad_names=bad[:20])
         if cut and self.rank == 0 and not any("cut_texts" in row for row in self.rows):

@@ -33,7 +33,7 @@ def is_page(path: Path) -> bool:
 
 
 def seen(parts: Parts, path: Path) -> Seen:
-    """Return what drawing.drawings fills in, for a page with the attention to words, or an animation."""
+    """Return what `text_to_image.drawings` fills in, for a page with the attention to words, or an animation."""
     return Seen(watch=partial(pages.watching, reads="words") if is_page(path) else None)
 
 
@@ -60,7 +60,7 @@ def reading_frames(parts: Parts, states: list, steps: int) -> list[Image.Image]:
 def reading_page(parts: Parts, picture: Tensor | None, latents: Tensor | None, ids: Tensor, about: dict,
                  **how) -> str:
     """Return the page of the [MASK]s of ids (L,) being filled about a picture (3, H, W), of latents
-    (1, C, h, w), or none.  The text is written once more for it; `how` goes to reading.fill."""
+    (1, C, h, w), or none.  The text is written once more for it; `how` goes to `image_to_text.fill`."""
     parts.hold("text", "mmdit")
     states, asked = [], []          # (step, ids) of the walk; (number of the state it led to, tokens, logits)
     with pages.watching(parts.mmdit, "patches") as maps:

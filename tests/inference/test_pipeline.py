@@ -46,5 +46,7 @@ def test_texts_are_read_as_the_commands_read_them(pipeline, capsys):
         pipeline.fill(Image.new("RGB", (64, 64)), "red apple")
     pipeline.draw("Red Apple, noto style", steps=1)
     assert "is read as 'red apple, noto style'" in capsys.readouterr().err
+    pipeline.draw(PROMPT, negative="Dog Face, noto style", steps=1)
+    assert "is read as 'dog face, noto style'" in capsys.readouterr().err
     pipeline.draw("zeppelin, noto style", steps=1)
     assert "no text in training had zeppelin" in capsys.readouterr().err
