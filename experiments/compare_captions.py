@@ -25,6 +25,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+from common import cli
 from metrics import captions
 
 FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "captions.json"
@@ -126,6 +127,7 @@ def compare_words(what: str, texts: list[str]) -> float:
 
 
 def main() -> None:
+    cli.Parser(__doc__).parse_args()
     sets, found = make_sets(), {}
     for name, way in (("theirs", by_theirs), ("ours", by_ours)):
         started = time.time()
@@ -147,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 ROOT = Path(__file__).parent.parent
+from common import cli
 from metrics import clip
 
 FIXTURE = ROOT / "tests" / "fixtures" / "clip"
@@ -174,9 +175,14 @@ def preparation() -> None:
           f"most, from the whole resized and then cut")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    cli.Parser(__doc__).parse_args()
     FIXTURE.mkdir(exist_ok=True)
     texts()
     tiny()
     preparation()
     sizes()
+
+
+if __name__ == "__main__":
+    cli.run(main)

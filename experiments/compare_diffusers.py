@@ -14,11 +14,15 @@ import time
 import torch
 from diffusers import SD3Transformer2DModel
 
+from common import cli
 from model import MMDiT, MMDiTConfig
 
 
 @torch.inference_mode()
-def main(repeats: int = 11) -> None:
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=11)
+    repeats = parser.parse_args().repeats
     torch.set_num_threads(2)
     torch.manual_seed(0)
     theirs = SD3Transformer2DModel(sample_size=128, patch_size=2, in_channels=16, num_layers=12,
@@ -49,4 +53,4 @@ def main(repeats: int = 11) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

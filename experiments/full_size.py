@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from common import cli
+
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
 PARTS = {"transformer": "dual_diff_release.transformer", "vae": "sd3_diffusers.vae",
@@ -87,7 +89,8 @@ def memory(folder: Path) -> None:
     for name, flags in (("draw", ["--prompt", "a red cat on a house", "--out", folder / "out.png"]),
                         ("caption", ["--image", folder / "red.png"])):
         started = time.time()
-        short = "import cli, parts, sample; parts.available = lambda device: 0; cli.run(sample.main)"
+        short = ("import sample; from common import cli; from inference import parts; "
+                 "parts.available = lambda device: 0; cli.run(sample.main)")
         command = [sys.executable, "-c", short, "--checkpoint", folder, *flags, *sides]
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -133,7 +136,14 @@ def load(folder: Path, repeats: int = 5) -> None:
                   f"reading", flush=True)
 
 
+def main() -> None:
+    programs = dict(make=make, memory=memory, decode=decode, load=load)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("program", choices=programs)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    programs[args.program](args.folder)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("make", "memory", "decode", "load"):
-        sys.exit(__doc__)
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    cli.run(main)

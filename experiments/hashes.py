@@ -6,6 +6,7 @@ It calls the commands as a user does, with the shipped weights and flags that st
 commit: copy this file to an older one.  Nothing else should run meanwhile, and both with as many threads.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -59,6 +60,7 @@ def trained(out: Path) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         out, images = folder / "out.png", write_images(folder, 24)

@@ -14,7 +14,6 @@ turned into the folder layout by diffusers' own converters; diffusers computes w
 import gzip
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +21,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
+
+from common import cli
 
 HERE = Path(__file__).parents[1] / "tests" / "fixtures"
 COPIED = ("ddit.", "t2i.", "t5.", "euler.")
@@ -91,8 +92,12 @@ def small(tensors: dict) -> dict:
 
 
 @torch.no_grad()
-def main(reference: Path) -> None:
-    shutil.rmtree(HERE, ignore_errors=True)
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("reference", type=Path)
+    reference = parser.parse_args().reference
+    for folder in ("release", "sd3_folder"):
+        shutil.rmtree(HERE / folder, ignore_errors=True)
     for part in ("transformer", "text_encoder", "tokenizer", "scheduler"):
         shutil.copytree(reference / "dual_diff_release" / part, HERE / "release" / part)
     keys = json.dumps(json.loads((reference / "full_size_keys.json").read_text()), separators=(",", ":"))
@@ -150,4 +155,4 @@ def main(reference: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    cli.run(main)

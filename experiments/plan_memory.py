@@ -19,6 +19,7 @@ from PIL import Image
 import checkpoint
 import model
 import train
+from common import cli
 from pretrained import layouts
 from training import plan, run_folder
 from experiments.full_size import real_tokenizer
@@ -77,7 +78,10 @@ def told(config) -> dict[str, float]:
     return plan.memory(config, sizes, t5, vae, N, 1, False)
 
 
-def main(kind: str) -> None:
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("kind", choices=SIZES)
+    kind = parser.parse_args().kind
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "pictures").mkdir()
         for i in range(8):
@@ -87,7 +91,8 @@ def main(kind: str) -> None:
         if kind == "full":
             ways = dict(full=list(map(str, parts(Path(folder)))))
         for name, flags in ways.items():
-            command = [sys.executable, __file__, kind, *flags, "--image-data", f"{folder}/pictures"]
+            command = [sys.executable, "-m", "experiments.plan_memory", kind, *flags,
+                       "--image-data", f"{folder}/pictures"]
             child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(child.stdout.splitlines()[-1])
             said = sum(found["told"].values())
@@ -99,6 +104,7 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in SIZES:
-        sys.exit(__doc__)
-    main(sys.argv[1]) if len(sys.argv) == 2 else measure(sys.argv[1], sys.argv[2:])
+    if len(sys.argv) > 2:
+        measure(sys.argv[1], sys.argv[2:])       # as `main` calls it
+    else:
+        cli.run(main)

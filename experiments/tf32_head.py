@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import cli
 from dataset import emoji
 from inference.parts import Parts
 
@@ -23,6 +24,7 @@ def to_tf32(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def main() -> None:
+    cli.Parser(__doc__).parse_args()
     parts = Parts(dtype=torch.float32)
     records, images = emoji.load()
     captions = [record["caption"] for record in records[:512]]
@@ -53,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import replacing
+from viz.templates import fill_template
 
 BLUE, RED, GREY, GREEN = (40, 90, 200), (200, 60, 40), (170, 170, 170), (40, 140, 80)
 SHOWN = 40              # pictures of samples on the page, at most
@@ -86,30 +87,7 @@ def page(out: Path, settings: dict) -> None:
                       for name, value in settings.items())
     last = len(files) - 1
     slider = f'<input id="at" type="range" min="0" max="{last}" value="{last}">' if files else ""
-    text = PAGE.format(title=html.escape(str(out)), curves=inline(out / "loss.png"), slider=slider,
-                       samples=samples, table=table)
+    text = fill_template("run.html", title=html.escape(str(out)), curves=inline(out / "loss.png"),
+                         slider=slider, samples=samples, table=table)
     with replacing(out / "run.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.4 sans-serif; max-width: 1080px; margin: 24px auto; padding: 0 12px; color: #222 }}
-img {{ max-width: 100% }} figure {{ margin: 8px 0 }} input {{ width: 100% }}
-td {{ padding: 1px 14px 1px 0; vertical-align: top; font-family: monospace; word-break: break-word }}
-</style></head><body>
-<h1>{title}</h1>
-<img src="{curves}" alt="losses, validation, rate">
-<h2>Samples</h2>
-{slider}
-{samples}
-<h2>Settings</h2>
-<table>{table}</table>
-<script>
-const figures = document.querySelectorAll("figure"), at = document.getElementById("at");
-const show = () => figures.forEach((figure, i) => figure.hidden = i != at.value);
-if (at) {{ at.oninput = show; show(); }}
-</script>
-</body></html>
-"""

@@ -12,6 +12,7 @@ from inference.image_to_text import fill
 from inference.parts import Parts
 from inference.text_to_image import Seen
 from viz import grids, pages
+from viz.attention import watching
 
 
 def grid(parts: Parts) -> tuple[int, int]:
@@ -34,7 +35,7 @@ def is_page(path: Path) -> bool:
 
 def seen(parts: Parts, path: Path) -> Seen:
     """Return what `text_to_image.drawings` fills in, for a page with the attention to words, or an animation."""
-    return Seen(watch=partial(pages.watching, reads="words") if is_page(path) else None)
+    return Seen(watch=partial(watching, reads="words") if is_page(path) else None)
 
 
 def drawing_page(parts: Parts, prompt: str, found: Seen, about: dict) -> str:
@@ -63,7 +64,7 @@ def reading_page(parts: Parts, picture: Tensor | None, latents: Tensor | None, i
     (1, C, h, w), or none.  The text is written once more for it; `how` goes to `image_to_text.fill`."""
     parts.hold("text", "mmdit")
     states, asked = [], []          # (step, ids) of the walk; (number of the state it led to, tokens, logits)
-    with pages.watching(parts.mmdit, "patches") as maps:
+    with watching(parts.mmdit, "patches") as maps:
         final = fill(parts, latents, ids[None], trajectory=states, asked=asked, **how)[0].tolist()
     looks = {number: (at.tolist(), logits, i) for i, (number, at, logits) in enumerate(asked)}
     revealed, probability, attention = [0] * len(ids), [None] * len(ids), [None] * len(ids)

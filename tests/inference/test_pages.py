@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import MMDiT, MMDiTConfig
-from viz import pages
+from viz import attention, pages
 
 N, L, K, H, D = 6, 5, 2, 2, 32
 random = lambda seed, *shape: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -46,7 +46,7 @@ def test_what_is_kept_is_the_softmax_written_out_and_the_result_is_the_same_bit_
     true = torch.stack([by_hand(block, *given) for block, given in zip(mmdit.blocks, inputs)])
     kept = dict(words=[], patches=[])
     for reads in kept:
-        with pages.watching(mmdit, reads) as kept[reads]:
+        with attention.watching(mmdit, reads) as kept[reads]:
             watched = mmdit(Z, TEXT, T, need=need)
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, watched))
     words, patches = kept.values()
@@ -60,7 +60,7 @@ def test_reading_beside_kept_keys_is_kept_too_and_evaluations_without_a_picture_
     kept, plain = [], []
     mmdit(Z, TEXT, T, need="logits", kept=plain)
     expected = mmdit(Z, TEXT.flip(1), T, need="logits", kept=plain)[1]
-    with pages.watching(mmdit, "patches") as found:
+    with attention.watching(mmdit, "patches") as found:
         mmdit(Z, TEXT, T, need="logits", kept=kept)
         mmdit(None, TEXT, T, need="logits")
         assert torch.equal(mmdit(Z, TEXT.flip(1), T, need="logits", kept=kept)[1], expected)
@@ -77,12 +77,12 @@ def test_reading_beside_kept_keys_is_kept_too_and_evaluations_without_a_picture_
 
 def test_an_exception_leaves_the_blocks_as_they_were(mmdit, monkeypatch):
     with pytest.raises(ValueError, match="not a multiple of the patch"):
-        with pages.watching(mmdit, "words"):
+        with attention.watching(mmdit, "words"):
             mmdit(Z[..., 1:], TEXT, T)
     assert not any("attention" in vars(block) for block in mmdit.blocks)
     assert not mmdit._forward_hooks and not mmdit._forward_pre_hooks
-    monkeypatch.setattr(pages, "NUMBERS", K * N * L - 1)          # as if these were millions: the mean alone
-    with pages.watching(mmdit, "words") as found:
+    monkeypatch.setattr(attention, "NUMBERS", K * N * L - 1)          # as if these were millions: the mean alone
+    with attention.watching(mmdit, "words") as found:
         mmdit(torch.cat([Z, Z]), torch.cat([TEXT, TEXT]), T)     # as under guidance
     assert found[0].shape == (1, N, L)
 

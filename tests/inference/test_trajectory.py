@@ -10,6 +10,7 @@ import sample
 from inference import text_to_image
 from inference.image_to_text import canvas, encode, fill
 from viz import pages, trajectory
+from viz.attention import watching
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_drawing_is_shown_with_each_steps_states_and_attention(parts, told, so
     assert [t for t, _, _ in shown] == text_to_image.levels(parts, steps, solver=solver).tolist()
     assert torch.equal(shown[-1][1].clamp(-1, 1), drawn[0]) and len(attention) == len(shown) - 1
     text = parts.text(parts.tokenizer.encode(prompt, parts.length)[None])
-    with torch.no_grad(), pages.watching(parts.mmdit, "words") as alone:
+    with torch.no_grad(), watching(parts.mmdit, "words") as alone:
         for t, x, _ in shown[:-1]:
             parts.mmdit(x[None], text, torch.tensor([t]), need="velocity")
     for a, b in zip(attention, alone):                           # of the step's own state, not of Heun's look
