@@ -412,6 +412,12 @@ def build_emoji(args: argparse.Namespace) -> None:
 
 def latents(args: argparse.Namespace) -> None:
     """Encode a source's images, once its networks are found to fit."""
+    defaults = dict(tokenizer=None, text_length=256, recaption=1.0)        # settings of the stored T5 states
+    for name, default in defaults.items():
+        given = getattr(args, name) is not None
+        require((args.t5 or not given, f"{cli.flag(name)} needs --t5: without it no states are stored"))
+        if not given:
+            setattr(args, name, default)
     encoder = precompute.Encoder(args)
     mix = Mix([args.source], args.pixels, filters=PUBLISHED if args.filtered else Filters())
     precompute.store_latents(args, encoder, mix, fingerprint(args.source))
@@ -450,7 +456,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     coded.add_argument("--t5", metavar="PATH", help="store its states of a caption as well")
     coded.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
                        help="of what is stored (bfloat16)")
-    coded.add_argument("--recaption", type=cli.number(float, 0, 1), default=1.0, metavar="N",
+    coded.add_argument("--recaption", type=cli.number(float, 0, 1), metavar="N",
                        help="of states: the share that is of re-captions (1)")
     coded.add_argument("--filtered", action="store_true",
                        help="leave out what train.py --filtered does")
@@ -468,6 +474,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for command in (page, coded):
         add_number(command, "--pixels", 8, 256, "a side")
         add_number(command, "--text-length", 2, 256, "tokens")
+    coded.set_defaults(text_length=None)                                   # `latents` checks these three
     for command, default in ((page, "gpt2"), (packed, "gpt2"), (coded, None)):
         command.add_argument("--tokenizer", metavar="PATH", default=default,
                              help=f"gpt2, or a folder that has one ({default or 'that of --t5'})")

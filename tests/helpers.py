@@ -130,8 +130,8 @@ def jpeg(colour, size=(40, 30)):
     return file.getvalue()
 
 
-def write(path, files):
-    """files: [(name or TarInfo, content)]."""
+def write_tar(path, files):
+    """Write a tar of files, [(name or TarInfo, content)], and return its path."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in files:
             member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)

@@ -102,6 +102,9 @@ def test_a_stopped_command_goes_on_and_parts_make_a_whole(photos, tmp_path, smal
         encode(photos, whole, pixels=17)
     code, said = mistake(data.main, ["latents", photos, whole, "--vae", VAE, "--piels", 3])
     assert code == 2 and said == "error: unknown argument --piels; did you mean --pixels?\n"
+    for flag, value in (("--text-length", 256), ("--recaption", 1), ("--tokenizer", RELEASE)):
+        code, said = mistake(data.main, ["latents", photos, whole, "--vae", VAE, flag, value])
+        assert code == 1 and f"{flag} needs --t5" in said
 
 
 def test_a_full_disk_leaves_whole_shards_and_the_same_command_goes_on(photos, small_disk, small, mistake):

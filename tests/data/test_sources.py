@@ -10,7 +10,7 @@ from PIL import Image
 import data
 from common.cli import UserError
 from dataset import emoji, sources
-from helpers import jpeg, write
+from helpers import jpeg, write_tar
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_list_of_pictures_with_captions_and_recaptions(photos):
 
 
 def test_a_mixture_cuts_pictures_and_says_what_its_sources_are(photos, tmp_path):
-    write(tmp_path / "a.tar", [("x.jpg", jpeg("blue", (90, 50))), ("x.txt", b"blue")])
+    write_tar(tmp_path / "a.tar", [("x.jpg", jpeg("blue", (90, 50))), ("x.txt", b"blue")])
     mix = data.Mix([f"{photos}:3", str(tmp_path / "a.tar")], 16, "run")
     found = mix.take(range(400), "image")
     assert {tuple(sample["picture"].shape) for sample in found} == {(3, 16, 16)} and len(mix) == 6
@@ -69,7 +69,7 @@ def test_a_mixture_cuts_pictures_and_says_what_its_sources_are(photos, tmp_path)
 def test_the_embedded_set_is_told_by_its_first_sample(tmp_path, small_tar):
     told = lambda path: emoji.is_emoji(sources.of_path(str(path)))
     assert told(small_tar) and told(emoji.TAR)
-    other = write(tmp_path / "a.tar", [("x.webp", jpeg("red")), ("x.json", b'{"caption": "red"}')])
+    other = write_tar(tmp_path / "a.tar", [("x.webp", jpeg("red")), ("x.json", b'{"caption": "red"}')])
     assert not told(other) and not told(tmp_path)
 
 
@@ -164,9 +164,9 @@ def test_what_a_source_is_does_not_depend_on_where_it_lies(photos, tmp_path):
     (lambda f: (f / "a.json").write_text("[]"), "/a.json", "a.json: expected .* found the keys of nothing"),
     (lambda f: (f / "a.parquet").write_bytes(b"x"), "/a.parquet",
      "expected a folder of pictures with captions, tars"),
-    (lambda f: write(f / "a.tar", [("x.txt", b"x")]), "/a.tar",
+    (lambda f: write_tar(f / "a.tar", [("x.txt", b"x")]), "/a.tar",
      "no picture in this sample, found .txt"),
-    (lambda f: write(f / "a.tar", []), "/a.tar", "a.tar: no samples in this tar"),
+    (lambda f: write_tar(f / "a.tar", []), "/a.tar", "a.tar: no samples in this tar"),
     (lambda f: (f / "a.tar").write_bytes(bytes(700)), "/a.tar",
      "a.tar: no samples in this tar|not a whole tar"),
     (lambda f: None, "/none.tar", "none.tar: no such tar file"),

@@ -13,7 +13,7 @@ import data
 from common.cli import UserError
 from dataset import emoji, sources, webdataset
 from dataset.webdataset import Tar
-from helpers import jpeg, write
+from helpers import jpeg, write_tar
 from pretrained import tokenizer
 
 
@@ -38,7 +38,7 @@ def test_the_emoji_set_is_read_sample_by_sample():
 
 def test_tars_are_read_at_random_by_an_index_beside_them(tmp_path):
     for shard in range(3):
-        write(tmp_path / f"shard-{shard:03}.tar", [
+        write_tar(tmp_path / f"shard-{shard:03}.tar", [
             (f"deep.er/{shard}{i:02}.{kind}", content) for i in range(20 + shard) for kind, content in (
                 ("jpg", jpeg((i, 0, 0))), ("txt", f"text {shard} {i}".encode()),
                 ("json", json.dumps(dict(re_caption=f"again {i}")).encode()))])
@@ -55,7 +55,7 @@ def test_tars_are_read_at_random_by_an_index_beside_them(tmp_path):
 
 
 def test_a_packed_tar_is_held_in_memory_up_to_a_size(tmp_path, monkeypatch):
-    plain = write(tmp_path / "a.tar", GOOD)
+    plain = write_tar(tmp_path / "a.tar", GOOD)
     with open(plain, "rb") as file:
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress(file.read()))
     assert list(Tar(str(tmp_path / "a.tar.gz"))) == READ
@@ -65,7 +65,7 @@ def test_a_packed_tar_is_held_in_memory_up_to_a_size(tmp_path, monkeypatch):
 
 
 def test_a_cut_tar_and_an_old_or_broken_index_are_refused(tmp_path):
-    path = write(tmp_path / "a.tar", GOOD)
+    path = write_tar(tmp_path / "a.tar", GOOD)
     tar, index = tmp_path / "a.tar", tmp_path / "a.tar.index.npy"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:len(whole) // 2])
@@ -95,17 +95,17 @@ def test_what_lies_beside_the_samples_is_left_out(tmp_path):
     names = "README README.md LICENSE.txt .DS_Store __MACOSX/000.jpg".split()
     beside = [(folder, b""), *((name, b"x") for name in names)]
     mixed = [file for name, content in GOOD for file in ((f"._{name}", b"\0\5"), (name, content))]
-    assert list(Tar(write(tmp_path / "a.tar", beside + mixed + beside[1:]))) == READ
+    assert list(Tar(write_tar(tmp_path / "a.tar", beside + mixed + beside[1:]))) == READ
     own = [(f"license.{name[4:]}", content) for name, content in GOOD[:2]]       # a sample may be called so
-    assert list(Tar(write(tmp_path / "own.tar", own))) == [("license", READ[0][1])]
+    assert list(Tar(write_tar(tmp_path / "own.tar", own))) == [("license", READ[0][1])]
     upper = [(name.upper(), content) for name, content in GOOD]
-    assert list(Tar(write(tmp_path / "b.tar", upper))) == READ
+    assert list(Tar(write_tar(tmp_path / "b.tar", upper))) == READ
 
 
 def test_tars_that_were_joined_are_read_to_the_end(tmp_path):
     """Also where the first ends in the middle of a sample, and with what `cat` leaves between them."""
     for at in (8, 7):
-        parts = [write(tmp_path / "a.tar", GOOD[:at]), write(tmp_path / "b.tar", GOOD[at:])]
+        parts = [write_tar(tmp_path / "a.tar", GOOD[:at]), write_tar(tmp_path / "b.tar", GOOD[at:])]
         whole = b"".join(open(path, "rb").read() for path in parts)
         (tmp_path / f"{at}.tar").write_bytes(whole)
         assert list(Tar(str(tmp_path / f"{at}.tar"))) == READ
@@ -126,7 +126,7 @@ def test_tars_that_were_joined_are_read_to_the_end(tmp_path):
     ([("README", b"x")], "no samples in this tar"), ([], "no samples in this tar")])
 def test_a_tar_whose_samples_are_not_clear_is_refused(files, message, tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}/a.tar: {message}"):
-        Tar(write(tmp_path / "a.tar", files))
+        Tar(write_tar(tmp_path / "a.tar", files))
 
 
 @pytest.mark.parametrize("record, message", [
@@ -142,7 +142,7 @@ def test_a_tar_whose_samples_are_not_clear_is_refused(files, message, tmp_path):
      r'"questions\[1\].answer" is null'),
     (b'{"questions": [{"q": "x"}]}', r'"questions\[0\].question" is null')])
 def test_a_record_of_the_wrong_type_names_tar_key_and_field(record, message, tmp_path):
-    source = sources.of_path(write(tmp_path / "a.tar", GOOD[:1] + [("000.json", record)]))
+    source = sources.of_path(write_tar(tmp_path / "a.tar", GOOD[:1] + [("000.json", record)]))
     with pytest.raises(UserError, match=f"^{tmp_path}/a.tar: 000.json: {message}") as error:
         source[0]
     assert len(str(error.value).splitlines()) == 1
@@ -150,9 +150,9 @@ def test_a_record_of_the_wrong_type_names_tar_key_and_field(record, message, tmp
 
 def test_texts_are_read_in_utf_8_and_nothing_else(tmp_path):
     for content, captions in ((b"\xef\xbb\xbfred\n", ["red"]), ("сад".encode(), ["сад"])):
-        source = sources.of_path(write(tmp_path / f"{len(content)}.tar", GOOD[:1] + [("000.txt", content)]))
+        source = sources.of_path(write_tar(tmp_path / f"{len(content)}.tar", GOOD[:1] + [("000.txt", content)]))
         assert source[0]["captions"] == captions
-    latin = sources.of_path(write(tmp_path / "latin.tar", GOOD[:1] + [("000.txt", b"caf\xe9")]))
+    latin = sources.of_path(write_tar(tmp_path / "latin.tar", GOOD[:1] + [("000.txt", b"caf\xe9")]))
     with pytest.raises(UserError, match="latin.tar: 000.txt: not UTF-8 text .unexpected end .* at byte 3"):
         latin[0]
 
@@ -160,7 +160,7 @@ def test_texts_are_read_in_utf_8_and_nothing_else(tmp_path):
 def test_null_is_no_caption(tmp_path):
     for record, recaption in ((dict(caption=None, re_caption="b"), "b"), (dict(caption=None), None)):
         content = json.dumps(record).encode()
-        path = write(tmp_path / "null.tar", GOOD[:1] + [("000.json", content)])
+        path = write_tar(tmp_path / "null.tar", GOOD[:1] + [("000.json", content)])
         (tmp_path / "null.tar.index.npy").unlink(missing_ok=True)
         webdataset.read_index.cache_clear()
         webdataset.opened.cache_clear()
@@ -172,7 +172,7 @@ def test_null_is_no_caption(tmp_path):
 
 def test_a_stage_that_asks_refuses_an_empty_list_of_questions_and_sources_without_any(small_tar, tmp_path):
     empty = b'{"caption": "a", "questions": []}'
-    path = write(tmp_path / "a.tar", [*GOOD[:2], GOOD[2], ("001.json", empty)])
+    path = write_tar(tmp_path / "a.tar", [*GOOD[:2], GOOD[2], ("001.json", empty)])
     asks, learns = data.Mix([path], 16, asks=True), data.Mix([path], 16)
     assert [learns.sample(0, 0, i)["captions"] for i in (0, 1)] == [["red 0"], ["a"]]
     assert asks.sample(0, 0, 1, captioned=True)["captions"] == ["a"] and asks.sample(0, 0, 0)
@@ -186,7 +186,7 @@ def test_a_stage_that_asks_refuses_an_empty_list_of_questions_and_sources_withou
 
 
 def test_a_picture_in_a_tar_is_named_by_tar_and_key(tmp_path):
-    path = write(tmp_path / "a.tar", [*GOOD[:2], ("001.png", b"x"), ("001.txt", b"x")])
+    path = write_tar(tmp_path / "a.tar", [*GOOD[:2], ("001.png", b"x"), ("001.txt", b"x")])
     mix = data.Mix([path], 16)
     with pytest.raises(UserError, match=f"^{path}: 001.png: not a picture that can be read"):
         mix.sample(0, 0, 1)
@@ -194,7 +194,7 @@ def test_a_picture_in_a_tar_is_named_by_tar_and_key(tmp_path):
 
 def test_damaged_tars_are_read_as_the_whole_one_or_refused_in_one_line(tmp_path):
     """Cut anywhere, and any bit of a packed one flipped, or of a header, which has a checksum of its own."""
-    chance, whole = random.Random(0), open(write(tmp_path / "good.tar", GOOD), "rb").read()
+    chance, whole = random.Random(0), open(write_tar(tmp_path / "good.tar", GOOD), "rb").read()
     with tarfile.open(tmp_path / "good.tar") as tar:
         headers = [member.offset for member in tar]
     packed, counts = gzip.compress(whole, mtime=1), dict(whole=0, refused=0)
