@@ -314,7 +314,7 @@ def test_intervals_are_shares_of_the_steps_unless_they_are_given():
 @pytest.fixture
 def changed_program(tmp_path):
     """A copy of the program whose sources a test changes; returns a function that runs a file of it."""
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("viz/*.html")]:
         (tmp_path / file.parent.relative_to(ROOT)).mkdir(exist_ok=True)
         shutil.copy(file, tmp_path / file.relative_to(ROOT))
     (tmp_path / "assets").symlink_to(ROOT / "assets")
