@@ -223,6 +223,8 @@ def killers(mutant: Mutant, tests: list[str]) -> list[str]:
             result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             return ["timeout"]
+        if result.returncode < 0:                                # pytest itself died of it
+            return [f"signal {-result.returncode}"]
         require((result.returncode in (0, 1), f"{mutant.about}: the tests did not run\n{result.stdout[-2000:]}"))
         return sorted(set(re.findall(r"^(?:FAILED|ERROR) tests/(\S+?\.py)", result.stdout, re.MULTILINE)))
 

@@ -1,5 +1,6 @@
-"""What several test files call."""
+"""Fixtures that several test files use."""
 
+import functools
 import json
 import subprocess
 import tarfile
@@ -15,18 +16,33 @@ from dataset import emoji
 from dataset.webdataset import Tar
 from inference.parts import Parts
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
+from pretrained import tokenizer
 from pretrained.tokenizer import gpt2_subset, gpt2_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cached_merges():
+    """Parse GPT-2's file of merges once a session: each small tokenizer would take 50 ms for it."""
+    read_merges = tokenizer.read_merges
+
+    @functools.cache
+    def merges_of(path):
+        return read_merges()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "read_merges", lambda: merges_of(tokenizer.MERGES))
+        yield
 
 
 @pytest.fixture(scope="session")
 def emoji_set():
-    """(records, pictures (7572, 3, 64, 64) uint8) of the whole set."""
+    """(records, images (7572, 3, 64, 64) uint8) of the whole emoji set."""
     return emoji.load()
 
 
 @pytest.fixture
 def mistake(capsys):
-    """(exit status, what stderr shows) of a program called with these flags, as `cli.run` has it."""
+    """Call a program as `cli.run` does; return (exit status, stderr)."""
     def call(main, flags):
         try:
             main(list(map(str, flags)))
@@ -40,22 +56,22 @@ def mistake(capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder that holds 40 MiB: four saves of the tiny model, and what lies beside them."""
-    (tmp_path / "disk").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", tmp_path / "disk"],
-                             capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
-    yield tmp_path / "disk"
-    subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
+    """A folder that holds 40 MiB: four checkpoints of the tiny model and the files beside them."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this machine does not let this user mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.fixture(scope="session")
 def small_tar(tmp_path_factory):
-    """The first 60 samples of the emoji set."""
+    """A tar of the first 60 samples of the emoji set."""
     path = tmp_path_factory.mktemp("data") / "small.tar"
     with tarfile.open(emoji.TAR) as whole, tarfile.open(path, "w") as small:
-        for _ in range(120):
+        for _ in range(120):                                     # a webp and a json for each
             member = whole.next()
             small.addfile(member, whole.extractfile(member))
     return str(path)
@@ -63,14 +79,20 @@ def small_tar(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, small_tar):
-    """A checkpoint of two narrow blocks with random weights, gates too, so that everything has a gradient."""
-    folder, generator = tmp_path_factory.mktemp("tiny"), torch.Generator().manual_seed(0)
+    """A checkpoint of two narrow blocks.  All weights are random, so that each has a gradient:
+    a new model's gates are zero."""
+    folder = tmp_path_factory.mktemp("tiny")
+    generator = torch.Generator().manual_seed(0)
     keep = gpt2_subset(emoji.texts(emoji.load(Path(small_tar), 16)[0]))
-    sizes = MMDiTConfig(**PRESETS["emoji"]
-                        | dict(depth=2, heads=2, width=64, text_width=64, vocab_size=len(keep) + 2))
-    parts = nn.ModuleDict(dict(mmdit=MMDiT(sizes), embedding=TokenEmbedding(len(keep) + 2, 28, 64)))
-    weights = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in parts.named_parameters()}
-    checkpoint.save(folder, weights, sizes, gpt2_tokenizer(keep), pixels=16)
+    vocab_size = len(keep) + 2
+    sizes = dict(depth=2, heads=2, width=64, text_width=64, vocab_size=vocab_size)
+    config = MMDiTConfig(**(PRESETS["emoji"] | sizes))
+    embedding = TokenEmbedding(vocab_size, 28, 64)
+    parts = nn.ModuleDict(dict(mmdit=MMDiT(config), embedding=embedding))
+    weights = {}
+    for name, p in parts.named_parameters():
+        weights[name] = torch.randn(p.shape, generator=generator) * 0.1
+    checkpoint.save(folder, weights, config, gpt2_tokenizer(keep), pixels=16)
     return folder
 
 
@@ -82,14 +104,15 @@ def parts():
 
 @pytest.fixture(scope="session")
 def emoji_all(parts, emoji_set):
-    """(records, pictures (7572, 3, 64, 64) in [-1, 1]), as the shipped weights read them."""
+    """(records, images (7572, 3, 64, 64) in [-1, 1]), as the shipped weights read them."""
     assert parts.height == 64
-    return emoji_set[0], emoji_set[1].float() / 127.5 - 1
+    records, images = emoji_set
+    return records, images.float() / 127.5 - 1
 
 
 @pytest.fixture(scope="session")
 def apple(tmp_path_factory):
-    """The set's own red apple, as a file."""
+    """The file of the red apple in the emoji set."""
     for _, files in Tar(str(emoji.TAR)):
         if json.loads(files["json"])["caption"] == "red apple, noto style":
             path = tmp_path_factory.mktemp("apple") / "apple.webp"

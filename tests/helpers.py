@@ -1,5 +1,8 @@
-"""Programs in processes of their own: under torchrun, as a person starts them, or forked, which takes a fifth
-of the time: a server (multiprocessing's) has imported torch and its compiler once for all of them."""
+"""Helpers that several test files use: programs in other processes, logs of runs, small files.
+
+A program runs under torchrun, as a person starts it, or in forks, which take a fifth of the time:
+the fork server of multiprocessing imports torch and its compiler once for all of them.
+"""
 
 import importlib
 import io
@@ -12,6 +15,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 import pytest
 import torch
@@ -27,41 +31,52 @@ FORKS.set_forkserver_preload(["train", "evaluate", "torch._dynamo"])
 
 
 def launch(processes: int, *flags, program="train.py") -> subprocess.Popen:
-    """A program by several processes of torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               program, *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    """Start a program with torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}", program, *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=environment)
 
 
-def forked(name: str, flags: list[str], environment: dict[str, str], said: list[str]) -> None:
-    """In a fork: a program as it is on the command line, what it says into two files."""
-    for file, stream in zip(said, (sys.stdout, sys.stderr)):
-        with open(file, "w") as taken:
-            os.dup2(taken.fileno(), stream.fileno())
+def forked(name: str, flags: list[str], environment: dict[str, str], files: list[str],
+           prepare: Callable[[], None] | None = None) -> None:
+    """Run a program in this fork as on the command line; its stdout and stderr go to two files.
+
+    prepare: called first, for example to plant a fault."""
+    for file, stream in zip(files, (sys.stdout, sys.stderr)):
+        with open(file, "w") as target:
+            os.dup2(target.fileno(), stream.fileno())
     os.chdir(ROOT)
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = [f"{name}.py", *flags]
+    if prepare:
+        prepare()
     cli.run(importlib.import_module(name).main)
 
 
 class Forked:
-    """Some processes of a program, with a process group where they are several; used as a Popen is."""
+    """Run a program in forks, with a process group where there are several; used like a Popen."""
 
-    def __init__(self, processes: int, *flags, program: str = "train"):
-        self.store = processes > 1 and dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.folder, self.ranks = tempfile.TemporaryDirectory(), []
-        self.said = [[f"{self.folder.name}/{rank}.{name}" for name in ("out", "err")]
-                     for rank in range(processes)]
+    def __init__(self, processes: int, *flags, program: str = "train",
+                 prepare: Callable[[], None] | None = None):
+        self.folder = tempfile.TemporaryDirectory()
+        self.ranks = []
+        self.files = []
+        if processes > 1:
+            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(processes):
-            group = {} if processes == 1 else dict(
-                RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=self.store.port, TORCHELASTIC_USE_AGENT_STORE=True)
-            given = (program, list(map(str, flags)), {name: str(value) for name, value in group.items()},
-                     self.said[rank])
-            self.ranks.append(FORKS.Process(target=forked, args=given))
-            self.ranks[-1].start()
+            environment = {}
+            if processes > 1:
+                environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes,
+                                   LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1",
+                                   MASTER_PORT=self.store.port, TORCHELASTIC_USE_AGENT_STORE=True)
+                environment = {name: str(value) for name, value in environment.items()}
+            self.files.append([f"{self.folder.name}/{rank}.{name}" for name in ("out", "err")])
+            arguments = (program, list(map(str, flags)), environment, self.files[rank], prepare)
+            self.ranks.append(FORKS.Process(target=forked, args=arguments))
+            self.ranks[rank].start()
 
     def poll(self) -> int | None:
         codes = [rank.exitcode for rank in self.ranks]
@@ -77,54 +92,69 @@ class Forked:
             rank.kill()
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
-        until = time.time() + timeout
+        """Wait for the end, and return stdout and stderr of all ranks.  Raises TimeoutError."""
+        deadline = time.time() + timeout
         for rank in self.ranks:
-            rank.join(max(0, until - time.time()))
-        if self.poll() is None:
+            rank.join(max(0, deadline - time.time()))
+        stopped = self.poll() is not None
+        if not stopped:
             self.kill()
-            raise TimeoutError(f"{timeout} s: {self.said}")
-        said = zip(*([Path(file).read_text() for file in pair] for pair in self.said))
-        return tuple(map("".join, said))
+        output, errors = "", ""
+        for output_file, error_file in self.files:
+            output += Path(output_file).read_text()
+            errors += Path(error_file).read_text()
+        if not stopped:
+            raise TimeoutError(f"{timeout} s: {output[-2000:]}{errors[-2000:]}")
+        return output, errors
 
 
-def wait_until(reached, process: subprocess.Popen | Forked) -> None:
-    """Until that holds; a process that has ended by then fails the test."""
-    while not reached():
+def wait_until(condition, process: subprocess.Popen | Forked) -> None:
+    """Wait until a condition holds; fail if the process ends first."""
+    while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
 
 
-def kill_when(process: subprocess.Popen | Forked, reached) -> None:
-    """SIGKILL, as soon as that holds."""
-    wait_until(reached, process)
+def kill_when(process: subprocess.Popen | Forked, condition) -> None:
+    """Send SIGKILL as soon as a condition holds."""
+    wait_until(condition, process)
     process.kill()
     process.communicate()
 
 
 def to_the_end(process: subprocess.Popen | Forked) -> tuple[str, str]:
-    """What it says, and complains about."""
-    said, complaints = process.communicate(timeout=120)
-    assert process.returncode == 0, complaints[-2000:]
-    return said, complaints
+    """Wait for a successful end; return stdout and stderr."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-2000:]
+    return output, errors
 
 
 def rows(out):
+    """Return the rows of a run's log."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def equal_runs(one, other, tolerance=1e-5):
-    for a, b in zip(rows(one), rows(other), strict=True):
+    """Check that two runs have the same losses at each step and end with the same weights.
+
+    tolerance: several processes add up float32 gradients in another order."""
+    for row, other_row in zip(rows(one), rows(other), strict=True):
         for name in ("image_loss", "text_loss"):
-            assert a[name] == pytest.approx(b[name], abs=tolerance), (a["step"], name)
-    a, b = (load_file(out / "weights.safetensors") for out in (one, other))
-    for name in a:  # a key's bias has no gradient but rounding, which AdamW turns into steps of the full size
-        D = len(a[name]) // 3
-        rest = torch.cat([torch.arange(D),
-                          torch.arange(2 * D, 3 * D)]) if name.endswith("qkv.bias") else slice(None)
-        assert torch.allclose(a[name][rest], b[name][rest], rtol=0, atol=tolerance), name
+            expected = pytest.approx(other_row[name], abs=tolerance)
+            assert row[name] == expected, (row["step"], name)
+    weights = load_file(one / "weights.safetensors")
+    other_weights = load_file(other / "weights.safetensors")
+    for name, tensor in weights.items():
+        difference = (tensor - other_weights[name]).abs()
+        if name.endswith("qkv.bias"):
+            # a key's bias has only rounding as gradient, and AdamW makes full-size steps of that
+            query, _, value = difference.chunk(3)
+            difference = torch.cat([query, value])
+        assert float(difference.max()) <= tolerance, name
 
 
 def jpeg(colour, size=(40, 30)):
+    """Return the bytes of a JPEG file of one colour."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "JPEG")
     return file.getvalue()
@@ -138,3 +168,44 @@ def write_tar(path, files):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return str(path)
+
+
+def forget_project() -> None:
+    """Drop all modules of this repository, but not its virtual environment's, nor the tests'."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or not Path(file).is_relative_to(ROOT):
+            continue
+        if Path(file).relative_to(ROOT).parts[0] not in (".venv", "tests"):
+            del sys.modules[name]
+
+
+def run_in_fork(folder: str, calls: list, missing: tuple, environment: dict, errors: str) -> None:
+    """Run the calls one after another; what goes to stderr is written into a file."""
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.chdir(folder)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    forget_project()
+    sys.path.insert(0, folder)
+    sys.modules.update(dict.fromkeys(missing))
+    for program, flags in calls:
+        sys.argv = [f"{program}.py", *flags]
+        cli = importlib.import_module("common.cli")
+        cli.run(importlib.import_module(program).main)
+
+
+def run_fresh(errors: Path, *calls, folder=ROOT, missing=(), environment={}) -> tuple[int, str]:
+    """Return (exit status, stderr) of calls, (program, flags) each, run until one of them fails.
+
+    folder: the copy of the repository that is imported; missing: modules that can't be imported;
+    errors: a file for stderr."""
+    calls = [(program, list(map(str, flags))) for program, flags in calls]
+    process = FORKS.Process(target=run_in_fork,
+                            args=(str(folder), calls, missing, environment, str(errors)))
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+    return process.exitcode, errors.read_text()

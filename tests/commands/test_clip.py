@@ -1,5 +1,6 @@
-"""metrics/clip.py: towers and tokenizer against transformers' (tests/compare_clip.py made the fixture), the
-score against float64."""
+"""metrics/clip.py: towers and tokenizer against transformers', the score against float64.
+
+experiments/compare_clip.py made the fixture."""
 
 import json
 import math
@@ -41,26 +42,26 @@ def bpe():
 
 
 def folder_of(path, tensors, **config):
-    """A checkpoint's folder, with the fixture's config.json, where each tower's section has `config` too."""
+    """Write a checkpoint with the fixture's config.json, in both sections changed by `config`."""
     path.mkdir()
-    known = json.loads((FIXTURE / "config.json").read_text())
+    changed = json.loads((FIXTURE / "config.json").read_text())
     for section in ("text_config", "vision_config"):
-        known[section] |= config
-    (path / "config.json").write_text(json.dumps(known))
+        changed[section] |= config
+    (path / "config.json").write_text(json.dumps(changed))
     save_file(tensors, path / "model.safetensors")
     return path
 
 
 @torch.no_grad()
 def difference(model, expected, suffix=""):
-    """The largest, of both towers' features."""
-    text, image = model.text(expected["ids"]), model.image(expected["pixels"])
-    return max(float((text - expected["text" + suffix]).abs().max()),
-               float((image - expected["image" + suffix]).abs().max()))
+    """Return the largest difference of both towers' features from the expected ones."""
+    text = (model.text(expected["ids"]) - expected["text" + suffix]).abs().max()
+    image = (model.image(expected["pixels"]) - expected["image" + suffix]).abs().max()
+    return max(float(text), float(image))
 
 
-def test_both_towers_have_transformers_features(tiny, expected):
-    assert difference(tiny, expected) < 1e-4                     # of values up to 4; float32 leaves 1e-6
+def test_both_towers_equal_transformers(tiny, expected):
+    assert difference(tiny, expected) < 1e-4         # of values up to 4; float32 leaves 1e-6
     assert (tiny.size, len(tiny.txt.positions), len(tiny.img.positions)) == (32, 77, 17)
     assert {p.dtype for p in tiny.parameters()} == {torch.float32} and not tiny.training
 
@@ -70,81 +71,105 @@ def test_half_precision_is_read_into_float32(weights, expected, tmp_path):
             for key, tensor in weights.items()}
     model = clip.load(folder_of(tmp_path / "half", half))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert 1e-5 < difference(model, expected) < 0.03             # weights are off by 1/2048 at most
+    assert 1e-5 < difference(model, expected) < 0.03      # weights are off by 1/2048 at most
 
 
-def test_gelu_is_read_from_the_config_and_older_files_position_ids_left_alone(weights, expected, tmp_path):
-    ids = {f"{tower}_model.embeddings.position_ids": torch.arange(n)[None]
-           for tower, n in (("text", 77), ("vision", 17))}
-    model = clip.load(folder_of(tmp_path / "gelu", weights | ids, hidden_act="gelu"))
-    assert difference(model, expected, "_gelu") < 1e-4
+def test_the_activation_is_read_from_the_config(weights, expected, tmp_path):
+    model = clip.load(folder_of(tmp_path / "gelu", weights, hidden_act="gelu"))
+    assert difference(model, expected, "_gelu") < 1e-4    # of values up to 4, as above
     assert difference(model, expected) > 0.01
 
 
+def test_position_ids_of_older_files_are_ignored(weights, expected, tmp_path):
+    ids = {"text_model.embeddings.position_ids": torch.arange(77)[None],
+           "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    model = clip.load(folder_of(tmp_path / "older", weights | ids))
+    assert difference(model, expected) < 1e-4
+
+
 @torch.no_grad()
-def test_what_stands_behind_the_first_end_token_changes_nothing(tiny, bpe):
+def test_tokens_after_the_first_end_token_change_nothing(tiny, bpe):
     end = bpe.token_to_id(clip.END)
     ids = torch.tensor([bpe.encode("a photo of a cat").ids])
     longer = torch.cat([ids, torch.tensor([[5, 7, end, 9, end]])], 1)
+    # float32 sums of another length
     assert torch.allclose(tiny.text(ids), tiny.text(longer), atol=1e-6)
     changed = longer.clone()
-    changed[0, 2] += 1                                           # before it, everything counts
+    changed[0, 2] += 1                                    # a token before it changes the result
     assert float((tiny.text(changed) - tiny.text(longer)).abs().max()) > 0.01
 
 
-def test_fifty_odd_texts_have_transformers_ids():
-    known, bpe = json.loads((FIXTURE / "ids.json").read_text()), clip.load_tokenizer(FIXTURE)
+def test_texts_have_transformers_ids():
+    expected = json.loads((FIXTURE / "ids.json").read_text())
+    bpe = clip.load_tokenizer(FIXTURE)
     bpe.no_padding()
-    assert len(known) == 50 and bpe.get_vocab_size() == 2 * 256 + 600 + 2
-    for text, ids in known:
+    assert len(expected) == 50 and bpe.get_vocab_size() == 2 * 256 + 600 + 2
+    for text, ids in expected:
         assert bpe.encode(text).ids == ids, ascii(text)
 
 
-def test_a_text_of_over_77_tokens_keeps_its_end_and_shorter_ones_are_filled_up(bpe):
-    start, end = bpe.token_to_id(clip.START), bpe.token_to_id(clip.END)
-    long, short = (found.ids for found in bpe.encode_batch(["7 " * 100, "a cat"]))
+def test_long_texts_keep_their_end_token_and_short_ones_are_padded_with_it(bpe):
+    start = bpe.token_to_id(clip.START)
+    end = bpe.token_to_id(clip.END)
+    long, short = bpe.encode_batch(["7 " * 100, "a cat"])
     seven = bpe.encode("7").ids[1]
-    assert long == [start] + 75 * [seven] + [end]
-    first = bpe.encode("a cat").ids
-    assert first[0] == start and first[-1] == end and short == first + (77 - len(first)) * [end]
+    assert long.ids == [start] + 75 * [seven] + [end]
+    ids = bpe.encode("a cat").ids
+    assert ids[0] == start and ids[-1] == end
+    assert short.ids == ids + (77 - len(ids)) * [end]
 
 
-def test_a_picture_is_prepared_as_by_resizing_all_of_it_and_cutting_out_the_middle():
-    draw = np.random.default_rng(0)
-    for width, height in ((32, 32), (75, 50), (33, 100), (65, 64), (20, 31)):
-        picture = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        short = min(width, height)
-        whole = picture.resize((int(32 * width / short), int(32 * height / short)), Image.Resampling.BICUBIC)
-        left, top = round((whole.width - 32) / 2), round((whole.height - 32) / 2)
-        cut = np.asarray(whole.crop((left, top, left + 32, top + 32)), np.float64).transpose(2, 0, 1) / 255
-        mean = np.array([0.48145466, 0.4578275, 0.40821073])
-        std = np.array([0.26862954, 0.26130258, 0.27577711])
-        known = (cut - mean[:, None, None]) / std[:, None, None]
-        found = clip.prepare(picture, 32).numpy()
-        assert found.shape == (3, 32, 32) and np.abs(found - known).max() < 1.01 / 255 / 0.26    # a level
-        assert np.abs(found - known).mean() < 1e-5               # and that of few pixels
+def resize_then_crop(image, side):
+    """Return (3, side, side) in [0, 1]: the middle of the whole image, resized."""
+    short = min(image.size)
+    size = (int(side * image.width / short), int(side * image.height / short))
+    whole = image.resize(size, Image.Resampling.BICUBIC)
+    left = round((whole.width - side) / 2)
+    top = round((whole.height - side) / 2)
+    middle = whole.crop((left, top, left + side, top + side))
+    return np.asarray(middle, np.float64).transpose(2, 0, 1) / 255
+
+
+@pytest.mark.parametrize("width, height", [(32, 32), (75, 50), (33, 100), (65, 64), (20, 31)])
+def test_prepare_equals_resizing_the_whole_image_and_cropping(width, height):
+    draw = np.random.default_rng(width)
+    image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    expected = (resize_then_crop(image, 32) - mean[:, None, None]) / std[:, None, None]
+    error = np.abs(clip.prepare(image, 32).numpy() - expected)
+    assert error.shape == (3, 32, 32)
+    assert error.max() < 1.01 / 255 / 0.26                # one level of 255,
+    assert error.mean() < 1e-5                            # in few pixels
+
+
+def test_prepare_does_not_enlarge_all_of_a_long_image():
     assert clip.prepare(Image.new("RGB", (100_000, 1)), 224).shape == (3, 224, 224)
 
 
-def test_a_hand_made_picture_is_cut_in_the_middle_and_normalised():
-    """Red, then white, then blue, 4 x 4 each: only the white is left, and its numbers are known."""
-    picture = Image.new("RGB", (12, 4), "white")
-    picture.paste((255, 0, 0), (0, 0, 4, 4))
-    picture.paste((0, 0, 255), (8, 0, 12, 4))
-    x = clip.prepare(picture, 4)
+def test_prepare_keeps_the_middle_and_normalises_it():
+    """Crop red, white and blue squares side by side: only the white one is left."""
+    image = Image.new("RGB", (12, 4), "white")
+    image.paste((255, 0, 0), (0, 0, 4, 4))
+    image.paste((0, 0, 255), (8, 0, 12, 4))
+    x = clip.prepare(image, 4)
     white = [(1 - mean) / std for mean, std in zip(clip.MEAN, clip.STD)]
-    assert torch.allclose(x, torch.tensor(white).view(3, 1, 1).expand(3, 4, 4), atol=1e-6)
+    expected = torch.tensor(white).view(3, 1, 1).expand(3, 4, 4)
+    assert torch.allclose(x, expected, atol=1e-6)         # float32
 
 
-def drawn(folder):
-    """Five pictures of noise: captions in a text field, a file, and nowhere; the last is cut off."""
+@pytest.fixture
+def images(tmp_path):
+    """Return a folder of images: captions in a field, a file and nowhere; the last is cut."""
     draw = np.random.default_rng(1)
+    folder = tmp_path / "images"
+    folder.mkdir()
     for n, name in enumerate(["a.png", "b.png", "c.webp", "d.jpg", "e.png"]):
-        picture = Image.fromarray(draw.integers(0, 256, (40, 32 + n, 3), dtype=np.uint8))
+        image = Image.fromarray(draw.integers(0, 256, (40, 32 + n, 3), dtype=np.uint8))
         if name in ("a.png", "e.png"):
-            write_png(folder / name, picture, {"prompt": f"a photo of {name}"})
+            write_png(folder / name, image, {"prompt": f"a photo of {name}"})
         else:
-            picture.save(folder / name)
+            image.save(folder / name)
     (folder / "a.txt").write_text("a text field counts first\n")
     (folder / "b.txt").write_text(" the first line \nand another\n")
     (folder / "c.txt").write_text("two cats")
@@ -152,115 +177,132 @@ def drawn(folder):
     return folder
 
 
-def test_captions_come_from_the_text_field_and_the_file_beside(tmp_path):
-    found = {name: caption for name, _, caption in clip.read_pairs(drawn(tmp_path))}
-    assert found == {"a.png": "a photo of a.png", "b.png": "the first line", "c.webp": "two cats",
-                     "d.jpg": None, "e.png": None}
-    (tmp_path / "none").mkdir()
-    for folder, message in ((tmp_path / "none", "no pictures in it"),
-                            (tmp_path / "no", "expected a folder of pictures")):
-        with pytest.raises(UserError, match=message):
-            clip.read_pairs(folder)
+def test_captions_come_from_the_text_field_or_the_text_file(images):
+    captions = {name: caption for name, _, caption in clip.read_pairs(images)}
+    assert captions == {"a.png": "a photo of a.png", "b.png": "the first line",
+                        "c.webp": "two cats", "d.jpg": None, "e.png": None}
+
+
+@pytest.mark.parametrize("name, message", [("empty", "empty: .*.jpg"), ("none", "none: .*folder")])
+def test_a_folder_without_images_is_refused(name, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        clip.read_pairs(tmp_path / name)
 
 
 @torch.no_grad()
-def test_the_score_is_the_mean_of_float64_cosines_with_its_standard_error(tiny, bpe, tmp_path):
-    pairs, known = clip.read_pairs(drawn(tmp_path)), []
+def cosine(model, bpe, file, caption):
+    """Return 100 times the cosine of an image and its caption, in float64."""
+    x = clip.prepare(Image.open(file).convert("RGB"), 32)
+    a = model.image(x[None])[0].double().numpy()
+    b = model.text(torch.tensor([bpe.encode(caption).ids]))[0].double().numpy()
+    return 100 * (a @ b) / math.sqrt((a @ a) * (b @ b))
+
+
+def test_the_score_equals_float64_cosines_and_names_what_is_left_out(tiny, bpe, images):
+    pairs = clip.read_pairs(images)
     for n, word in enumerate(["cat", "dog", "the", "", " \n", None]):
-        file = tmp_path / f"plain {n}.png"
+        file = images / f"plain {n}.png"
         Image.new("RGB", (50, 40 + n), (40 * n, 200, 10 * n)).save(file)
         pairs.append((file.name, file, word))
     cosines, bad = clip.score(pairs, tiny, bpe, "cpu", batch=4)
-    for name, file, word in pairs:
-        if name in ("d.jpg", "e.png") or not (word or "").strip():
-            continue
-        a = tiny.image(clip.prepare(Image.open(file).convert("RGB"), 32)[None])[0].double().numpy()
-        b = tiny.text(torch.tensor([bpe.encode(word).ids]))[0].double().numpy()
-        known.append(100 * (a @ b) / math.sqrt((a @ a) * (b @ b)))
-    values = np.array(known)
-    assert len(cosines) == len(values) == 6
-    assert np.allclose(cosines, values, atol=1e-3) and values.min() < 0
-    scores = clip.summarize(cosines)
-    assert scores["CLIP"] == pytest.approx(values.mean(), abs=1e-3)
-    assert scores["its standard error"] == pytest.approx(
-        math.sqrt(((values - values.mean()) ** 2).sum() / 5 / 6), abs=1e-3)
-    assert len(bad) == 5 and bad[0] == "d.jpg: has no caption"
-    assert bad[1].startswith(f"{tmp_path / 'e.png'}: not a picture that can be read")
-    assert [line.split(":")[0] for line in bad[2:]] == ["plain 3.png", "plain 4.png", "plain 5.png"]
+    complete = [*pairs[:3], *pairs[5:8]]
+    values = [cosine(tiny, bpe, file, caption) for _, file, caption in complete]
+    assert len(cosines) == 6
+    assert np.allclose(cosines, values, atol=1e-3)        # 100 times float32's error
+    assert min(values) < 0
+    for line, name in zip(bad, ["d.jpg", str(images / "e.png"), "plain 3.png", "plain 4.png",
+                                "plain 5.png"], strict=True):
+        assert line.startswith(f"{name}: ")
 
 
-def test_one_pair_has_no_error_and_none_is_refused(tiny, bpe, tmp_path):
-    pairs = clip.read_pairs(drawn(tmp_path))
-    cosines, bad = clip.score(pairs[:1], tiny, bpe, "cpu")
+def test_the_summary_is_the_mean_and_its_standard_error():
+    scores = clip.summarize([1.0, 2.0, 6.0])
+    assert scores == pytest.approx({"CLIP": 3, "its standard error": math.sqrt(14 / 2 / 3)})
+
+
+def test_a_single_pair_has_no_standard_error(tiny, bpe, images):
+    cosines, bad = clip.score(clip.read_pairs(images)[:1], tiny, bpe, "cpu")
     assert clip.summarize(cosines) == {"CLIP": cosines[0]} and not bad
-    with pytest.raises(UserError, match="^none of 2 pairs can be scored; d.jpg: has no caption$"):
-        clip.score(pairs[3:], tiny, bpe, "cpu")
+
+
+def test_a_score_without_any_pair_is_refused(tiny, bpe, images):
+    with pytest.raises(UserError, match="2 pairs.*d.jpg"):
+        clip.score(clip.read_pairs(images)[3:], tiny, bpe, "cpu")
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda t, key: t.pop(key), "{key} is missing"),
-    (lambda t, key: t.update(extra=torch.ones(2)), "extra is not a part of this model"),
-    (lambda t, key: t.update({key: t[key][1:]}), r"{key} is \(.*\), this model's sizes ask for \(.*\)"),
-    (lambda t, key: t[key].view(-1)[3:4].fill_(math.nan), "{key} holds NaN or infinity"),
-    (lambda t, key: t.update({key: t[key].int()}), "{key} has numbers of type I32, expected floats")])
-def test_broken_tensors_are_named_in_one_line(change, message, weights, tmp_path):
+    (lambda t, key: t.update(extra=torch.ones(2)), "extra is not"),
+    (lambda t, key: t.update({key: t[key][1:]}), r"{key} is \(.*\(.*\)"),
+    (lambda t, key: t[key].view(-1)[3:4].fill_(math.nan), "{key} .*NaN"),
+    (lambda t, key: t.update({key: t[key].int()}), "{key} .*I32")])
+def test_a_broken_tensor_is_named_in_one_line(change, message, weights, tmp_path):
     tensors = {key: tensor.clone() for key, tensor in weights.items()}
     key = "vision_model.encoder.layers.1.self_attn.out_proj.weight"
     change(tensors, key)
     folder = folder_of(tmp_path / "broken", tensors)
-    message = f"^{folder}/model.safetensors: {message.format(key=re.escape(key))}$"
+    message = f"^{folder}/model.safetensors: {message.format(key=re.escape(key))}[^;\n]*$"
     with pytest.raises(UserError, match=message):
         clip.load(folder)
 
 
-def test_several_broken_tensors_are_in_the_same_line(weights, tmp_path):
+def test_several_broken_tensors_are_named_in_the_same_line(weights, tmp_path):
     tensors = weights | dict(extra=torch.ones(2))
     del tensors["text_model.final_layer_norm.bias"]
     tensors["visual_projection.weight"] = tensors["visual_projection.weight"].T.contiguous()
     with pytest.raises(UserError) as error:
         clip.load(folder_of(tmp_path / "broken", tensors))
     assert "\n" not in str(error.value)
-    for part in ("extra is not a part", "text_model.final_layer_norm.bias is missing",
+    for part in ("extra is not", "text_model.final_layer_norm.bias is missing",
                  "visual_projection.weight is (32, 16)"):
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize("part, value, message", [
-    ("num_attention_heads", 5, "a width of 24 does not divide by 5 heads"),
-    ("num_attention_heads", "3", "'3', expected a whole number"),
-    ("hidden_act", "relu", "'relu', expected 'quick_gelu' or 'gelu'"),
-    ("layer_norm_eps", 0, "0, expected a number above 0")])
-def test_a_config_that_is_not_of_these_weights_is_refused(part, value, message, weights, tmp_path):
+    ("num_attention_heads", 5, "24 .*5 heads"), ("num_attention_heads", "3", "'3'.*whole"),
+    ("hidden_act", "relu", "'relu'.*'quick_gelu'.*'gelu'"), ("layer_norm_eps", 0, " 0, .*above 0")])
+def test_a_config_that_does_not_fit_the_weights_is_refused(part, value, message, weights, tmp_path):
+    refused(folder_of(tmp_path / "odd", weights, **{part: value}), f"config.json: .*{message}")
+
+
+def refused(path, message, load=clip.load):
+    """Check that loading a folder fails with one line."""
     with pytest.raises(UserError, match=message) as error:
-        clip.load(folder_of(tmp_path / "odd", weights, **{part: value}))
+        load(path)
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_no_clip_are_told_in_one_line(weights, tmp_path):
+def test_a_cut_file_is_refused(weights, tmp_path):
     folder = folder_of(tmp_path / "cut", weights)
-    whole = folder / "model.safetensors"
-    whole.write_bytes(whole.read_bytes()[:-100])
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(folder, "model.safetensors: .*whole")
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
     openai = folder_of(tmp_path / "openai", {"visual.conv1.weight": torch.ones(1)})
-    section, bare = folder_of(tmp_path / "section", weights), folder_of(tmp_path / "bare", weights)
-    (section / "config.json").write_text('{"text_config": "large"}')
-    (bare / "config.json").unlink()
-    (tmp_path / "empty").mkdir()
-    for path, message in ((folder, "not a whole safetensors file"), (bare, "config.json: no such file"),
-                          (openai, "text_model.embeddings.token_embedding.weight is missing"),
-                          (RELEASE / "transformer", "text_model.embeddings.token_embedding.weight is missing"),
-                          (tmp_path / "empty", "expected .safetensors files, found nothing"),
-                          (section, "config.json: text_config is large, expected an object")):
-        with pytest.raises(UserError, match=message) as error:
-            clip.load(path)
-        assert "\n" not in str(error.value)
+    for path in (openai, RELEASE / "transformer"):
+        refused(path, "text_model.embeddings.token_embedding.weight is missing")
 
 
-def test_vocabularies_that_are_none_are_told_in_one_line(tmp_path):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "tokenizer.json").write_text('{"model": 1}')
-    for path, message in ((tmp_path, "tokenizer.json: not a vocabulary that can be read .No such file"),
-                          (tmp_path / "broken", "not a vocabulary that can be read"),
-                          (RELEASE / "tokenizer", "puts no <.startoftext.> and ")):
-        with pytest.raises(UserError, match=message) as error:
-            clip.load_tokenizer(path)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("content, message", [
+    (None, "config.json: no such file"),
+    ('{"text_config": "large"}', "config.json: text_config .*large")])
+def test_a_missing_or_malformed_config_is_refused(content, message, weights, tmp_path):
+    folder = folder_of(tmp_path / "odd", weights)
+    (folder / "config.json").unlink()
+    if content:
+        (folder / "config.json").write_text(content)
+    refused(folder, message)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    refused(tmp_path, f"{tmp_path}: .*.safetensors")
+
+
+def test_a_file_that_is_no_clip_vocabulary_is_refused(tmp_path):
+    refused(tmp_path, "tokenizer.json: .*No such file", clip.load_tokenizer)
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    refused(tmp_path, "tokenizer.json: not a vocabulary", clip.load_tokenizer)
+    refused(RELEASE / "tokenizer", "tokenizer.json: .*<.startoftext.>", clip.load_tokenizer)

@@ -1,7 +1,7 @@
-"""evaluate.py: a benchmark's pictures, however many processes draw them; its scores; the small benchmark."""
+"""evaluate.py: a benchmark's images, by any number of processes; its scores; the emoji set."""
 
+import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,311 +11,447 @@ from PIL import Image
 import evaluate
 from common.cli import UserError
 from dataset.images import read_picture, text_fields
-from helpers import Forked, kill_when, to_the_end
+from helpers import ROOT, Forked, kill_when, to_the_end
 from inference.parts import Parts
 from metrics import benchmarks, comparisons, emojis, fid
 
-ROOT = Path(__file__).parents[2]
 
-
-class Mean(torch.nn.Module):
-    """A network for the tests: 16 features, the means of a picture's quarters in each colour, and sums."""
+class Means(torch.nn.Module):
+    """Return 16 features: the means of an image's quarters in each colour, and their sums."""
 
     def forward(self, x):
-        cells = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)                      # (B, 12)
+        cells = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)                # (B, 12)
         return torch.cat([cells, cells.view(len(x), 3, 4).sum(1)], 1)
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(comparisons.inception, "untrained", Mean)
+def small_network(monkeypatch):
+    """Put `Means` in the place of Inception with random weights."""
+    monkeypatch.setattr(comparisons.inception, "untrained", Means)
 
 
 def run(*args):
     evaluate.main(list(map(str, args)))
 
 
-def noise(path, seed, size=(32, 32)):
+def write_noise(path, seed, size=(32, 32)):
+    """Write an image of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(values).save(path)
 
 
-def pngs(folder):
-    return {path.relative_to(folder): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+def files(folder):
+    """Return the content of each file in a folder by its name, sorted."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-# ------------------------------------------------------------------------------------------------- pictures
+def read_json(path):
+    return json.loads(path.read_text())
 
-def test_a_process_killed_at_half_and_two_that_go_on_end_with_the_files_of_one(tiny, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(f"red apple number {i}" for i in range(60)))
-    flags = [str(tmp_path / "prompts.txt"), "--checkpoint", str(tiny), "--steps", "12"]
-    run("draw", "lines", *flags, tmp_path / "one", "--batch", "7")
 
-    start = lambda processes: Forked(processes, "draw", "lines", *flags, tmp_path / "two", "--batch", 3,
-                                     program="evaluate")
-    there = lambda: list((tmp_path / "two").glob("*.png"))
-    kill_when(start(1), lambda: len(there()) >= 20)
-    before = {path: path.stat().st_mtime_ns for path in there()}
-    assert 20 <= len(before) < 60
-    said, _ = to_the_end(start(2))
-    assert f"60 pictures, {len(before)} of which were there" in said and said.count("pictures") == 1
+def row_of(table, name):
+    """Return the cells of the row of a printed table that begins with this name."""
+    for line in table.splitlines():
+        first, *cells = [cell.strip() for cell in line.split("|")[1:-1]] or [""]
+        if first == name:
+            return cells
+    raise AssertionError(f"no row {name} in {table}")
+
+
+# ------------------------------------------------------------------------------------------ images
+
+def test_a_killed_draw_resumed_by_two_processes_writes_the_files_of_one(tiny, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"red apple number {i}" for i in range(36)))
+    flags = ["draw", "lines", prompts, "--checkpoint", tiny, "--steps", 12]
+    run(*flags, tmp_path / "one", "--batch", 7)
+
+    resumed = tmp_path / "resumed"
+    flags = [*flags, resumed, "--batch", 3]
+    killed = Forked(1, *flags, program="evaluate")
+    kill_when(killed, lambda: len(list(resumed.glob("*.png"))) >= 9)
+    before = {path: path.stat().st_mtime_ns for path in resumed.glob("*.png")}
+    assert 9 <= len(before) < 36
+    output, _ = to_the_end(Forked(2, *flags, program="evaluate"))
+    [line] = [line for line in output.splitlines() if str(resumed) in line]     # of one process
+    assert "36" in line and str(len(before)) in line
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert pngs(tmp_path / "two") == pngs(tmp_path / "one")
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert one["settings"] == two["settings"] and one["settings"]["checkpoint"] == Parts(tiny).digest()
+    assert files(resumed) == files(tmp_path / "one")
+    settings = read_json(tmp_path / "resumed.json")["settings"]
+    assert settings == read_json(tmp_path / "one.json")["settings"]
+    assert settings["checkpoint"] == Parts(tiny).digest()
 
 
-def test_a_drawing_does_not_depend_on_what_else_is_drawn(tiny, tmp_path):
+def test_a_sample_does_not_depend_on_what_else_is_drawn(tiny, tmp_path):
     (tmp_path / "a.txt").write_text("a cat\na dog\n\na red bus\n")
     flags = ["--checkpoint", tiny, "--steps", 2, "--seed", 5]
-    run("draw", "lines", tmp_path / "a.txt", tmp_path / "two", "--n", 2, *flags)
+    two = tmp_path / "two"
+    run("draw", "lines", tmp_path / "a.txt", two, "--n", 2, *flags)
     run("draw", "lines", tmp_path / "a.txt", tmp_path / "one", "--limit", 2, *flags)
-    two, one = pngs(tmp_path / "two"), pngs(tmp_path / "one")
-    assert len(two) == 6 and len(one) == 2
-    assert [one[Path(f"0000{i}.png")] for i in (0, 1)] == [two[Path(f"0000{i}.png")] for i in (0, 2)]
-    seeds = [text_fields(tmp_path / "two" / name)["seed"] for name in two]
+    of_two = files(two)
+    of_one = files(tmp_path / "one")
+    assert len(of_two) == 6 and len(of_one) == 2
+    assert of_one["00000.png"] == of_two["00000.png"]
+    assert of_one["00001.png"] == of_two["00002.png"]
+    seeds = [text_fields(two / name)["seed"] for name in of_two]
     assert seeds == ["5", "6", "1005", "1006", "2005", "2006"]
-    with pytest.raises(UserError, match="00000.png: was drawn with steps '2', asked for is '3'"):
-        run("draw", "lines", tmp_path / "a.txt", tmp_path / "two", "--n", 2, *flags, "--steps", 3)
+    with pytest.raises(UserError, match="00000.png: .*steps '2'.*'3'"):
+        run("draw", "lines", tmp_path / "a.txt", two, "--n", 2, *flags, "--steps", 3)
 
 
-def test_genevals_layout_and_its_results_read_back(tiny, tmp_path, capsys):
+def test_geneval_images_have_its_layout(tiny, tmp_path):
     entries = [dict(tag="single_object", include=[{"class": "bench"}], prompt="a photo of a bench"),
                dict(tag="colors", include=[], prompt="a photo of a red apple")]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n")
     out = tmp_path / "out"
     run("draw", "geneval", tmp_path / "m.jsonl", out, "--checkpoint", tiny, "--steps", 1)
-    names = [f"0000{i}/{name}" for i in (0, 1) for name in
-             ["metadata.jsonl", *[f"samples/0000{k}.png" for k in range(4)]]]
-    assert list(map(str, pngs(out))) == names
-    assert [json.loads((out / f"0000{i}/metadata.jsonl").read_text()) for i in (0, 1)] == entries
-    results = [dict(tag=tag, prompt="p", correct=right) for tag, right in
-               [("single_object", i < 3) for i in range(4)] + [("colors", False), ("colors", True)]]
+    names = []
+    for i in (0, 1):
+        assert read_json(out / f"0000{i}/metadata.jsonl") == entries[i]
+        names += [f"0000{i}/metadata.jsonl", *(f"0000{i}/samples/0000{k}.png" for k in range(4))]
+    assert list(files(out)) == names
+
+
+def test_geneval_results_are_scored_with_the_settings_of_the_images(tmp_path, capsys):
+    results = [dict(tag="single_object", prompt="p", correct=i < 3) for i in range(4)]
+    results += [dict(tag="colors", prompt="p", correct=right) for right in (False, True)]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, results)))
-    run("score", "geneval", tmp_path / "results.jsonl", "--made", out, "--json", tmp_path / "s.json")
-    said = capsys.readouterr().out
-    assert "| these drawings | 0.7500 | 0.5000 | 0.6250 |" in said and "published |  |  | 0.6500 |" in said
-    assert "no picture of counting" in said and "left out: 4" in said
-    found = json.loads((tmp_path / "s.json").read_text())
-    assert found["scores"]["these drawings"] == {"single object": 0.75, "colors": 0.5, "overall": 0.625}
-    assert found["made"]["settings"]["checkpoint"] == Parts(tiny).digest()
-    assert found["command"].startswith("python evaluate.py score geneval ")
+    (tmp_path / "out.json").write_text(json.dumps(dict(settings=dict(checkpoint="digest"))))
+    run("score", "geneval", tmp_path / "results.jsonl", "--made", tmp_path / "out",
+        "--json", tmp_path / "s.json")
+    output = capsys.readouterr().out
+    assert row_of(output, "these drawings") == ["0.7500", "0.5000", "0.6250"]
+    assert "| 0.6500 |" in output                                       # D-DiT, as published
+    assert "counting" in output and "left out: 4" in output
+    saved = read_json(tmp_path / "s.json")
+    assert saved["scores"]["these drawings"] == {"single object": 0.75, "colors": 0.5,
+                                                 "overall": 0.625}
+    assert saved["made"]["settings"]["checkpoint"] == "digest"
+    assert saved["command"].startswith("python evaluate.py score geneval ")
 
 
-def test_t2i_compbenchs_layout_and_its_results_read_back(tiny, tmp_path, capsys):
-    for category, prompts in dict(color="a red cup\tand more\na blue/green cup", shape="a round box").items():
-        (tmp_path / f"{category}_val.txt").write_text(prompts + "\n")
+def test_t2i_compbench_has_its_layout_and_its_results_are_scored(tiny, tmp_path, capsys):
+    (tmp_path / "color_val.txt").write_text("a red cup\tand more\na blue/green cup\n")
+    (tmp_path / "shape_val.txt").write_text("a round box\n")
     out = tmp_path / "out"
-    run("draw", "t2i", *(tmp_path / f"{c}_val.txt" for c in ("color", "shape")), out, "--checkpoint", tiny,
-        "--steps", 1, "--n", 2)
-    assert list(map(str, pngs(out))) == [
+    run("draw", "t2i", tmp_path / "color_val.txt", tmp_path / "shape_val.txt", out,
+        "--checkpoint", tiny, "--steps", 1, "--n", 2)
+    assert list(files(out)) == [
         "color/samples/a blue green cup_000002.png", "color/samples/a blue green cup_000003.png",
         "color/samples/a red cup_000000.png", "color/samples/a red cup_000001.png",
         "shape/samples/a round box_000000.png", "shape/samples/a round box_000001.png"]
+    answers = [dict(question_id=i, answer=answer) for i, answer in enumerate(["0.5", "0.25", "1"])]
     (out / "color/annotation_blip").mkdir()
-    (out / "color/annotation_blip/vqa_result.json").write_text(json.dumps(
-        [dict(question_id=i, answer=answer) for i, answer in enumerate(["0.5000", "0.2500", "1.0000"])]))
+    (out / "color/annotation_blip/vqa_result.json").write_text(json.dumps(answers))
     run("score", "t2i", out)
-    said = capsys.readouterr().out
-    assert "| these drawings | 0.5833 |" in said and "| 0.8001 | 0.5703 | 0.6856 |" in said
-    assert f"{out}/shape: no scorer has left its vqa_result.json there" in said
-    assert "3 answers, 4 drawings" in said and "settings: steps 1" in said
+    output = capsys.readouterr().out
+    assert row_of(output, "these drawings")[0] == "0.5833"
+    assert "| 0.8001 | 0.5703 | 0.6856 |" in output                     # D-DiT, as published
+    assert f"{out}/shape: " in output and "vqa_result.json" in output
+    assert "3 answers, 4 drawings" in output and "steps 1" in output
 
 
-def test_dpg_benchs_grids_and_its_results_read_back(tiny, tmp_path, capsys):
-    (tmp_path / "prompts").mkdir()
+def test_dpg_bench_images_are_grids_of_four(tiny, tmp_path):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
     for name in ("12", "partiprompts3"):
-        (tmp_path / "prompts" / f"{name}.txt").write_text(f"a long\nstory {name}")
-    run("draw", "dpg", tmp_path / "prompts", tmp_path / "out", "--checkpoint", tiny, "--steps", 1)
-    run("draw", "dpg", tmp_path / "prompts", tmp_path / "one", "--checkpoint", tiny, "--steps", 1, "--n", 1)
-    grid = np.array(read_picture(tmp_path / "out/partiprompts3.png"))
-    assert list(map(str, pngs(tmp_path / "out"))) == ["12.png", "partiprompts3.png"]
-    assert grid.shape == (32, 32, 3)
-    assert np.array_equal(grid[:16, :16], np.array(read_picture(tmp_path / "one/partiprompts3.png")))
-    assert text_fields(tmp_path / "out/12.png")["seed"] == "0 1 2 3"
+        (prompts / f"{name}.txt").write_text(f"a long\nstory {name}")
+    out = tmp_path / "out"
+    flags = ["--checkpoint", tiny, "--steps", 1]
+    run("draw", "dpg", prompts, out, *flags)
+    run("draw", "dpg", prompts, tmp_path / "one", *flags, "--n", 1)
+    assert list(files(out)) == ["12.png", "partiprompts3.png"]
+    grid = np.array(read_picture(out / "partiprompts3.png"))
+    single = np.array(read_picture(tmp_path / "one/partiprompts3.png"))
+    assert grid.shape == (32, 32, 3) and np.array_equal(grid[:16, :16], single)
+    assert text_fields(out / "12.png")["seed"] == "0 1 2 3"
     assert len({grid[y:y + 16, x:x + 16].tobytes() for y in (0, 16) for x in (0, 16)}) == 4
-    lines = ["out/12.png, 1.0, 0.5, 0.5, 1.0, 0.75", "out/partiprompts3.png, 0.5, 0.5, 0.5, 0.5, 0.5",
-             "Model: out", "L1 category scores:", "\tentity: 80.5", "\tglobal: 60", "L2 category scores:",
-             "\tentity - whole: 80.5", "DPG-Bench score: 62.5"]
-    (tmp_path / "r.txt").write_text("\n".join(lines))
-    run("score", "dpg", tmp_path / "r.txt")
-    said = capsys.readouterr().out
-    assert "|  | entity | global | overall |" in said and "| these drawings | 80.5 | 60.0 | 62.5 |" in said
-    assert "left out" not in said
-    (tmp_path / "r.txt").write_text("\n".join(lines[:2]))
-    run("score", "dpg", tmp_path / "r.txt")
-    assert "the scorer was stopped" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------- scores
+DPG_RESULTS = """out/12.png, 1.0, 0.5, 0.5, 1.0, 0.75
+out/partiprompts3.png, 0.5, 0.5, 0.5, 0.5, 0.5
+Model: out
+L1 category scores:
+\tentity: 80.5
+\tglobal: 60
+L2 category scores:
+\tentity - whole: 80.5
+DPG-Bench score: 62.5"""
+
+
+def test_dpg_bench_results_are_scored(tmp_path, capsys):
+    (tmp_path / "r.txt").write_text(DPG_RESULTS)
+    run("score", "dpg", tmp_path / "r.txt")
+    output = capsys.readouterr().out
+    assert "|  | entity | global | overall |" in output and "left out" not in output
+    assert row_of(output, "these drawings") == ["80.5", "60.0", "62.5"]
+
+
+def test_dpg_bench_results_of_a_stopped_scorer_are_named(tmp_path, capsys):
+    (tmp_path / "r.txt").write_text("\n".join(DPG_RESULTS.splitlines()[:2]))
+    run("score", "dpg", tmp_path / "r.txt")
+    assert "stopped" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+CATEGORIES = dict(cats=range(0, 18, 3), dogs=range(1, 18, 3), none=range(2, 18, 3))
+
 
 @pytest.fixture
-def categories(tmp_path, quick):
-    """Drawings and real pictures of three categories, of which one was never drawn; one is corrupt."""
-    meta = {f"id{i}": dict(category=("cats", "dogs", "none")[i % 3], prompt=f"p{i}") for i in range(18)}
+def mjhq(tmp_path, small_network, capsys):
+    """Score three categories, one never drawn; return what is printed and what is saved.
+
+    A sample is cut off, and a real image is missing."""
+    meta = {}
+    for category, numbers in CATEGORIES.items():
+        meta |= {f"id{i}": dict(category=category, prompt=f"p{i}") for i in numbers}
     meta["id18"] = dict(category="cats", prompt="")
     (tmp_path / "meta_data.json").write_text(json.dumps(meta))
     for i, (name, entry) in enumerate(meta.items()):
-        noise(tmp_path / "real" / entry["category"] / f"{name}.jpg", i, (48, 32))
+        write_noise(tmp_path / "real" / entry["category"] / f"{name}.jpg", i, (48, 32))
         if entry["category"] != "none":
-            noise(tmp_path / "drawn" / entry["category"] / f"{name}.png", 100 + i)
-    (tmp_path / "drawn/cats/id3.png").write_bytes((tmp_path / "drawn/cats/id3.png").read_bytes()[:300])
+            write_noise(tmp_path / "drawn" / entry["category"] / f"{name}.png", 100 + i)
+    cut = tmp_path / "drawn/cats/id3.png"
+    cut.write_bytes(cut.read_bytes()[:300])
     (tmp_path / "real/dogs/id4.jpg").unlink()
-    return [tmp_path / "drawn", tmp_path / "real", tmp_path / "meta_data.json", "--inception", "random"]
+    run("mjhq", tmp_path / "drawn", tmp_path / "real", tmp_path / "meta_data.json",
+        "--inception", "random", "--json", tmp_path / "s.json")
+    return capsys.readouterr().out, read_json(tmp_path / "s.json")
 
 
-def test_mjhqs_categories_and_what_is_missing_is_named(categories, tmp_path, capsys):
-    drawn, real = categories[:2]
-    run("mjhq", *categories, "--json", tmp_path / "s.json")
-    said, found = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
-    scores = found["scores"]["these drawings"]
-    side = lambda paths: fid.statistics(fid.features(Mean(), [
-        (str(path), lambda path=path: read_picture(path)) for path in paths])[0])
-    numbers = dict(cats=range(0, 18, 3), dogs=range(1, 18, 3))
-    wanted = lambda c: fid.frechet(side([drawn / f"{c}/id{i}.png" for i in numbers[c] if i != 3]),
-                                   side([real / f"{c}/id{i}.jpg" for i in numbers[c] if i != 4]))
-    assert scores["cats"] == pytest.approx(wanted("cats")) and scores["dogs"] == pytest.approx(wanted("dogs"))
-    assert set(scores) == {"overall", "cats", "dogs"} and "| 15.16 |" in said
-    named = "\n".join(found["left_out"])
-    assert "none: 0 drawn pictures that can be read, so no score" in named
-    assert "drawn/cats/id3.png: not a picture that can be read" in named and "id18: no prompt" in named
-    assert "real/dogs/id4.jpg: no such picture file" in named and "drawn/none/id2.png: no such" in named
-    assert f"left out: {len(found['left_out'])}" in said and len(found["left_out"]) == 10
+def statistics_of(paths):
+    listing = [(str(path), functools.partial(read_picture, path)) for path in paths]
+    return fid.statistics(fid.features(Means(), listing)[0])
 
 
-def test_cocos_pictures_are_chosen_by_number_and_cut_to_the_drawings_shape(tmp_path, quick, capsys,
-                                                                           monkeypatch):
+@pytest.mark.parametrize("category", ["cats", "dogs"])
+def test_mjhq_has_a_score_of_each_category(category, mjhq, tmp_path):
+    output, saved = mjhq
+    numbers = CATEGORIES[category]
+    drawn = statistics_of(tmp_path / f"drawn/{category}/id{i}.png" for i in numbers if i != 3)
+    real = statistics_of(tmp_path / f"real/{category}/id{i}.jpg" for i in numbers if i != 4)
+    scores = saved["scores"]["these drawings"]
+    assert scores[category] == pytest.approx(fid.frechet(drawn, real))   # float32 features
+    assert set(scores) == {"overall", "cats", "dogs"}
+    assert "| 15.16 |" in output                                        # D-DiT, as published
+
+
+def test_mjhq_images_and_categories_left_out_are_named(mjhq):
+    output, saved = mjhq
+    lines = saved["left_out"]
+    for part in ("none: 0 drawn", "drawn/cats/id3.png: ", "id18: ", "real/dogs/id4.jpg: ",
+                 "drawn/none/id2.png: "):
+        assert sum(part in line for line in lines) == 1, part
+    assert len(lines) == 10 and "left out: 10" in output
+
+
+@pytest.fixture
+def coco_captions(tmp_path, monkeypatch):
+    """Write COCO captions of eight images; the benchmark takes six of them."""
     monkeypatch.setattr(benchmarks, "COCO", 6)
     images = [dict(id=i, file_name=f"COCO_val2014_{i:012}.jpg") for i in range(8)]
     captions = [dict(id=30 - i, image_id=i, caption=f" a  cat {i}") for i in range(8)]
     captions += [dict(id=100 + i, image_id=i, caption="a later one") for i in range(8)]
     file = tmp_path / "captions.json"
     file.write_text(json.dumps(dict(images=images, annotations=captions)))
-    asked = benchmarks.read("coco", [str(file)])
-    assert len(asked.jobs) == 6 and asked.jobs == benchmarks.read("coco", [str(file)]).jobs
-    assert all(prompt == f"a cat {int(name[:12])}" and seed == 1000 * int(name[:12])
-               for (prompt, seed), name in zip(asked.jobs, asked.names))
-    for i, name in enumerate(asked.names):
-        noise(tmp_path / "drawn" / name, i)
-        wide = np.zeros((32, 96, 3), np.uint8)                   # what is cut off is white
-        wide[:, :32], wide[:, 64:] = 255, 255
+    return file
+
+
+def test_coco_prompts_are_the_first_captions_of_chosen_images(coco_captions):
+    benchmark = benchmarks.read("coco", [str(coco_captions)])
+    assert len(benchmark.jobs) == 6
+    assert benchmark.jobs == benchmarks.read("coco", [str(coco_captions)]).jobs
+    for (prompt, seed), name in zip(benchmark.jobs, benchmark.names):
+        number = int(name[:12])
+        assert prompt == f"a cat {number}" and seed == 1000 * number
+
+
+def test_coco_images_are_cut_to_the_samples_shape(coco_captions, tmp_path, small_network, capsys):
+    benchmark = benchmarks.read("coco", [str(coco_captions)])
+    (tmp_path / "val").mkdir()
+    for i, name in enumerate(benchmark.names):
+        write_noise(tmp_path / "drawn" / name, i)
+        wide = np.full((32, 96, 3), 255, np.uint8)            # the white sides are cut off
         wide[:, 32:64] = np.array(read_picture(tmp_path / "drawn" / name))
-        (tmp_path / "val").mkdir(exist_ok=True)
-        Image.fromarray(wide).save(tmp_path / "val" / asked.real[name], "PNG")
-    run("coco", tmp_path / "drawn", tmp_path / "val", file, "--inception", "random", "--json",
-        tmp_path / "s.json")
-    assert json.loads((tmp_path / "s.json").read_text())["scores"]["these drawings"]["FID"] < 1e-9
-    said = capsys.readouterr().out
-    assert "| D-DiT from SD3 (2B), published | 9.40 | 31.20 |" in said and "random weights" in said
+        Image.fromarray(wide).save(tmp_path / "val" / benchmark.real[name], "PNG")
+    run("coco", tmp_path / "drawn", tmp_path / "val", coco_captions, "--inception", "random",
+        "--json", tmp_path / "s.json")
+    scores = read_json(tmp_path / "s.json")["scores"]["these drawings"]
+    assert scores["FID"] < 1e-9                               # float64: the images are equal
+    output = capsys.readouterr().out
+    assert "| 9.40 | 31.20 |" in output                       # D-DiT, as published
+    assert "random weights" in output
 
 
-def test_fid_of_sources_of_every_kind(tmp_path, quick, capsys):
+@pytest.fixture
+def two_folders(tmp_path, small_network):
+    """Write two folders of six images; the second has a seventh that is cut off."""
     for i in range(6):
-        noise(tmp_path / "a" / f"{i}.png", i)
-        noise(tmp_path / "b" / f"{i}.png", 50 + i)
+        write_noise(tmp_path / "a" / f"{i}.png", i)
+        write_noise(tmp_path / "b" / f"{i}.png", 50 + i)
     (tmp_path / "b" / "bad.png").write_bytes(b"\x89PNG")
-    how = ["--inception", "random", "--json", tmp_path / "s.json"]
+
+
+def fid_scores(folder, other):
+    """Return the scores of folder/a against another source."""
+    run("fid", folder / "a", other, "--inception", "random", "--json", folder / "s.json")
+    [scores] = read_json(folder / "s.json")["scores"].values()
+    return scores
+
+
+def test_fid_of_a_folder_equals_fid_of_its_statistics(two_folders, tmp_path, capsys):
     run("statistics", tmp_path / "b", tmp_path / "b.npz", "--inception", "random", "--features")
     assert "bad.png" in capsys.readouterr().out
-    scores = []
-    for other in (tmp_path / "b", tmp_path / "b.npz"):
-        run("fid", tmp_path / "a", other, *how)
-        scores.append(next(iter(json.loads((tmp_path / "s.json").read_text())["scores"].values())))
-    assert scores[0] == pytest.approx(scores[1]) and scores[0]["FID"] > 0 and "KID x 1000" in scores[0]
-    run("statistics", tmp_path / "b", tmp_path / "c.npz", "--inception", "random")
-    run("fid", tmp_path / "a", tmp_path / "c.npz", *how)
-    assert "KID" not in capsys.readouterr().out.split("python evaluate.py fid")[-2]
-    with pytest.raises(UserError, match="emoji:nose: the emoji set has the splits train, tone, style"):
-        run("fid", tmp_path / "a", "emoji:nose", *how)
-    with pytest.raises(UserError, match="nowhere"):
-        run("fid", tmp_path / "nowhere", tmp_path / "b", *how)
+    scores = fid_scores(tmp_path, tmp_path / "b")
+    assert scores["FID"] > 0 and "KID x 1000" in scores
+    assert scores == pytest.approx(fid_scores(tmp_path, tmp_path / "b.npz"))      # float64
 
 
-@pytest.mark.parametrize("benchmark, name, content, said", [
-    ("geneval", "m.jsonl", '{"prompt": "a"}', "m.jsonl:1: expected an object with tag and prompt"),
-    ("geneval", "m.jsonl", '{"tag": "colors", "prompt": null}', '"prompt" is null, expected a text'),
-    ("geneval", "m.jsonl", "", "holds no prompt"),
-    ("mjhq", "m.json", '{"../x": {"category": "a", "prompt": "b"}}', "'a/../x' can't be a category and a file's name"),
-    ("mjhq", "m.json", "[]", "expected an object of {id: {category, prompt}}"),
-    ("coco", "c.json", '{"images": []}', "expected COCO's captions, with images and annotations"),
-    ("t2i", "color_val.txt", "x" * 300, "which no file's name can have"),
-    ("lines", "a.txt", "\n\n", "holds no prompt"), ("emoji", "nose", None, "the emoji set has the splits")])
-def test_prompts_that_are_not_a_benchmarks_are_refused_in_a_line(benchmark, name, content, said, tmp_path,
-                                                                 mistake):
+def test_statistics_without_features_give_no_kid(two_folders, tmp_path):
+    run("statistics", tmp_path / "b", tmp_path / "b.npz", "--inception", "random")
+    scores = fid_scores(tmp_path, tmp_path / "b.npz")
+    assert "FID" in scores and "KID x 1000" not in scores
+
+
+@pytest.mark.parametrize("source, message", [
+    ("emoji:nose", "emoji:nose: .*train, tone, style"), ("nowhere", "nowhere")])
+def test_fid_of_a_source_that_does_not_exist_is_refused(source, message, two_folders, tmp_path):
+    with pytest.raises(UserError, match=message):
+        fid_scores(tmp_path, source)
+
+
+@pytest.mark.parametrize("benchmark, name, content, parts", [
+    ("geneval", "m.jsonl", '{"prompt": "a"}', ["m.jsonl:1: ", "tag and prompt"]),
+    ("geneval", "m.jsonl", '{"tag": "colors", "prompt": null}',
+     ["m.jsonl:1: ", '"prompt" is null']),
+    ("geneval", "m.jsonl", "", ["m.jsonl: ", "no prompt"]),
+    ("mjhq", "m.json", '{"../x": {"category": "a", "prompt": "b"}}', ["m.json: ", "'a/../x'"]),
+    ("mjhq", "m.json", "[]", ["m.json: ", "{id: {category, prompt}}"]),
+    ("coco", "c.json", '{"images": []}', ["c.json: ", "images and annotations"]),
+    ("t2i", "color_val.txt", "x" * 300, ["color_val.txt", "name"]),
+    ("lines", "a.txt", "\n\n", ["a.txt: ", "no prompt"]),
+    ("emoji", "nose", None, ["nose: ", "tone"])])
+def test_prompts_of_another_form_are_refused_in_one_line(benchmark, name, content, parts, tmp_path,
+                                                         mistake):
+    source = name
     if content is not None:
-        (tmp_path / name).write_text(content)
-        name = tmp_path / name
-    status, line = mistake(evaluate.main, ["draw", benchmark, name, tmp_path / "out"])
-    assert status == 1 and said in line and len(line.splitlines()) == 1
-    if benchmark in ("coco", "mjhq"):
-        status, line = mistake(evaluate.main, ["draw", benchmark, name, tmp_path / "out", "--n", 2])
-        assert status == 1 and f"--n 2: {benchmark} is scored with one drawing each" in line
+        source = tmp_path / name
+        source.write_text(content)
+    status, error = mistake(evaluate.main, ["draw", benchmark, source, tmp_path / "out"])
+    assert status == 1 and len(error.splitlines()) == 1
+    for part in parts:
+        assert part in error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("benchmark, content", [("geneval", '{"tag": "colors", "correct": 1}'), ("dpg", "x"),
-                                                ("geneval", "")])
-def test_results_that_no_scorer_wrote_are_refused_in_a_line(benchmark, content, tmp_path, mistake):
+@pytest.mark.parametrize("benchmark", ["coco", "mjhq"])
+def test_benchmarks_of_one_sample_a_prompt_refuse_more(benchmark, tmp_path, mistake):
+    (tmp_path / "x.json").write_text("{}")
+    flags = ["draw", benchmark, tmp_path / "x.json", tmp_path / "out", "--n", 2]
+    status, error = mistake(evaluate.main, flags)
+    assert status == 1 and "--n 2: " in error and benchmark in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("benchmark, content", [
+    ("geneval", '{"tag": "colors", "correct": 1}'), ("dpg", "x"), ("geneval", "")])
+def test_results_that_no_scorer_wrote_are_refused_in_one_line(benchmark, content, tmp_path,
+                                                              mistake):
     (tmp_path / "r").write_text(content)
-    status, line = mistake(evaluate.main, ["score", benchmark, tmp_path / "r"])
-    assert status == 1 and len(line.splitlines()) == 1 and str(tmp_path / "r") in line
+    status, error = mistake(evaluate.main, ["score", benchmark, tmp_path / "r"])
+    assert status == 1 and len(error.splitlines()) == 1 and str(tmp_path / "r") in error
 
 
-# ------------------------------------------------------------------------------------------------ the emoji
+# --------------------------------------------------------------------------------------- the emoji
 
-def test_the_emoji_set_is_measured_as_the_papers_tables(tmp_path, capsys, emoji_all, monkeypatch):
-    monkeypatch.setattr(evaluate.emoji, "load", lambda *args: (emoji_all[0], (emoji_all[1] + 1) * 127.5))
-    how, asked = ["emoji", "--splits", "tone", "--limit", 3, "--prompts", 2], []
+@pytest.fixture
+def emoji_records(emoji_set, monkeypatch):
+    """Let evaluate.py see only the first 400 emoji, some of every split; return their records."""
+    records, images = emoji_set
+    monkeypatch.setattr(evaluate.emoji, "load", lambda *args: (records[:400], images[:400]))
+    return records[:400]
+
+
+@pytest.fixture
+def read_settings(monkeypatch):
+    """Collect the settings of each batch that is read with a seed: not those read back."""
+    settings = []
     write = emojis.write
-    monkeypatch.setattr(emojis, "write", lambda *args, **how: asked.append(how) or write(*args, **how))
-    run(*how, "--seeds", 0, 1, "--steps", 2, "--json", tmp_path / "r.json")
-    said = capsys.readouterr().out
-    assert "| drawing, % | emoji | people | exact | read back |\n" in said and "| tone | " in said
-    assert "| reading, % | caption | name | kind |" in said and "| POPE, % | accuracy |" in said
-    found = json.loads((tmp_path / "r.json").read_text())
-    runs = found["results"]["tone"]
-    assert len(runs) == 2 and all(0 <= value <= 100 for run in runs for value in run.values())
-    assert sum("seed" in how for how in asked) == 2              # reading is not random: once for both seeds
-    assert found["settings"]["steps"] == "2" and found["settings"]["reading"] == {"steps": 2}
-    asked.clear()
-    run(*how, "--seeds", 3, 4, "--prompts", 0, "--order", "confidence", "--temperature", 1,
+
+    def record(*args, **how):
+        if "seed" in how:
+            settings.append(how)
+        return write(*args, **how)
+    monkeypatch.setattr(emojis, "write", record)
+    return settings
+
+
+EMOJI = ["emoji", "--splits", "tone", "--limit", 2, "--steps", 2]
+
+
+def test_the_emoji_set_is_measured_in_three_tables(emoji_records, read_settings, tmp_path, capsys):
+    run(*EMOJI, "--prompts", 2, "--seeds", 0, 1, "--json", tmp_path / "r.json")
+    output = capsys.readouterr().out
+    assert row_of(output, "drawing, %") == ["emoji", "people", "exact", "read back"]
+    assert row_of(output, "reading, %")[:3] == ["caption", "name", "kind"]
+    assert row_of(output, "POPE, %")[0] == "accuracy" and row_of(output, "tone")
+    saved = read_json(tmp_path / "r.json")
+    runs = saved["results"]["tone"]
+    assert len(runs) == 2
+    for scores in runs:
+        assert all(0 <= value <= 100 for value in scores.values())
+    assert len(read_settings) == 2        # captions and answers: greedy, so once for both seeds
+    assert saved["settings"]["steps"] == "2" and saved["settings"]["reading"] == {"steps": 2}
+
+
+def test_random_reading_of_the_emoji_set_runs_for_each_seed(emoji_records, read_settings, capsys):
+    run(*EMOJI, "--prompts", 0, "--seeds", 3, 4, "--order", "confidence", "--temperature", 1,
         "--image-cache", "off")
-    sampled = [how for how in asked if "seed" in how]
-    assert [how["seed"] for how in sampled] == [3, 3, 4, 4] and all(
-        (how["order"], how["temperature"], how["image_cache"]) == ("confidence", 1, "off") for how in sampled)
+    assert [how["seed"] for how in read_settings] == [3, 3, 4, 4]
+    for how in read_settings:
+        assert (how["order"], how["temperature"], how["image_cache"]) == ("confidence", 1, "off")
     assert "drawing" not in capsys.readouterr().out
 
 
-def test_the_page_of_the_set_draws_what_it_says_and_reads_what_is_held_out(tmp_path, emoji_all, monkeypatch):
-    records, pictures = emoji_all
-    monkeypatch.setattr(evaluate.emoji, "load", lambda *args: (records, (pictures + 1) * 127.5))
-    rows, page, seen = emojis.grids.rows, emojis.grids.page, []
-    monkeypatch.setattr(emojis.grids, "rows", lambda *tiles: seen.extend(sum(tiles, [])) or rows(*tiles))
-    monkeypatch.setattr(emojis.grids, "page", lambda *cells: seen.extend(sum(cells, [])) or page(*cells))
+def test_the_emoji_page_draws_and_reads_the_splits_it_names(emoji_records, tmp_path, monkeypatch):
+    cells = []
+    for name in ("rows", "page"):
+        layout = getattr(emojis.grids, name)
+
+        def collect(*groups, layout=layout):
+            for group in groups:
+                cells.extend(group)
+            return layout(*groups)
+        monkeypatch.setattr(emojis.grids, name, collect)
     run("emoji", "--page", tmp_path / "page.png", "--steps", 1)
-    known = {record["caption"]: record for record in records}
-    drawn, read = seen[:28], [lines for _, lines in seen[28:]]
-    assert [known[text]["split"] for _, text in drawn] == ["train"] * 21 + ["tone"] * 7
-    assert all(known[text]["kind"] != "people & body" for _, text in drawn[:14])
-    assert len(read) == 10 and all(said.startswith("read: ") for said, _ in read)
-    assert {known[true.removeprefix("true: ")]["split"] for _, true in read} == {"tone", "style"}
+    by_caption = {record["caption"]: record for record in emoji_records}
+    drawn = [by_caption[caption] for _, caption in cells[:28]]
+    assert [record["split"] for record in drawn] == ["train"] * 21 + ["tone"] * 7
+    assert all(record["kind"] != "people & body" for record in drawn[:14])
+    captions = [lines for _, lines in cells[28:]]
+    assert len(captions) == 10 and all(line.startswith("read: ") for line, _ in captions)
+    read = {by_caption[line.removeprefix("true: ")]["split"] for _, line in captions}
+    assert read == {"tone", "style"}
     assert Image.open(tmp_path / "page.png").width == 1000
 
 
-def test_the_clip_score_of_a_drawn_folder_names_what_has_no_caption(tiny, tmp_path, capsys):
+def test_the_clip_score_of_a_folder_names_images_without_a_caption(tiny, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a cat\na dog\na red bus\n")
-    run("draw", "lines", tmp_path / "a.txt", tmp_path / "out", "--checkpoint", tiny, "--steps", 1)
-    noise(tmp_path / "out/other.png", 0)
-    clip_ = ["--clip", ROOT / "tests/fixtures/clip"]
-    run("clip", tmp_path / "out", *clip_, "--json", tmp_path / "s.json")
-    found = json.loads((tmp_path / "s.json").read_text())
-    scores, = found["scores"].values()
-    assert set(scores) == {"CLIP", "its standard error"} and -100 < scores["CLIP"] < 100
-    assert found["left_out"] == ["other.png: has no caption"] and "pairs: 3" in capsys.readouterr().out
-    drawn = sorted((tmp_path / "out").glob("0*.png"))
-    pairs = [(str(path), path, text_fields(path)["prompt"]) for path in drawn]
-    model, vocabulary = comparisons.clip.load(clip_[1]), comparisons.clip.load_tokenizer(clip_[1])
-    cosines, _ = comparisons.clip.score(pairs, model, vocabulary, "cpu")
-    assert scores["CLIP"] == pytest.approx(np.mean(cosines))
+    out = tmp_path / "out"
+    run("draw", "lines", tmp_path / "a.txt", out, "--checkpoint", tiny, "--steps", 1)
+    write_noise(out / "other.png", 0)
+    fixture = ROOT / "tests/fixtures/clip"
+    run("clip", out, "--clip", fixture, "--json", tmp_path / "s.json")
+    saved = read_json(tmp_path / "s.json")
+    [scores] = saved["scores"].values()
+    [line] = saved["left_out"]
+    assert line.startswith("other.png: ") and "pairs: 3" in capsys.readouterr().out
+    pairs = [(path.name, path, text_fields(path)["prompt"]) for path in sorted(out.glob("0*.png"))]
+    model = comparisons.clip.load(fixture)
+    tokenizer = comparisons.clip.load_tokenizer(fixture)
+    cosines, _ = comparisons.clip.score(pairs, model, tokenizer, "cpu")
+    assert set(scores) == {"CLIP", "its standard error"}
+    assert scores["CLIP"] == pytest.approx(np.mean(cosines))            # float32 cosines

@@ -1,8 +1,9 @@
-"""data.py: the order of an epoch, and what is made ahead."""
+"""data.py: the order of an epoch; dataset/workers.py: batches that other processes make ahead."""
 
+import gc
+import multiprocessing
 import os
 import signal
-import time
 from collections import Counter
 
 import pytest
@@ -13,88 +14,126 @@ from common.cli import UserError
 from dataset import workers
 from dataset.workers import feed
 
+# -------------------------------------------------------------------------------------------- order
+
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000, 7025])
-def test_an_epoch_is_a_permutation_and_differs_from_the_next_one(size):
+def test_each_epoch_is_another_permutation(size):
     epochs = [data.permute(torch.arange(size), size, f"epoch {e}").tolist() for e in range(40)]
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
     if size > 7:
-        assert len({tuple(epoch) for epoch in epochs}) == 40
-        assert len({epoch[0] for epoch in epochs}) > 30          # of 40: a repeat or two are expected
+        assert len(set(map(tuple, epochs))) == 40
+        assert len({epoch[0] for epoch in epochs}) > 30  # of 1,000: 0.8 repeats expected
 
 
-def test_a_billion_positions_need_no_memory_and_repeat_nothing():
-    started, n = time.process_time(), 10**9
-    found = data.permute(torch.arange(10**6), n, "run")
-    assert 10**6 / (time.process_time() - started) > 2e5  # README: over a million a second on a free core
-    assert len(found.unique()) == 10**6 and found.min() >= 0 and found.max() < n
-    bins = torch.bincount(found * 1000 // n, minlength=1000).double()
-    assert float(((bins - 1000) ** 2 / 1000).sum()) < 999 + 4 * (2 * 999) ** 0.5        # 4 deviations
-    both = torch.stack([found[:-1], found[1:]]).double()
-    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.004
+def test_a_permutation_of_a_billion_is_uniform_without_repeats():
+    size, n = 10**9, 10**6
+    places = data.permute(torch.arange(n), size, "run")
+    assert len(places.unique()) == n
+    assert places.min() >= 0 and places.max() < size
+    bins = torch.bincount(places * 1000 // size, minlength=1000).double()
+    chi_square = float(((bins - 1000) ** 2 / 1000).sum())
+    assert chi_square < 999 + 4 * (2 * 999) ** 0.5       # 999 df, 4 deviations: p < 1e-4
+    neighbours = torch.stack([places[:-1], places[1:]]).double()
+    correlation = float(torch.corrcoef(neighbours)[0, 1])
+    assert abs(correlation) < 0.004                          # 4 standard errors of 10^6 pairs
 
 
-def test_a_mixture_has_its_shares_exactly_and_every_sample_once_an_epoch():
-    sizes, weights, n = [50, 30, 7], [5.0, 2.0, 1.0], 8000
-    found = data.locate(torch.arange(n), sizes, weights, "run")
-    counts = Counter(k for k, _, _ in found)
-    assert [abs(counts[k] - n * w / 8) <= 1 for k, w in enumerate(weights)] == [True] * 3
-    for k, size in enumerate(sizes):
-        places = [(epoch, place) for source, epoch, place in found if source == k]
-        assert places == sorted(places, key=lambda found: found[0])
-        for epoch in range(len(places) // size):
-            assert sorted(place for e, place in places if e == epoch) == list(range(size))
-    dealt = [data.locate(torch.arange(rank, n, 4), sizes, weights, "run") for rank in range(4)]
-    assert [place for row in zip(*dealt) for place in row] == found
-    assert data.locate(torch.arange(n), sizes, weights, "another") != found
+SIZES, WEIGHTS, POSITIONS = [50, 30, 7], [5.0, 2.0, 1.0], 4000
 
 
-def squares(step):
+@pytest.fixture(scope="module")
+def mixture():
+    """[(source, epoch, place)] of the first positions of a mixture of three sources."""
+    return data.locate(torch.arange(POSITIONS), SIZES, WEIGHTS, "run")
+
+
+def test_a_mixture_has_exactly_the_shares_of_its_weights(mixture):
+    counts = Counter(source for source, _, _ in mixture)
+    for source, weight in enumerate(WEIGHTS):
+        assert abs(counts[source] - POSITIONS * weight / 8) <= 1         # a share is rounded down
+
+
+def test_a_mixture_takes_every_sample_once_an_epoch(mixture):
+    for source, size in enumerate(SIZES):
+        epochs = [epoch for k, epoch, _ in mixture if k == source]
+        places = [place for k, _, place in mixture if k == source]
+        assert epochs == [i // size for i in range(len(epochs))]
+        for begin in range(0, len(places) - size + 1, size):
+            assert sorted(places[begin:begin + size]) == list(range(size))
+
+
+def test_each_epoch_of_each_source_is_shuffled_anew():
+    places = data.locate(torch.arange(400), [50, 50], [1.0, 1.0], "run")
+    orders = set()
+    for source in range(2):
+        for epoch in range(4):
+            orders.add(tuple(place for k, e, place in places if (k, e) == (source, epoch)))
+    assert len(orders) == 8
+
+
+def test_ranks_share_one_mixture_that_depends_on_the_key(mixture):
+    ranks = [data.locate(torch.arange(rank, 400, 4), SIZES, WEIGHTS, "run") for rank in range(4)]
+    assert [place for row in zip(*ranks) for place in row] == mixture[:400]
+    assert data.locate(torch.arange(400), SIZES, WEIGHTS, "another") != mixture[:400]
+
+
+# --------------------------------------------------------------------------------------- made ahead
+
+def square(step):
     return dict(step=torch.tensor(step), square=torch.tensor(step) ** 2)
 
 
-def test_what_is_made_ahead_is_the_same_with_any_number_of_workers():
-    made = [[(int(one["step"]), int(one["square"])) for one in feed(squares, range(3, 40), workers)]
-            for workers in (0, 1, 3)]
-    assert made[0] == made[1] == made[2] == [(step, step * step) for step in range(3, 40)]
+def test_batches_are_the_same_with_any_number_of_workers():
+    for count in (0, 1, 2):
+        batches = [(int(b["step"]), int(b["square"])) for b in feed(square, range(3, 40), count)]
+        assert batches == [(step, step * step) for step in range(3, 40)]
 
 
 def broken(step):
     if step == 4:
         raise UserError("photo 4 is broken")
-    return squares(step)
+    return square(step)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_in_a_worker_is_told_as_it_would_be_here(workers):
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_error_in_a_worker_reaches_the_main_process(count):
     with pytest.raises(UserError, match="^photo 4 is broken$"):
-        list(feed(broken, range(9), workers))
+        list(feed(broken, range(9), count))
 
 
 def terminated(step):
     if step == 4:
         os.kill(os.getpid(), signal.SIGTERM)
-    return squares(step)
+    return square(step)
 
 
-def test_a_job_that_is_ended_ends_its_workers_last():
+def test_workers_ignore_sigterm():
     """SIGTERM goes to every process of a job; the one that trains finishes its step, and saves."""
-    made = feed(terminated, range(9), 2)
-    assert [int(one["step"]) for one in made] == list(range(9))
-    begun, made = time.time(), feed(terminated, range(50), 2)
-    next(made)
-    made.close()                                                 # the workers end without being told to
-    assert time.time() - begun < 5
+    assert [int(batch["step"]) for batch in feed(terminated, range(9), 2)] == list(range(9))
+
+
+def test_workers_end_with_their_feed():
+    before = set(multiprocessing.active_children())
+    batches = feed(terminated, range(50), 2)
+    next(batches)
+    readers = set(multiprocessing.active_children()) - before
+    batches.close()
+    assert len(readers) == 2
+    assert not any(reader.is_alive() for reader in readers)
 
 
 def killed(step):
     if step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    return squares(step)
+    return square(step)
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_one_line():
-    with pytest.raises(UserError, match="a process that reads data ahead was lost .*; the same command"):
-        with workers.readers_watched():
-            for _ in feed(killed, range(9), 1):
-                pass
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_killed_worker_is_a_user_error():
+    with pytest.raises(UserError, match="process.*lost") as error, workers.readers_watched():
+        for _ in feed(killed, range(9), 1):
+            pass
+    assert "\n" not in str(error.value)
+    del error           # its traceback holds the loader, which raises again at any later SIGCHLD
+    gc.collect()

@@ -1,9 +1,8 @@
-"""dataset/emoji.py: the set, its splits, its questions, and an epoch of it."""
+"""dataset/emoji.py: the emoji set, its splits, its questions, and an epoch of it."""
 
-import io
 import re
-import tarfile
 from collections import Counter, defaultdict
+from functools import cache
 
 import pytest
 import torch
@@ -12,154 +11,217 @@ import data
 from common.cli import UserError
 from dataset import emoji
 from dataset.questions import question_prompt
+from helpers import write_tar
 from model import PRESETS
 from pretrained import tokenizer
 
-# what must begin the kind or the group for a noun to be right; man, woman and child go by the name
+# how the group or the kind begins where a noun is true; man, woman and child go by the name
 WHERE = {"a person": "person", "a hand": "hand", "a face": "face|cat face|monkey face",
          "an animal": "animal ",
-         "a bird": "animal bird", "a bug": "animal bug", "a plant": "plant ", "a flower": "plant flower",
-         "a fruit": "food fruit", "a vegetable": "food vegetable", "food": "food ", "a drink": "drink",
-         "clothing": "clothing", "a tool": "tool", "a musical instrument": "musical instrument",
-         "a clock": "time",
-         "a vehicle": "transport ", "a building": "place ", "a flag": "flag|country flag|subdivision flag",
+         "a bird": "animal bird", "a bug": "animal bug",
+         "a plant": "plant ", "a flower": "plant flower",
+         "a fruit": "food fruit", "a vegetable": "food vegetable", "food": "food ",
+         "a drink": "drink", "clothing": "clothing", "a tool": "tool",
+         "a musical instrument": "musical instrument", "a clock": "time",
+         "a vehicle": "transport ", "a building": "place ",
+         "a flag": "flag|country flag|subdivision flag",
          "an arrow": "arrow", "a heart": "heart"}
 WHO = {"a man": r"\bman\b", "a woman": r"\bwoman\b", "a child": r"^(boy|girl|child|baby)$"}
+TRAIN_IMAGES = 7025
 
 
-def test_the_emoji_set_is_whole_with_a_caption_of_its_own_for_each_picture(emoji_set):
-    records, pictures = emoji_set
-    assert len(records) == 7572 and pictures.shape == (7572, 3, 64, 64) and pictures.dtype == torch.uint8
-    assert len({r["caption"] for r in records}) == 7572 == len({r["key"] for r in records})
+@cache
+def parse_yes_no(question):
+    """Return (template, thing) of a yes/no question."""
+    for template in emoji.YES_NO:
+        if match := re.fullmatch(template.replace("?", r"\?").format("(.*)"), question):
+            return template, match[1]
+    raise AssertionError(question)
+
+
+def test_the_set_is_whole_with_a_unique_caption_for_each_image(emoji_set):
+    records, images = emoji_set
+    assert images.shape == (7572, 3, 64, 64) and images.dtype == torch.uint8
+    assert len(records) == len({r["key"] for r in records}) == 7572
     captions = {r["caption"]: r for r in records}
+    assert len(captions) == 7572
     assert captions["waving hand, medium-dark skin tone, noto style"]["kind"] == "people & body"
-    assert "red apple, noto style" in captions and "red apple, twemoji style" in captions
-    assert all(r["caption"] == " ".join(r["caption"].split()) for r in records)
+    assert {"red apple, noto style", "red apple, twemoji style"} <= captions.keys()
+    assert all(caption == " ".join(caption.split()) for caption in captions)
 
 
-def test_splits_hold_out_what_they_say(emoji_set):
-    records = emoji_set[0]
-    split = defaultdict(list)
-    for r in records:
-        split[r["split"]].append(r)
-    assert {k: len(v) for k, v in split.items()} == {"train": 7025, "tone": 358, "style": 189}
-    seen = {(r["emoji"], r["style"]) for r in split["train"]}
-    tones = {r["tone"] for r in split["train"]}
-    for r in split["tone"]:  # the emoji was seen in this style in other tones, the tone on other emoji
-        assert (r["emoji"], r["style"]) in seen and r["tone"] in tones and r["tone"] != "none"
-    other = {"noto": "twemoji", "twemoji": "noto"}
-    for r in split["style"]:         # the emoji was seen in the other style only
-        assert (r["emoji"], r["style"]) not in seen and (r["emoji"], other[r["style"]]) in seen
+def test_splits_hold_out_tones_and_styles(emoji_set):
+    splits = defaultdict(list)
+    for record in emoji_set[0]:
+        splits[record["split"]].append(record)
+    sizes = {name: len(records) for name, records in splits.items()}
+    assert sizes == {"train": TRAIN_IMAGES, "tone": 358, "style": 189}
+    trained = {(r["emoji"], r["style"]) for r in splits["train"]}
+    tones = {r["tone"] for r in splits["train"]} - {"none"}
+    for r in splits["tone"]:    # trained on in other tones, and the tone on other emoji
+        assert (r["emoji"], r["style"]) in trained and r["tone"] in tones
+    other_style = {"noto": "twemoji", "twemoji": "noto"}
+    for r in splits["style"]:   # trained on in the other style only
+        assert (r["emoji"], r["style"]) not in trained
+        assert (r["emoji"], other_style[r["style"]]) in trained
+
+
+def is_true(record, kind_of_question, thing, names, kinds):
+    """Tell if an emoji is a thing, by its name, kind or group."""
+    if kind_of_question == "yes/no name":
+        return names[thing] == record["name"]
+    if kind_of_question == "yes/no kind":
+        return kinds[thing] == record["kind"]
+    assert kind_of_question == "yes/no sort"
+    if thing in WHO:
+        return bool(re.search(WHO[thing], record["name"]))
+    return bool(re.match(WHERE[thing], record["group"]))
 
 
 def test_every_answer_follows_from_the_metadata(emoji_set):
     records = emoji_set[0]
-    named = {emoji.article(r["name"]): r["name"] for r in records}
+    names = {emoji.article(r["name"]): r["name"] for r in records}
     kinds = {noun: kind for kind, noun in emoji.NOUNS.items()}
     for r in records:
         for q in r["questions"]:
             if q["type"] in emoji.ASKED:
                 assert q["question"] in emoji.ASKED[q["type"]] and q["answer"] == r[q["type"]]
-                continue
-            thing, = [match[1] for way in emoji.YES_NO
-                      if (match := re.fullmatch(way.replace("?", r"\?").format("(.*)"), q["question"]))]
-            right = {"yes/no name": lambda: named[thing] == r["name"],
-                     "yes/no kind": lambda: kinds[thing] == r["kind"],
-                     "yes/no sort": lambda: bool(re.search(WHO[thing], r["name"]) if thing in WHO
-                                                 else re.match(WHERE[thing], r["group"]))}[q["type"]]()
-            assert q["answer"] == ("yes" if right else "no"), (r["caption"], q)
+            else:
+                _, thing = parse_yes_no(q["question"])
+                right = "yes" if is_true(r, q["type"], thing, names, kinds) else "no"
+                assert q["answer"] == right, (r["caption"], q)
 
 
-def test_no_picture_has_more_of_yes_than_of_no(emoji_set):
-    """Nor does a phrasing, a type or a picture without questions give the answer away."""
+def test_each_image_has_as_many_yes_as_no_answers(emoji_set):
+    """No phrasing, no type and no lack of questions gives the answer away."""
+    types = set()
     for r in emoji_set[0]:
-        told = [(q["type"], next(w for w in emoji.YES_NO
-                                 if re.fullmatch(w[:-1].format(".*") + r"\?", q["question"])),
-                 q["answer"]) for q in r["questions"] if q["type"].startswith("yes/no")]
-        yes, no = (Counter((t, way) for t, way, answer in told if answer == wanted)
-                   for wanted in ("yes", "no"))
-        assert yes == no and sum(yes.values()) >= 1
-    asked = Counter((q["type"], q["answer"]) for r in emoji_set[0] for q in r["questions"])
-    assert {t for t, _ in asked} == {"name", "kind", "group", "tone", "style", "yes/no name", "yes/no kind",
-                                     "yes/no sort"}
+        counts = {"yes": Counter(), "no": Counter()}
+        for q in r["questions"]:
+            types.add(q["type"])
+            if q["type"].startswith("yes/no"):
+                template, _ = parse_yes_no(q["question"])
+                counts[q["answer"]][q["type"], template] += 1
+        assert counts["yes"] == counts["no"] and counts["yes"]
+    assert types == {*emoji.ASKED, "yes/no name", "yes/no kind", "yes/no sort"}
 
 
-def test_a_man_is_asked_about_as_a_person_would(emoji_set):
-    asked = {(q["question"].replace("Does this show", "Is this").replace("Can you see",
-                                                                         "Is this").replace(" here", ""),
-              q["answer"]) for r in emoji_set[0] if r["name"] == "man farmer" for q in r["questions"]}
-    assert {("Is this a man?", "yes"), ("Is this a woman?", "no"), ("Is this a person?", "yes"),
-            ("What is this?", "man farmer"), ("Is this a man farmer?", "yes")} <= asked
-    assert emoji.article("flag of Chad") == "the flag of Chad" and emoji.article("ox") == "an ox"
-    assert emoji.article("scissors") == "scissors" and emoji.article("cactus") == "a cactus"
+def test_questions_about_a_man_use_everyday_nouns(emoji_set):
+    pairs = set()
+    for record in emoji_set[0]:
+        if record["name"] == "man farmer":
+            for q in record["questions"]:
+                is_yes_no = q["type"].startswith("yes/no")
+                thing = parse_yes_no(q["question"])[1] if is_yes_no else q["question"]
+                pairs.add((thing, q["answer"]))
+    assert {("a man", "yes"), ("a woman", "no"), ("a person", "yes"), ("a man farmer", "yes"),
+            ("What is this?", "man farmer")} <= pairs
 
 
-def test_rivals_are_names_that_nobody_would_give_to_the_same_emoji():
-    near = emoji.rivals(["singer", "man singer", "woman singer", "cook", "man cook", "runner"])
-    assert near["man singer"] == ["woman singer", "man cook"] and near["singer"] == ["cook", "runner"]
+@pytest.mark.parametrize("name, phrase", [
+    ("flag of Chad", "the flag of Chad"), ("ox", "an ox"), ("scissors", "scissors"),
+    ("cactus", "a cactus")])
+def test_articles(name, phrase):
+    assert emoji.article(name) == phrase
+
+
+def test_rivals_never_fit_the_same_emoji():
+    rivals = emoji.rivals(["singer", "man singer", "woman singer", "cook", "man cook", "runner"])
+    assert rivals["man singer"] == ["woman singer", "man cook"]
+    assert rivals["singer"] == ["cook", "runner"]
+
+
+def test_rivals_compare_words_by_three_letters():
+    rivals = emoji.rivals(["biker", "mountain biking", "bird"])      # bik is shared, bike is not
+    assert rivals["biker"] == ["bird"]
 
 
 def test_every_text_fits_the_text_length_of_the_preset(emoji_set):
     gpt2 = tokenizer.gpt2_tokenizer()
-    length = max(len(gpt2.pieces(question_prompt(q["question"]))) + len(gpt2.pieces(q["answer"])) + 1
-                 for r in emoji_set[0] for q in r["questions"])
-    captions = max(len(gpt2.pieces(r["caption"])) + 1 for r in emoji_set[0])
-    assert (captions, length) == (24, 27) and length <= PRESETS["emoji"]["text_length"]
+    count = cache(lambda text: len(gpt2.pieces(text)))
+    captions, questions = 0, 0
+    for record in emoji_set[0]:
+        captions = max(captions, count(record["caption"]) + 1)           # and the end token
+        for q in record["questions"]:
+            length = count(question_prompt(q["question"])) + count(q["answer"]) + 1
+            questions = max(questions, length)
+    assert (captions, questions) == (24, 27)
+    assert questions <= PRESETS["emoji"]["text_length"]
 
 
-def test_an_epoch_takes_each_emoji_and_style_once_and_each_tone_about_equally_often(emoji_set,
-                                                                                           monkeypatch):
-    monkeypatch.setattr(emoji, "load", lambda *_: emoji_set)
-    mix = data.Mix([str(emoji.TAR)], 64, "run")
-    source, = mix.sources
-    records, groups = source.records, source.groups
-    at = {record["key"]: i for i, record in enumerate(records)}
-    wanted = {(r["emoji"], r["style"]) for r in records if r["split"] == "train"}
-    counts = defaultdict(Counter)
-    for epoch in range(30):
-        places = range(epoch * len(groups), (epoch + 1) * len(groups))
-        picked = [at[sample["key"]] for sample in mix.take(places, "image")]
-        assert Counter((records[i]["emoji"], records[i]["style"]) for i in picked) == Counter(wanted)
+def open_mix(emoji_set, suffix="", key="run"):
+    """Open the whole set without reading it again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "load", lambda *_: emoji_set)
+        return data.Mix([f"{emoji.TAR}{suffix}"], 64, key)
+
+
+@pytest.fixture(scope="module")
+def mix(emoji_set):
+    return open_mix(emoji_set)
+
+
+def indices(mix, positions, name="image"):
+    return [mix.index(*place) for place in mix.places(positions, name)]
+
+
+def test_an_epoch_takes_each_emoji_and_style_once_in_any_tone(mix):
+    records, groups = mix.sources[0].records, mix.sources[0].groups
+    trained = {(r["emoji"], r["style"]) for r in records if r["split"] == "train"}
+    epochs, counts = 10, Counter()
+    for epoch in range(epochs):
+        picked = indices(mix, range(epoch * len(groups), (epoch + 1) * len(groups)))
+        pairs = Counter((records[i]["emoji"], records[i]["style"]) for i in picked)
+        assert pairs == Counter(trained)
         assert all(records[i]["split"] == "train" for i in picked)
-        for i in picked:
-            counts[records[i]["emoji"], records[i]["style"]][i] += 1
-    other = data.Mix([str(emoji.TAR)], 64, "other").take(range(50), "image")
-    assert [sample["key"] for sample in other] != [sample["key"] for sample in mix.take(range(50), "image")]
-    six = [group for group in groups if len(group) == 6]  # no tone of these is held out
-    tones = Counter({tone: sum(counts[records[g[0]]["emoji"], records[g[0]]["style"]][i] for g in six
-                               for i in g
-                               if records[i]["tone"] == tone) for tone in ("none", *emoji.TONES.values())})
-    expected = 30 * len(six) / 6
-    # 5 df: p = 0.001
-    assert len(six) > 100 and sum((n - expected) ** 2 / expected for n in tones.values()) < 20.5
+        counts.update(picked)
+    six = [group for group in groups if len(group) == 6]         # none of their tones is held out
+    tones, places = Counter(), Counter()
+    for group in six:
+        for place, i in enumerate(group):
+            tones[records[i]["tone"]] += counts[i]
+            places[place] += counts[i]
+    assert len(six) > 100 and len(tones) == len(places) == 6
+    expected = epochs * len(six) / 6
+    for observed in (tones, places):
+        chi_square = sum((n - expected) ** 2 / expected for n in observed.values())
+        assert chi_square < 20.5                                 # 5 df: p = 0.001
 
 
-def test_an_epoch_of_each_takes_every_picture_once_and_is_another_set(emoji_set, monkeypatch, small_tar):
-    monkeypatch.setattr(emoji, "load", lambda *_: emoji_set)
-    mix = data.Mix([f"{emoji.TAR}@each:2"], 64, "run")
-    taken = [mix.sources[0].records[mix.index(*place)]["key"] for place in mix.places(range(7025), "text")]
-    learnt = [record["key"] for record in emoji_set[0] if record["split"] == "train"]
-    assert len(mix) == 7025 and sorted(taken) == sorted(learnt) and taken != learnt
-    assert data.fingerprint(f"{small_tar}@each") != data.fingerprint(small_tar)
-    assert data.fingerprint(f"{small_tar}@each:2") not in (data.fingerprint(f"{small_tar}@each"),
-                                                           data.fingerprint(f"{small_tar}:2"))
+def test_samples_of_an_epoch_are_the_records_of_its_indices(mix):
+    for sample, i in zip(mix.take(range(5), "image"), indices(mix, range(5)), strict=True):
+        assert sample["key"] == mix.sources[0].records[i]["key"]
 
 
-def test_without_npm_the_emoji_set_says_what_to_do(tmp_path, monkeypatch):
+def test_another_key_gives_another_epoch(mix, emoji_set):
+    assert indices(mix, range(50)) != indices(open_mix(emoji_set, key="other"), range(50))
+
+
+def test_an_epoch_of_each_takes_every_image_once(emoji_set):
+    mix = open_mix(emoji_set, "@each:2")
+    records = mix.sources[0].records
+    trained = [i for i, record in enumerate(records) if record["split"] == "train"]
+    picked = indices(mix, range(TRAIN_IMAGES), "text")
+    assert len(mix) == TRAIN_IMAGES
+    assert sorted(picked) == trained != picked
+
+
+def test_each_and_a_weight_change_the_fingerprint(small_tar):
+    specs = [f"{small_tar}{suffix}" for suffix in ("", ":2", "@each", "@each:2")]
+    assert len(set(map(data.fingerprint, specs))) == 4
+
+
+def test_building_the_set_needs_npm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="npm was not found: install Node.js"):
+    with pytest.raises(UserError, match="npm"):
         emoji.build(tmp_path / "emoji.tar.gz")
     assert not (tmp_path / "emoji.tar.gz").exists()
 
 
 def test_a_tar_of_something_else_is_refused(tmp_path):
-    with tarfile.open(tmp_path / "other.tar", "w") as tar:
-        for extension, content in (("webp", b"x"), ("json", b'{"caption": "a"}')):
-            member = tarfile.TarInfo(f"one.{extension}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    with pytest.raises(UserError,
-                       match='other.tar: one: "key" is null, expected a text'):
+    files = [("one.webp", b"x"), ("one.json", b'{"caption": "a"}')]
+    path = write_tar(tmp_path / "other.tar", files)
+    with pytest.raises(UserError, match='other.tar: one: "key"'):
         emoji.load(tmp_path / "other.tar")
-    with pytest.raises(UserError, match="other.tar@each: @each is of the emoji set, .*other.tar is another"):
-        data.open_source(f"{tmp_path}/other.tar@each", 16)
+    with pytest.raises(UserError, match="other.tar@each"):
+        data.open_source(f"{path}@each", 16)

@@ -1,7 +1,6 @@
 """dataset/precompute.py: latents and tokens that are computed once, and training from them."""
 
 import gzip
-import json
 import shutil
 from pathlib import Path
 
@@ -19,29 +18,31 @@ import train
 from common.cli import UserError
 from dataset import precompute, sources
 from dataset.images import to_picture
-from helpers import Forked, equal_runs, to_the_end
+from helpers import Forked, equal_runs, rows, to_the_end
 from inference.parts import Parts
 from model import MMDiT, MMDiTConfig, TokenEmbedding
-from pretrained.tokenizer import gpt2_tokenizer
+from pretrained.tokenizer import gpt2_subset, gpt2_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RELEASE, VAE = FIXTURES / "release", FIXTURES / "sd3.safetensors"
+SENTENCE = "A red fox runs through the snow.\n"
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Twelve pictures of noise, with two captions each."""
-    folder, generator = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
+    """Write twelve images of noise, with two captions each."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
     for i in range(12):
-        picture = torch.rand(3, 40 + i, 50, generator=generator) * 2 - 1
-        to_picture(picture).save(folder / f"{i}.png")
+        image = torch.rand(3, 40 + i, 50, generator=generator) * 2 - 1
+        to_picture(image).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"a picture of noise, {i}\nnoise {i}\n")
     return folder
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Shards of five samples instead of 512."""
+def small_shards(monkeypatch):
+    """Store five samples a shard instead of 512: three shards of the photos."""
     monkeypatch.setattr(precompute, "SHARD", 5)
 
 
@@ -50,27 +51,36 @@ def encode(photos, out, *flags, pixels=16, vae=VAE):
     return out
 
 
-def rows(out):
-    return [{name: row[name] for name in ("image_loss", "text_loss", "grad_norm")}
-            for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+def settings(init, *flags):
+    return ["--init", init, "--image-batch", 4, "--text-batch", 4, "--log-every", 1,
+            "--device", "cpu", *flags]
 
 
-# ---------------------------------------------------------------------------------------------------- latents
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-def test_stored_latents_are_those_of_the_pictures_and_keep_their_texts(photos, tmp_path, small):
-    stored = sources.of_path(str(encode(photos, tmp_path / "out", "--dtype", "float32", "--batch", 2)))
+
+# ------------------------------------------------------------------------------------------ latents
+
+def test_stored_latents_are_those_of_the_images(photos, tmp_path, small_shards):
+    out = encode(photos, tmp_path / "out", "--dtype", "float32", "--batch", 2)
+    stored = sources.of_path(str(out))
     mix, vae = data.Mix([str(photos)], 16), checkpoint.load_vae(VAE)
-    assert len(stored) == len(mix) == 12 and len(stored.files) == 3
-    assert stored.stamp["vae"] == checkpoint.digest(vae) == checkpoint.digest(checkpoint.load_vae(VAE))
+    assert len(stored) == len(mix) == 12
+    assert len(stored.files) == 3
+    again = checkpoint.load_vae(VAE)
+    assert stored.stamp["vae"] == checkpoint.digest(vae) == checkpoint.digest(again)
     for i in (0, 4, 5, 11):
         sample = mix.cut(mix.sources[0][i])
         with torch.inference_mode():
             latents = vae.encode(sources.latents_of([sample]))[0]
-        assert torch.allclose(stored[i]["latents"], latents, atol=1e-6) and latents.shape == (16, 8, 8)
-        assert stored[i]["key"] == sample["key"] and stored[i]["captions"] == sample["captions"]
+        assert latents.shape == (16, 8, 8)
+        assert torch.allclose(stored[i]["latents"], latents, atol=1e-6)  # float32, batches differ
+        assert stored[i]["key"] == sample["key"]
+        assert stored[i]["captions"] == sample["captions"]
 
 
-def test_states_of_a_clean_caption_are_those_that_t5_gives(photos, tmp_path):
+def test_stored_states_are_those_of_t5(photos, tmp_path):
     flags = ["--t5", RELEASE, "--text-length", 9, "--dtype", "float32"]
     stored = sources.of_path(str(encode(photos, tmp_path / "out", *flags)))
     t5, tokenizer = checkpoint.load_t5(RELEASE, torch.bfloat16), checkpoint.load_tokenizer(RELEASE)
@@ -78,169 +88,251 @@ def test_states_of_a_clean_caption_are_those_that_t5_gives(photos, tmp_path):
         assert sample["stated"] in sample["captions"]
         with torch.inference_mode():
             states = t5(tokenizer.encode(sample["stated"], 9)[None])[0].float()
-        assert (states - sample["states"]).abs().max() < 0.02 * states.abs().max()   # bfloat16, in a batch
-    assert {sample["stated"][:5] for sample in map(stored.__getitem__, range(12))} == {"a pic", "noise"}
+        difference = (states - sample["states"]).abs().max()
+        assert difference < 0.02 * states.abs().max()                    # bfloat16, in a batch
+    assert {stored[i]["stated"][:5] for i in range(12)} == {"a pic", "noise"}
 
 
-def test_a_stopped_command_goes_on_and_parts_make_a_whole(photos, tmp_path, small, capsys, mistake):
+def test_parts_make_the_same_shards_as_one_command(photos, tmp_path, small_shards):
     whole = encode(photos, tmp_path / "whole")
-    for first in (0, 1):
-        if first:
-            with pytest.raises(UserError, match="2 of 3 shards; the same python data.py latents makes the"):
-                sources.of_path(str(tmp_path / "parts"))
-        encode(photos, tmp_path / "parts", "--part", f"{first}/2", "--workers", first)
-    assert [path.read_bytes() for path in sorted((tmp_path / "parts").iterdir())] == [
-        path.read_bytes() for path in sorted(whole.iterdir())]
-    gone = whole / "latents-00001.safetensors"
-    gone.unlink()
+    parts = encode(photos, tmp_path / "parts", "--part", "0/2")
+    with pytest.raises(UserError, match="parts: 2 of 3 "):
+        sources.of_path(str(parts))
+    encode(photos, parts, "--part", "1/2", "--workers", 1)
+    assert contents(parts) == contents(whole)
+
+
+def test_a_stopped_command_goes_on_with_the_missing_shard(photos, tmp_path, small_shards, capsys):
+    out = encode(photos, tmp_path / "out")
+    before = contents(out)
+    (out / "latents-00001.safetensors").unlink()
     capsys.readouterr()
-    assert gone in encode(photos, whole).iterdir()
-    assert "3 shards, 5 samples encoded now, 0 left out" in capsys.readouterr().out
-    with pytest.raises(UserError, match="latents-00000.* made with other settings, .*'16'.*, not .*'24'"):
-        encode(photos, whole, pixels=24)
-    with pytest.raises(UserError, match="--pixels 17: expected a multiple of 2"):
-        encode(photos, whole, pixels=17)
-    code, said = mistake(data.main, ["latents", photos, whole, "--vae", VAE, "--piels", 3])
-    assert code == 2 and said == "error: unknown argument --piels; did you mean --pixels?\n"
-    for flag, value in (("--text-length", 256), ("--recaption", 1), ("--tokenizer", RELEASE)):
-        code, said = mistake(data.main, ["latents", photos, whole, "--vae", VAE, flag, value])
-        assert code == 1 and f"{flag} needs --t5" in said
+    encode(photos, out)
+    assert contents(out) == before
+    assert "3 shards, 5 samples" in capsys.readouterr().out
+    with pytest.raises(UserError, match="latents-00000.*'16'.*'24'"):
+        encode(photos, out, pixels=24)
 
 
-def test_a_full_disk_leaves_whole_shards_and_the_same_command_goes_on(photos, small_disk, small, mistake):
-    encode(photos, small_disk / "whole")
-    (small_disk / "a.txt").write_text("A red fox runs through the snow.\n" * 1000)
+@pytest.mark.parametrize("flags, code, names", [
+    (["--pixels", 17], 1, ["--pixels 17"]),
+    (["--piels", 3], 2, ["--piels", "--pixels"]),
+    (["--text-length", 256], 1, ["--text-length", "--t5"]),
+    (["--recaption", 1], 1, ["--recaption", "--t5"]),
+    (["--tokenizer", RELEASE], 1, ["--tokenizer", "--t5"]),
+])
+def test_unusable_flags_are_named(flags, code, names, photos, tmp_path, mistake):
+    status, error = mistake(data.main, ["latents", photos, tmp_path / "out", "--vae", VAE, *flags])
+    assert status == code
+    assert all(name in error for name in names)
+
+
+def test_a_full_disk_leaves_whole_shards_to_go_on_from(photos, small_disk, small_shards, mistake):
+    whole = encode(photos, small_disk / "whole")
+    (small_disk / "a.txt").write_text(SENTENCE * 1000)
     out, filler = small_disk / "out", small_disk / "filler"
-    with open(filler, "wb") as file:                             # room for one shard of 11 KB
+    with open(filler, "wb") as file:                             # leave room for one shard of 11 KB
         file.write(bytes(max(0, shutil.disk_usage(small_disk).free - 2**14)))
     flags = ["latents", photos, out, "--vae", VAE, "--pixels", 16]
-    code, said = mistake(data.main, flags)
-    assert code == 1 and "latents-00001.safetensors: can't be written (" in said
-    assert [path.name for path in out.iterdir()] == ["latents-00000.safetensors"]
-    with pytest.raises(OSError) as error:                        # cli.run says so in one line
+    code, error = mistake(data.main, flags)
+    assert code == 1
+    assert "latents-00001.safetensors" in error
+    assert contents(out).keys() == {"latents-00000.safetensors"}
+    with pytest.raises(OSError) as full:                         # cli.run prints it in one line
         pack(small_disk / "t.safetensors", small_disk / "a.txt")
-    assert error.value.filename == str(small_disk / "t.safetensors")
+    assert full.value.filename == str(small_disk / "t.safetensors")
     assert sorted(path.name for path in small_disk.iterdir()) == ["a.txt", "filler", "out", "whole"]
     filler.unlink()
     assert mistake(data.main, flags) == (0, "")
-    assert [path.read_bytes() for path in sorted(out.iterdir())] == [
-        path.read_bytes() for path in sorted((small_disk / "whole").iterdir())]
+    assert contents(out) == contents(whole)
 
 
-def test_pictures_of_no_use_are_left_out_and_named(photos, tmp_path, small, capsys):
+def test_unreadable_images_are_left_out_and_named(photos, tmp_path, small_shards, capsys):
     shutil.copytree(photos, tmp_path / "photos")
-    names = sorted(tmp_path.glob("photos/*.png"))
-    names[1].write_bytes(b"no picture")
+    images = sorted(tmp_path.glob("photos/*.png"))
+    images[1].write_bytes(b"not an image")
     stored = sources.of_path(str(encode(tmp_path / "photos", tmp_path / "out")))
-    assert len(stored) == 11 and stored[1]["key"] == str(names[2])
-    assert f"left out: {names[1]}: not a picture" in capsys.readouterr().err
-    for name in names:
-        name.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="latents-00000.safetensors: all of its samples are of no use"):
+    assert len(stored) == 11
+    assert stored[1]["key"] == str(images[2])
+    assert str(images[1]) in capsys.readouterr().err
+    for image in images:
+        image.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="latents-00000.safetensors: all "):
         encode(tmp_path / "photos", tmp_path / "none")
     assert not list((tmp_path / "none").iterdir())
 
 
-def test_shards_that_do_not_belong_together_or_are_damaged_are_refused(photos, tmp_path, small):
+def test_shards_of_other_settings_are_refused(photos, tmp_path, small_shards):
     out = encode(photos, tmp_path / "out")
     other = encode(photos, tmp_path / "other", "--dtype", "float32")
     shutil.copy(other / "latents-00001.safetensors", out)
     sources.mapped.cache_clear()
-    with pytest.raises(UserError, match="00001.safetensors: made with other settings than .*latents-00000"):
+    with pytest.raises(UserError, match="latents-00001.*settings.*latents-00000"):
         sources.of_path(str(out))
-    file = other / "latents-00002.safetensors"
+
+
+def test_damaged_and_foreign_shards_are_refused(photos, tmp_path, small_shards):
+    out = encode(photos, tmp_path / "out")
+    file = out / "latents-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     sources.mapped.cache_clear()
-    with pytest.raises(UserError, match="00002.safetensors: not a whole safetensors file"):
-        sources.of_path(str(other))
+    with pytest.raises(UserError, match="latents-00002.safetensors: .*whole"):
+        sources.of_path(str(out))
     save_file({"latents": torch.zeros(1)}, tmp_path / "latents-00000.safetensors")
-    with pytest.raises(UserError, match="not what python data.py latents writes"):
+    with pytest.raises(UserError, match="latents-00000.safetensors: .*data.py latents"):
         sources.of_path(str(tmp_path))
 
 
-def test_training_from_stored_pixels_is_training_from_the_pictures(photos, tiny, tmp_path):
+def test_training_on_stored_pixels_equals_training_on_images(photos, tiny, tmp_path):
     stored = encode(photos, tmp_path / "stored", "--dtype", "float32", vae=tiny)
-    go = lambda path, out: train.main(list(map(str, [
-        "--init", tiny, "--image-data", path, "--out", tmp_path / out, "--steps", 3, "--image-batch", 4,
-        "--text-batch", 4, "--dtype", "float32", "--log-every", 1, "--sample-every", 3, "--device", "cpu"])))
-    go(photos, "pictures")
-    go(stored, "latents")
-    assert rows(tmp_path / "pictures") == rows(tmp_path / "latents")
-    assert (tmp_path / "latents" / "samples_3.png").exists()
+    for path, out, sample_every in ((photos, "images", 0), (stored, "latents", 2)):
+        train.main(list(map(str, settings(
+            tiny, "--image-data", path, "--out", tmp_path / out, "--steps", 2, "--dtype", "float32",
+            "--sample-every", sample_every))))
+    for one, other in zip(rows(tmp_path / "images"), rows(tmp_path / "latents"), strict=True):
+        for name in ("image_loss", "text_loss", "grad_norm"):
+            assert one[name] == other[name]
+    assert (tmp_path / "latents" / "samples_2.png").exists()
 
+
+# ------------------------------------------------------------------------------ training on latents
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """An end-to-end checkpoint of one block on an autoencoder's latents, with all of GPT-2's tokens."""
-    sizes = MMDiTConfig(depth=1, heads=1, width=16, text_width=8, vocab_size=50258, text_length=12)
-    parts = nn.ModuleDict(dict(mmdit=MMDiT(sizes), embedding=TokenEmbedding(50258, 12, 8)))
-    folder = tmp_path_factory.mktemp("wide")
-    checkpoint.save(folder, dict(parts.named_parameters()), sizes, gpt2_tokenizer(), pixels=16,
+def init(tmp_path_factory):
+    """Write a checkpoint of one block on an autoencoder's latents."""
+    keep = gpt2_subset([SENTENCE, "a picture of noise"])
+    vocabulary = len(keep) + 2
+    sizes = MMDiTConfig(depth=1, heads=1, width=16, text_width=8, vocab_size=vocabulary,
+                        text_length=12)
+    parts = nn.ModuleDict(dict(mmdit=MMDiT(sizes), embedding=TokenEmbedding(vocabulary, 12, 8)))
+    folder = tmp_path_factory.mktemp("init")
+    checkpoint.save(folder, dict(parts.named_parameters()), sizes, gpt2_tokenizer(keep), pixels=16,
                     latents=checkpoint.digest(checkpoint.load_vae(VAE)))
     return folder
 
 
+@pytest.fixture(scope="module")
+def stored(photos, tmp_path_factory):
+    return encode(photos, tmp_path_factory.mktemp("latents") / "stored")
+
+
+@pytest.fixture(scope="module")
+def other_vae(tmp_path_factory):
+    """Write an autoencoder with other weights."""
+    weights = {name: weight.float() for name, weight in load_file(VAE).items()
+               if name.startswith("first_stage")}
+    weights["first_stage_model.decoder.conv_in.bias"] += 1
+    path = tmp_path_factory.mktemp("vae") / "other.safetensors"
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(init, tmp_path_factory):
+    """Pack text with the tokenizer of `init`."""
+    folder = tmp_path_factory.mktemp("tokens")
+    (folder / "a.txt").write_text(SENTENCE * 40)
+    return pack(folder / "t.safetensors", folder / "a.txt", tokenizer=init)
+
+
+@pytest.fixture(scope="module")
+def finished_run(init, stored, tmp_path_factory):
+    """Train two steps on stored latents; tests that change the folder copy it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train.main(list(map(str, settings(init, "--image-data", stored, "--out", out, "--steps", 2))))
+    return out
+
+
 @pytest.fixture
-def go(wide, tmp_path, mistake):
-    """Train from `wide` with these flags; returns a mistake of the person's."""
-    return lambda *flags: mistake(train.main, [
-        "--init", wide, "--out", tmp_path / "run", "--steps", 2, "--image-batch", 4, "--text-batch", 4,
-        "--log-every", 1, "--device", "cpu", *flags])[1]
+def train_error(init, tmp_path, mistake):
+    """Return what train.py prints on stderr with these flags: nothing where it succeeds."""
+    def run_training(*flags):
+        flags = settings(init, "--out", tmp_path / "run", "--steps", 2, *flags)
+        return mistake(train.main, flags)[1]
+    return run_training
 
 
-def test_a_run_on_latents_says_whose_they_are_and_refuses_those_of_others(photos, go, tmp_path, capsys):
-    stored = encode(photos, tmp_path / "stored")
-    assert go("--image-data", stored) == ""
-    config, run = checkpoint.read_config(tmp_path / "run"), tmp_path / "run"
-    assert config["latents"] == checkpoint.digest(checkpoint.load_vae(VAE)) and len(rows(run)) == 2
-    assert Parts(run, vae=VAE).vae.channels == 16
-    twelve = encode(photos, tmp_path / "twelve", pixels=12)      # a multiple of 2 pixels a latent, not of 8
-    assert data.latent_factor([str(photos), str(twelve)]) == checkpoint.load_vae(VAE).factor == 2
-    assert go("--image-data", twelve, "--pixels", 12, "--steps", 1, "--out", tmp_path / "small") == ""
-    changed = {name: x.float() for name, x in load_file(VAE).items() if name.startswith("first_stage")}
-    changed["first_stage_model.decoder.conv_in.bias"] += 1
-    save_file(changed, tmp_path / "changed.safetensors")
-    with pytest.raises(UserError, match="changed.safetensors: is the autoencoder .*, this transformer "):
-        Parts(run, vae=tmp_path / "changed.safetensors")
-    again = lambda path: go("--image-data", path, "--out", tmp_path / "next")
-    said = again(encode(photos, tmp_path / "other", vae=tmp_path / "changed.safetensors"))
-    assert f"the model has learnt those of {config['latents']}" in said
-    assert "latents of pictures of 32 pixels, this run's have 16; give --pixels 32" in again(
-        encode(photos, tmp_path / "large", pixels=32))
-    assert "3 channels, this model's latents have 16: expected an autoencoder, --vae, or its" in again(photos)
-    with pytest.raises(UserError, match="one batch can't have both"):
+def test_a_run_on_latents_records_their_autoencoder(finished_run):
+    digest = checkpoint.digest(checkpoint.load_vae(VAE))
+    assert checkpoint.read_config(finished_run)["latents"] == digest
+    assert len(rows(finished_run)) == 2
+    assert Parts(finished_run, vae=VAE).vae.channels == 16
+
+
+def test_sampling_refuses_another_autoencoder(finished_run, other_vae):
+    digest = checkpoint.read_config(finished_run)["latents"]
+    with pytest.raises(UserError, match=f"other.safetensors: .*{digest}"):
+        Parts(finished_run, vae=other_vae)
+
+
+def test_training_refuses_latents_of_another_autoencoder(photos, other_vae, train_error, init,
+                                                         tmp_path):
+    other = encode(photos, tmp_path / "other", vae=other_vae)
+    error = train_error("--image-data", other)
+    assert "--image-data" in error
+    assert checkpoint.read_config(init)["latents"] in error
+    assert sources.of_path(str(other)).stamp["vae"] in error
+
+
+def test_training_refuses_latents_of_another_size(photos, train_error, tmp_path):
+    error = train_error("--image-data", encode(photos, tmp_path / "large", pixels=32))
+    assert "--image-data" in error and "--pixels 32" in error
+
+
+def test_training_a_latent_model_on_images_needs_a_vae(photos, train_error):
+    error = train_error("--image-data", photos)
+    assert "--image-data: 3 channels" in error and "--vae" in error
+
+
+def test_images_and_latents_are_not_mixed(photos, stored):
+    with pytest.raises(UserError, match=f"^{stored}: "):
         data.Mix([str(photos), str(stored)], 16)
-    assert go("--image-data", stored, "--steps", 3) == ""
-    shutil.rmtree(stored)
-    shutil.copytree(tmp_path / "other", stored)
-    assert "with other contents" in go("--image-data", stored, "--steps", 4)
 
 
-# ------------------------------------------------------------------------------------------------------- text
+def test_pixels_need_only_divide_by_the_factor_of_the_latents(photos, train_error, tmp_path):
+    twelve = encode(photos, tmp_path / "twelve", pixels=12)      # a multiple of 2 pixels, not of 8
+    assert data.latent_factor([str(photos), str(twelve)]) == checkpoint.load_vae(VAE).factor == 2
+    assert train_error("--image-data", twelve, "--pixels", 12, "--steps", 1) == ""
+
+
+def test_a_run_resumes_on_the_same_latents_only(photos, other_vae, finished_run, train_error,
+                                                tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    latents = encode(photos, tmp_path / "stored")
+    assert train_error("--image-data", latents, "--steps", 3) == ""
+    shutil.rmtree(latents)
+    encode(photos, latents, vae=other_vae)
+    sources.mapped.cache_clear()
+    assert f"--image-data {latents}" in train_error("--image-data", latents, "--steps", 4)
+
+
+# --------------------------------------------------------------------------------------------- text
 
 def pack(out, *files, tokenizer="gpt2"):
     data.main(list(map(str, ["pack", *files, out, "--tokenizer", tokenizer])))
     return out
 
 
-def test_a_packed_text_is_its_tokens_end_to_end(tmp_path, monkeypatch):
-    """A long text is cut up for the tokenizer where its tokens are the same: never in a run of spaces."""
+@pytest.mark.parametrize("piece_length", [2**16, 100, 1])
+def test_a_packed_text_is_its_tokens_end_to_end(piece_length, tmp_path, monkeypatch):
+    """A long text is cut where its tokens stay the same: never in a run of spaces."""
     text = "One line.\nAnother one,\n\n\n  and a third\r\n\tend: «naïve» 数字\n" * 60
     (tmp_path / "a.txt").write_bytes(text.encode())
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('{"text": "second"}\n\n"third <|endoftext|>"\n')
-    gpt2, made = gpt2_tokenizer(), []
-    for size in (2**16, 100, 1):
-        monkeypatch.setattr(precompute, "DOCUMENT", size)
-        assert size == 2**16 or len(list(precompute.documents(str(tmp_path / "a.txt"), lambda at: None))) > 20
-        out = pack(tmp_path / "t.safetensors", tmp_path / "a.txt", tmp_path / "b.jsonl.gz")
-        made.append(load_file(out)["tokens"])
-    expected = [i for document in (text, "second", "third <|endoftext|>")
-                for i in [*gpt2.pieces(document), gpt2.end_id]]
-    assert all(tokens.tolist() == expected for tokens in made) and made[0].dtype == torch.uint16
-    sources.mapped.cache_clear()
+    monkeypatch.setattr(precompute, "DOCUMENT", piece_length)
+    pieces = list(precompute.documents(str(tmp_path / "a.txt"), lambda at: None))
+    assert len(pieces) == 1 if piece_length == 2**16 else len(pieces) > 20
+    gpt2, expected = gpt2_tokenizer(), []
+    for document in (text, "second", "third <|endoftext|>"):
+        expected += [*gpt2.pieces(document), gpt2.end_id]
+    out = pack(tmp_path / "t.safetensors", tmp_path / "a.txt", tmp_path / "b.jsonl.gz")
+    packed = load_file(out)["tokens"]
+    assert packed.tolist() == expected
+    assert packed.dtype == torch.uint16
     source = sources.of_path(str(out), 7)
-    assert len(source) == len(expected) // 7 and source[3]["ids"].tolist() == expected[21:28]
+    assert len(source) == len(expected) // 7
+    assert source[3]["ids"].tolist() == expected[21:28]
     with safe_open(out, "np") as file:
         assert file.metadata() == dict(tokenizer=gpt2.digest(), documents="3")
 
@@ -250,70 +342,87 @@ def test_a_vocabulary_over_65536_is_packed_in_uint32(tmp_path, monkeypatch):
     large = gpt2_tokenizer()
     large.vocab_size = 70_000
     monkeypatch.setattr(checkpoint, "load_tokenizer", lambda path: large)
-    tokens = load_file(pack(tmp_path / "t.safetensors", tmp_path / "a.txt"))["tokens"]
-    assert tokens.dtype == torch.uint32 and tokens.tolist() == [*large.pieces("a red fox"), large.end_id]
+    packed = load_file(pack(tmp_path / "t.safetensors", tmp_path / "a.txt"))["tokens"]
+    assert packed.dtype == torch.uint32
+    assert packed.tolist() == [*large.pieces("a red fox"), large.end_id]
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"", "no text in it"),
-    ("a.txt", b"fine\n\xff\xfe", "a.txt:2: not UTF-8 text"),
-    ("a.jsonl", b'{"text": "x"}\n{"words": 1}', "a.jsonl:2: \"text\" is null, expected a text"),
-    ("a.jsonl", b'{"text": null}', "a.jsonl:1: \"text\" is null, expected a text"),
-    ("a.jsonl", b'[1]', r"a.jsonl:1: \"text\" is \[1\], expected a text"),
-    ("a.jsonl", b'"\\ud800"', r"a.jsonl:1: \"text\" is '\\ud800', expected a text"),
-    ("a.jsonl", b"{", "a.jsonl:1: not readable as JSON"),
-    ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1: not readable as JSON .*utf-8"),
-    ("a.txt.gz", b"plain", "a.txt.gz: can't be read"),
-    ("a.txt.gz", gzip.compress(b"word " * 9999)[:-20], "a.txt.gz: can't be read"),
-    ("a.md", b"words", "a.md: expected .txt, .jsonl"),
+    ("a.txt", b"", "a.txt: no text"),
+    ("a.txt", b"fine\n\xff\xfe", "a.txt:2: .*UTF-8"),
+    ("a.jsonl", b'{"text": "x"}\n{"words": 1}', 'a.jsonl:2: "text" is null'),
+    ("a.jsonl", b'{"text": null}', 'a.jsonl:1: "text" is null'),
+    ("a.jsonl", b'[1]', r'a.jsonl:1: "text" is \[1\]'),
+    ("a.jsonl", b'"\\ud800"', r'a.jsonl:1: "text" is .*\\ud800'),
+    ("a.jsonl", b"{", "a.jsonl:1: .*JSON"),
+    ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1: .*utf-8"),
+    ("a.txt.gz", b"plain", "a.txt.gz: "),
+    ("a.txt.gz", gzip.compress(b"word " * 9999)[:-20], "a.txt.gz: "),
+    ("a.md", b"words", "a.md: .*.jsonl"),
 ])
-def test_text_that_cannot_be_packed_gets_one_line_and_leaves_nothing(name, content, message, tmp_path):
+def test_unusable_text_is_refused_and_leaves_no_file(name, content, message, tmp_path, init):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        pack(tmp_path / "t.safetensors", tmp_path / name)
-    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == [name]
+        pack(tmp_path / "t.safetensors", tmp_path / name, tokenizer=init)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_plain_text_is_learnt_without_a_picture_and_teaches_the_null_image(photos, go, wide, tmp_path):
-    (tmp_path / "a.txt").write_text("A red fox runs through the snow.\n" * 40)
-    text = pack(tmp_path / "t.safetensors", tmp_path / "a.txt")
-    stored = encode(photos, tmp_path / "stored")
-    assert go("--image-data", stored, "--text-data", text, "--lr", 1e-3, "--warmup", 0) == ""
-    before, after = (load_file(folder / "model.safetensors")["mmdit.null_image"].float() for folder in (
-        wide, tmp_path / "run"))
-    assert not torch.allclose(before, after, atol=1e-4)
-    again = lambda *flags: go("--out", tmp_path / "next", *flags)
-    assert "--image-data is plain text, which has no pictures" in again("--image-data", text)
-    assert "plain text is made tokens first: python data.py pack" in again("--image-data", tmp_path / "a.txt")
-    assert "one batch can't have both" in again("--image-data", stored, "--text-data", text, stored)
-    other = pack(tmp_path / "o.safetensors", tmp_path / "a.txt", tokenizer=FIXTURES / "release")
-    said = again("--image-data", stored, "--text-data", other)
-    assert f"o.safetensors: tokens of another tokenizer than that of {wide}; pack its text again" in said
-    short = tmp_path / "s.txt"
-    short.write_text("A red fox")
-    assert "4 tokens, one text takes 12" in again(
-        "--image-data", stored, "--text-data", pack(tmp_path / "s.safetensors", short))
-    assert "not what python data.py pack writes" in again("--image-data", wide / "model.safetensors")
+def test_plain_text_trains_the_null_image(stored, tokens, train_error, init, tmp_path):
+    flags = ["--image-data", stored, "--text-data", tokens, "--lr", 1e-3, "--warmup", 0]
+    assert train_error(*flags) == ""
+    before, after = (load_file(folder / "model.safetensors")["mmdit.null_image"].float()
+                     for folder in (init, tmp_path / "run"))
+    assert not torch.allclose(before, after, atol=1e-4)          # two steps of 1e-3
 
 
-def test_two_processes_learn_from_latents_and_plain_text_as_one_does(photos, wide, tmp_path):
-    (tmp_path / "a.txt").write_text("A red fox runs through the snow.\n" * 40)
-    flags = ["--init", wide, "--image-data", encode(photos, tmp_path / "stored"), "--text-data",
-             pack(tmp_path / "t.safetensors", tmp_path / "a.txt"), "--steps", 6, "--image-batch", 4,
-             "--text-batch", 4, "--log-every", 1, "--dtype", "float32", "--optimizer", "adamw", "--lr", 2e-4,
-             "--device", "cpu", "--workers", 1]
+def test_plain_text_is_refused_as_images(stored, tokens, train_error):
+    assert "--image-data" in train_error("--image-data", tokens)
+    assert f"{stored}: " in train_error("--image-data", stored, "--text-data", tokens, stored)
+
+
+def test_text_that_is_not_packed_is_refused(train_error, init, tmp_path):
+    (tmp_path / "a.txt").write_text(SENTENCE)
+    error = train_error("--image-data", tmp_path / "a.txt")
+    assert str(tmp_path / "a.txt") in error and "data.py pack" in error
+    error = train_error("--image-data", init / "model.safetensors")
+    assert f"{init / 'model.safetensors'}: " in error and "data.py pack" in error
+
+
+def test_tokens_of_another_tokenizer_are_refused(stored, train_error, init, tmp_path):
+    (tmp_path / "a.txt").write_text(SENTENCE * 40)
+    other = pack(tmp_path / "other.safetensors", tmp_path / "a.txt", tokenizer=RELEASE)
+    error = train_error("--image-data", stored, "--text-data", other)
+    assert f"{other}: " in error and f"--tokenizer {init}" in error
+
+
+def test_tokens_shorter_than_one_text_are_refused(stored, train_error, init, tmp_path):
+    (tmp_path / "a.txt").write_text("A red fox")
+    short = pack(tmp_path / "short.safetensors", tmp_path / "a.txt", tokenizer=init)
+    error = train_error("--image-data", stored, "--text-data", short)
+    assert f"{short}: 4 tokens" in error and "12" in error
+
+
+def test_two_processes_train_on_latents_and_text_as_one(stored, tokens, init, tmp_path):
+    flags = settings(init, "--image-data", stored, "--text-data", tokens, "--steps", 3,
+                     "--dtype", "float32", "--optimizer", "adamw", "--lr", 2e-4)
     train.main(list(map(str, [*flags, "--out", tmp_path / "1"])))
-    to_the_end(Forked(2, *flags, "--out", tmp_path / "2"))
+    to_the_end(Forked(2, *flags, "--workers", 1, "--out", tmp_path / "2"))
     equal_runs(tmp_path / "1", tmp_path / "2")
 
 
-def test_the_page_shows_latents_and_texts(photos, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("A red fox runs through the snow.\n" * 40)
-    text = pack(tmp_path / "t.safetensors", tmp_path / "a.txt")
-    for path, flags in ((encode(photos, tmp_path / "stored"), ["--pixels", "16"]),
-                        (text, ["--text-length", "30"])):
-        data.main(["show", str(path), "--out", str(tmp_path / "page.png"), *flags])
-        assert Image.open(tmp_path / "page.png").size == (1000, 6 * 104)
-        said = capsys.readouterr().out
-    assert f"{text}: Tokens, 12 samples, 100.0% of the mix" in said and "12 samples, 0 of no use" in said
-    assert np.asarray(Image.open(tmp_path / "page.png")).min() < 100
+def test_a_page_shows_latents(stored, init, tmp_path):
+    data.main(["show", str(stored), "--out", str(tmp_path / "page.png"), "--pixels", "16",
+               "--tokenizer", str(init)])
+    assert Image.open(tmp_path / "page.png").size == (1000, 6 * 104)     # two columns of six rows
+
+
+def test_a_page_shows_texts_and_counts_them(tokens, init, tmp_path, capsys):
+    data.main(["show", str(tokens), "--out", str(tmp_path / "page.png"), "--text-length", "30",
+               "--tokenizer", str(init)])
+    output = capsys.readouterr().out
+    assert f"{tokens}: Tokens, 12 samples, 100.0%" in output
+    assert "12 samples, 0 " in output
+    page = Image.open(tmp_path / "page.png")
+    assert page.size == (1000, 6 * 104)
+    assert np.asarray(page).min() < 100                                  # black letters on white

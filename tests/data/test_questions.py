@@ -1,4 +1,4 @@
-"""dataset/questions.py: each published form from a small file of its shape, and its prompt letter by letter."""
+"""dataset/questions.py: each published format in a small file, and its prompts letter by letter."""
 
 import collections
 import json
@@ -11,106 +11,131 @@ from common.cli import UserError
 from dataset import questions
 from dataset.questions import question_prompt
 
+SHORT = "Q: What is it? Answer the question using a single word or phrase. A: "
+
 
 @pytest.fixture
 def folder(tmp_path):
     for name in ("COCO_train2014_000000000042.jpg", "42.jpg", "a/42.jpg", "VizWiz_train_1.jpg"):
-        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / name)
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "images" / name)
     return tmp_path
 
 
-def prompts(folder, name, content, **others):
-    """[(prompt, answer)] of every sample that a file of this name and content gives."""
-    for file, more in (others | {name: content}).items():
-        (folder / file).write_text(json.dumps(more))
-    source = data.open_source(f"{folder / name}@{folder / 'pictures'}", 16)
-    mix = data.Mix([f"{folder / name}@{folder / 'pictures'}:2"], 16)
-    found = [q for i in range(len(source)) for q in mix.cut(source[i])["questions"]]
-    return [(question_prompt(q["question"]), q["answer"]) for q in found]
+def prompts(folder, name, content):
+    """Write a file of questions, and return [(prompt, answer)] of all its samples."""
+    (folder / name).write_text(json.dumps(content))
+    mix = data.Mix([f"{folder / name}@{folder / 'images'}:2"], 16)
+    pairs = []
+    for i in range(len(mix)):
+        pairs += mix.cut(mix.sources[0][i])["questions"]
+    return [(question_prompt(pair["question"]), pair["answer"]) for pair in pairs]
 
 
-def vqa(name, key, folder, answers):
+def vqa(prefix, key, folder, answers):
+    """Write VQAv2's or OK-VQA's two files of one question, and return the prompts."""
+    annotation = dict(question_id=key, answers=[dict(answer=answer) for answer in answers])
+    annotations = folder / f"{prefix}mscoco_train2014_annotations.json"
+    annotations.write_text(json.dumps(dict(annotations=[annotation])))
     question = dict(question_id=key, image_id=42, question=" What is it?")
-    asked = dict(data_subtype="train2014", questions=[question])
-    given = dict(annotations=[dict(question_id=key, answers=[dict(answer=answer) for answer in answers])])
-    return prompts(folder, f"{name}OpenEnded_mscoco_train2014_questions.json", asked,
-                   **{f"{name}mscoco_train2014_annotations.json": given})
+    return prompts(folder, f"{prefix}OpenEnded_mscoco_train2014_questions.json",
+                   dict(data_subtype="train2014", questions=[question]))
 
 
-SHORT = "Q: What is it? Answer the question using a single word or phrase. A: "
+def conversation(*turns, **entry):
+    return entry | dict(conversations=[{"from": who, "value": text} for who, text in turns])
 
 
-def test_llava_gives_every_turn_and_leaves_out_what_has_no_picture(folder):
-    turns = [dict(zip(("from", "value"), turn)) for turn in (
-        ("human", "<image>\nWhat is it?\nAnswer the question using a single word or phrase."),
-        ("gpt", "An apple"),
-        ("human", "Is it red?"), ("gpt", "Yes, it is."))]
-    found = prompts(folder, "llava.json", [dict(id=1, image="a/42.jpg", conversations=turns),
-                                           dict(id=2, conversations=turns)])
-    assert found == [(SHORT, "An apple"), ("Q: Is it red? A: ", "Yes, it is.")]
+def test_llava_gives_every_turn_of_entries_with_an_image(folder):
+    turns = [("human", "<image>\nWhat is it?\nAnswer the question using a single word or phrase."),
+             ("gpt", "An apple"), ("human", "Is it red?"), ("gpt", "Yes, it is.")]
+    entries = [conversation(*turns, id=1, image="a/42.jpg"), conversation(*turns, id=2)]
+    assert prompts(folder, "llava.json", entries) == [(SHORT, "An apple"),
+                                                      ("Q: Is it red? A: ", "Yes, it is.")]
 
 
-def test_vqa_takes_the_answer_that_most_people_gave(folder):
-    assert vqa("v2_", 7, folder, ["pear", "apple", "apple", "fig", "pear", "apple"]) == [(SHORT, "apple")]
-    assert vqa("", "What is it?", folder, ["pear", "apple", "apple", "pear"]) == [(SHORT, "pear")]  # OK-VQA
+def test_llava_pairs_a_question_with_the_next_answer_only(folder):
+    turns = [("gpt", "Hello"), ("human", "Is it red?"), ("gpt", "Yes."), ("gpt", "It is an apple."),
+             ("human", "Is it blue?"), ("human", "Is it ripe?"), ("gpt", "No.")]
+    assert prompts(folder, "llava.json", [conversation(*turns, image="a/42.jpg")]) == [
+        ("Q: Is it red? A: ", "Yes."), ("Q: Is it ripe? A: ", "No.")]
 
 
-def test_a_question_that_nobody_answered_is_named(folder):
-    with pytest.raises(UserError, match="questions.json: question 7 has no answer"):
+def test_vqa_takes_the_most_common_answer(folder):
+    answers = ["pear", "apple", "apple", "fig", "pear", "apple"]
+    assert vqa("v2_", 7, folder, answers) == [(SHORT, "apple")]
+
+
+def test_vqa_takes_the_first_answer_in_a_tie(folder):
+    assert vqa("", "OK-VQA", folder, ["pear", "apple", "apple", "pear"]) == [(SHORT, "pear")]
+
+
+def test_a_question_without_an_answer_is_refused(folder):
+    with pytest.raises(UserError, match="questions.json: question 7 "):
         vqa("v2_", 7, folder, [])
 
 
-def test_training_and_scoring_read_the_same_files(folder):
-    """The answers of each question, and the one that training takes of them."""
-    vqa("v2_", 7, folder, ["pear", "apple", "apple"])
-    gqa = {"07": dict(imageId="42", question="What is it?", answer="apple", isBalanced=False)}
-    text = dict(data=[dict(image_id="42", question="What is it?", answers=["fig", "apple", "apple"])])
-    for kind, name, content in (("vqav2", "v2_OpenEnded_mscoco_train2014_questions.json", None),
-                                ("gqa", "gqa.json", gqa), ("textvqa", "text.json", text)):
-        if content:
-            assert prompts(folder, name, content) == [(SHORT, "apple")]
-        path, read = folder / name, questions.READ[kind]
-        q, = read.read(read.load(path), path, collections.defaultdict(list))
-        assert q.answers.count("apple") >= 1 and q.common_answer() == "apple"
-        assert question_prompt(q.with_suffix(questions.SUFFIX[kind])) == SHORT
-        assert q.balanced == (kind != "gqa")
+GQA = {"07": dict(imageId="42", question="What is it?", answer="apple", isBalanced=False)}
+TEXTVQA = dict(data=[dict(image_id="42", question="What is it?",
+                          answers=["fig", "apple", "apple"])])
+VIZWIZ = [dict(image="VizWiz_train_1.jpg", question="What is it?",
+               answers=[dict(answer="unanswerable")])]
 
 
-def test_gqa_textvqa_and_vizwiz(folder):
-    gqa = {"07": dict(imageId="42", question="What is it?", answer="apple")}
-    assert prompts(folder, "train_balanced_questions.json", gqa) == [(SHORT, "apple")]
-    text = dict(data=[dict(image_id="42", question="What is it?", answers=["apple", "apple", "pear"])])
-    assert prompts(folder, "TextVQA_0.5.1_train.json", text) == [(SHORT, "apple")]
-    viz = [dict(image="VizWiz_train_1.jpg", question="What is it?", answers=[dict(answer="unanswerable")])]
-    assert prompts(folder, "train.json", viz) == [(
+@pytest.mark.parametrize("name, content", [("train_balanced_questions.json", GQA),
+                                           ("TextVQA_0.5.1_train.json", TEXTVQA)])
+def test_gqa_and_textvqa(name, content, folder):
+    assert prompts(folder, name, content) == [(SHORT, "apple")]
+
+
+def test_vizwiz(folder):
+    assert prompts(folder, "train.json", VIZWIZ) == [(
         "Q: What is it? Answer the question using a single word or phrase. "
         "Reply unanswerable if information is not present in the image. A: ", "unanswerable")]
 
 
-def test_a_source_of_questions_alone_can_be_read_and_not_drawn(folder):
-    viz = [dict(image="VizWiz_train_1.jpg", question="What is it?", answers=[dict(answer="no")])]
-    prompts(folder, "train.json", viz)
-    mix = data.Mix([f"{folder / 'train.json'}@{folder / 'pictures'}"], 16)
-    assert mix.take([0], "text")[0]["questions"][0]["answer"] == "no"
-    with pytest.raises(UserError, match="in a row are of no use, the last: .*VizWiz_train_1.jpg: no caption"):
+@pytest.mark.parametrize("kind, name, content", [
+    ("vqav2", "v2_OpenEnded_mscoco_train2014_questions.json", None), ("gqa", "gqa.json", GQA),
+    ("textvqa", "text.json", TEXTVQA)])
+def test_training_and_scoring_read_the_same_files(kind, name, content, folder):
+    if kind == "vqav2":
+        pairs = vqa("v2_", 7, folder, ["pear", "apple", "apple"])
+    else:
+        pairs = prompts(folder, name, content)
+    reader = questions.READ[kind]
+    q, = reader.read(reader.load(folder / name), folder / name, collections.defaultdict(list))
+    prompt = question_prompt(q.with_suffix(questions.SUFFIX[kind]))
+    assert [(prompt, q.common_answer())] == pairs == [(SHORT, "apple")]
+    assert q.balanced == (kind != "gqa")
+
+
+def test_questions_without_captions_train_the_text_side_only(folder):
+    prompts(folder, "train.json", VIZWIZ)
+    mix = data.Mix([f"{folder / 'train.json'}@{folder / 'images'}"], 16)
+    assert mix.take([0], "text")[0]["questions"][0]["answer"] == "unanswerable"
+    with pytest.raises(UserError, match="VizWiz_train_1.jpg: no caption"):
         mix.take([0], "image")
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(answer=None), r"42.jpg: \"questions\[0\].answer\" is null, expected a text"),
-    (dict(question="What \ud83c?"), r"42.jpg: \"questions\[0\].question\" is .*\\ud83c.*, expected a text"),
-    (dict(question=3), "an entry lacks 'int' object has no attribute 'strip'")])
-def test_a_question_or_an_answer_that_is_no_text_is_named(wrong, message, folder):
+@pytest.mark.parametrize("field, message", [
+    (dict(answer=None), r"42.jpg: .*questions\[0\].answer.* null"),
+    (dict(question="What \ud83c?"), r"42.jpg: .*questions\[0\].question.*\\ud83c"),
+    (dict(question=3), "gqa.json: ")])
+def test_a_question_or_answer_that_is_no_text_is_refused(field, message, folder):
+    entry = dict(imageId="42", question="What?", answer="no") | field
     with pytest.raises(UserError, match=message) as error:
-        prompts(folder, "gqa.json", {"07": dict(imageId="42", question="What?", answer="no") | wrong})
+        prompts(folder, "gqa.json", {"07": entry})
     assert "\n" not in str(error.value) and str(folder / "gqa.json") in str(error.value)
 
 
-def test_a_picture_that_is_not_there_and_annotations_that_are_not_beside(folder):
-    gqa = {"07": dict(imageId="43", question="What is it?", answer="apple")}
-    with pytest.raises(UserError, match="43.jpg: can't be read .No such file"):
-        prompts(folder, "train_balanced_questions.json", gqa)
-    (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(dict(questions=[])))
-    with pytest.raises(UserError, match="v2_mscoco_val2014_annotations.json: can't be read"):
-        data.open_source(str(folder / "v2_OpenEnded_mscoco_val2014_questions.json"), 16)
+def test_a_missing_image_is_named(folder):
+    entry = GQA["07"] | dict(imageId="43")
+    with pytest.raises(UserError, match="43.jpg: .*No such file"):
+        prompts(folder, "gqa.json", {"07": entry})
+
+
+def test_missing_annotations_are_named(folder):
+    path = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
+    path.write_text(json.dumps(dict(questions=[])))
+    with pytest.raises(UserError, match="v2_mscoco_val2014_annotations.json: "):
+        data.open_source(str(path), 16)

@@ -1,7 +1,8 @@
-"""dataset/sources.py, and data.py's mixtures: every kind from a small fixture of its shape, and what can be wrong."""
+"""dataset/sources.py, and the mixtures of data.py: each kind of source, and its errors."""
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -15,176 +16,256 @@ from helpers import jpeg, write_tar
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of five pictures with a caption file each; one lies in a folder of its own."""
+    """Write five images with a caption file each; one lies in a subfolder."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
-    for i in range(5):
-        file = folder / ("more" if i == 4 else "") / f"IMG {i}.{('JPG', 'png', 'jpeg', 'webp', 'jpg')[i]}"
-        Image.new("RGB", (60, 40), (50 * i, 0, 0)).save(file)
-        file.with_suffix(".txt").write_text(f"red {i}\nstill red {i}\n\n")
+    names = ["IMG 0.JPG", "IMG 1.png", "IMG 2.jpeg", "IMG 3.webp", "more/IMG 4.jpg"]
+    for i, name in enumerate(names):
+        Image.new("RGB", (60, 40), (50 * i, 0, 0)).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(f"red {i}\nstill red {i}\n\n")
     return folder
 
 
-def test_a_folder_of_pictures_with_captions(photos):
+def write_images(folder, count, caption="a caption", content=jpeg("red")):
+    """Write images of one content with a caption each."""
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i}.jpg").write_bytes(content)
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+# --------------------------------------------------------------------------------- kinds of sources
+
+def test_a_folder_of_images_with_caption_files(photos):
     source = sources.of_path(str(photos))
-    assert len(source) == 5
-    by_name = {sample["key"].rpartition("/")[2]: sample for sample in map(source.__getitem__, range(5))}
-    assert by_name["IMG 1.png"]["captions"] == ["red 1", "still red 1"]
-    assert by_name["IMG 4.jpg"]["picture"] == (photos / "more" / "IMG 4.jpg").read_bytes()
+    samples = {}
+    for i in range(len(source)):
+        samples[source[i]["key"].rpartition("/")[2]] = source[i]
+    assert len(samples) == 5
+    assert samples["IMG 1.png"]["captions"] == ["red 1", "still red 1"]
+    assert samples["IMG 4.jpg"]["picture"] == (photos / "more" / "IMG 4.jpg").read_bytes()
     assert sorted(source.texts())[:2] == ["red 0", "red 1"]
 
 
 def test_a_folder_with_a_metadata_file(photos):
-    lines = [dict(file_name="IMG 1.png", text="one"), dict(file_name="more/IMG 4.jpg", text="four")]
-    lines += [dict(file_name="IMG 1.png", text="a line\u2028in a line")]
-    (photos / "metadata.jsonl").write_text(
-        "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\r\n", encoding="utf-8")
+    records = [dict(file_name="IMG 1.png", text="one"),
+               dict(file_name="more/IMG 4.jpg", text="four"),
+               dict(file_name="IMG 1.png", text="a line\u2028in a line")]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in records)
+    (photos / "metadata.jsonl").write_text(lines, encoding="utf-8")
     source = sources.of_path(str(photos))
-    assert [sample["captions"] for sample in map(source.__getitem__, range(len(source)))] == [
-        ["one"], ["four"], ["a line\u2028in a line"]]
+    captions = [source[i]["captions"] for i in range(len(source))]
+    assert captions == [["one"], ["four"], ["a line\u2028in a line"]]
 
 
-def test_a_list_of_pictures_with_captions_and_recaptions(photos):
-    entries = [dict(image_path="IMG 1.png", height=40, width=60, caption="one", re_caption="a red picture"),
-               dict(image_path="IMG 3.webp", height=40, width=60, caption=None, re_caption="another")]
+def test_a_list_of_images_with_captions_and_recaptions(photos):
+    size = dict(height=40, width=60)
+    entries = [dict(size, image_path="IMG 1.png", caption="one", re_caption="a red image"),
+               dict(size, image_path="IMG 3.webp", caption=None, re_caption="another")]
     (photos / "list.json").write_text(json.dumps(entries))
     source = data.open_source(str(photos / "list.json"), 16)
-    assert (source[0]["captions"], source[0]["recaption"]) == (["one"], "a red picture")
-    shares = [sources.choose_caption(source[0], 0.25, chance / 1000) for chance in range(1000)]
-    assert shares.count("a red picture") == 250 and shares.count("one") == 750
-    assert sources.choose_caption(source[1], 0.0, 0.9) == "another"
+    assert source[0]["captions"] == ["one"]
+    assert source[0]["recaption"] == "a red image"
+    assert source[1]["captions"] == []
+    assert source[1]["recaption"] == "another"
 
 
-def test_a_mixture_cuts_pictures_and_says_what_its_sources_are(photos, tmp_path):
+def test_captions_beside_a_recaption_are_drawn_uniformly():
+    sample = dict(captions=["one", "two", "three"], recaption="again")
+    counts = Counter(sources.choose_caption(sample, 0.25, (n + 0.5) / 1000) for n in range(1000))
+    assert counts == {"again": 250, "one": 250, "two": 250, "three": 250}
+
+
+def test_a_recaption_stands_in_where_there_is_no_caption():
+    assert sources.choose_caption(dict(captions=[], recaption="again"), 0.0, 0.9) == "again"
+
+
+def test_the_emoji_set_is_recognised_by_its_first_sample(tmp_path, small_tar):
+    files = [("x.webp", jpeg("red")), ("x.json", b'{"caption": "red"}')]
+    other = write_tar(tmp_path / "a.tar", files)
+    assert emoji.is_emoji(sources.of_path(small_tar))
+    assert not emoji.is_emoji(sources.of_path(other))
+    assert not emoji.is_emoji(sources.of_path(str(tmp_path)))
+
+
+def test_a_fingerprint_depends_on_contents_and_weight_only(photos, tmp_path):
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    before = data.fingerprint(str(photos))
+    assert data.fingerprint(str(moved)) == before
+    assert data.fingerprint(f"{moved}:2") != before
+    (moved / "IMG 1.txt").write_text("another caption")
+    assert data.fingerprint(str(moved)) != before
+
+
+# ----------------------------------------------------------------------------------------- mixtures
+
+def test_a_mixture_crops_images_and_repeats_itself(photos, tmp_path):
     write_tar(tmp_path / "a.tar", [("x.jpg", jpeg("blue", (90, 50))), ("x.txt", b"blue")])
     mix = data.Mix([f"{photos}:3", str(tmp_path / "a.tar")], 16, "run")
-    found = mix.take(range(400), "image")
-    assert {tuple(sample["picture"].shape) for sample in found} == {(3, 16, 16)} and len(mix) == 6
-    assert sum(sample["captions"] == ["blue"] for sample in found) == 25     # one sample beside five that count 3
-    again = mix.take(range(7, 400, 40), "image")
-    assert all(torch.equal(a["picture"], b["picture"]) for a, b in zip(found[7::40], again))
-    assert mix.texts() is None and data.Mix([str(photos)], 16).texts() is not None
+    samples = mix.take(range(160), "image")
+    assert len(mix) == 6
+    assert {tuple(sample["picture"].shape) for sample in samples} == {(3, 16, 16)}
+    blue = sum(sample["captions"] == ["blue"] for sample in samples)
+    assert blue == 10                               # one sample beside five that count three times
+    again = mix.take(range(7, 160, 40), "image")
+    for one, other in zip(samples[7::40], again, strict=True):
+        assert torch.equal(one["picture"], other["picture"])
 
 
-def test_the_embedded_set_is_told_by_its_first_sample(tmp_path, small_tar):
-    told = lambda path: emoji.is_emoji(sources.of_path(str(path)))
-    assert told(small_tar) and told(emoji.TAR)
-    other = write_tar(tmp_path / "a.tar", [("x.webp", jpeg("red")), ("x.json", b'{"caption": "red"}')])
-    assert not told(other) and not told(tmp_path)
+def test_a_mixture_lists_its_texts_where_that_is_cheap(photos, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [("x.jpg", jpeg("blue")), ("x.txt", b"blue")])
+    assert len(data.Mix([str(photos)], 16).texts()) == 10
+    assert data.Mix([str(photos), tar], 16).texts() is None
 
 
-def test_what_is_shown_as_learnt_is_what_is_trained_on_and_can_be_read(photos, emoji_set):
-    mix = data.Mix([str(emoji.TAR)], 64, "run")
-    split = {record["key"]: record["split"] for record in emoji_set[0]}
-    assert {split[sample["key"]] for sample in mix.shown(60, False)} == {"train"}
-    assert "train" not in {split[sample["key"]] for sample in mix.shown(60, True)}
+@pytest.mark.parametrize("weight, share", [("", 2 / 32), (":5", 10 / 40)])
+def test_a_weight_is_that_of_each_sample(weight, share, tmp_path):
+    large, small = write_images(tmp_path / "large", 30), write_images(tmp_path / "small", 2)
+    mix = data.Mix([str(large), f"{small}{weight}"], 16, "run")
+    drawn = [source for source, _, _ in mix.places(range(640), "image")]
+    assert drawn.count(1) == pytest.approx(share * 640, abs=1)   # a share is rounded down
+
+
+def test_a_source_too_small_to_be_drawn_is_refused(tmp_path):
+    large, small = write_images(tmp_path / "large", 30), write_images(tmp_path / "small", 2)
+    with pytest.raises(UserError, match=f"{small}: 2 samples of 32"):
+        data.Mix([f"{large}:99999999", str(small)], 16)
+
+
+def test_shown_emoji_are_of_the_split_that_is_asked_for(small_tar):
+    mix = data.Mix([small_tar], 16, "run")
+    splits = {record["key"]: record["split"] for record in mix.sources[0].records}
+    trained, held_out = mix.shown(8, False), mix.shown(8, True)
+    assert len(trained) == 8
+    assert {splits[sample["key"]] for sample in trained} == {"train"}
+    assert held_out and "train" not in {splits[sample["key"]] for sample in held_out}
+
+
+def test_shown_samples_are_readable(photos):
     for file in ("IMG 0.JPG", "IMG 1.png"):
-        (photos / file).write_bytes(b"no picture")
-    found = data.Mix([str(photos)], 16).shown(2, False)
-    assert all(sample["picture"].shape == (3, 16, 16) for sample in found) and len(found) == 2
+        (photos / file).write_bytes(b"not an image")
+    samples = data.Mix([str(photos)], 16).shown(2, False)
+    assert len(samples) == 2
+    assert all(sample["picture"].shape == (3, 16, 16) for sample in samples)
 
 
-def test_a_sample_of_no_use_is_replaced_counted_and_too_many_end_the_run(photos):
-    (photos / "IMG 2.jpeg").write_bytes(b"no picture")
+# ---------------------------------------------------------------------------- unusable and filtered
+
+def test_unusable_samples_are_replaced_and_named(photos):
+    (photos / "IMG 2.jpeg").write_bytes(b"not an image")
     Image.new("RGB", (500, 40)).save(photos / "IMG 1.png")
     mix = data.Mix([str(photos)], 16, "run")
-    found = mix.take(range(5), "image")
-    assert len(found) == 5 and 2 <= len(mix.bad) <= 4
-    assert {message.partition(": ")[2][:30] for message in mix.bad} == {
-        "not a picture that can be read", "a picture of 500x40, expected "}
-    with pytest.raises(UserError, match=f"{photos}: .* of .* samples are of no use, the last: "):
-        mix.take(range(5, 400), "image")
+    samples = mix.take(range(5), "image")
+    assert len(samples) == 5
+    assert {sample["captions"][0] for sample in samples} == {"red 0", "red 3", "red 4"}
+    assert {message.partition(": ")[0] for message in mix.bad} == {
+        str(photos / "IMG 1.png"), str(photos / "IMG 2.jpeg")}
+    assert any("500x40" in message for message in mix.bad)
+
+
+@pytest.mark.parametrize("broken, ends", [(3, False), (8, True)])
+def test_over_five_percent_of_unreadable_samples_end_a_run(broken, ends, tmp_path):
+    """3 of 100 never do, even where an epoch begins with them (9 of 209); 8 do (8 of 108)."""
+    folder = write_images(tmp_path / "images", 100, content=jpeg("red", (16, 16)))
+    for i in range(broken):
+        (folder / f"{11 * i}.jpg").write_bytes(b"not an image")
+    mix = data.Mix([str(folder)], 16, "run")
+    if ends:
+        with pytest.raises(UserError, match=f"{folder}: .* of 2.*{folder}/.*.jpg"):
+            mix.take(range(400), "image")
+    else:
+        assert len(mix.take(range(400), "image")) == 400
+        assert mix.lost == 4 * broken
+
+
+def test_a_hundred_unusable_samples_in_a_row_end_a_run(photos):
     mix = data.Mix([str(photos)], 16, "run", data.Filters(min_side=41))
-    with pytest.raises(UserError, match="100 samples in a row are of no use"):
+    with pytest.raises(UserError, match=f"{photos}: 100 .*60x40"):
         mix.take([0], "image")
-    assert any("60x40, expected sides of at least 41 and at most 4 to 1" in name for name in mix.bad)
 
 
-def test_filters_leave_out_any_share_without_ending_the_run(tmp_path):
-    """Of 40 images 30 are too small, too long or have too short a caption: the others are drawn, 400 times."""
-    sizes = {0: (64, 64), 1: (20, 64), 2: (64, 300), 3: (64, 64)}
+def test_filters_leave_out_any_share_without_ending_a_run(tmp_path):
+    """Of 40 images 30 are too small, too long or have a short caption: 10 are drawn 400 times."""
+    sizes = [(64, 64), (20, 64), (64, 300), (64, 64)]
     for i in range(40):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg("red", sizes[i % 4]))
         (tmp_path / f"{i}.txt").write_text("red" if i % 4 == 3 else f"caption {i}")
-    mix = data.Mix([str(tmp_path)], 16, "run", data.Filters(min_side=32, max_ratio=4.5, min_caption=6))
-    found = mix.take(range(400), "image")
-    assert {sample["captions"][0] for sample in found} == {f"caption {i}" for i in range(0, 40, 4)}
-    assert mix.lost == 0 and len(mix.newly_bad()) > 400
+    filters = data.Filters(min_side=32, max_ratio=4.5, min_caption=6)
+    mix = data.Mix([str(tmp_path)], 16, "run", filters)
+    captions = {sample["captions"][0] for sample in mix.take(range(400), "image")}
+    assert captions == {f"caption {i}" for i in range(0, 40, 4)}
+    assert mix.lost == 0
+    assert len(mix.newly_bad()) > 400 and not mix.newly_bad()
     wide = data.Mix([str(tmp_path)], 16, "run", data.Filters(max_ratio=5))
-    assert len({tuple(sample["captions"]) for sample in wide.take(range(40), "image")}) == 31
+    assert len({sample["captions"][0] for sample in wide.take(range(40), "image")}) == 31
 
 
-def test_short_captions_go_one_by_one():
-    mix = object.__new__(data.Mix)
-    mix.filters = data.Filters(min_caption=6)
+def test_short_captions_are_left_out_one_by_one(photos):
+    mix = data.Mix([str(photos)], 16, filters=data.Filters(min_caption=6))
     sample = dict(key="a", captions=["short", "long enough"], recaption="no")
     mix.filter_captions(sample, True)
-    assert sample["captions"] == ["long enough"] and not sample["recaption"]
-    asks = dict(key="b", captions=["short"], questions=[dict(question="Is it?", answer="yes")])
-    mix.filter_captions(asks, False)
-    assert asks["captions"] == []
-    with pytest.raises(data.Filtered, match="b: no caption of at least 6 characters"):
-        mix.filter_captions(dict(asks, captions=["short"]), True)
+    assert sample["captions"] == ["long enough"]
+    assert not sample["recaption"]
+    questions = [dict(question="Is it?", answer="yes")]
+    sample = dict(key="b", captions=["short"], questions=questions)
+    mix.filter_captions(sample, False)
+    assert sample["captions"] == []
+    with pytest.raises(data.Filtered, match="^b: .* 6 "):
+        mix.filter_captions(dict(key="b", captions=["short"], questions=questions), True)
 
 
-def test_sets_are_concatenated_and_a_weight_is_that_of_each_sample(tmp_path, small_tar):
-    """Every sample of a large and of a small set is drawn as often, PATH:W ones W times as often."""
-    for folder, count in (("large", 300), ("small", 20)):
-        (tmp_path / folder).mkdir()
-        for i in range(count):
-            (tmp_path / folder / f"{i}.jpg").write_bytes(b"")
-            (tmp_path / folder / f"{i}.txt").write_text("a caption")
-    for weight, share in (("", 20 / 320), (":5", 100 / 400)):
-        mix = data.Mix([str(tmp_path / "large"), f"{tmp_path / 'small'}{weight}"], 16, "run")
-        drawn = [k for k, _, _ in mix.places(range(32_000), "image")]
-        assert drawn.count(1) == pytest.approx(share * 32_000, abs=1)
-    with pytest.raises(UserError, match="20 samples of 320 are too few to be drawn"):
-        data.Mix([str(tmp_path / "large") + ":99999999", str(tmp_path / "small")], 16)
+# ------------------------------------------------------------------------------------------- errors
+
+def delete_files(folder):
+    for path in folder.rglob("*.*"):
+        path.unlink()
 
 
-def test_what_a_source_is_does_not_depend_on_where_it_lies(photos, tmp_path):
-    moved = shutil.copytree(photos, tmp_path / "moved")
-    assert data.fingerprint(str(photos)) == data.fingerprint(str(moved)) != data.fingerprint(f"{moved}:2")
-    (moved / "IMG 1.txt").write_text("another caption")
-    assert data.fingerprint(str(photos)) != data.fingerprint(str(moved))
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("damage, spec, message", [
-    (lambda f: [p.unlink() for p in f.rglob("*.*")], "",
-     "expected pictures .* with captions, or .tar files, found more"),
-    (lambda f: (f / "IMG 1.png").unlink(), "",
-     "IMG 1.txt: expected a picture of that name, found none"),
-    (lambda f: (f / "IMG 3.txt").unlink(), "", "IMG 3.webp: expected its caption in a .txt of that name"),
-    (lambda f: (f / "metadata.jsonl").write_text('{"file": "x"}'), "",
-     "metadata.jsonl:1: expected file_name and text"),
-    (lambda f: (f / "a.json").write_text('{"x": 1}'), "/a.json", "expected a list of pictures .* the keys x"),
-    (lambda f: (f / "a.json").write_text('[{"image_path": 1}]'), "/a.json", "expected objects with image_path"),
-    (lambda f: (f / "a.json").write_text("{"), "/a.json", "a.json: not readable as JSON"),
-    (lambda f: (f / "a.json").write_text('{"data": [{}]}'), "/a.json", "an entry lacks 'image_id', so"),
-    (lambda f: (f / "a.json").write_text("[]"), "/a.json", "a.json: expected .* found the keys of nothing"),
-    (lambda f: (f / "a.parquet").write_bytes(b"x"), "/a.parquet",
-     "expected a folder of pictures with captions, tars"),
-    (lambda f: write_tar(f / "a.tar", [("x.txt", b"x")]), "/a.tar",
-     "no picture in this sample, found .txt"),
-    (lambda f: write_tar(f / "a.tar", []), "/a.tar", "a.tar: no samples in this tar"),
-    (lambda f: (f / "a.tar").write_bytes(bytes(700)), "/a.tar",
-     "a.tar: no samples in this tar|not a whole tar"),
-    (lambda f: None, "/none.tar", "none.tar: no such tar file"),
-    (lambda f: None, "/none-*.tar", "no file has such a name"),
-    (lambda f: None, ":0", "a weight of 0, expected PATH or PATH:WEIGHT with one above 0"),
-    (lambda f: None, "/nothing", "no such file or folder"),
+def unlink(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def tar_of(*files):
+    return lambda folder: write_tar(folder / "a.tar", files)
+
+
+@pytest.mark.parametrize("damage, suffix, message", [
+    (delete_files, "", "photos: .*more"),
+    (unlink("IMG 1.png"), "", "IMG 1.txt: "),
+    (unlink("IMG 3.txt"), "", "IMG 3.webp: .*.txt"),
+    (write("metadata.jsonl", b'{"file": "x"}'), "", "metadata.jsonl:1: .*file_name"),
+    (write("a.json", b'{"colour": 1}'), "/a.json", "a.json: .*colour"),
+    (write("a.json", b'[{"image_path": 1}]'), "/a.json", "a.json: .*image_path"),
+    (write("a.json", b"{"), "/a.json", "a.json: .*JSON"),
+    (write("a.json", b'{"data": [{}]}'), "/a.json", "a.json: .*'image_id'"),
+    (write("a.json", b"[]"), "/a.json", "a.json: .*keys"),
+    (write("a.parquet", b"x"), "/a.parquet", "a.parquet: "),
+    (tar_of(("x.txt", b"x")), "/a.tar", "a.tar: x: .*txt"),
+    (tar_of(), "/a.tar", "a.tar: no samples"),
+    (write("a.tar", bytes(700)), "/a.tar", "a.tar: "),
+    (None, "/none.tar", "none.tar: "),
+    (None, "/none-*.tar", r"none-\*.tar: "),
+    (None, ":0", "photos:0: "),
+    (None, "/nothing", "nothing: "),
 ])
-def test_a_source_that_is_not_as_it_should_be_gets_one_line(damage, spec, message, photos):
-    damage(photos)
+def test_a_damaged_source_is_refused_in_one_line(damage, suffix, message, photos):
+    if damage:
+        damage(photos)
     with pytest.raises(UserError, match=message) as error:
-        data.Mix([f"{photos}{spec}"], 16).take(range(1), "image")
+        data.Mix([f"{photos}{suffix}"], 16).take(range(1), "image")
     assert "\n" not in str(error.value) and str(photos) in str(error.value)
 
 
-def test_the_show_command_draws_a_page_and_counts_what_is_wrong(photos, tmp_path, capsys):
-    (photos / "IMG 2.jpeg").write_bytes(b"no picture")
+def test_the_show_command_draws_a_page_and_counts_errors(photos, tmp_path, capsys):
+    (photos / "IMG 2.jpeg").write_bytes(b"not an image")
     data.main(["show", str(photos), "--pixels", "32", "--out", str(tmp_path / "page.png")])
-    said = capsys.readouterr().out
-    assert f"{photos}: Folder, 5 samples, 100.0% of the mix" in said
-    assert "looked at 5 samples, 1 of no use" in said
-    assert "wrong: " in said and Image.open(tmp_path / "page.png").size == (1000, 4 * 104)
+    output = capsys.readouterr().out
+    assert f"{photos}: Folder, 5 samples, 100.0%" in output
+    assert "5 samples, 1 " in output
+    assert str(photos / "IMG 2.jpeg") in output
+    assert Image.open(tmp_path / "page.png").size == (1000, 4 * 104)     # two columns, four samples

@@ -1,412 +1,552 @@
-"""training/run_folder.py and distributed.py: what a run is, saves, going on at any size, kills, several processes."""
+"""training/run_folder.py and training/distributed.py: a run's identity, checkpoints, log, resumes
+and kills, and runs of several processes."""
 
 import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import tarfile
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import checkpoint
 import mask_diffusion
 import train
-from common import processes
+from common import cli, processes
+from common.cli import UserError
+from dataset import emoji
 from experiments import survive
 from helpers import Forked, equal_runs, forked, launch, rows, to_the_end, wait_until
+from training import distributed, run_folder
 from training.run_folder import Run, complete, read_log
 
-ROOT = Path(__file__).parents[2]
+# another value of one of these makes another run; written out, so that none can be lost unseen
+FIXED = ["--stage", "--preset", "--init", "--vae", "--t5", "--mask-embedding", "--image-data",
+         "--text-data", "--vocabulary", "--pixels", "--buckets", "--text-length", "--image-batch",
+         "--text-batch", "--optimizer", "--seed", "--predicts", "--times", "--text-loss"]
+
+
+@pytest.fixture(scope="module")
+def base(tiny, small_tar):
+    """Flags of a small run on one process, without --steps and --out."""
+    return ["--init", tiny, "--image-data", small_tar, "--image-batch", 4, "--text-batch", 2,
+            "--dtype", "float32", "--warmup", 2, "--log-every", 1, "--save-every", 2,
+            "--sample-every", 0, "--eval-every", 0, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """The folder of a run of six steps, with step_4 and step_6.  Only read it; `run` is a copy."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train.main(list(map(str, [*base, "--out", out, "--steps", 6])))
+    return out
 
 
 @pytest.fixture
-def go(tiny, small_tar, tmp_path, mistake, capsys):
-    """Train in the folder `run`; returns what is said, a mistake of the person's included."""
+def run(trained, tmp_path):
+    """A copy of the run of six steps."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def run_training(base, tmp_path, mistake):
+    """Train in the folder `run`; return stderr, which is empty or one line."""
     def call(*flags, out=tmp_path / "run"):
-        base = ["--init", tiny, "--image-data", small_tar, "--out", out, "--image-batch", 4, "--text-batch",
-                2, "--dtype", "float32", "--warmup", 2, "--log-every", 1, "--save-every", 2,
-                "--sample-every", 0, "--eval-every", 0, "--device", "cpu"]
-        code, said = mistake(train.main, [*base, *flags])
-        assert code in (0, 1) and len(said.splitlines()) <= 1
-        return said
+        status, message = mistake(train.main, [*base, "--out", out, *flags])
+        assert status in (0, 1) and len(message.splitlines()) == status
+        return message
     return call
 
 
-def names(out):
-    return sorted(p.name for p in out.iterdir())
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-# ------------------------------------------------------------------------------------------ what a run is
-
-def test_a_flag_that_makes_the_run_what_it_is_stays_as_it_began(go, tmp_path, small_tar):
-    out = tmp_path / "run"
-    assert go("--steps", 2) == ""
-    whole = {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    for flags, said in (
-            (["--text-length", 20], "--text-length 28, not 20"),
-            (["--optimizer", "adamw"], "--optimizer muon, not adamw"),
-            (["--image-batch", 8], "--image-batch 4, not 8"), (["--text-batch", 4], "--text-batch 2, not 4"),
-            (["--seed", 1], "--seed 0, not 1"), (["--pixels", 8], "--pixels 16, not 8"),
-            (["--stage", "instruct"], "--stage pretrain, not instruct")):
-        message = go("--steps", 4, *flags)
-        assert f"began with {said}; go on so, or start another with another --out" in message
-        assert "delete" not in message and str(out) in message
-    assert whole == {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+def steps_logged(out):
+    return [row["step"] for row in rows(out)]
 
 
-def test_a_run_under_older_rules_of_training_is_not_continued_silently(go, tmp_path):
-    go("--steps", 2)
-    file = tmp_path / "run" / "train.json"
+def contents(folder):
+    """Return the bytes of every file, by path."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def copy_with_weights(folder, target, change):
+    """Copy a checkpoint; change(name, tensor) returns each of the new weights."""
+    shutil.copytree(folder, target)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: change(name, tensor) for name, tensor in weights.items()}
+    checkpoint.write_tensors(target / "model.safetensors", weights, torch.float32)
+    return target
+
+
+# --------------------------------------------------------------------------------- a run's identity
+
+def test_every_fixed_setting_is_refused_when_it_changes(run, run_training):
+    file = run / "train.json"
     settings = json.loads(file.read_text())
-    assert settings.pop("rules") == 2
-    file.write_text(json.dumps(settings))                        # as written before mixtures went by samples
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    message = go("--steps", 4)
-    assert "older rules of training" in message and "--init" in message
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert go("--steps", 4, "--init", tmp_path / "run", out=tmp_path / "other") == ""
+    for flag in sorted({*FIXED, *map(cli.flag, run_folder.IDENTITY)}):
+        name = flag.removeprefix("--").replace("-", "_")
+        changed = {name: "another"}
+        if f"{name}_digest" in settings:
+            changed[f"{name}_digest"] = "another"
+        file.write_text(json.dumps(settings | changed))
+        assert f"{flag} another" in run_training("--steps", 8), flag
 
 
-def test_other_contents_are_another_run_and_another_place_is_not(go, tmp_path, small_tar, tiny):
-    go("--steps", 2)
+@pytest.mark.parametrize("flag, before, after", [
+    ("--text-length", 28, 20), ("--optimizer", "muon", "adamw"),
+    ("--stage", "pretrain", "instruct")])
+def test_a_refused_flag_leaves_the_folder_untouched(flag, before, after, run, run_training):
+    files = contents(run)
+    message = run_training("--steps", 8, flag, after)
+    assert f"{flag} {before}" in message and str(run) in message
+    assert contents(run) == files
+
+
+def test_a_run_under_older_rules_is_refused(run, run_training, tmp_path):
+    settings = json.loads((run / "train.json").read_text())
+    del settings["rules"]                                        # as the first rules wrote it
+    (run / "train.json").write_text(json.dumps(settings))
+    files = contents(run)
+    message = run_training("--steps", 8)
+    assert "rules" in message and f"--init {run}" in message
+    assert contents(run) == files
+    assert run_training("--steps", 1, "--init", run, out=tmp_path / "other") == ""
+
+
+def test_data_may_move_but_not_change(run, run_training, small_tar, tmp_path):
     moved = shutil.copy(small_tar, tmp_path / "moved.tar")
-    assert go("--steps", 4, "--image-data", moved, "--init", shutil.copytree(tiny, tmp_path / "moved")) == ""
+    assert run_training("--steps", 7, "--image-data", moved) == ""
+    assert steps_logged(run)[-1] == 7
     with tarfile.open(moved, "a") as tar:
         tar.addfile(tarfile.TarInfo("more"))
-    assert f"--image-data {moved}, not {moved} with other contents" in go("--steps", 6, "--image-data", moved)
-    weights = load_file(tiny / "model.safetensors")
-    other = shutil.copytree(tiny, tmp_path / "other")
-    checkpoint.write_tensors(other / "model.safetensors", {k: v + 1 for k, v in weights.items()},
-                             torch.float32)
-    assert f"not {other}" in go("--steps", 6, "--image-data", moved, "--init", other)
+    message = run_training("--steps", 8, "--image-data", moved)
+    assert f"--image-data {moved}" in message and "contents" in message
 
 
-def test_what_may_change_changes(go, tmp_path):
-    go("--steps", 2)
-    changed = ["--lr", 1e-4, "--log-every", 2, "--save-every", 3, "--sample-every", 4, "--workers", 1]
-    assert go("--steps", 5, *changed) == ""
-    assert names(tmp_path / "run") == [".lock", "config.json", "log.jsonl", "loss.png", "model.safetensors",
-                                       "run.html", "samples_4.png", "samples_5.png", "step_3", "step_5",
-                                       "tokenizer.json", "train.json", "weights.safetensors"]
-    assert json.loads((tmp_path / "run" / "train.json").read_text())["lr"] == 1e-4
-    assert go("--steps", 3) == "" and json.loads((tmp_path / "run" / "train.json").read_text())["steps"] == 5
+def test_init_may_move_but_not_change(run, run_training, tiny, tmp_path):
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    assert run_training("--steps", 7, "--init", moved) == ""
+    other = copy_with_weights(tiny, tmp_path / "other", lambda name, tensor: tensor + 1)
+    message = run_training("--steps", 8, "--init", other)
+    assert f"--init {moved}" in message and str(other) in message
 
 
-def test_a_rate_that_has_begun_to_fall_does_not_rise_again(go, tmp_path):
-    falling = ["--decay-steps", 2, "--lr", 1e-3]
-    go("--steps", 2)
-    assert go("--steps", 4, *falling) == ""                      # it had not begun
-    for flags in (falling, []):
-        message = go("--steps", 8, *flags)
-        assert f"falls to zero at step 4; --init {tmp_path / 'run'} with another --out" in message
-    assert [round(row["lr"] * 1e3, 3) for row in rows(tmp_path / "run")][2:] == [1, 0.5]
+def test_other_settings_may_change(run, run_training):
+    changes = ["--lr", 1e-4, "--log-every", 2, "--save-every", 7, "--sample-every", 8,
+               "--workers", 1]
+    assert run_training("--steps", 8, *changes) == ""
+    assert names(run) == [".lock", "config.json", "log.jsonl", "loss.png", "model.safetensors",
+                          "run.html", "samples_8.png", "step_7", "step_8", "tokenizer.json",
+                          "train.json", "weights.safetensors"]
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6, 8]
+    assert json.loads((run / "train.json").read_text())["lr"] == rows(run)[-1]["lr"] == 1e-4
 
 
-def test_a_run_with_a_setting_that_was_removed_is_refused_unless_it_is_the_default(go, tmp_path):
-    file = tmp_path / "run" / "train.json"
-    assert go("--steps", 2) == ""
-    settings = json.loads(file.read_text())
-    for name, default, other in (("image_loss", "velocity", "data"), ("text_mean", "token", "answer"),
-                                 ("padding", "all", "end")):
-        file.write_text(json.dumps(settings | {name: other}))
-        message = go("--steps", 4)
-        assert f"began with --{name.replace('_', '-')} {other}, which is no more" in message
-    file.write_text(json.dumps(settings | dict(image_loss="velocity", text_mean="token", padding="all",
-                                               schedule="constant", extend=False, eval_samples=160)))
-    assert go("--steps", 4) == "" and [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+def test_fewer_steps_than_done_keep_the_settings(run, run_training):
+    assert run_training("--steps", 3) == ""
+    assert json.loads((run / "train.json").read_text())["steps"] == 6
 
 
-def test_another_run_from_the_first_ones_weights_sees_other_noise(tmp_path, tiny):
-    other = shutil.copytree(tiny, tmp_path / "other")
-    weights = {name: value + 0.01 for name, value in load_file(tiny / "model.safetensors").items()}
-    checkpoint.write_tensors(other / "model.safetensors", weights, torch.float32)
-    flags = dict(image_data=[], text_data=[], seed=0, stage="instruct", world=1, steps=1)
-    keys = [Run(tmp_path / f"run{i}", flags | dict(init=str(init)), 0).key
-            for i, init in enumerate((tiny, other, tiny))]
+def test_a_learning_rate_does_not_rise_after_its_decay(run, run_training):
+    decay = ["--decay-steps", 2, "--lr", 1e-3]
+    assert run_training("--steps", 8, *decay) == ""              # the decay had not begun at step 6
+    assert [row["lr"] for row in rows(run)[6:]] == pytest.approx([1e-3, 5e-4])
+    for flags in (decay, []):
+        message = run_training("--steps", 12, *flags)
+        assert "--steps 12" in message and "step 8" in message and "--init" in message
+
+
+def test_removed_settings_must_have_their_default(run, run_training):
+    defaults = dict(image_loss="velocity", text_mean="token", padding="all")
+    file = run / "train.json"
+    for name, other in (("image_loss", "data"), ("text_mean", "answer"), ("padding", "end")):
+        edit_json(file, **(defaults | {name: other}))
+        assert f"{cli.flag(name)} {other}" in run_training("--steps", 8)
+    edit_json(file, **defaults, schedule="constant", extend=False, eval_samples=160)
+    assert run_training("--steps", 7) == ""
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_other_initial_weights_draw_other_noise(tmp_path, tiny):
+    other = copy_with_weights(tiny, tmp_path / "other", lambda name, tensor: tensor + 0.01)
+    keys = []
+    for number, init in enumerate((tiny, other, tiny)):
+        settings = dict(image_data=[], text_data=[], seed=0, stage="instruct", world=1, steps=1,
+                        init=str(init))
+        keys.append(Run(tmp_path / f"run{number}", settings, 0).key)
     assert keys[0] == keys[2] != keys[1]
 
 
-# -------------------------------------------------------------------------------------- over nobody's work
+# ---------------------------------------------------------------------------- folders of other work
 
-def test_a_folder_with_another_checkpoint_is_refused(go, tmp_path, tiny):
-    there = shutil.copytree(tiny, tmp_path / "shipped")
-    assert "holds model.safetensors, which no run made there; use another --out" in go("--steps", 2,
-                                                                                       out=there)
-    assert "holds model.safetensors" in go("--steps", 2, "--fresh", out=there)
-    assert "is --init's folder, its weights would be lost" in go("--steps", 2, "--init", there, out=there)
-    assert names(there) == [".lock", "config.json", "model.safetensors", "tokenizer.json"]
+def test_a_folder_with_another_checkpoint_is_refused(run_training, tmp_path, tiny):
+    other = shutil.copytree(tiny, tmp_path / "other")
+    for flags in ([], ["--fresh"]):
+        assert f"{other}: holds model.safetensors" in run_training("--steps", 2, *flags, out=other)
+    assert f"--out {other}" in run_training("--steps", 2, "--init", other, out=other)
+    assert names(other) == [".lock", "config.json", "model.safetensors", "tokenizer.json"]
 
 
-def test_two_runs_at_once_in_one_folder_are_refused(go, tmp_path):
-    (tmp_path / "run").mkdir()
-    with open(tmp_path / "run" / ".lock", "w") as lock:
+def test_a_second_run_in_the_same_folder_is_refused(run, run_training):
+    with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is training here now; wait for it, or use another --out" in go("--steps", 2)
-    assert go("--steps", 2) == ""
+        assert f"{run}: another run is training" in run_training("--steps", 7)
+    assert run_training("--steps", 7) == ""
 
 
-def test_a_run_that_was_killed_before_its_first_save_starts_again(go, tmp_path):
-    out = tmp_path / "run"
-    go("--steps", 2)
-    for old in complete(out):
-        old.rename(out / f".tmp_{old.name}")
-    assert go("--steps", 2) == "" and [row["step"] for row in rows(out)] == [1, 2]
-    assert [p.name for p in out.glob("*step_*")] == ["step_2"]
-    shutil.rmtree(out / "step_2")
-    assert "holds weights and no whole step_* folder to go on from; --fresh starts over" in go("--steps", 2)
-    assert go("--steps", 2, "--fresh") == ""
+def test_a_kill_before_the_first_save_starts_again(run, run_training):
+    for folder in complete(run):
+        folder.rename(run / f".tmp_{folder.name}")               # a save under way has this name
+    assert run_training("--steps", 2) == ""
+    assert steps_logged(run) == [1, 2]
+    assert [path.name for path in run.glob("*step_*")] == ["step_2"]
 
 
-# ---------------------------------------------------------------------------------------------- the saves
-
-def test_the_weights_of_a_finished_run_are_written_when_they_are_missing_or_older(go, tmp_path):
-    out = tmp_path / "run"
-    go("--steps", 4)
-    whole = {name: (out / name).read_bytes()
-             for name in ("model.safetensors", "weights.safetensors", "config.json")}
-    (out / "weights.safetensors").unlink()
-    go("--steps", 4)
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | dict(step=2)))
-    (out / "model.safetensors").write_bytes(b"of step 2")
-    go("--steps", 4)
-    assert whole == {name: (out / name).read_bytes() for name in whole}
-    weights = load_file(out / "weights.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.float32}
-    taken = checkpoint.load_mmdit(out, training=True)
-    assert all(torch.equal(weights[f"mmdit.{name}"], p) for name, p in taken.named_parameters())
-    assert not torch.equal(checkpoint.load_mmdit(out).img_in.weight, taken.img_in.weight)
-    assert all(path.stat().st_mode & 0o077 == 0o044 for path in out.rglob("*") if path.is_file())
+def test_weights_without_a_checkpoint_need_fresh(run, run_training):
+    for folder in complete(run):
+        shutil.rmtree(folder)
+    assert "--fresh" in run_training("--steps", 1)
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
+    assert run_training("--steps", 1, "--fresh") == ""
+    assert steps_logged(run) == [1]
 
 
-def test_a_step_folder_that_is_not_whole_swallows_no_save(go, tmp_path):
-    out = tmp_path / "run"
-    go("--steps", 4)
-    (out / "step_4" / "digests.json").unlink()
-    go("--steps", 4)
-    assert [p.name for p in complete(out)] == ["step_2", "step_4"]
-    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
+# -------------------------------------------------------------------------------------- checkpoints
+
+def test_missing_or_older_weights_are_written_again(run, run_training):
+    files = ("model.safetensors", "weights.safetensors", "config.json")
+    before = {name: (run / name).read_bytes() for name in files}
+    (run / "weights.safetensors").unlink()
+    run_training("--steps", 6)
+    edit_json(run / "config.json", step=2)
+    (run / "model.safetensors").write_bytes(b"of step 2")
+    run_training("--steps", 6)
+    assert {name: (run / name).read_bytes() for name in files} == before
 
 
-def test_a_flipped_bit_is_refused_by_name_and_the_one_before_offered(go, tmp_path):
-    out = tmp_path / "run"
-    go("--steps", 4)
-    file = out / "step_4" / "__0_0.distcp"
+def test_weights_are_float32_and_init_reads_them(trained):
+    weights = load_file(trained / "weights.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    read = checkpoint.load_mmdit(trained, training=True)
+    for name, p in read.named_parameters():
+        assert torch.equal(weights[f"mmdit.{name}"], p), name
+    averaged = checkpoint.load_mmdit(trained)
+    assert not torch.equal(averaged.img_in.weight, read.img_in.weight)
+
+
+def test_files_of_a_run_are_readable_by_all(trained):
+    for path in contents(trained):
+        assert path.stat().st_mode & 0o077 == 0o044, path        # umask 022
+
+
+def test_files_are_replaced_not_written_in_place(run, run_training, tmp_path):
+    """A hard link keeps the old file, so that its inode isn't given to the new one."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for name in names(run):
+        if (run / name).is_file() and name != ".lock":
+            os.link(run / name, links / name)
+    run_training("--steps", 7)
+    assert len(names(links)) == 8
+    for name in names(links):
+        assert not (run / name).samefile(links / name), name
+
+
+def test_an_incomplete_step_folder_is_replaced(run, run_training):
+    (run / "step_6" / "digests.json").unlink()
+    run_training("--steps", 6)
+    assert [path.name for path in complete(run)] == ["step_4", "step_6"]
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
+
+
+def flip_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    message = go("--steps", 6)
-    assert message.startswith(f"error: {file}: damaged, its SHA-256 is not what was written; --resume-step 2")
-    assert go("--steps", 6, "--resume-step",
-              3).endswith("--resume-step 3: run has step_2, step_4\n".replace("run", str(out)))
-    assert go("--steps", 6, "--resume-step", 2) == ""
-    assert [p.name for p in complete(out)] == ["step_4", "step_6"] and (out / "left_step_4").is_dir()
 
 
-def test_weights_too_large_for_float16_are_shared_in_bfloat16(go, tmp_path, tiny):
-    big, weights = shutil.copytree(tiny, tmp_path / "big"), load_file(tiny / "model.safetensors")
-    weights["mmdit.img_in.bias"][0] = 70_000.0
-    checkpoint.write_tensors(big / "model.safetensors", weights, torch.float32)
-    go("--steps", 1, "--init", big)
-    assert {value.dtype
-            for value in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.bfloat16}
-    assert float(checkpoint.load_mmdit(tmp_path / "run").img_in.bias.max().detach()) > 65_504
+@pytest.mark.parametrize("damage", [flip_bit, os.remove])
+def test_a_damaged_shard_is_refused_by_name(damage, run, run_training):
+    shard = run / "step_6" / "__0_0.distcp"
+    damage(shard)
+    message = run_training("--steps", 8)
+    assert f"{shard}: damaged" in message and "--resume-step 4" in message
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("when", [1, 2, 3])
-def test_a_full_disk_loses_nothing_and_the_same_command_ends_the_run(when, small_disk, go, tmp_path):
-    """The disk is full at the first, a middle and the last save of three."""
-    go("--steps", 6, out=tmp_path / "whole")
+def test_resume_step_goes_back_and_keeps_the_later_one(run, run_training):
+    message = run_training("--steps", 8, "--resume-step", 3)
+    assert "--resume-step 3" in message and "step_4, step_6" in message
+    flip_bit(run / "step_6" / "__0_0.distcp")
+    assert run_training("--steps", 8, "--resume-step", 4) == ""
+    assert [path.name for path in complete(run)] == ["step_6", "step_8"]
+    assert (run / "left_step_6").is_dir()
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_weights_too_large_for_float16_are_saved_in_bfloat16(run_training, tmp_path, tiny):
+    def enlarge(name, tensor):
+        return tensor + 70_000 if name == "mmdit.img_in.bias" else tensor
+    large = copy_with_weights(tiny, tmp_path / "large", enlarge)
+    run_training("--steps", 1, "--init", large)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    bias = checkpoint.load_mmdit(tmp_path / "run").img_in.bias.detach()
+    assert float(bias.max()) > 65_504                            # the largest float16
+
+
+@pytest.mark.parametrize("save", [1, 2, 3])
+def test_a_full_disk_loses_nothing(save, small_disk, run_training, trained):
+    """The disk is full at the first, second or last save; then the same command ends the run."""
     out, filler = small_disk / "run", small_disk / "filler"
-    if when > 1:
-        go("--steps", 2 * (when - 1), out=out)
-    before = [p.name for p in complete(out)]
-    with open(filler, "wb") as file:
-        file.write(bytes(max(0, shutil.disk_usage(small_disk).free - 2**20)))
-    message = go("--steps", 6, out=out)
-    assert f"step {2 * when} could not be saved (" in message
-    assert " MiB are free; what was saved before is intact (" in message
-    assert [p.name for p in complete(out)] == before and not [*out.glob(".tmp*"), *out.glob(".*.tmp")]
+    if save > 1:
+        run_training("--steps", 2 * (save - 1), out=out)
+    before = complete(out)
+    free = shutil.disk_usage(small_disk).free
+    filler.write_bytes(bytes(max(0, free - 2**20)))
+    message = run_training("--steps", 6, out=out)
+    assert f"step {2 * save} " in message and "MiB" in message
+    assert complete(out) == before
+    assert not [*out.glob(".tmp*"), *out.glob(".*.tmp")]
     filler.unlink()
-    assert go("--steps", 6, out=out) == ""
-    assert survive.same_weights(out, tmp_path / "whole")
+    assert run_training("--steps", 6, out=out) == ""
+    assert survive.same_weights(out, trained)
 
 
-def test_two_kills_end_with_the_weights_of_a_run_that_nobody_touched(tiny, small_tar, tmp_path,
-                                                                             monkeypatch):
-    """`python tests/survive.py` does twenty."""
-    flags = ["--init", str(tiny), "--image-data", small_tar, "--dtype", "float32", "--steps", "16",
-             "--save-every", "4", "--image-batch", "4", "--text-batch", "4", "--log-every", "1",
-             "--sample-every", "0"]
-    train.main([*flags, "--out", str(tmp_path / "whole")])
+def test_two_kills_change_no_bit_of_the_weights(base, tmp_path, monkeypatch):
+    """`python -m experiments.survive` does twenty."""
+    flags = [*map(str, base), "--steps", "12", "--save-every", "3"]
     monkeypatch.setattr(survive, "start", lambda out, flags: Forked(1, "--out", out, *flags))
-    done, _ = survive.killed_run(tmp_path / "killed", flags, 2, 0)
-    assert done == 2 and survive.same_weights(tmp_path / "whole", tmp_path / "killed")
+    survive.finish(survive.start(tmp_path / "whole", flags))     # in a fork: as many threads
+    # seed 1: the first kill comes 40 ms after a new step, early in the run
+    kills, _ = survive.killed_run(tmp_path / "killed", flags, kills=2, seed=1)
+    assert kills == 2 and survive.same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
-# -------------------------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------------------------------------ the log
 
-def test_a_log_with_rubbish_loses_the_bad_lines_alone(go, tmp_path):
-    out = tmp_path / "run"
-    go("--steps", 4)
-    good = (out / "log.jsonl").read_text().splitlines()
-    (out / "log.jsonl").write_bytes("\n".join([good[0], "{", "\0\0", good[1], "[]", good[2],
-                                               good[3][:20]]).encode() + b"\xff")
-    assert [row["step"] for row in read_log(out / "log.jsonl", 9)] == [1, 2, 3]
-    go("--steps", 5)
-    assert [row["step"] for row in rows(out)] == [1, 2, 3, 5]
-
-
-def test_samples_of_no_use_are_named_in_the_log(go, tmp_path):
-    (tmp_path / "photos").mkdir()
-    for i in range(9):
-        Image.new("RGB", (40, 40 if i else 400)).save(tmp_path / "photos" / f"{i}.png")
-        (tmp_path / "photos" / f"{i}.txt").write_text("black")
-    go("--steps", 3, "--image-data", tmp_path / "photos")
-    bad = [row for row in rows(tmp_path / "run") if "bad_samples" in row]
-    assert sum(row["bad_samples"] for row in bad) >= 1           # 12 samples of 9 were drawn, and 6 read
-    assert {name.partition(", ")[0] for row in bad for name in row["bad_names"]} == {
-        f"{tmp_path}/photos/0.png: a picture of 40x400"}
+def test_unreadable_lines_of_a_log_are_dropped(run, run_training):
+    log = run / "log.jsonl"
+    good = log.read_text().splitlines()
+    lines = [good[0], "{", "\0\0", good[1], "[]", *good[2:5], good[5][:20]]
+    log.write_bytes("\n".join(lines).encode() + b"\xff")
+    assert [row["step"] for row in read_log(log, 9)] == [1, 2, 3, 4, 5]
+    run_training("--steps", 7)
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 7]
 
 
-def test_each_row_says_over_how_many_steps_it_averages(go, tmp_path):
-    go("--steps", 7, "--log-every", 4)
-    go("--steps", 12, "--log-every", 4)
+def test_the_log_names_unusable_samples(run_training, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(9):
+        Image.new("RGB", (40, 40 if number else 400)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("black")
+    run_training("--steps", 3, "--image-data", folder)
+    bad_names = []
+    for row in rows(tmp_path / "run"):
+        assert row.get("bad_samples", 0) == len(row.get("bad_names", []))
+        bad_names += row.get("bad_names", [])
+    assert bad_names                     # the image loss takes 12 samples, more than an epoch of 9
+    for name in bad_names:
+        assert name.startswith(f"{folder}/0.png: ") and "40x400" in name
+
+
+def test_each_row_counts_the_steps_it_averages(run_training, tmp_path):
+    run_training("--steps", 7, "--log-every", 4)
+    run_training("--steps", 9, "--log-every", 4)
     assert [(row["step"], row["over"]) for row in rows(tmp_path / "run")] == [
-        (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 2), (8, 1), (12, 4)]
+        (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 2), (8, 1), (9, 1)]
 
 
-def test_a_text_batch_with_nothing_to_learn_has_loss_zero_and_questions_need_room(go, tiny):
-    ids, frozen = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
-    logits = lambda ids: torch.zeros(2, 3, 9, requires_grad=True)
+def test_pace_after_a_resume_counts_only_new_steps(run, run_training, monkeypatch):
+    clock = itertools.count()      # a second each time it is read: at the start and at each row
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(time=lambda: float(next(clock))))
+    run_training("--steps", 8)
+    old, first, second = rows(run)[5:]
+    assert first["samples_per_s"] == second["samples_per_s"] == 6        # 4 images and 2 texts
+    assert first["seconds"] == pytest.approx(old["seconds"] + 1)
+    assert second["seconds"] == pytest.approx(old["seconds"] + 2)
+
+
+def test_the_loss_of_frozen_texts_is_zero():
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    frozen = torch.ones(2, 3, dtype=torch.bool)
+
+    def logits(ids):
+        return torch.zeros(2, 3, 9, requires_grad=True)
     assert mask_diffusion.errors(logits, ids, 8, frozen).tolist() == [0, 0]
     assert mask_diffusion.loss(logits, ids, 8, frozen) == 0
-    message = go("--stage", "instruct", "--text-length", 12, "--steps", 1)
-    assert re.search(r'--text-length 12: "Q: .* A: " has \d+ tokens and leaves no room', message)
 
 
-# ------------------------------------------------------------------------------------------ several processes
+def test_a_question_that_fills_the_text_length_is_refused(run_training):
+    message = run_training("--stage", "instruct", "--text-length", 12, "--steps", 1)
+    assert re.search(r'--text-length 12: "Q: .* A: "', message)
+
+
+# -------------------------------------------------------------------------------- several processes
 
 @pytest.fixture(scope="module")
 def flags(tiny, small_tar):
-    """AdamW's update is g / (|g| + eps) at first, last bits of tiny gradients grow: a small rate."""
-    return ["--init", tiny, "--image-data", small_tar, "--image-batch", 8, "--text-batch", 8, "--dtype",
-            "float32", "--warmup", 2, "--log-every", 1, "--save-every", 10, "--sample-every", 20,
-            "--eval-every", 0, "--optimizer", "adamw", "--lr", 2e-4,
-            "--stage", "instruct", "--text-weight", 0.5, "--device", "cpu"]
+    """Flags of a run that any number of processes repeats.  AdamW first takes g / (|g| + eps),
+    which enlarges the last bits of tiny gradients, so the learning rate is small."""
+    return ["--init", tiny, "--image-data", small_tar, "--image-batch", 8, "--text-batch", 8,
+            "--dtype", "float32", "--warmup", 2, "--log-every", 1, "--save-every", 4,
+            "--sample-every", 8, "--eval-every", 0, "--optimizer", "adamw", "--lr", 2e-4,
+            "--stage", "instruct", "--text-weight", 0.5, "--device", "cpu", "--steps", 8]
 
 
 @pytest.fixture(scope="module")
-def alone(flags, tmp_path_factory):
-    """Twenty steps of one process: its folder."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    train.main(list(map(str, [*flags, "--out", out, "--steps", 20])))
+def single(flags, tmp_path_factory):
+    """The folder of eight steps by one process."""
+    out = tmp_path_factory.mktemp("single") / "run"
+    train.main(list(map(str, [*flags, "--out", out])))
     return out
 
 
 @pytest.fixture(scope="module")
-def two(flags, tmp_path_factory):
-    """The same by two processes: its folder, and what they said."""
-    out = tmp_path_factory.mktemp("two") / "run"
-    return out, to_the_end(launch(2, *flags, "--out", out, "--steps", 20, "--shard", "zero2"))
+def double(flags, tmp_path_factory):
+    """The same by two processes: folder, stdout, stderr."""
+    out = tmp_path_factory.mktemp("double") / "run"
+    output, errors = to_the_end(Forked(2, *flags, "--out", out, "--shard", "zero2"))
+    return out, output, errors
 
 
-@pytest.mark.parametrize("mode", ["zero2", "zero3"])
-def test_two_processes_take_the_same_steps_as_one(mode, flags, alone, two, tmp_path):
-    """hsdp and none: two of the tests below."""
-    out, (said, complaints) = two if mode == "zero2" else (tmp_path, to_the_end(Forked(
-        2, *flags, "--out", tmp_path, "--steps", 20, "--shard", mode)))
-    equal_runs(alone, out)
-    assert said.count("from step 0") == 1 and "Warning" not in complaints
-    assert (out / "samples_20.png").exists()
+def check_same_run(single, out, output, errors):
+    equal_runs(single, out)
+    assert output.count("from step 0") == 1 and "Warning" not in errors
+    assert (out / "samples_8.png").exists()
+
+
+def test_two_processes_with_zero2_equal_one(single, double):
+    check_same_run(single, *double)
+
+
+def test_two_processes_with_zero3_equal_one(flags, single, tmp_path):
+    output, errors = to_the_end(Forked(2, *flags, "--out", tmp_path, "--shard", "zero3"))
+    check_same_run(single, tmp_path, output, errors)
 
 
 def test_two_processes_in_bfloat16_stay_close_to_one(flags, tmp_path):
-    half = [*flags, "--dtype", "bfloat16", "--steps", 6, "--out"]
+    half = [*flags, "--dtype", "bfloat16", "--steps", 3, "--sample-every", 0, "--out"]
     train.main(list(map(str, [*half, tmp_path / "1"])))
     to_the_end(Forked(2, *half, tmp_path / "2"))
-    for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
-        assert a["image_loss"] == pytest.approx(b["image_loss"], rel=0.02)
-        assert a["text_loss"] == pytest.approx(b["text_loss"], rel=0.02)
+    for one, two in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
+        for name in ("image_loss", "text_loss"):                 # bfloat16 has eight bits, 0.4 %
+            assert one[name] == pytest.approx(two[name], rel=0.02), name
 
 
-def test_what_two_processes_saved_one_and_four_go_on_from(flags, alone, two, tmp_path):
+def test_sharding_reduces_gradients_in_float32(tiny, monkeypatch):
+    policies = {}
+
+    def record(part, mesh, mp_policy, reshard_after_forward):
+        policies[part] = mp_policy
+    monkeypatch.setattr(distributed, "fully_shard", record)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    mmdit = checkpoint.load_mmdit(tiny)
+    distributed.shard(nn.ModuleDict(dict(mmdit=mmdit)), torch.bfloat16, "zero2")
+    assert set(policies) == {mmdit, mmdit.txt_out, *mmdit.blocks}
+    for part, policy in policies.items():
+        assert policy.reduce_dtype == torch.float32
+        # the text head computes in float32, like its weights
+        assert policy.param_dtype == (None if part is mmdit.txt_out else torch.bfloat16)
+
+
+def test_one_and_four_processes_resume_what_two_saved(flags, single, double, tmp_path):
     for name in ("one", "four"):
-        shutil.copytree(two[0], tmp_path / name)
-    on = [*flags, "--steps", 20, "--resume-step", 10, "--out"]
-    from_ten = lambda name: list(map(str, [*on, tmp_path / name]))
-    train.main(from_ten("one"))
-    _, complaints = to_the_end(Forked(4, *from_ten("four"), "--shard", "hsdp"))
-    assert "Warning" not in complaints
+        shutil.copytree(double[0], tmp_path / name)
+    resume = [*flags, "--resume-step", 4, "--out"]
+    train.main(list(map(str, [*resume, tmp_path / "one"])))
+    _, errors = to_the_end(Forked(4, *resume, tmp_path / "four", "--shard", "hsdp"))
+    assert "Warning" not in errors
     for out in (tmp_path / "one", tmp_path / "four"):
-        assert (out / "left_step_20").exists()                   # what two processes made of it
-        equal_runs(alone, out)
+        assert (out / "left_step_8").exists()
+        equal_runs(single, out)
 
 
-def dying(given, folder):
-    """train.py; rank 1 of the first attempt kills itself at a step."""
-    rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-    calls, agree = [], processes.agree
+def die_once():
+    """Have rank 1 of the first attempt kill itself at the seventh exchange, in the fifth step."""
+    agree = processes.agree
+    calls = itertools.count(1)
 
-    def agreeing(*flags, device):
-        calls.append(1)
-        if (rank, attempt, len(calls)) == ("1", "0", 7):
+    def agree_or_die(*flags, device):
+        if next(calls) == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         return agree(*flags, device=device)
-    processes.agree = agreeing
-    forked("train", given, {}, [str(folder / f"{attempt}_{rank}.{name}") for name in ("out", "err")])
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        processes.agree = agree_or_die
 
 
-def test_torchrun_restarts_what_is_killed_and_the_run_ends_as_if_nothing_had_happened(flags, alone, tmp_path):
-    """Torchrun's agent, with forks."""
-    how = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=3,
-                       start_method="forkserver")
-    given = [*flags, "--out", tmp_path / "run", "--steps", 20, "--save-every", 3]
-    elastic_launch(how, dying)(list(map(str, given)), tmp_path)
-    said = "".join(file.read_text() for file in tmp_path.glob("*.out"))
-    assert said.count("M parameters") == 2 and len([*tmp_path.glob("*.out")]) == 4
-    equal_runs(alone, tmp_path / "run")
+def train_attempt(flags, folder):
+    """Run train.py in a fork of torchrun's agent; its output goes to ATTEMPT_RANK.out and .err."""
+    name = f"{os.environ['TORCHELASTIC_RESTART_COUNT']}_{os.environ['RANK']}"
+    forked("train", flags, {}, [f"{folder}/{name}.out", f"{folder}/{name}.err"], die_once)
 
 
-def test_a_mistake_on_one_process_ends_all_with_one_line(flags, tmp_path):
-    program = tmp_path / "fails.py"
-    program.write_text("import os, train\nfrom dataset import emoji\nfrom common.cli import UserError\nload = emoji.load\n"
-                       "def failing(*given):\n"
-                       "    if os.environ['RANK'] == '1': raise UserError('the tar is cut on machine 1')\n"
-                       "    return load(*given)\n"
-                       "emoji.load = failing\n"
-                       "from common import cli; cli.run(train.main)\n")
-    given = [*flags, "--out", tmp_path / "run", "--steps", 2]
-    for start, line in ((lambda: Forked(2, *given, "--image-data", "nowhere.tar"),
-                         "error: nowhere.tar: no such tar file"),
-                        (lambda: launch(2, *given, program=program), "error: the tar is cut on machine 1")):
-        process = start()
-        _, complaints = process.communicate(timeout=120)  # torchrun reports too, in its way
-        assert process.returncode == 1 and complaints.splitlines().count(line) == 1
-        assert sum(text.startswith("error: ")
-                   for text in complaints.splitlines()) == 1 and "[rank" not in complaints
+def test_torchruns_agent_restarts_a_killed_run(flags, single, tmp_path):
+    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=3,
+                          start_method="forkserver", monitor_interval=0.05)
+    out = tmp_path / "run"
+    run_flags = list(map(str, [*flags, "--out", out, "--save-every", 2]))
+    elastic_launch(config, train_attempt)(run_flags, tmp_path)
+    outputs = [file.read_text() for file in tmp_path.glob("*.out")]
+    assert len(outputs) == 4                                     # two attempts of two processes
+    starts = re.findall("from step (.)", "".join(outputs))
+    assert len(starts) == 2 and starts.count("0") == 1
+    equal_runs(single, out)
 
 
-def test_a_signal_to_torchrun_saves_once_and_the_same_command_goes_on(flags, alone, tmp_path):
-    how = [*flags, "--out", tmp_path, "--steps", 20, "--shard", "none"]
-    process = launch(2, *how)
-    wait_until(lambda: len(read_log(tmp_path / "log.jsonl", 99)) >= 3, process)
+def fail_on_rank_1():
+    def load(*arguments):
+        raise UserError("the tar is cut on machine 1")
+    if os.environ["RANK"] == "1":
+        emoji.load = load
+
+
+@pytest.mark.parametrize("more, prepare, line", [
+    (["--image-data", "nowhere.tar"], None, "error: nowhere.tar: no such tar file"),
+    ([], fail_on_rank_1, "error: the tar is cut on machine 1")], ids=["all", "rank 1"])
+def test_an_error_ends_all_processes_with_one_line(more, prepare, line, flags, tmp_path):
+    process = Forked(2, *flags, "--out", tmp_path, *more, prepare=prepare)
+    _, errors = process.communicate()
+    assert [rank.exitcode for rank in process.ranks] == [1, 1]
+    assert errors == line + "\n"
+
+
+def test_sigterm_to_torchrun_saves_once_and_resumes(flags, single, tmp_path):
+    """The one test that starts the real torchrun."""
+    command = [*flags, "--out", tmp_path, "--shard", "none"]
+    process = launch(2, *command)
+    wait_until(lambda: read_log(tmp_path / "log.jsonl"), process)
     process.send_signal(signal.SIGTERM)
-    said, complaints = process.communicate(timeout=60)
-    assert said.count("saved; the same command goes on from here") == 1 and "[rank" not in complaints
-    to_the_end(Forked(2, *how))
-    equal_runs(alone, tmp_path)
+    output, errors = process.communicate(timeout=60)
+    assert output.count("saved; the same command") == 1 and "[rank" not in errors
+    assert 1 <= len(rows(tmp_path)) < 8
+    to_the_end(Forked(2, *command))
+    equal_runs(single, tmp_path)
 
 
-def test_process_zero_decides_for_all_and_its_mistake_is_everyones():
-    assert processes.first(lambda: 3) == 3 and processes.agree(True, False,
-                                                             device=torch.device("cpu")) == [True, False]
-    with pytest.raises(train.UserError, match="^no$"):
-        processes.first(lambda: (_ for _ in ()).throw(train.UserError("no")))
+def test_agree_of_one_process_returns_its_flags():
+    assert processes.agree(True, False, device=torch.device("cpu")) == [True, False]
+
+
+def test_first_returns_the_value_or_raises_the_error():
+    def fail():
+        raise UserError("no")
+    assert processes.first(lambda: 3) == 3
+    with pytest.raises(UserError, match="^no$"):
+        processes.first(fail)

@@ -1,4 +1,4 @@
-"""inference/answer_file.py and its commands: the same lines however many processes write them, killed or not."""
+"""inference/answer_file.py and its commands: any number of processes writes the same lines."""
 
 import json
 import re
@@ -17,177 +17,242 @@ from inference.image_to_text import encode, write
 from inference.parts import Parts
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-ASKED = ["Is it a flag?", "Is it food?", "What is it?"]
+QUESTIONS = ["Is it a flag?", "Is it food?", "What is it?"]
+SAMPLED = dict(steps=5, temperature=1.0, order="random")
 
 
 @pytest.fixture(scope="module")
-def photos(emoji_set, tmp_path_factory):
-    """Twenty pictures, and one that is corrupt."""
+def photos(emoji_images, tmp_path_factory):
+    """The folder of 20 images, and of one that is corrupt."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(20):
-        to_picture(emoji_set[1][i] / 127.5 - 1).save(folder / f"{i}.png")
+        to_picture(emoji_images[1][i]).save(folder / f"{i}.png")
     (folder / "20.png").write_bytes((folder / "0.png").read_bytes()[:400])
     return folder
 
 
-def run(*args):
+def run_evaluate(*args):
     evaluate.main(list(map(str, args)))
 
 
-def lines(path):
+def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def questions(path, count, kind="popular"):
-    """A file as POPE's: `count` questions about 21 pictures."""
-    rows = [dict(question_id=i, image=f"{i % 21}.png", text=ASKED[i % 2], label=("yes", "no")[i // 2 % 2])
-            for i in range(count)]
-    file = path / f"coco_pope_{kind}.json"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pope_label(i):
+    return ("yes", "no")[i // 2 % 2]
+
+
+def pope_file(folder, count, kind="popular"):
+    """Write POPE's file of `count` questions about 21 images."""
+    file = folder / f"coco_pope_{kind}.json"
+    write_rows(file, [dict(question_id=i, image=f"{i % 21}.png", text=QUESTIONS[i % 2],
+                           label=pope_label(i)) for i in range(count)])
     return file
 
 
-def test_a_process_killed_at_half_and_two_that_go_on_end_with_the_lines_of_one(tiny, photos, tmp_path):
-    flags = ["answer", "pope", questions(tmp_path, 640), photos]
-    how = ["--checkpoint", tiny, "--suffix", "", "--temperature", "1", "--order", "random", "--steps", "24"]
-    run(*flags, tmp_path / "one.jsonl", *how)
-    out, blocks = tmp_path / "two.jsonl", tmp_path / "two.jsonl.blocks"
+def test_a_killed_run_resumed_by_two_processes_gives_the_same_file(tiny, photos, tmp_path):
+    count = 384                                                  # six blocks
+    flags = ["answer", "pope", pope_file(tmp_path, count), photos]
+    settings = ["--checkpoint", tiny, "--suffix", "", "--temperature", "1", "--order", "random",
+                "--steps", "16"]
+    run_evaluate(*flags, tmp_path / "one.jsonl", *settings)
+    out, folder = tmp_path / "two.jsonl", tmp_path / "two.jsonl.blocks"
 
-    start = lambda processes: Forked(processes, *flags, out, *how, program="evaluate")
-    done = lambda: list(blocks.glob("0*.jsonl")) if blocks.exists() else []
-    kill_when(start(1), lambda: len(done()) >= 3)
-    before = {path: path.stat().st_mtime_ns for path in done()}
-    assert 3 <= len(before) < 10 and not out.exists()
-    (blocks / "000000.jsonl").unlink(missing_ok=True)
-    said, _ = to_the_end(start(2))
-    assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes() and not blocks.exists()
-    assert f"{out}: 610 of 640\nleft out: 30\n" in said and "20.png: not a picture that can be read" in said
-    found = lines(out)
-    assert [row["question_id"] for row in found] == [f"popular/{i}" for i in range(640) if i % 21 != 20]
-    assert len({row["answer"] for row in found}) > 100           # sampled, each by a seed of its own
+    def start(processes):
+        return Forked(processes, *flags, out, *settings, program="evaluate")
 
-
-def test_an_answer_does_not_depend_on_what_else_is_asked(tiny, photos, tmp_path):
-    parts, note = Parts(tiny, dtype=torch.float32), dict(settings="any")
-    asked = [Ask(str(i), f"{i % 20}.png", ASKED[i % 3]) for i in range(70)] + [Ask(7, "3.png")]
-    fill = lambda asked, name: answer_file.fill(parts, asked, photos, tmp_path / name, note, steps=5,
-                                              temperature=1.0, order="random")
-    assert fill(asked, "all") == [] and fill(asked[::-1][:9], "some") == []
-    assert all(row in lines(tmp_path / "all") for row in lines(tmp_path / "some"))
-    assert lines(tmp_path / "all")[-1].keys() == {"image_id", "caption"}
-    with pytest.raises(UserError, match=r"all: was made otherwise \(settings\); name another file"):
-        answer_file.fill(parts, asked, photos, tmp_path / "all", dict(settings="other"))
-    assert answer_file.fill(parts, asked, photos, tmp_path / "all", note) == []    # there: nothing is asked
-    (tmp_path / "all.json").unlink()
-    with pytest.raises(UserError, match="all: is there, and no all.json"):
-        fill(asked, "all")
+    def blocks():
+        return list(folder.glob("0*.jsonl"))
+    kill_when(start(1), lambda: len(blocks()) >= 2)
+    assert 2 <= len(blocks()) < 6 and not out.exists()
+    first, kept = sorted(blocks())[:2]
+    first.unlink()
+    marked = read_rows(kept)
+    marked[0]["answer"] = "kept"                         # shows that no process writes it again
+    write_rows(kept, marked)
+    printed, _ = to_the_end(start(2))
+    rows = read_rows(out)
+    assert [row["question_id"] for row in rows] == [
+        f"popular/{i}" for i in range(count) if i % 21 != 20]
+    expected = {row["question_id"]: row["answer"] for row in read_rows(tmp_path / "one.jsonl")}
+    expected[marked[0]["question_id"]] = "kept"
+    assert {row["question_id"]: row["answer"] for row in rows} == expected
+    assert f"{out}: 366 of 384\nleft out: 18\n" in printed and "20.png" in printed
+    assert not folder.exists()
 
 
-def test_a_question_that_is_too_long_is_left_out_and_the_rest_answered(tiny, photos, tmp_path):
-    parts = Parts(tiny)
-    asked = [Ask("a", "0.png", "Is it a flag?"), Ask("b", "0.png", "flag " * 40), Ask("c", "none.png", "Is?")]
-    lost = answer_file.fill(parts, asked, photos, tmp_path / "a.jsonl", {}, steps=2)
-    assert [row["question_id"] for row in lines(tmp_path / "a.jsonl")] == ["a"]
-    assert lost[0].startswith("b: the question has") and lost[1].endswith("none.png: no such picture file")
+def test_an_answer_does_not_depend_on_other_questions(tiny_parts, photos, tmp_path):
+    asks = [Ask(str(i), f"{i % 20}.png", QUESTIONS[i % 3]) for i in range(70)] + [Ask(7, "3.png")]
+    for name, asked in (("all", asks), ("some", asks[::-1][:9])):
+        assert answer_file.fill(tiny_parts, asked, photos, tmp_path / name, {}, **SAMPLED) == []
+    rows = read_rows(tmp_path / "all")
+    assert all(row in rows for row in read_rows(tmp_path / "some"))
+    assert rows[-1].keys() == {"image_id", "caption"}            # an Ask without a question
 
 
-def test_an_answer_with_a_line_separator_stays_one_line(tiny, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(answer_file, "write", lambda parts, latents, questions, **how: ["a\u2028b"])
-    assert answer_file.fill(Parts(tiny), [Ask("a", "0.png", "Is?")], photos, tmp_path / "a.jsonl", {}) == []
-    assert (tmp_path / "a.jsonl").read_bytes().decode() == '{"question_id": "a", "answer": "a\u2028b"}\n'
+def test_each_question_id_has_its_own_seed(tiny_parts, photos, tmp_path):
+    """The same question about the same image, sampled, gets another answer under another id."""
+    asks = [Ask(str(i), "0.png", QUESTIONS[0]) for i in range(8)]
+    for seed in (0, 1):
+        answer_file.fill(tiny_parts, asks, photos, tmp_path / str(seed), {}, seed=seed, **SAMPLED)
+    answers = {row["answer"] for seed in "01" for row in read_rows(tmp_path / seed)}
+    assert len(answers) == 16
 
 
-def test_popes_answers_and_scores_from_the_shipped_weights(photos, tmp_path, capsys):
-    """What is read back is what was written, and the likeliest of two choices is one of them."""
-    files = [questions(tmp_path, 6, kind) for kind in ("random", "adversarial")]
-    likelihood = ["--by", "likelihood", "--choices", "yes", "no", "--limit", 3]
-    for by, name in (([], "w.jsonl"), (likelihood, "l.jsonl")):
-        run("answer", "pope", *files, photos, tmp_path / name, "--suffix", "", *by)
-        assert {row["answer"] for row in lines(tmp_path / name)} <= {"yes", "no"}
-    run("score", "pope", tmp_path / "w.jsonl", "--json", tmp_path / "s.json")
-    said, scores = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())["scores"]
-    assert "| | accuracy | precision | recall | F1 | yes-ratio |" in said.replace("|  |", "| |")
+def test_answers_of_other_settings_are_refused(tiny_parts, photos, tmp_path):
+    out, asks = tmp_path / "a.jsonl", [Ask("a", "0.png", QUESTIONS[0])]
+    fill = lambda settings: answer_file.fill(tiny_parts, asks, photos, out, dict(settings=settings),
+                                             steps=1)
+    fill("first")
+    with pytest.raises(UserError, match=r"a\.jsonl: .*\(settings\)"):
+        fill("second")
+    content = out.read_bytes()
+    out.write_bytes(content + b"marked")
+    assert fill("first") == [] and out.read_bytes() == content + b"marked"      # not written again
+    (tmp_path / "a.jsonl.json").unlink()
+    with pytest.raises(UserError, match=r"no a\.jsonl\.json"):
+        fill("first")
+
+
+def test_questions_that_cannot_be_answered_are_left_out(tiny_parts, photos, tmp_path):
+    asks = [Ask("a", "0.png", QUESTIONS[0]), Ask("b", "0.png", "flag " * 40),
+            Ask("c", "none.png", "Is?")]
+    long, missing = answer_file.fill(tiny_parts, asks, photos, tmp_path / "a.jsonl", {}, steps=2)
+    assert [row["question_id"] for row in read_rows(tmp_path / "a.jsonl")] == ["a"]
+    assert long.startswith("b: ") and "tokens" in long
+    assert missing.startswith("c: ") and "none.png" in missing
+
+
+def test_a_line_separator_in_an_answer_does_not_split_its_line(tiny_parts, photos, tmp_path,
+                                                               monkeypatch):
+    monkeypatch.setattr(answer_file, "write", lambda *args, **how: ["a\u2028b"])
+    asks, out = [Ask("a", "0.png", "Is?")], tmp_path / "a.jsonl"
+    assert answer_file.fill(tiny_parts, asks, photos, out, {}) == []
+    assert out.read_bytes().decode() == '{"question_id": "a", "answer": "a\u2028b"}\n'
+
+
+def test_pope_is_answered_and_scored_with_the_shipped_weights(photos, tmp_path, capsys):
+    files = [pope_file(tmp_path, 6, kind) for kind in ("random", "adversarial")]
+    out, result = tmp_path / "answers.jsonl", tmp_path / "scores.json"
+    run_evaluate("answer", "pope", *files, photos, out, "--suffix", "")
+    rows = read_rows(out)
+    assert {row["answer"] for row in rows} <= {"yes", "no"}
+    run_evaluate("score", "pope", out, "--json", result)
+    printed, scores = capsys.readouterr().out, json.loads(result.read_text())["scores"]
+    assert "| accuracy | precision | recall | F1 | yes-ratio |" in printed
     assert set(scores) == {"random", "adversarial", "mean", "every type"}
-    right = [row["answer"] == ("yes", "no")[int(row["question_id"].split("/")[1]) // 2 % 2]
-             for row in lines(tmp_path / "w.jsonl") if row["question_id"].startswith("random")]
-    assert scores["random"]["accuracy"] == pytest.approx(100 * sum(right) / len(right))
-    parts = Parts()
-    assert f"checkpoint: {parts.digest()}" in said and "seed: 0" in said
+    correct = [row["answer"] == pope_label(int(row["question_id"].removeprefix("random/")))
+               for row in rows if row["question_id"].startswith("random")]
+    assert scores["random"]["accuracy"] == pytest.approx(100 * sum(correct) / 6)
+    assert f"checkpoint: {Parts().digest()}" in printed and "seed: 0" in printed
 
 
-def vqa_files(tmp_path, count=6):
-    asked = [dict(question_id=i, image_id=i % 6, question=ASKED[i % 3]) for i in range(count)]
-    notes = [dict(question_id=i, image_id=i, question_type="is it", answer_type=("yes/no", "other")[i % 2],
-                  answers=[dict(answer_id=k, answer="yes" if k < 3 + i else "no") for k in range(10)],
-                  multiple_choice_answer="yes") for i in range(count - 1)]
-    file = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
-    file.write_text(json.dumps(dict(questions=asked, data_subtype="val2014")))
-    (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(dict(annotations=notes)))
+def test_the_likeliest_choice_is_the_answer(tiny, photos, tmp_path):
+    """Random weights prefer the text of fewer tokens, here the last choice."""
+    out, choices = tmp_path / "answers.jsonl", ["a person or a body part", "no"]
+    run_evaluate("answer", "pope", pope_file(tmp_path, 4), photos, out, "--checkpoint", tiny,
+                 "--suffix", "", "--by", "likelihood", "--choices", *choices, "--limit", 2)
+    assert [row["answer"] for row in read_rows(out)] == ["no", "no"]
+
+
+def vqa_file(folder, count):
+    """Write VQAv2's questions about 6 images: 3 + i of 10 answers are yes; the last has none."""
+    questions, annotations = [], []
+    for i in range(count):
+        questions.append(dict(question_id=i, image_id=i % 6, question=QUESTIONS[i % 3]))
+        answers = [dict(answer_id=k, answer="yes" if k < 3 + i else "no") for k in range(10)]
+        annotations.append(dict(question_id=i, image_id=i, question_type="is it",
+                                answer_type=("yes/no", "other")[i % 2], answers=answers,
+                                multiple_choice_answer="yes"))
+    file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
+    file.write_text(json.dumps(dict(questions=questions, data_subtype="val2014")))
+    (folder / "v2_mscoco_val2014_annotations.json").write_text(
+        json.dumps(dict(annotations=annotations[:-1])))
     for i in range(6):
-        to_picture(torch.rand(3, 32, 32)).save(tmp_path / f"COCO_val2014_{i:012}.jpg")
+        to_picture(torch.rand(3, 32, 32)).save(folder / f"COCO_val2014_{i:012}.jpg")
     return file
 
 
-def test_vqav2_with_shots_and_the_papers_rows_below(tiny, tmp_path, capsys, monkeypatch):
-    file, seen = vqa_files(tmp_path), []
-    monkeypatch.setattr(answer_file, "write", lambda parts, latents, asked, **how: seen.extend(asked) or [
-        "yes" for _ in asked])
-    run("answer", "vqav2", file, tmp_path, tmp_path / "a.jsonl", "--checkpoint", tiny, "--suffix", "",
-        "--shots", "1", "--examples", file)
-    assert len(seen) == 5 and all(text.count("Q: ") == text.count(" A: ") == 1 for text in seen)
-    assert all(text.endswith(f"Q: {ASKED[i % 3]}") for i, text in enumerate(seen))
-    assert "questions without a true answer, left out: 1 (5)" in capsys.readouterr().out
-    run("score", "vqav2", tmp_path / "a.jsonl", "--json", tmp_path / "s.json")
-    said = capsys.readouterr().out
-    # 3 to 7 of ten said yes: 0.9, then 1
-    assert "| these answers | 98.0 | 96.7 | 100.0 |" in said
-    assert "question type" not in said.split("made_by")[0]
-    assert "32-shot | 60.3 |" in said
-    scores = json.loads((tmp_path / "s.json").read_text())["scores"]
+def test_vqav2_is_answered_with_shots_and_scored(tiny, tmp_path, capsys, monkeypatch):
+    file, out, prompts = vqa_file(tmp_path, 6), tmp_path / "a.jsonl", []
+
+    def always_yes(parts, latents, questions, **how):
+        prompts.extend(questions)
+        return ["yes"] * len(questions)
+    monkeypatch.setattr(answer_file, "write", always_yes)
+    run_evaluate("answer", "vqav2", file, tmp_path, out, "--checkpoint", tiny, "--suffix", "",
+                 "--shots", "1", "--examples", file)
+    assert len(prompts) == 5
+    for i, prompt in enumerate(prompts):
+        assert prompt.count("Q: ") == prompt.count(" A: ") == 1
+        assert prompt.endswith(f"Q: {QUESTIONS[i % 3]}")
+    assert "left out: 1 (5)" in capsys.readouterr().out          # question 5 has no answers
+    run_evaluate("score", "vqav2", out, "--json", tmp_path / "scores.json")
+    printed = capsys.readouterr().out
+    # 3 to 7 of ten people said yes: 0.9 for the first question, 1 for the others.
+    assert "| these answers | 98.0 | 96.7 | 100.0 |" in printed
+    assert "question type" not in printed.split("made_by")[0]
+    assert "32-shot | 60.3 |" in printed                         # the paper's row
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert scores["every type"]["question type: is it"] == pytest.approx(98)
-    run("score", "okvqa", tmp_path / "a.jsonl", "--questions", file)
+    run_evaluate("score", "okvqa", out, "--questions", file)
     assert "98.0" in capsys.readouterr().out
 
 
-def test_as_many_shots_as_asked_find_room_or_a_line_says_what_would(tiny, tmp_path, mistake, capsys):
-    """T5 has no position table: the answers' length follows.  A table, or --length, limits it."""
-    file = vqa_files(tmp_path, 60)
-    asked = ["answer", "vqav2", file, tmp_path, tmp_path / "a.jsonl", "--shots", "32", "--examples", file,
-             "--suffix", "", "--limit", "3", "--steps", "2"]
-    t5 = ["--checkpoint", FIXTURES / "release", "--vae", FIXTURES / "sd3.safetensors", "--height", "16",
-          "--width", "16"]
-    status, said = mistake(evaluate.main, [*asked, *t5, "--length", "100"])
-    advised = re.search(r"--shots 32: the prompts have \d+ to \d+ tokens, --length 100: use --length (\d+)\n", said)
-    assert status == 1 and advised and not (tmp_path / "a.jsonl").exists()
-    status, said = mistake(evaluate.main, [*asked, "--checkpoint", tiny])
-    assert status == 1 and "at most 28 positions: use fewer --shots" in said
-    run(*asked, *t5)
-    assert "a.jsonl: 3 of 3" in capsys.readouterr().out and len(lines(tmp_path / "a.jsonl")) == 3
-    assert json.loads((tmp_path / "a.jsonl.json").read_text())["length"] == int(advised[1])
+@pytest.fixture
+def shots_flags(tmp_path):
+    """The flags that ask three questions with 32 examples before each."""
+    file = vqa_file(tmp_path, 60)
+    return ["answer", "vqav2", file, tmp_path, tmp_path / "a.jsonl", "--shots", "32", "--examples",
+            file, "--suffix", "", "--limit", "3", "--steps", "2"]
 
 
-def test_captions_are_written_and_scored_by_cocos_file(tiny, photos, tmp_path, capsys):
-    content = dict(images=[dict(id=i, file_name=f"{i}.png") for i in range(21)],
-                   annotations=[dict(image_id=i, id=i, caption=f"a red cat {i}") for i in range(20)])
-    (tmp_path / "captions.json").write_text(json.dumps(content))
-    run("answer", "captions", tmp_path / "captions.json", photos, tmp_path / "c.jsonl", "--checkpoint", tiny,
-        "--steps", 3, "--dtype", "float32")
-    said = capsys.readouterr().out
-    assert "20 of 21" in said and "20.png" in said
-    parts, picture = Parts(tiny, dtype=torch.float32), read_picture(photos / "4.png")
-    latents = encode(parts, to_tensor(fit_picture(picture, 16, 16))[None])
-    assert lines(tmp_path / "c.jsonl")[4] == dict(image_id=4, caption=write(parts, latents, steps=3)[0])
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(dict(image_id=i, caption=f"a red cat {i}")) + "\n"
-                                              for i in range(19)))
-    run("score", "captions", tmp_path / "c.jsonl", "--json", tmp_path / "s.json")
-    scores = json.loads((tmp_path / "s.json").read_text())
-    assert scores["scores"]["these captions"]["BLEU-4"] == pytest.approx(1)
-    assert any("no caption was written" in line for line in scores["left_out"])
+def test_shots_lengthen_the_prompts_of_t5(shots_flags, tmp_path, mistake, capsys):
+    """T5 has no position table: answers get room behind any prompt, unless --length is given."""
+    release = ["--checkpoint", FIXTURES / "release", "--vae", FIXTURES / "sd3.safetensors",
+               "--height", "16", "--width", "16"]
+    status, error = mistake(evaluate.main, [*shots_flags, *release, "--length", "100"])
+    advice = re.search(r"--shots 32.* --length 100.* --length (\d+)\n", error)
+    assert status == 1 and advice and not (tmp_path / "a.jsonl").exists()
+    run_evaluate(*shots_flags, *release)
+    assert "a.jsonl: 3 of 3" in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "a.jsonl")) == 3
+    settings = json.loads((tmp_path / "a.jsonl.json").read_text())
+    assert settings["length"] == int(advice[1])
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--by", "likelihood"], "--by likelihood and --choices go together"),
-    (["--shots", "2"], "--shots and --examples go together")])
-def test_flags_that_lack_their_other_half_are_refused(flags, said, mistake):
-    status, line = mistake(evaluate.main, ["answer", "pope", "a.json", "photos", "out.jsonl", *flags])
-    assert (status, line) == (2, f"error: {said}\n")
+def test_shots_beyond_the_position_table_are_refused(shots_flags, tiny, mistake):
+    status, error = mistake(evaluate.main, [*shots_flags, "--checkpoint", tiny])
+    assert status == 1 and "--shots 32" in error and "28 positions" in error
+
+
+def test_captions_are_written_and_scored(tiny_parts, tiny, photos, tmp_path, capsys):
+    file, out, result = tmp_path / "captions.json", tmp_path / "c.jsonl", tmp_path / "scores.json"
+    file.write_text(json.dumps(dict(
+        images=[dict(id=i, file_name=f"{i}.png") for i in range(21)],
+        annotations=[dict(image_id=i, id=i, caption=f"a red cat {i}") for i in range(20)])))
+    run_evaluate("answer", "captions", file, photos, out, "--checkpoint", tiny, "--steps", 3,
+                 "--dtype", "float32")
+    printed = capsys.readouterr().out
+    assert "20 of 21" in printed and "20.png" in printed
+    image = to_tensor(fit_picture(read_picture(photos / "4.png"), 16, 16))
+    caption, = write(tiny_parts, encode(tiny_parts, image[None]), steps=3)
+    assert read_rows(out)[4] == dict(image_id=4, caption=caption)
+    write_rows(out, [dict(image_id=i, caption=f"a red cat {i}") for i in range(19)])
+    run_evaluate("score", "captions", out, "--json", result)
+    report = json.loads(result.read_text())
+    assert report["scores"]["these captions"]["BLEU-4"] == pytest.approx(1)
+    assert any(re.search(r"\b19: .*caption", line) for line in report["left_out"])
+
+
+@pytest.mark.parametrize("flags, missing", [(["--by", "likelihood"], "--choices"),
+                                            (["--shots", "2"], "--examples")])
+def test_a_flag_without_its_partner_is_refused(flags, missing, mistake):
+    status, error = mistake(evaluate.main,
+                            ["answer", "pope", "a.json", "photos", "out.jsonl", *flags])
+    assert status == 2 and flags[0] in error and missing in error

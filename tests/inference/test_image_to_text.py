@@ -1,166 +1,271 @@
-"""inference/image_to_text.py with the shipped weights: orders, batches, a picture looked at once, scores, the ways to ask."""
+"""inference/image_to_text.py: orders, batches, the image cache, scores, and the ways to ask."""
 
 import pytest
 import torch
 
 import mask_diffusion
 import sample
+from dataset.images import fit_picture, read_picture, to_picture, to_tensor
 from inference import image_to_text
 
-NOISE = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))      # of which little is sure
+APPLE = "red apple, noto style"
+KIND = "What kind of thing is this?"
+NOISE = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def test_infilling_changes_masked_tokens_only(parts, emoji_all):
-    records, pictures = emoji_all
-    g = torch.Generator().manual_seed(0)
-    ids = torch.stack([parts.tokenizer.encode(r["caption"], parts.length) for r in records[:128]])
-    masked = torch.where(torch.rand(ids.shape, generator=g) < 0.5, parts.tokenizer.mask_id, ids)
-    filled = image_to_text.fill(parts, pictures[:128], masked, steps=4, temperature=1.0)
+@pytest.fixture(scope="module")
+def training_images(emoji_images):
+    """(captions, images (12, 3, 64, 64)) that the shipped weights were trained on."""
+    records, images = emoji_images
+    indices = [i for i, record in enumerate(records) if record["split"] == "train"][:12]
+    return [records[i]["caption"] for i in indices], images[indices]
+
+
+def count_correct(texts, captions):
+    return sum(text == caption for text, caption in zip(texts, captions, strict=True))
+
+
+def test_fill_changes_only_masked_tokens(parts, emoji_images):
+    records, images = emoji_images
+    captions = [record["caption"] for record in records[:32]]
+    ids = torch.stack([parts.tokenizer.encode(caption, parts.length) for caption in captions])
+    chance = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
+    masked = torch.where(chance < 0.5, parts.tokenizer.mask_id, ids)
+    filled = image_to_text.fill(parts, images[:32], masked, steps=4, temperature=1.0)
     kept = masked != parts.tokenizer.mask_id
-    assert torch.equal(filled[kept], ids[kept]) and (filled != parts.tokenizer.mask_id).all()
+    assert torch.equal(filled[kept], ids[kept])
+    assert (filled != parts.tokenizer.mask_id).all()
 
 
-def test_the_order_of_unmasking_is_the_one_asked_for(parts):
-    """Each order's result is that of `mask_diffusion.sample`, end and seeds included."""
-    ids, tokenizer = image_to_text.canvas(parts).expand(3, -1), parts.tokenizer
+def test_given_text_behind_an_end_is_kept(tiny_parts, monkeypatch):
+    """A network that is sure of the end at every position: only masked tokens become padding."""
+    tokenizer = tiny_parts.tokenizer
+    scores = torch.zeros(tokenizer.vocab_size)
+    scores[tokenizer.end_id] = 50.0
+    monkeypatch.setattr(image_to_text, "logits", lambda *args: (
+        lambda ids, at, rows: scores.expand(len(at), -1)))
+    given, mask = tokenizer.pieces("red apple"), tokenizer.mask_id
+    ids = torch.tensor([[mask, mask, *given, mask]])
+    filled = image_to_text.fill(tiny_parts, NOISE[:1], ids, order="confidence", temperature=0.0)
+    assert filled[0].tolist() == [tokenizer.end_id, tokenizer.pad_id, *given, tokenizer.pad_id]
+
+
+def test_fill_follows_the_requested_order(tiny_parts):
+    """Each order gives the result of `mask_diffusion.sample`, with its seeds and its end."""
+    ids, tokenizer = image_to_text.canvas(tiny_parts).expand(3, -1), tiny_parts.tokenizer
+    expected = {}
     with torch.inference_mode():
-        true = {order: mask_diffusion.sample(
-            image_to_text.logits(parts, NOISE[:3]), ids, tokenizer.mask_id, 6, None, 1.0, order, True,
-            seeds=[3] * 3, end=(tokenizer.end_id, tokenizer.pad_id)) for order in mask_diffusion.ORDERS}
-    assert len({tuple(found.flatten().tolist()) for found in true.values()}) > 2
-    for given, order in [(order, order) for order in true] + [(None, "threshold")]:
-        found = image_to_text.fill(parts, NOISE[:3], ids, 6, 1.0, 3, given, image_cache="off")
-        assert torch.equal(found, true[order])
-    assert (ids == tokenizer.mask_id).all() and parts.defaults["image_cache"] == "once"
+        for order in mask_diffusion.ORDERS:
+            expected[order] = mask_diffusion.sample(
+                image_to_text.logits(tiny_parts, NOISE[:3]), ids, tokenizer.mask_id, 6, None, 1.0,
+                order, True, seeds=[3] * 3, end=(tokenizer.end_id, tokenizer.pad_id))
+    assert len({tuple(filled.flatten().tolist()) for filled in expected.values()}) > 2
+    for argument, order in [(None, "threshold"), *((order, order) for order in expected)]:
+        filled = image_to_text.fill(tiny_parts, NOISE[:3], ids, 6, 1.0, 3, argument,
+                                    image_cache="off")
+        assert torch.equal(filled, expected[order]), argument
+    assert (ids == tokenizer.mask_id).all()                      # the input stays as it was
 
 
-@pytest.mark.parametrize("order, image_cache", [("random", "off"), ("threshold", "once"), ("eb", "off")])
-def test_a_text_is_the_same_alone_and_in_any_batch(parts, emoji_all, order, image_cache):
-    records, pictures = emoji_all
-    asked = ["What kind of thing is this?", "Which style is it drawn in?", "Is this clothing?"] * 3
-    how = dict(order=order, image_cache=image_cache, temperature=3.0, steps=12)
-    ids = torch.stack([image_to_text.canvas(parts, question) for question in asked[:8]])
+@pytest.mark.parametrize("order, image_cache",
+                         [("random", "off"), ("threshold", "once"), ("eb", "off")])
+def test_a_text_does_not_depend_on_its_batch(tiny_parts, order, image_cache):
+    questions = [KIND, "Which style is it drawn in?", "Is this clothing?"] * 3
+    settings = dict(order=order, image_cache=image_cache, temperature=3.0, steps=12)
+    ids = torch.stack([image_to_text.canvas(tiny_parts, question) for question in questions[:8]])
     seeds = [5, 6, 7, 5, 6, 7, 5, 6]
-    batch = image_to_text.fill(parts, pictures[:8], ids, seed=seeds, **how)
+    fill = lambda latents, ids, seed: image_to_text.fill(tiny_parts, latents, ids, seed=seed,
+                                                         **settings)
+    batch = fill(NOISE, ids, seeds)
     for i in range(8):
-        alone = image_to_text.fill(parts, pictures[i:i + 1], ids[i:i + 1], seed=seeds[i], **how)
-        assert torch.equal(batch[i:i + 1], alone)
-    backwards = image_to_text.fill(parts, pictures[:8].flip(0), ids.flip(0), seed=seeds[::-1], **how)
-    assert torch.equal(batch, backwards.flip(0))
-    other = image_to_text.fill(parts, pictures[:8], ids, seed=[seed + 9 for seed in seeds], **how)
-    assert order != "random" or not torch.equal(batch, other)        # sure of each token
+        assert torch.equal(batch[i:i + 1], fill(NOISE[i:i + 1], ids[i:i + 1], seeds[i]))
+    assert torch.equal(batch, fill(NOISE.flip(0), ids.flip(0), seeds[::-1]).flip(0))
+    assert not torch.equal(batch, fill(NOISE, ids, [seed + 9 for seed in seeds]))
 
 
-def test_a_picture_that_is_looked_at_once_costs_once_and_reads_the_same(parts, emoji_all, monkeypatch):
-    records, pictures = emoji_all
-    shown = [i for i, r in enumerate(records) if r["split"] == "train"][:24]
-    image = type(parts.mmdit.blocks[0].img)
-    calls, times, finish, time_in = [], [], image.finish, type(parts.mmdit.time_in).forward
-    monkeypatch.setattr(image, "finish", lambda self, *a: calls.append(1) or finish(self, *a))
-    monkeypatch.setattr(type(parts.mmdit.time_in), "forward", lambda *a: times.append(1) or time_in(*a))
-    said = {}
+@pytest.mark.parametrize("image_cache", ["off", "once"])
+def test_a_cached_image_is_computed_once(tiny_parts, image_cache, monkeypatch):
+    """Count the calls of the image stream and of the time embedding."""
+    calls = dict(image=0, time=0)
+
+    def count(owner, name, key):
+        original = getattr(owner, name)
+
+        def counted(*args):
+            calls[key] += 1
+            return original(*args)
+        monkeypatch.setattr(owner, name, counted)
+    blocks = tiny_parts.mmdit.blocks
+    count(type(blocks[0].img), "finish", "image")
+    count(type(tiny_parts.mmdit.time_in), "forward", "time")
+    states = []
+    image_to_text.write(tiny_parts, NOISE, image_cache=image_cache, order="confidence", steps=4,
+                        trajectory=states)
+    evaluations = len(states) - 1
+    passes = evaluations if image_cache == "off" else 1
+    assert evaluations == 4 and calls["time"] == passes
+    # The text stream finishes every block, the image stream all but the last.
+    assert calls["image"] == evaluations * len(blocks) + passes * (len(blocks) - 1)
+
+
+def test_caching_the_image_keeps_captions_correct(parts, training_images):
+    captions, images = training_images
+    correct = {}
     for image_cache in ("off", "once"):
-        states = []
-        calls.clear(), times.clear()
-        said[image_cache] = image_to_text.write(parts, pictures[shown], image_cache=image_cache, order="confidence",
-                                          steps=12, trajectory=states)
-        n, blocks = len(states) - 1, len(parts.mmdit.blocks)
-        assert n == 12
-        looks = dict(off=n, once=1)[image_cache]
-        assert len(calls) == n * blocks + looks * (blocks - 1)   # the image's last block isn't finished
-        assert len(times) == looks
-    right = {image_cache: sum(text == records[i]["caption"] for text, i in zip(texts, shown))
-             for image_cache, texts in said.items()}
-    assert right["once"] >= right["off"] - 1 > 12
+        texts = image_to_text.write(parts, images, image_cache=image_cache, order="confidence",
+                                    steps=12)
+        correct[image_cache] = count_correct(texts, captions)
+    assert correct["once"] >= correct["off"] - 1 > 6             # of 12
 
 
-def test_the_length_is_read_off_the_first_evaluation(parts, emoji_all):
-    records, pictures = emoji_all
-    shown = [i for i, r in enumerate(records) if r["split"] == "train"][:32]
-    counts = {}
+def test_the_first_evaluation_sets_the_text_length(parts, training_images):
+    captions, images = training_images
+    masks_left = {}
     for canvas in (None, 0.95):
         states = []
-        said = image_to_text.write(parts, pictures[shown], order="random", canvas=canvas, trajectory=states)
-        counts[canvas] = int((states[1][1] == parts.tokenizer.mask_id).sum())
-        assert sum(text == records[i]["caption"] for text, i in zip(said, shown)) > 16
-    assert counts[0.95] < 0.7 * counts[None]
+        texts = image_to_text.write(parts, images, order="random", steps=16, canvas=canvas,
+                                    trajectory=states)
+        masks_left[canvas] = int((states[1][1] == parts.tokenizer.mask_id).sum())
+        assert count_correct(texts, captions) > 6                # of 12
+    assert masks_left[0.95] < 0.7 * masks_left[None]             # most captions are short
 
 
-def test_a_long_text_goes_on_in_blocks(parts, emoji_all, monkeypatch):
-    _, pictures = emoji_all
-    tokenizer, length = parts.tokenizer, parts.length
-    seen = []
+def test_a_long_text_goes_on_in_blocks(parts, emoji_images, monkeypatch):
+    latents, tokenizer = emoji_images[1][:1], parts.tokenizer
+    blocks = []
 
-    def counting(parts, latents, ids, **how):
-        """A token of its place: 300 more than the one before it."""
-        seen.append(ids[0].tolist())
-        row, masks = ids[0].tolist(), (ids[0] == tokenizer.mask_id).nonzero()[:, 0].tolist()
-        for at in masks:
+    def count_up(parts, latents, ids, **how):
+        """Write 300, 301, ... from wherever the text has come to."""
+        row = ids[0].tolist()
+        blocks.append(list(row))
+        for at in (ids[0] == tokenizer.mask_id).nonzero()[:, 0].tolist():
             row[at] = row[at - 1] + 1 if at else 300
         return torch.tensor([row])
-    monkeypatch.setattr(image_to_text, "fill", counting)
+    monkeypatch.setattr(image_to_text, "fill", count_up)
     monkeypatch.setattr(tokenizer, "decode", list)
-    assert image_to_text.write(parts, pictures[:1], max_tokens=60)[0][:60] == list(range(300, 360))
-    assert all(len(row) == length for row in seen) and len(seen) > 2
-    seen.clear()
-    image_to_text.write(parts, pictures[:1], "What kind of thing is this?", max_tokens=60)
-    question = image_to_text.prompt_ids(parts, "What kind of thing is this?")
-    assert len(seen) > 2 and all(row[:len(question)] == question for row in seen)
+    text, = image_to_text.write(parts, latents, max_tokens=60)
+    assert text[:60] == list(range(300, 360))
+    assert len(blocks) > 2 and all(len(row) == parts.length for row in blocks)
+    blocks.clear()
+    image_to_text.write(parts, latents, KIND, max_tokens=60)
+    question = image_to_text.prompt_ids(parts, KIND)
+    assert len(blocks) > 2 and all(row[:len(question)] == question for row in blocks)
 
 
-def test_guidance_away_from_no_picture_changes_what_is_read(parts):
-    ids = image_to_text.canvas(parts).expand(4, -1)
-    fill = lambda **how: image_to_text.fill(parts, NOISE[:4], ids, order="confidence", **how)
-    calls, text = [], parts.text.forward
-    parts.text.forward = lambda ids: calls.append(len(ids)) or text(ids)
-    states = []
-    fill(guidance=2.0, trajectory=states)
-    del parts.text.forward
-    assert len(calls) == len(states) - 1                         # once for both halves
-    plain = fill(guidance=1.0)
-    assert torch.equal(plain, fill(guidance=1.0 + 1e-9)) and not torch.equal(plain, fill(guidance=3.0))
+def test_guidance_away_from_no_image_changes_the_text(tiny_parts):
+    ids = image_to_text.canvas(tiny_parts).expand(4, -1)
+    fill = lambda scale: image_to_text.fill(tiny_parts, NOISE[:4], ids, order="confidence", steps=6,
+                                            guidance=scale)
+    plain = fill(1.0)
+    assert torch.equal(plain, fill(1.0 + 1e-9)) and not torch.equal(plain, fill(3.0))
 
 
-def test_the_likeliest_cut_of_the_masks_is_kept(parts, emoji_all, monkeypatch):
-    """"[MASK] apple" about a red apple: one token for the mask, wherever that cut stands among the others."""
-    records, pictures = emoji_all
-    picture = pictures[[r["caption"] for r in records].index("red apple, noto style")]
-    cuts = image_to_text.cuts
-    for order in (slice(None), slice(None, None, -1)):
-        rows, widths = cuts(parts, "[MASK] apple, noto style")
-        found = rows[list(range(3))[order]], widths[order]
-        monkeypatch.setattr(image_to_text, "cuts", lambda parts, text: found)
-        assert sample.infill(parts, picture[None], "[MASK] apple, noto style") == "red apple, noto style"
+def test_guidance_embeds_the_text_once(tiny_parts, monkeypatch):
+    states, calls, forward = [], [], tiny_parts.text.forward
+    monkeypatch.setattr(tiny_parts.text, "forward", lambda ids: calls.append(ids) or forward(ids))
+    image_to_text.fill(tiny_parts, NOISE[:4], image_to_text.canvas(tiny_parts).expand(4, -1),
+                       order="confidence", steps=6, guidance=2.0, trajectory=states)
+    assert len(calls) == len(states) - 1 == 6                    # one for both halves
 
 
-def test_the_ways_to_read_and_to_score(parts, apple, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "Parts", lambda *a, **how: parts)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_infill_keeps_the_likeliest_cut(parts, apple, fast_score, monkeypatch, reverse):
+    """"[MASK] apple": one token stands for the mask, wherever that cut is among the others."""
+    image = to_tensor(fit_picture(read_picture(apple), parts.height, parts.width))
+    rows, widths = image_to_text.cuts(parts, "[MASK] apple, noto style")
+    if reverse:
+        rows, widths = rows.flip(0), widths[::-1]
+    monkeypatch.setattr(image_to_text, "cuts", lambda parts, text: (rows, widths))
+    assert image_to_text.infill(parts, image[None], "[MASK] apple, noto style") == APPLE
 
-    def said(*flags):
+
+@pytest.mark.parametrize("question", [KIND, None])
+def test_ranking_scores_only_the_answer(tiny_parts, question):
+    """Each answer's score is the likelihood of its own tokens, given those of the prompt."""
+    tokenizer, latents = tiny_parts.tokenizer, NOISE[:1]
+    prompt = image_to_text.prompt_ids(tiny_parts, question)
+    expected = {}
+    for answer in ("yes", "no"):
+        ids = tokenizer.fit(prompt + tokenizer.pieces(answer), tiny_parts.length)
+        frozen = torch.tensor([i < len(prompt) for i in range(len(ids))])
+        function = image_to_text.logits(tiny_parts, latents.expand(64, -1, -1, -1))
+        with torch.no_grad():
+            expected[answer] = mask_diffusion.likelihood(
+                function, ids, tokenizer.mask_id, frozen, 64, torch.Generator().manual_seed(0))
+    rows = image_to_text.ranked(tiny_parts, latents, question, ["yes", "no"])
+    assert {answer: (nats, error) for answer, _, nats, error in rows} == expected
+    assert rows[0][2] <= rows[1][2] and rows[0][1] + rows[1][1] == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------- the command
+
+@pytest.fixture
+def run_sample(parts, capsys, monkeypatch):
+    """Run sample.py with the shipped weights, and return the lines that it prints."""
+    monkeypatch.setattr(sample, "open_parts", lambda args, device: parts)
+
+    def run(*flags):
         sample.main(list(map(str, flags)))
         return capsys.readouterr().out.splitlines()
-    other = tmp_path / "other.png"
-    assert said("--prompt", "dog face, noto style", "--steps", 4, "--out", other) == [
-        f"{other}: 8 evaluations a picture"]
-    assert said("--image", apple, other)[0] == f"{apple}\tred apple, noto style"
-    questions = tmp_path / "questions.txt"
-    questions.write_text("Is this clothing?\n\nWhich style is it drawn in?\n")
-    found = said("--image", apple, other, "--questions", questions)
-    assert found[:2] == [f"{apple}\tIs this clothing?\tno", f"{apple}\tWhich style is it drawn in?\tnoto"]
-    assert len(found) == 4 and found[2].startswith(f"{other}\tIs this clothing?\t")
-    found = said("--image", apple, "--question", "Is this clothing?", "--choices", "yes", "no")
-    assert [line.split(":")[0] for line in found] == ["no", "yes"] and "nats" in found[1]
-    right, wrong = (said("--image", apple, "--score", text)[0] for text in (
-        "red apple, noto style", "dog face, noto style"))
-    nats = lambda line: float(line.split(": ")[1].split(" +- ")[0])
-    assert nats(right) < 2 < 8 < nats(wrong) and "bits a byte" in right
-    best = said("--prompt", "red apple, noto style", "--n", 3, "--best", "--steps", 6, "--out", other)
-    numbers = [float(x) for x in best[0].removeprefix("nats of the prompt: ").split()]
-    assert numbers == sorted(numbers) and len(numbers) == 3 and best[1].startswith(f"{other}: 12 ")
-    assert said("--image", apple, "--length", "auto", "--order", "random") == ["red apple, noto style"]
-    asked = iter(["Is this clothing?", "why " * 40, ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
-    no, refused = said("--image", apple, "--chat")
-    assert no == "no" and "leaves no room" in refused
+    return run
+
+
+@pytest.fixture
+def other(emoji_images, tmp_path):
+    """The file of a second image."""
+    to_picture(emoji_images[1][0]).save(tmp_path / "other.png")
+    return tmp_path / "other.png"
+
+
+def test_each_line_of_several_images_names_its_file(run_sample, apple, other):
+    first, second = run_sample("--image", apple, other)
+    assert first == f"{apple}\t{APPLE}" and second.startswith(f"{other}\t")
+
+
+def test_every_question_is_asked_about_every_image(run_sample, apple, other, tmp_path):
+    file = tmp_path / "questions.txt"
+    file.write_text("Is this clothing?\n\nWhich style is it drawn in?\n")
+    lines = run_sample("--image", apple, other, "--questions", file)
+    assert lines[:2] == [f"{apple}\tIs this clothing?\tno",
+                         f"{apple}\tWhich style is it drawn in?\tnoto"]
+    assert len(lines) == 4 and lines[2].startswith(f"{other}\tIs this clothing?\t")
+
+
+def test_choices_come_likeliest_first(run_sample, apple, fast_score):
+    lines = run_sample("--image", apple, "--question", "Is this clothing?", "--choices", "yes",
+                       "no")
+    assert [line.split(":")[0] for line in lines] == ["no", "yes"] and "nats" in lines[1]
+
+
+def test_a_true_caption_scores_fewer_nats(run_sample, apple, fast_score):
+    def nats(text):
+        line, = run_sample("--image", apple, "--score", text)
+        assert "bits a byte" in line
+        return float(line.split(": ")[1].split(" +- ")[0])
+    assert nats(APPLE) < 2 < 8 < nats("dog face, noto style")
+
+
+def test_best_sorts_images_by_the_prompts_score(run_sample, fast_score, tmp_path):
+    out = tmp_path / "out.png"
+    scores, written = run_sample("--prompt", APPLE, "--n", 3, "--best", "--steps", 6, "--out", out)
+    nats = [float(x) for x in scores.removeprefix("nats of the prompt: ").split()]
+    assert nats == sorted(nats) and len(nats) == 3
+    assert written.startswith(f"{out}: 12 ")                     # 6 steps of two evaluations
+
+
+def test_automatic_length_reads_the_same_caption(run_sample, apple):
+    assert run_sample("--image", apple, "--length", "auto", "--order", "random") == [APPLE]
+
+
+def test_chat_answers_until_an_empty_line(run_sample, apple, monkeypatch):
+    questions = iter(["Is this clothing?", "why " * 40, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
+    answer, refusal = run_sample("--image", apple, "--chat")
+    assert answer == "no" and "leaves no room" in refusal
+
+
+def test_text_without_an_image_warns(parts, fast_score, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "open_parts", lambda args, device: parts)
     sample.main(["--text", "red [MASK], noto style"])
-    assert capsys.readouterr().err == "warning: these weights have never learnt text without a picture\n"
+    warning, = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ") and "text without" in warning

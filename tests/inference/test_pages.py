@@ -1,4 +1,4 @@
-"""viz/pages.py: attention is what it says, the network stays as it was, and a page fetches nothing."""
+"""viz/attention.py and viz/pages.py: recorded attention is exact, and pages fetch nothing."""
 
 import base64
 import json
@@ -10,14 +10,22 @@ import torch
 from model import MMDiT, MMDiTConfig
 from viz import attention, pages
 
+# N image tokens (2 x 3 patches), L text tokens, K blocks, H heads, D width
 N, L, K, H, D = 6, 5, 2, 2, 32
-random = lambda seed, *shape: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-Z, TEXT, T = random(1, 2, 3, 4, 6), random(2, 2, L, 16), torch.tensor([0.3])
+
+
+def random(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LATENTS = random(1, 2, 3, 4, 6)
+TEXT = random(2, 2, L, 16)
+T = torch.tensor([0.3])
 
 
 @pytest.fixture(scope="module")
 def mmdit():
-    """Every weight random, so that nothing is hidden behind adaLN-zero."""
+    """A network of random weights: adaLN-zero would hide the attention."""
     model = MMDiT(MMDiTConfig(depth=K, heads=H, width=D, patch=2, channels=3, position_size=8,
                               position_base=8, text_width=16, vocab_size=50, qk_norm=True))
     for i, p in enumerate(model.requires_grad_(False).eval().parameters()):
@@ -25,119 +33,165 @@ def mmdit():
     return model
 
 
-def by_hand(block, img, txt, vec):
-    """The whole joint attention (N + L, N + L) of the first row, mean over heads, head by head in float64."""
-    vec, q, k = torch.nn.functional.silu(vec), [], []
+def attention_by_hand(block, img, txt, vec):
+    """Return the joint attention (N + L, N + L) of the first row, the mean of its heads."""
+    vec = torch.nn.functional.silu(vec)
+    queries, keys = [], []
     for stream, x in ((block.img, img), (block.txt, txt)):
         shift, scale = stream.modulation(vec).chunk(6, dim=-1)[:2]
-        queries, keys, _ = stream.attention_input(x, shift, scale)
-        q.append(queries[0].double()), k.append(keys[0].double())
-    q, k = torch.cat(q), torch.cat(k)                                             # (N + L, H, d)
-    powers = [(q[:, h] @ k[:, h].T / (D / H) ** 0.5).exp() for h in range(H)]
-    return sum(power / power.sum(1, keepdim=True) for power in powers) / H
+        q, k, _ = stream.attention_input(x, shift, scale)
+        queries.append(q[0].double())
+        keys.append(k[0].double())
+    q, k = torch.cat(queries), torch.cat(keys)                                    # (N + L, H, d)
+    total = torch.zeros(N + L, N + L, dtype=torch.float64)
+    for h in range(H):
+        power = (q[:, h] @ k[:, h].T / (D / H) ** 0.5).exp()
+        total += power / power.sum(1, keepdim=True)
+    return total / H
 
 
 @pytest.mark.parametrize("need", ["both", "velocity", "logits"])
-def test_what_is_kept_is_the_softmax_written_out_and_the_result_is_the_same_bit_for_bit(mmdit, need):
-    inputs, listen = [], lambda _, args: inputs.append(args[:3])
-    hooks = [block.register_forward_pre_hook(listen) for block in mmdit.blocks]
-    plain = mmdit(Z, TEXT, T, need=need)
-    [hook.remove() for hook in hooks]
-    true = torch.stack([by_hand(block, *given) for block, given in zip(mmdit.blocks, inputs)])
-    kept = dict(words=[], patches=[])
-    for reads in kept:
-        with attention.watching(mmdit, reads) as kept[reads]:
-            watched = mmdit(Z, TEXT, T, need=need)
+def test_recorded_attention_is_the_softmax_by_hand(mmdit, need):
+    """The mean over heads is recorded, and the network's result stays the same bit for bit."""
+    inputs, hooks = [], []
+    for block in mmdit.blocks:
+        hooks.append(block.register_forward_pre_hook(lambda _, args: inputs.append(args[:3])))
+    plain = mmdit(LATENTS, TEXT, T, need=need)
+    for hook in hooks:
+        hook.remove()
+    expected = torch.stack([attention_by_hand(block, *args)
+                            for block, args in zip(mmdit.blocks, inputs)])
+    for reads, other, maps in (("words", "logits", expected[:, :N, N:]),
+                               ("patches", "velocity", expected[:, N:, :N])):
+        with attention.watching(mmdit, reads) as recorded:
+            watched = mmdit(LATENTS, TEXT, T, need=need)
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, watched))
-    words, patches = kept.values()
-    assert (len(words), len(patches)) == (need != "logits", need != "velocity")
-    for found, kept in [(x, true[:, :N, N:]) for x in words] + [(x, true[:, N:, :N]) for x in patches]:
-        torch.testing.assert_close(found.double(), kept, atol=1e-3, rtol=0)      # float16 has 2^-11 of 1
-        assert (found.float().sum(2) <= 1 + 1e-3).all()          # the rest of 1 goes to a token's own kind
+        assert len(recorded) == (need != other)
+        for found in recorded:
+            # float16 has 2^-11 of 1
+            torch.testing.assert_close(found.double(), maps, atol=1e-3, rtol=0)
+            assert (found.float().sum(2) <= 1 + 1e-3).all()  # the rest is attention within a stream
 
 
-def test_reading_beside_kept_keys_is_kept_too_and_evaluations_without_a_picture_are_not(mmdit):
-    kept, plain = [], []
-    mmdit(Z, TEXT, T, need="logits", kept=plain)
-    expected = mmdit(Z, TEXT.flip(1), T, need="logits", kept=plain)[1]
-    with attention.watching(mmdit, "patches") as found:
-        mmdit(Z, TEXT, T, need="logits", kept=kept)
+def test_attention_to_cached_keys_is_recorded(mmdit):
+    """Evaluations without an image are not."""
+    cache, plain_cache = [], []
+    mmdit(LATENTS, TEXT, T, need="logits", kept=plain_cache)
+    expected = mmdit(LATENTS, TEXT.flip(1), T, need="logits", kept=plain_cache)[1]
+    with attention.watching(mmdit, "patches") as recorded:
+        mmdit(LATENTS, TEXT, T, need="logits", kept=cache)
         mmdit(None, TEXT, T, need="logits")
-        assert torch.equal(mmdit(Z, TEXT.flip(1), T, need="logits", kept=kept)[1], expected)
-        mmdit(Z, TEXT.flip(1), T, need="logits", kept=kept)
-    first, second, third = (maps[1:] for maps in found)         # of the second block
+        logits = mmdit(LATENTS, TEXT.flip(1), T, need="logits", kept=cache)[1]
+        mmdit(LATENTS, TEXT.flip(1), T, need="logits", kept=cache)
+    assert torch.equal(logits, expected)
+    first, second, third = (maps[1:] for maps in recorded)       # of the second block
     assert first.shape == (1, L, N) and first.dtype == torch.float16 and first.device.type == "cpu"
     assert torch.equal(second, third) and not torch.equal(first, second)
-    txt = mmdit.blocks[0].read(mmdit.txt_in(TEXT.flip(1)), *kept[0])
-    q, k, _ = mmdit.blocks[1].txt.attention_input(txt, *kept[1][2].chunk(6, dim=-1)[:2])
-    k = torch.cat([kept[1][0][0], k[0].transpose(0, 1)], 1)                             # (H, N + L, d)
-    true = (q[0].transpose(0, 1) @ k.mT / (D / H) ** 0.5).softmax(-1).mean(0)[:, :N]
-    torch.testing.assert_close(second[0].float(), true, atol=1e-3, rtol=0)
+    txt = mmdit.blocks[0].read(mmdit.txt_in(TEXT.flip(1)), *cache[0])
+    keys, _, modulation = cache[1]
+    q, k, _ = mmdit.blocks[1].txt.attention_input(txt, *modulation.chunk(6, dim=-1)[:2])
+    k = torch.cat([keys[0], k[0].transpose(0, 1)], 1)                             # (H, N + L, d)
+    weights = (q[0].transpose(0, 1) @ k.mT / (D / H) ** 0.5).softmax(-1).mean(0)
+    # float16 has 2^-11 of 1
+    torch.testing.assert_close(second[0].float(), weights[:, :N], atol=1e-3, rtol=0)
 
 
-def test_an_exception_leaves_the_blocks_as_they_were(mmdit, monkeypatch):
-    with pytest.raises(ValueError, match="not a multiple of the patch"):
+def test_an_exception_leaves_the_blocks_as_they_were(mmdit):
+    with pytest.raises(ValueError, match="multiple of the patch"):
         with attention.watching(mmdit, "words"):
-            mmdit(Z[..., 1:], TEXT, T)
+            mmdit(LATENTS[..., 1:], TEXT, T)
     assert not any("attention" in vars(block) for block in mmdit.blocks)
     assert not mmdit._forward_hooks and not mmdit._forward_pre_hooks
-    monkeypatch.setattr(attention, "NUMBERS", K * N * L - 1)          # as if these were millions: the mean alone
-    with attention.watching(mmdit, "words") as found:
-        mmdit(torch.cat([Z, Z]), torch.cat([TEXT, TEXT]), T)     # as under guidance
-    assert found[0].shape == (1, N, L)
 
 
-def data(text):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+def test_too_many_numbers_are_averaged_over_blocks(mmdit, monkeypatch):
+    monkeypatch.setattr(attention, "NUMBERS", K * N * L - 1)
+    with attention.watching(mmdit, "words") as recorded:
+        mmdit(torch.cat([LATENTS, LATENTS]), torch.cat([TEXT, TEXT]), T)  # as under guidance
+    assert recorded[0].shape == (1, N, L)
 
 
-def drawn(side=64, grid=(8, 8), L=28, blocks=6, steps=28, **changes):
+# -------------------------------------------------------------------------------------- the pages
+
+def page_data(text):
+    """Return the JSON that a page holds."""
+    return json.loads(re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def drawing_page(side=64, grid=(8, 8), tokens=28, blocks=6, steps=28, **changes):
     noise = random(0, 2, 3, side, side)
-    walk = [(1 - i / steps, *noise) for i in range(steps)] + [(0.0, noise[0], noise[0])]
-    maps = [torch.rand(blocks, grid[0] * grid[1], L).half() / L for _ in range(steps)]
-    return pages.drawing(**dict(prompt="a cat", words=[" a"] * L, steps=walk, attention=maps, grid=grid,
-                               about=dict(seed=0)) | changes)
+    states = [(1 - i / steps, *noise) for i in range(steps)] + [(0.0, noise[0], noise[0])]
+    maps = [torch.rand(blocks, grid[0] * grid[1], tokens).half() / tokens for _ in range(steps)]
+    arguments = dict(prompt="a cat", words=[" a"] * tokens, steps=states, attention=maps, grid=grid,
+                     about=dict(seed=0))
+    return pages.drawing(**arguments | changes)
 
 
-def test_a_drawing_is_small_fetches_nothing_shows_any_text_as_itself_and_has_every_step():
-    evil = "</script><b>&amp; @data@ @script@"
-    text = drawn(prompt=evil, words=[evil] + [" a"] * 26 + [""], about={"<i>": evil})
+def test_a_drawings_page_is_small_and_has_every_step():
+    text = drawing_page(words=[" a"] * 27 + [""])                # the end is not shown
     assert len(text) < 2_000_000 and text.count("<button><img") == 29
+    data = page_data(text)
+    assert len(data["words"]) == 27 and len(data["labels"]) == 29
+    assert {len(base64.b64decode(entry["bytes"])) for entry in data["maps"]} == {6 * 27 * 64}
+    assert "reduced" not in text and page_data(drawing_page(8, words=[""] * 28))["maps"] == []
+
+
+def test_a_page_fetches_nothing_and_escapes_every_text():
+    evil = "</script><b>&amp; @data@ @script@"
+    text = drawing_page(8, (2, 2), steps=2, prompt=evil, words=[evil] + [" a"] * 27,
+                        about={"<i>": evil})
     assert "http:" not in text and "https:" not in text and "default-src 'none'" in text
     assert set(re.findall(r'(?:src|href)="([^,"]*)', text)) == {"data:image/png;base64"}
     assert "<b>" not in text and "<i>" not in text and text.count("</script>") == 2
     assert "<h1>&lt;/script&gt;&lt;b&gt;&amp;amp; @data@ @script@</h1>" in text
-    found = data(text)
-    assert found["words"][0] == evil and len(found["words"]) == 27 and len(found["labels"]) == 29
-    assert {len(base64.b64decode(map["bytes"])) for map in found["maps"]} == {6 * 27 * 64}
-    assert "reduced" not in text and data(drawn(8, words=[""] * 28))["maps"] == []
+    assert page_data(text)["words"][0] == evil
 
 
-def test_bytes_on_the_page_are_the_attention_and_pooling_keeps_its_mean_or_its_sum(monkeypatch):
-    maps = [torch.rand(3, 4, 20 * 32).softmax(-1) ** 2, None]
-    read = lambda map, K, N: (torch.tensor(list(base64.b64decode(map["bytes"]))).view(K, 4, N) / 255) ** 2 * (
-        torch.tensor(map["scales"]).view(K, 1, 1))
-    (found, none), grid, note = pages.packed(maps, (20, 32), "step")
+def unpack(entry, blocks, patches):
+    """Return the attention (blocks, 4, patches) of a page's bytes."""
+    values = torch.tensor(list(base64.b64decode(entry["bytes"]))).view(blocks, 4, patches)
+    return (values / 255) ** 2 * torch.tensor(entry["scales"]).view(blocks, 1, 1)
+
+
+@pytest.fixture
+def maps():
+    """Attention of three blocks and four words to 20 x 32 patches."""
+    return torch.rand(3, 4, 20 * 32, generator=torch.Generator().manual_seed(0)).softmax(-1) ** 2
+
+
+def test_a_pages_bytes_are_the_attention(maps):
+    (entry, none), grid, note = pages.packed([maps, None], (20, 32), "step")
     assert none is None and grid == (20, 32) and "reduced" not in note
-    torch.testing.assert_close(read(found, 3, 640), maps[0], rtol=0, atol=float(maps[0].max()) / 250)
+    # A byte is off by 1/510, and its square by up to 1/255 of the greatest.
+    torch.testing.assert_close(unpack(entry, 3, 640), maps, rtol=0, atol=float(maps.max()) / 250)
+
+
+@pytest.mark.parametrize("per, reduce", [("step", torch.mean), ("word", torch.sum)])
+def test_pooling_keeps_a_steps_mean_and_a_words_sum(maps, monkeypatch, per, reduce):
     monkeypatch.setattr(pages, "MOST", 3000)
-    for per, total in (("step", "mean"), ("word", "sum")):
-        (found, none), grid, note = pages.packed(maps, (20, 32), per)
-        assert grid == (10, 16) and "the mean of the blocks, pooled from 20 x 32 to 10 x 16 patches" in note
-        one, all = read(found, 1, 160), maps[0].mean(0, True)
-        assert torch.allclose(getattr(one, total)(2), getattr(all, total)(2), rtol=0.02)
-    large = drawn(300, (32, 32), L=256, blocks=1, steps=4)
+    (entry, _), grid, note = pages.packed([maps, None], (20, 32), per)
+    assert grid == (10, 16) and "reduced" in note and "20 x 32" in note and "10 x 16" in note
+    pooled = unpack(entry, 1, 160)
+    # 160 patches average most of the bytes' rounding
+    assert torch.allclose(reduce(pooled, 2), reduce(maps.mean(0, True), 2), rtol=0.02)
+
+
+def test_a_large_drawing_is_reduced():
+    large = drawing_page(300, (32, 32), tokens=256, blocks=1, steps=2)
     assert "reduced" in large and "data:image/webp" in large
 
 
-def test_a_text_is_unmasked_in_the_order_in_which_it_was_written():
-    maps = [None, torch.rand(2, 6), None, None]
-    given = dict(picture=Z[0], pieces=["Q:", " a", " <b>", ""], revealed=[0, 3, 1, 1], grid=(2, 3), about={},
-                 probability=[None, 0.5, 0.25, 1.0], attention=maps)
-    found = data(text := pages.writing(**given))
-    assert found["states"] == [[None] + ["[MASK]"] * 3, [None, "[MASK]", None, None], [None] * 4]
-    assert found["labels"] == ["step 0 of 3, 3 masked", "step 1 of 3, 1 masked", "step 3 of 3, 0 masked"]
-    assert found["known"][:2] == ["given", "step 3, probability 0.500"] and found["tints"][0] == ""
-    assert found["words"] == ["Q:", "a", "<b>", ""] and "<b>" not in text
-    assert [map is None for map in found["maps"]] == [True, False, True, True]
-    assert "<img" not in pages.writing(**given | dict(picture=None, attention=[None] * 4))
+def test_a_texts_page_unmasks_tokens_in_the_order_of_writing():
+    arguments = dict(picture=LATENTS[0], pieces=["Q:", " a", " <b>", ""], revealed=[0, 3, 1, 1],
+                     grid=(2, 3), about={}, probability=[None, 0.5, 0.25, 1.0],
+                     attention=[None, torch.rand(2, 6), None, None])
+    text = pages.writing(**arguments)
+    data = page_data(text)
+    assert data["states"] == [[None] + ["[MASK]"] * 3, [None, "[MASK]", None, None], [None] * 4]
+    for label, step, masked in zip(data["labels"], (0, 1, 3), (3, 1, 0), strict=True):
+        assert f"step {step} of 3" in label and f"{masked} masked" in label
+    assert data["known"][:2] == ["given", "step 3, probability 0.500"] and data["tints"][0] == ""
+    assert data["words"] == ["Q:", "a", "<b>", ""] and "<b>" not in text
+    assert [entry is None for entry in data["maps"]] == [True, False, True, True]
+    assert "<img" not in pages.writing(**arguments | dict(picture=None, attention=[None] * 4))

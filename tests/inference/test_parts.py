@@ -1,4 +1,4 @@
-"""inference/parts.py: the models of one checkpoint, held when they are needed, that fit together."""
+"""inference/parts.py: the models of a checkpoint fit together and are loaded when needed."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import torch
 
 import checkpoint
 import data
-import sample
 from common.cli import UserError, require
 from inference import image_to_text, parts as parts_module, text_to_image
 from inference.parts import Parts
@@ -16,82 +15,126 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 RELEASE, SD3_FILE = FIXTURES / "release", FIXTURES / "sd3.safetensors"
 
 
-def test_the_first_condition_that_does_not_hold_is_said():
+def release_parts(**changes):
+    """Open the tiny published checkpoint with SD3's tiny autoencoder."""
+    settings = dict(vae=SD3_FILE, height=32, width=32, length=16)
+    return Parts(RELEASE, **settings | changes)
+
+
+def watch_loads(parts, before_load):
+    """Call before_load("text"), ("mmdit") or ("vae") whenever that part is loaded."""
+    def watched(name, load):
+        def call():
+            before_load(name)
+            return load()
+        return call
+    for name in ("text", "mmdit", "vae"):
+        setattr(parts, f"load_{name}", watched(name, getattr(parts, f"load_{name}")))
+
+
+def test_require_raises_the_first_failing_condition():
     require((True, "a"), (1 == 1, "b"))
     with pytest.raises(UserError, match="^b$"):
         require((True, "a"), (False, "b"), (False, "c"))
 
 
+def test_published_weights_have_the_published_defaults():
+    parts = release_parts(length=None)
+    assert parts.defaults == dict(guidance=7.0, shift=3.0, temperature=1.0, order="random",
+                                  image_cache="off")
+    assert len(image_to_text.canvas(parts)) == parts.length == 256
+    assert len(image_to_text.canvas(parts, "a cat")) == parts.answer_length == 128
+
+
+def test_published_weights_read_the_image_at_each_evaluation():
+    parts, reads, states = release_parts(), [], []
+    parts.hold("text", "mmdit", "vae")
+    parts.mmdit.img_in.register_forward_hook(lambda *_: reads.append(1))
+    latents = image_to_text.encode(parts, torch.zeros(1, 3, 32, 32))
+    image_to_text.write(parts, latents, steps=3, trajectory=states)
+    assert len(reads) == len(states) - 1 > 1
+
+
+def test_own_weights_have_their_own_defaults(tiny_parts):
+    assert tiny_parts.defaults == dict(guidance=1.5, shift=1.0, temperature=0.0, order="threshold",
+                                       image_cache="once")
+
+
+def test_noise_levels_end_at_the_training_floor(parts):
+    """A network that predicts clean data is not asked below t = 0.05, the floor of its training."""
+    assert parts.sizes.predicts == "data"
+    assert text_to_image.levels(parts, 28)[-2:].tolist() == pytest.approx([0.05, 0])
+
+
+def test_published_noise_levels_end_at_a_thousandth():
+    levels = text_to_image.levels(release_parts(), 28, shift=1.0)
+    assert levels[-2:].tolist() == pytest.approx([1e-3, 0])
+
+
 def test_parts_are_freed_when_they_are_not_needed():
-    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16, keep=False)
-    held, names = [], ("text", "mmdit", "vae")
-    for name in names:
-        def watched(name=name, load=getattr(parts, f"load_{name}")):
-            held.append((name, [other for other in names if other in vars(parts)]))
-            return load()
-        setattr(parts, f"load_{name}", watched)
+    parts, in_memory = release_parts(keep=False), {}
+
+    def note_others(name):
+        in_memory[name] = {"text", "mmdit", "vae"} & set(vars(parts))
+    watch_loads(parts, note_others)
     text_to_image.draw(parts, ["a red cat"], steps=2)
-    assert held == [("text", []), ("mmdit", []), ("vae", [])]
+    assert list(in_memory.items()) == [("text", set()), ("mmdit", set()), ("vae", set())]
 
 
 @pytest.mark.parametrize("free, loads", [(10**12, 1), (1000, 4)])
-def test_parts_stay_between_calls_where_there_is_room_for_them(free, loads, monkeypatch):
+def test_parts_stay_in_memory_where_there_is_room(free, loads, monkeypatch):
     monkeypatch.setattr(parts_module, "available", lambda device: free)
-    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16)
-    counts = dict(text=0, mmdit=0, vae=0)
-    for name in counts:
-        def counted(name=name, load=getattr(parts, f"load_{name}")):
-            counts[name] += 1
-            return load()
-        setattr(parts, f"load_{name}", counted)
+    parts, names = release_parts(), []
+    watch_loads(parts, names.append)
+    counts = lambda: {names.count(name) for name in ("text", "mmdit", "vae")}
     for _ in range(4):
-        sample.write(parts, image_to_text.encode(parts, torch.zeros(1, 3, 32, 32)), steps=1)
-    assert counts == dict(text=loads, mmdit=loads, vae=loads)
+        latents = image_to_text.encode(parts, torch.zeros(1, 3, 32, 32))
+        image_to_text.write(parts, latents, steps=1)
+    assert counts() == {loads}
     text_to_image.likeliest(parts, [torch.zeros(3, 32, 32)] * 3, "a cat")
-    assert counts == dict.fromkeys(counts, loads + (loads > 1))           # not for each picture
+    assert counts() == {1 if loads == 1 else 5}                  # once, not for each image
 
 
-def test_what_all_parts_weigh_is_what_they_take_up():
-    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16, keep=True)
+def test_the_weight_is_that_of_all_parts():
+    parts = release_parts(keep=True)
     parts.hold("text", "mmdit", "vae")
-    held = sum(p.nbytes for part in (parts.text, parts.mmdit, parts.vae) for p in part.parameters())
-    assert held <= parts.weight() < 1.2 * held                  # and the position table
+    held = 0
+    for part in (parts.text, parts.mmdit, parts.vae):
+        held += sum(parameter.nbytes for parameter in part.parameters())
+    assert held <= parts.weight() < 1.2 * held                   # and the position table
     assert 2**20 < parts_module.available(torch.device("cpu")) < 2**50
 
 
-def test_pictures_have_the_size_that_is_asked_for_whatever_the_autoencoder_halves():
-    parts = Parts(RELEASE, vae=SD3_FILE, height=48, width=32, length=12)
+def test_images_have_the_requested_size_at_any_autoencoder_factor():
+    parts = release_parts(height=48, width=32)
     assert parts.factor == parts.load_vae().factor != 8
     assert text_to_image.draw(parts, ["a red cat"], steps=1).shape == (1, 3, 48, 32)
 
 
-def test_the_posteriors_mean_is_encoded():
-    parts = Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16, keep=True)
-    image = torch.rand(2, 3, 32, 32) * 2 - 1
+def test_encode_gives_the_posteriors_mean():
+    parts = release_parts(keep=True)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = image_to_text.encode(parts, images, dtype=torch.float32)
     with torch.no_grad():
-        mean = parts.vae.encode(image)
-        drawn = parts.vae.encode(image, torch.Generator().manual_seed(7))
-    found = image_to_text.encode(parts, image, dtype=torch.float32)
-    assert torch.equal(found, mean) and not torch.equal(found, drawn)
+        assert torch.equal(latents, parts.vae.encode(images))
+        assert not torch.equal(latents, parts.vae.encode(images, torch.Generator().manual_seed(7)))
 
 
-def test_a_tokenizer_of_more_ids_than_t5_has_rows_is_refused():
-    """SD3 alone has no text head that would not fit; the lookup would be out of range."""
-    with pytest.raises(UserError, match="T5's table has 120 rows, the tokenizer 50258 tokens; .*--tokenizer"):
+def test_a_tokenizer_larger_than_t5s_table_is_refused():
+    """SD3's weights have no text head that would notice; the lookup would be out of range."""
+    with pytest.raises(UserError, match="120 .*50258 .*--tokenizer"):
         Parts(SD3_FILE, t5=RELEASE, tokenizer="gpt2", height=32, width=32, length=16)
-    with pytest.raises(UserError, match="T5's table has 120 rows"):
-        data.main(list(map(str, ["latents", RELEASE, "out", "--vae", SD3_FILE, "--t5", RELEASE,
-                                    "--tokenizer", "gpt2"])))
+    flags = ["latents", RELEASE, "out", "--vae", SD3_FILE, "--t5", RELEASE, "--tokenizer", "gpt2"]
+    with pytest.raises(UserError, match="120 .*50258 "):
+        data.main(list(map(str, flags)))
 
 
-def test_parts_of_other_sizes_are_refused_before_they_are_loaded(monkeypatch):
-    for change, message in ((dict(vocab_size=90), "the tokenizer has 110 tokens, the model's text head 90"),
-                            (dict(position_size=1),
-                             "a picture's height of 32, expected a multiple of 4 up to 4")):
-        with monkeypatch.context() as patch:
-            family, sizes = checkpoint.read_sizes(RELEASE)
-            for name, value in change.items():
-                setattr(sizes, name, value)
-            patch.setattr(checkpoint, "read_sizes", lambda path: (family, sizes))
-            with pytest.raises(UserError, match=message):
-                Parts(RELEASE, vae=SD3_FILE, height=32, width=32, length=16)
+@pytest.mark.parametrize("change, message", [(dict(vocab_size=90), "110 tokens.* 90"),
+                                             (dict(position_size=1), "height of 32.* up to 4")])
+def test_parts_that_do_not_fit_are_refused_before_loading(change, message, monkeypatch):
+    family, sizes = checkpoint.read_sizes(RELEASE)
+    for name, value in change.items():
+        setattr(sizes, name, value)
+    monkeypatch.setattr(checkpoint, "read_sizes", lambda path: (family, sizes))
+    with pytest.raises(UserError, match=message):
+        release_parts()

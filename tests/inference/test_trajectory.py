@@ -1,4 +1,4 @@
-"""viz/trajectory.py: what a page is told of a walk is what happened in it."""
+"""viz/trajectory.py and viz/grids.py: pages and grids show what happened in a sampling run."""
 
 from pathlib import Path
 
@@ -9,63 +9,87 @@ import mask_diffusion
 import sample
 from inference import text_to_image
 from inference.image_to_text import canvas, encode, fill
-from viz import pages, trajectory
+from viz import grids, pages, trajectory
 from viz.attention import watching
+
+APPLE = "red apple, noto style"
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What pages.drawing or pages.writing is called with."""
+def page_arguments(monkeypatch):
+    """A list that gets the arguments of each call of pages.drawing and pages.writing."""
     calls = []
+
+    def record(function):
+        def recorded(*args):
+            calls.append(args)
+            return function(*args)
+        return recorded
     for name in ("drawing", "writing"):
-        whole = getattr(pages, name)
-        monkeypatch.setattr(pages, name, lambda *args, whole=whole: calls.append(args) or whole(*args))
+        monkeypatch.setattr(pages, name, record(getattr(pages, name)))
     return calls
 
 
 @pytest.mark.parametrize("solver, steps", [("euler", 3), ("heun", 6)])
-def test_a_drawing_is_shown_with_each_steps_states_and_attention(parts, told, solver, steps):
-    seen, prompt = trajectory.seen(parts, Path("a.html")), "red apple, noto style"
-    drawn = text_to_image.draw(parts, [prompt], steps=steps, solver=solver, seen=seen)
-    html = trajectory.drawing_page(parts, prompt, seen, dict(seed=0))
-    (_, words, shown, attention, grid, _), = told
-    assert "".join(words) == prompt and html.startswith("<!DOCTYPE html>") and grid == (8, 8)
-    assert [t for t, _, _ in shown] == text_to_image.levels(parts, steps, solver=solver).tolist()
-    assert torch.equal(shown[-1][1].clamp(-1, 1), drawn[0]) and len(attention) == len(shown) - 1
-    text = parts.text(parts.tokenizer.encode(prompt, parts.length)[None])
-    with torch.no_grad(), watching(parts.mmdit, "words") as alone:
-        for t, x, _ in shown[:-1]:
+def test_a_drawings_page_shows_each_state_with_its_attention(parts, page_arguments, solver, steps):
+    seen = trajectory.seen(parts, Path("a.html"))
+    drawn = text_to_image.draw(parts, [APPLE], steps=steps, solver=solver, seen=seen)
+    html = trajectory.drawing_page(parts, APPLE, seen, dict(seed=0))
+    (_, words, states, attention, grid, _), = page_arguments
+    assert "".join(words) == APPLE and html.startswith("<!DOCTYPE html>") and grid == (8, 8)
+    assert [t for t, _, _ in states] == text_to_image.levels(parts, steps, solver=solver).tolist()
+    assert torch.equal(states[-1][1].clamp(-1, 1), drawn[0]) and len(attention) == len(states) - 1
+    text = parts.text(parts.tokenizer.encode(APPLE, parts.length)[None])
+    with torch.no_grad(), watching(parts.mmdit, "words") as expected:
+        for t, x, _ in states[:-1]:
             parts.mmdit(x[None], text, torch.tensor([t]), need="velocity")
-    for a, b in zip(attention, alone):                           # of the step's own state, not of Heun's look
-        assert torch.allclose(a.float(), b.float(), atol=1e-3)
+    for a, b in zip(attention, expected, strict=True):   # at the state, not at Heun's second point
+        assert torch.allclose(a.float(), b.float(), atol=1e-3)   # float16 has 2^-11 of 1
 
 
 @pytest.mark.parametrize("order", ["confidence", "threshold", "random"])
-def test_a_texts_tokens_are_shown_with_their_step_and_probability(parts, emoji_all, told, order):
-    latents, ids = encode(parts, emoji_all[1][:1]), canvas(parts, "What kind of thing is this?")
-    how, states = dict(order=order, image_cache="off", steps=8, temperature=0.0), []
-    final = fill(parts, latents, ids[None], trajectory=states, **how)[0]
-    trajectory.reading_page(parts, emoji_all[1][0], latents, ids, {}, **how)
-    (_, pieces, revealed, probability, attention, _, _), = told
+def test_a_texts_page_shows_steps_and_probabilities(parts, emoji_images, page_arguments, order):
+    image = emoji_images[1][0]
+    latents, ids = encode(parts, image[None]), canvas(parts, "What kind of thing is this?")
+    settings, states = dict(order=order, image_cache="off", steps=8, temperature=0.0), []
+    final = fill(parts, latents, ids[None], trajectory=states, **settings)[0]
+    trajectory.reading_page(parts, image, latents, ids, {}, **settings)
+    (_, pieces, revealed, probability, attention, _, _), = page_arguments
     assert pieces == trajectory.pieces(parts, final.tolist())
-    given = ids != parts.tokenizer.mask_id
-    for i in range(len(ids)):
-        assert (revealed[i] == 0) == bool(given[i]) and attention[i].shape == (6, 64)
-        if given[i] or probability[i] is None:
+    mask_id = parts.tokenizer.mask_id
+    for i, token in enumerate(ids.tolist()):
+        assert (revealed[i] == 0) == (token != mask_id) and attention[i].shape == (6, 64)
+        if probability[i] is None:
             continue
-        before = [row for step, row in states if int(step[0]) < revealed[i]][-1]   # was masked, and then not
-        assert before[0, i] == parts.tokenizer.mask_id
+        # The last state in which token i was still masked gave its probability.
+        before = [state for step, state in states if int(step[0]) < revealed[i]][-1]
+        assert before[0, i] == mask_id
         with torch.no_grad():
-            logits = parts.mmdit(latents, parts.text(before), torch.zeros(1), need="logits")[1][0, i]
-        p = mask_diffusion.forbid(logits.double(), parts.tokenizer.mask_id).softmax(-1)[final[i]]
-        assert probability[i] == pytest.approx(float(p), abs=1e-3)
+            logits = parts.mmdit(latents, parts.text(before), torch.zeros(1), need="logits")[1]
+        expected = mask_diffusion.forbid(logits[0, i].double(), mask_id).softmax(-1)[final[i]]
+        assert probability[i] == pytest.approx(float(expected), abs=1e-3)  # float32 rounding
     assert sum(p is not None for p in probability) >= 2
 
 
-def test_the_command_writes_the_page_and_names_it(apple, tmp_path, capsys):
-    for flags in (["--image", apple], ["--image", apple, "--text", "red [MASK], noto style"],
-                  ["--prompt", "snowman, noto style", "--steps", 2, "--out", tmp_path / "a.png"]):
-        path = tmp_path / f"{len(flags)}.HTML"
-        sample.main(list(map(str, [*flags, "--trajectory", path])))
-        assert capsys.readouterr().out.splitlines()[-1] == str(path)
-        assert "Content-Security-Policy" in path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("flags", [
+    ["--image", "{apple}"], ["--image", "{apple}", "--text", "red [MASK], noto style"],
+    ["--prompt", "snowman, noto style", "--steps", "2", "--out", "{folder}/a.png"]])
+def test_the_command_writes_the_page_and_prints_its_name(parts, apple, tmp_path, capsys, fast_score,
+                                                         monkeypatch, flags):
+    monkeypatch.setattr(sample, "open_parts", lambda args, device: parts)
+    page = tmp_path / "page.HTML"
+    flags = [flag.format(apple=apple, folder=tmp_path) for flag in flags]
+    sample.main([*flags, "--trajectory", str(page)])
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
+    assert "Content-Security-Policy" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2)])
+def test_a_grid_is_as_square_as_its_number_allows(count, columns, rows):
+    images = torch.linspace(-1, 1, count).view(-1, 1, 1, 1).expand(count, 3, 8, 16)
+    sheet = grids.grid(images, least=32, gap=4)                  # each shown at twice its size
+    assert sheet.size == (columns * 36 - 4, rows * 20 - 4)
+    for i in range(count):
+        level = round(127.5 * (float(images[i, 0, 0, 0]) + 1))
+        corner = sheet.getpixel((i % columns * 36, i // columns * 20))
+        assert corner == pytest.approx((level,) * 3, abs=1)      # rounding to a byte

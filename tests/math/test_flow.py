@@ -1,4 +1,4 @@
-"""flow.py against a Gaussian, whose velocity, flow map and least loss are known in closed form."""
+"""flow.py against a Gaussian: its velocity, flow map and least loss have closed forms."""
 
 import math
 
@@ -12,193 +12,271 @@ MEAN = torch.tensor([0.7, -1.2], dtype=torch.float64)
 VARIANCE = torch.tensor([0.25, 2.0], dtype=torch.float64)     # of x, per axis
 
 
-def velocity(x, t):
-    """E[e - x | x_t] for x ~ N(MEAN, VARIANCE): Gaussian conditioning, axis by axis."""
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def exact_velocity(x, t):
+    """Return E[e - x | x_t] for x ~ N(MEAN, VARIANCE): Gaussian conditioning, axis by axis."""
     t = t.double().view(-1, 1)
     x_t_variance = (1 - t) ** 2 * VARIANCE + t ** 2
     return -MEAN + (t - (1 - t) * VARIANCE) / x_t_variance * (x - (1 - t) * MEAN)
 
 
-def draw_data(n, seed=0):
-    noise = torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def exact_flow(noise):
+    """Return the data that a Gaussian's flow leads to: its flow map is affine."""
     return MEAN + VARIANCE.sqrt() * noise
 
 
-def test_a_perfect_network_that_predicts_data_has_no_loss_at_any_time():
-    """Its velocity and its target are divided by the same max(t, floor); the loss is least at the clean image."""
-    x, noise = (torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+def draw_noise(n=2_000, seed=2):
+    return torch.randn(n, 2, dtype=torch.float64, generator=seeded(seed))
+
+
+def linear_grid(steps, shift=1.0):
+    return flow.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+def test_loss_is_least_at_the_true_velocity():
+    x = exact_flow(draw_noise(200_000, seed=0))
+    loss = lambda velocity: float(flow.loss(velocity, x, seeded(3)))
+    best = loss(exact_velocity)
+    t, _ = flow.draw((200_000, 2), seeded(3))
+    t = t.double().view(-1, 1)
+    x_t_variance = (1 - t) ** 2 * VARIANCE + t ** 2
+    variance = 1 + VARIANCE - (t - (1 - t) * VARIANCE) ** 2 / x_t_variance
+    # 5 standard errors of 200,000 draws (0.4 % each): one seed in two million
+    assert best == pytest.approx(float(variance.mean()), rel=0.02)
+    changes = [lambda x, t: 0.1, lambda x, t: -0.1, lambda x, t: 0.1 * x,
+               lambda x, t: 0.1 * t.view(-1, 1)]
+    for change in changes:
+        assert loss(lambda x, t: exact_velocity(x, t) + change(x, t)) > best
+
+
+def test_perfect_data_prediction_has_no_loss_at_any_time():
+    """Its velocity and its target are divided by the same max(t, floor)."""
+    x = torch.randn(4, 3, 8, 8, generator=seeded(0))
+    noise = torch.randn(4, 3, 8, 8, generator=seeded(1))
+
+    def errors(data, t):
+        velocity = lambda x_t, s: velocity_to(data, x_t, s, 0.05)
+        return flow.errors(velocity, x, t=t, noise=noise, floor=0.05)
     for time in (1e-3, 0.01, 0.04, 0.05, 0.1, 0.7, 1.0):
         t = torch.full((4,), time)
-        error = lambda data: flow.errors(lambda x_t, s: velocity_to(data, x_t, s, 0.05), x, t=t, noise=noise,
-                                         floor=0.05)
-        assert error(x).max() < 1e-8
-        for away in (-0.05, 0.05):
-            assert (error(x + away * (noise - x)) > 1e-4).all()
-    t = torch.tensor([0.1, 0.3, 0.6, 1.0])                       # above the floor nothing changes
-    plain, floored = (flow.errors(lambda x_t, s: 0 * x_t, x, t=t, noise=noise, floor=f) for f in (0.0, 0.05))
-    assert torch.equal(plain, floored)
+        assert errors(x, t).max() < 1e-8                         # float32: (6e-8 / 0.05)^2 = 1e-12
+        for shift in (-0.05, 0.05):                              # least at the clean image
+            assert (errors(x + shift * (noise - x), t) > 1e-4).all()
 
 
-def test_samples_have_the_mean_and_covariance_of_the_target():
-    noise = torch.randn(100_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    x = flow.euler(velocity, noise, flow.sigmas(400, shift=1.0).double())
-    # 100 000 draws: a mean is off by 1.4 / sqrt(1e5) = 0.0045, 0.02 is over four deviations; Euler adds 0.01
-    assert torch.allclose(x.mean(0), MEAN, atol=0.02)
-    assert torch.allclose(x.T.cov(), torch.diag(VARIANCE), atol=0.04)
+def test_floor_changes_nothing_at_times_above_it():
+    x = torch.randn(4, 3, 8, 8, generator=seeded(0))
+    noise = torch.randn(4, 3, 8, 8, generator=seeded(1))
+    t = torch.tensor([0.1, 0.3, 0.6, 1.0])
+    errors = lambda floor: flow.errors(lambda x_t, s: 0 * x_t, x, t=t, noise=noise, floor=floor)
+    assert torch.equal(errors(0.0), errors(0.05))
 
 
-def test_euler_error_falls_like_one_over_the_steps():
-    noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    exact = MEAN + VARIANCE.sqrt() * noise                    # the flow map of a Gaussian is affine
-    errors = [(flow.euler(velocity, noise,
-                          torch.linspace(1, 0, n + 1, dtype=torch.float64)) - exact).abs().mean()
-              for n in (50, 100, 200, 400)]
-    for coarse, fine in zip(errors, errors[1:]):
-        assert 1.8 < coarse / fine < 2.2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_are_one_per_sample_in_float32(dtype):
+    x = torch.randn(4, 3, 8, 8, generator=seeded(0)).to(dtype)
+    noise = torch.randn(4, 3, 8, 8, generator=seeded(1))
+    t = torch.tensor([0.501, 0.999, 0.2503, 0.7331])
+    times = []
+
+    def velocity(x_t, t):
+        times.append(t)
+        return torch.zeros_like(x_t)
+    errors = flow.errors(velocity, x, t=t, noise=noise)
+    expected = (noise - x.float()).square().mean((1, 2, 3))
+    assert errors.dtype == torch.float32
+    assert torch.allclose(errors, expected, rtol=1e-6)           # float32 sums in another order
+    assert torch.equal(times[0], t)                              # 0.501 would be 0.5 in bfloat16
+    assert flow.loss(velocity, x, t=t, noise=noise) == errors.mean()
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
-def test_the_error_of_each_solver_falls_with_its_order(solver, order):
-    """At 48 to 385 evaluations, of any solver, on a Gaussian, whose flow map is affine; uneven steps too."""
-    noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    exact = MEAN + VARIANCE.sqrt() * noise
-    for shift in (1.0, 3.0):
-        errors = []
-        for n in (48, 96, 192, 384):
-            grid = torch.linspace(1, 0, n // flow.SOLVERS[solver].evaluations + 1, dtype=torch.float64)
-            grid = flow.shifted(grid, shift)
-            *_, (t, x, clean) = flow.walk(velocity, noise, grid, solver)
-            errors.append((x - exact).abs().mean())
-            assert t == 0 and x is clean
-        for coarse, fine in zip(errors, errors[1:]):
-            assert 0.8 * 2 ** order < coarse / fine < 1.2 * 2 ** order
-    grid, calls = torch.tensor([1.0, 0.5, 0.3, 0.1, 0.0]), []    # two steps leave half of the noise or more
-    counted = lambda x, t: calls.append(1) or velocity(x, t)
-    *_, _ = flow.walk(counted, noise, grid, solver)
-    assert len(calls) == flow.evaluations(grid, solver) == (4 if solver == "euler" else 6)
-    assert order == 1 or errors[0] < 0.5 * (flow.euler(velocity, noise, flow.shifted(
-        torch.linspace(1, 0, 49, dtype=torch.float64), 3.0)) - exact).abs().mean()
-    with pytest.raises(ValueError, match="solver must be one of euler, heun, got 'rk4'"):
-        next(flow.walk(velocity, noise, grid, "rk4"))
+def test_split_batch_keeps_its_draws():
+    x = torch.randn(8, 3, generator=seeded(1))
+    t, noise = flow.draw((8, 3), seeded(0))
+    velocity = lambda x, t: x * t[:, None]
+    halves = [flow.loss(velocity, x[i:i + 4], t=t[i:i + 4], noise=noise[i:i + 4]) for i in (0, 4)]
+    whole = flow.loss(velocity, x, seeded(0))
+    assert float(sum(halves) / 2) == pytest.approx(float(whole), rel=1e-6)       # float32 sums
 
 
-def test_the_walk_shows_its_states_and_a_pinned_part_stays_on_its_line():
-    noise, known = torch.randn(5, 2), torch.tensor([3.0, -4.0])
-    where = torch.tensor([False, True])                          # the first axis is known
-    line = lambda t: (1 - t) * known + t * noise
-    states = list(flow.walk(lambda x, t: velocity(x, t).float(), noise, flow.sigmas(6, 1.0),
-                            pin=lambda x, t: torch.where(where, x, line(t))))
-    assert [float(t) for t, _, _ in states] == flow.sigmas(6, 1.0).tolist()
-    for t, x, clean in states:
-        assert torch.equal(x[:, 0], line(t)[:, 0])
-        assert torch.allclose(clean, x - t * velocity(x, t.view(1)).float() if t else x, atol=1e-6)
-    assert torch.equal(states[-1][1][:, 0], known[0].expand(5)) and len(set(states[-1][1][:, 1])) == 5
+def test_times_without_noise_are_refused():
+    with pytest.raises(ValueError, match="noise"):
+        flow.loss(exact_velocity, draw_noise(8), t=torch.ones(8))
 
 
-def test_drawing_from_the_predicted_data_is_drawing_from_the_velocity():
-    noise = torch.randn(2_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    predicted = lambda x, t: velocity_to(x - t.view(-1, 1) * velocity(x, t), x, t, T_FLOOR["draw"])
-    for steps, shift in ((28, 1.0), (28, 3.0), (400, 1.0)):
-        sigmas = flow.sigmas(steps, shift).double()
-        assert torch.allclose(flow.euler(predicted, noise, sigmas), flow.euler(velocity, noise, sigmas),
-                              atol=1e-9)
-    exact = MEAN + VARIANCE.sqrt() * noise
-    errors = [(flow.euler(predicted, noise, flow.sigmas(n, 1.0).double()) - exact).abs().mean()
-              for n in (50, 100, 200)]
-    assert errors[0] / errors[1] > 1.8 and errors[1] / errors[2] > 1.8
+# --------------------------------------------------------------------------------- times and levels
+
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_times_are_logit_normal_with_a_shifted_mean(shift):
+    t, _ = flow.draw((100_000, 1), seeded(0), shift)
+    logit = torch.logit(t.double())
+    assert abs(logit.mean() - math.log(shift)) < 0.02  # 6 standard errors of 100,000 draws
+    assert abs(logit.std() - 1) < 0.02                           # 9 standard errors
 
 
-def test_loss_is_least_at_the_true_velocity_and_equals_the_conditional_variance_there():
-    x = draw_data(200_000)
-    at = lambda v: float(flow.loss(v, x, torch.Generator().manual_seed(3)))
-    best = at(velocity)
-    t, _ = flow.draw((200_000, 2), torch.Generator().manual_seed(3))
-    t = t.double().view(-1, 1)
-    left = 1 + VARIANCE - (t - (1 - t) * VARIANCE) ** 2 / ((1 - t) ** 2 * VARIANCE + t ** 2)
-    assert best == pytest.approx(float(left.mean()), rel=0.02)  # Monte Carlo: relative deviation about 0.004
-    for change in (lambda x, t: 0.1, lambda x, t: -0.1, lambda x, t: 0.1 * x, lambda x,
-                   t: 0.1 * t.view(-1, 1)):
-        assert at(lambda x, t: velocity(x, t) + change(x, t)) > best
+def test_uniform_times_are_uniform():
+    t, _ = flow.draw((100_000, 1), seeded(1), times="uniform")
+    bins = torch.bincount((t * 20).long().clamp(max=19), minlength=20).double()
+    # chi-square of 100,000 draws in 20 bins: 43.8 at 19 degrees of freedom, one seed in 1000
+    assert float(((bins - 5000) ** 2 / 5000).sum()) < 43.8
 
 
-def test_errors_are_one_a_sample_in_float32_and_bf16_latents_keep_their_times():
-    x, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    t, seen = torch.tensor([0.501, 0.999, 0.2503, 0.7331]), []
-    target = lambda x_t, t: seen.append((t, x_t.dtype)) or torch.zeros_like(x_t)
-    for latents in (x, x.bfloat16()):
-        found = flow.errors(target, latents, t=t, noise=noise)
-        true = (noise - latents.float()).square().mean((1, 2, 3))
-        assert found.dtype == torch.float32 and torch.allclose(found, true, rtol=1e-6)
-        assert torch.equal(seen[-1][0], t)                   # 0.501 would be 0.5 in bf16
-        assert flow.loss(target, latents, t=t, noise=noise) == found.mean()
-    seen.clear()
-    flow.euler(target, x.bfloat16(), flow.sigmas(28))
-    assert torch.equal(torch.cat([t for t, _ in seen]), flow.sigmas(28)[:-1])
+@pytest.mark.parametrize("times", ["logit-normal", "uniform"])
+def test_error_of_a_zero_velocity_is_two_at_any_times(times):
+    """For x, e ~ N(0, 1) the target e - x has variance 2."""
+    generator = seeded(1)
+    t, noise = flow.draw((100_000, 4), generator, times=times)
+    x = torch.randn(noise.shape, generator=generator)
+    loss = flow.loss(lambda x_t, t: torch.zeros_like(x_t), x, t=t, noise=noise)
+    assert float(loss) == pytest.approx(2, rel=0.01)  # 4.5 standard errors of 400,000 draws
 
 
-def test_sigmas_are_the_published_schedulers():
-    # printed by the release's scheduler (shift 3)
-    assert flow.sigmas(4, 3.0).tolist() == pytest.approx([1.0, 0.857692, 0.602151, 0.008929, 0.0], abs=1e-6)
-    assert flow.sigmas(28, 3.0)[-4:].tolist() == pytest.approx([0.199827, 0.110906, 0.008929, 0.0], abs=1e-6)
-    assert flow.sigmas(4, 1.0, 0.05).tolist() == pytest.approx([1, 0.683333, 0.366667, 0.05, 0], abs=1e-6)
+def test_sigmas_are_those_of_the_published_scheduler():
+    # printed by the release's scheduler (shift 3), to six digits
+    expected = [1.0, 0.857692, 0.602151, 0.008929, 0.0]
+    assert flow.sigmas(4, 3.0).tolist() == pytest.approx(expected, abs=1e-6)
+    expected = [0.199827, 0.110906, 0.008929, 0.0]
+    assert flow.sigmas(28, 3.0)[-4:].tolist() == pytest.approx(expected, abs=1e-6)
     assert len(flow.sigmas(28)) == 29
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+
+
+def test_sigmas_end_at_the_least_level_and_zero():
+    expected = [1, 0.683333, 0.366667, 0.05, 0]
+    assert flow.sigmas(4, 1.0, 0.05).tolist() == pytest.approx(expected, abs=1e-6)   # six digits
+
+
+def test_zero_steps_are_refused():
+    with pytest.raises(ValueError, match="steps.* 0"):
         flow.sigmas(0)
 
 
-def test_guidance_is_the_published_combination_in_one_evaluation():
+# ------------------------------------------------------------------------------------------ solvers
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_solver_error_falls_with_its_order(solver, order, shift):
+    """Take 48 to 384 evaluations of the velocity, in even steps and in uneven ones."""
+    noise = draw_noise()
+    errors = []
+    for evaluations in (48, 96, 192, 384):
+        grid = linear_grid(evaluations // flow.SOLVERS[solver].evaluations, shift)
+        *_, (t, x, clean) = flow.walk(exact_velocity, noise, grid, solver)
+        errors.append((x - exact_flow(noise)).abs().mean())
+        assert t == 0 and x is clean
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 0.8 * 2 ** order < coarse / fine < 1.2 * 2 ** order       # higher orders of the step
+    if solver == "heun":
+        euler = flow.euler(exact_velocity, noise, linear_grid(48, shift))
+        assert errors[0] < 0.5 * (euler - exact_flow(noise)).abs().mean()
+
+
+def test_euler_samples_have_the_mean_and_covariance_of_the_data():
+    noise = draw_noise(100_000, seed=1)
+    x = flow.euler(exact_velocity, noise, flow.sigmas(100, shift=1.0).double())
+    # the standard errors of 100,000 draws are 0.0045 and 0.009; 100 Euler steps add under 0.02
+    assert torch.allclose(x.mean(0), MEAN, atol=0.02)
+    assert torch.allclose(x.T.cov(), torch.diag(VARIANCE), atol=0.06)
+
+
+@pytest.mark.parametrize("solver, expected", [("euler", 4), ("heun", 6)])
+def test_evaluations_of_a_walk_are_counted_beforehand(solver, expected):
+    grid = torch.tensor([1.0, 0.5, 0.3, 0.1, 0.0])  # two steps leave half of the noise or more
     calls = []
 
-    def pair(x, t):
-        calls.append(len(x))
+    def velocity(x, t):
+        calls.append(t)
+        return exact_velocity(x, t)
+    *_, _ = flow.walk(velocity, draw_noise(5), grid, solver)
+    assert len(calls) == flow.evaluations(grid, solver) == expected
+
+
+def test_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match="rk4"):
+        next(flow.walk(exact_velocity, draw_noise(5), linear_grid(4), "rk4"))
+
+
+def test_bfloat16_noise_is_walked_at_exact_times():
+    times = []
+
+    def velocity(x, t):
+        times.append(t)
+        return torch.zeros_like(x)
+    x = flow.euler(velocity, torch.randn(4, 3, generator=seeded(0)).bfloat16(), flow.sigmas(28))
+    assert torch.equal(torch.cat(times), flow.sigmas(28)[:-1]) and x.dtype == torch.float32
+
+
+def test_walk_yields_each_state_and_pins_its_given_part():
+    noise = torch.randn(5, 2, generator=seeded(0))
+    given = torch.tensor([3.0, -4.0])
+    is_given = torch.tensor([True, False])
+    line = lambda t: (1 - t) * given + t * noise
+    velocity = lambda x, t: exact_velocity(x, t).float()
+    pin = lambda x, t: torch.where(is_given, line(t), x)
+    states = list(flow.walk(velocity, noise, flow.sigmas(6, 1.0), pin=pin))
+    assert [float(t) for t, _, _ in states] == flow.sigmas(6, 1.0).tolist()
+    for t, x, clean in states:
+        assert torch.equal(x[:, 0], line(t)[:, 0])
+        predicted = x - t * velocity(x, t.view(1)) if t else x
+        assert torch.allclose(clean, predicted, atol=1e-6)       # float32
+    _, x, _ = states[-1]
+    assert torch.equal(x[:, 0], given[0].expand(5)) and len(set(x[:, 1].tolist())) == 5
+
+
+def test_predicted_data_samples_as_the_velocity_does():
+    noise = draw_noise()
+
+    def velocity(x, t):
+        data = x - t.view(-1, 1) * exact_velocity(x, t)
+        return velocity_to(data, x, t, T_FLOOR["draw"])
+    for steps, shift in ((28, 1.0), (28, 3.0), (400, 1.0)):
+        sigmas = flow.sigmas(steps, shift).double()
+        x = flow.euler(velocity, noise, sigmas)
+        assert torch.allclose(x, flow.euler(exact_velocity, noise, sigmas), atol=1e-9)   # float64
+
+
+# ----------------------------------------------------------------------------------------- guidance
+
+def test_guidance_combines_text_and_null_in_one_evaluation():
+    batches = []
+
+    def velocity(x, t):
+        batches.append(len(x))
         return torch.cat([torch.full((2, 1), 3.0), torch.full((2, 1), 1.0)])
-    v = flow.guide(pair, 7.0)(torch.zeros(2, 1), torch.ones(1))
-    assert calls == [4] and v.flatten().tolist() == [1 + 7 * 2] * 2
+    v = flow.guide(velocity, 7.0)(torch.zeros(2, 1), torch.ones(1))
+    assert batches == [4] and v.flatten().tolist() == [1 + 7 * 2] * 2
 
 
-def both(x, t):
-    """Two velocities, the text's of x^2 and the null's of x, or of five rows the text's alone."""
+def text_and_null(x, t):
+    """Return the velocities x^2 with the text and x without; only x^2 for five rows."""
     return torch.cat([x[:5] ** 2, x[5:]])
 
 
-def test_guidance_on_an_interval_is_plain_outside_and_asks_half():
-    x, asked = torch.randn(5, 3, 2, 2), []
-    velocity = lambda y, t: asked.append(len(y)) or both(y, t)
+def test_guidance_outside_its_interval_is_plain_and_halves_the_batch():
+    x = torch.randn(5, 3, 2, 2, generator=seeded(0))
+    batches = []
+
+    def velocity(x, t):
+        batches.append(len(x))
+        return text_and_null(x, t)
     guided = flow.guide(velocity, 3.0, interval=(0.2, 0.9))
-    for t in (0.1, 0.2, 0.5, 0.9, 0.95):
-        found, plain = guided(x, torch.tensor([t])), x ** 2
-        assert torch.equal(found, x + 3 * (plain - x) if 0.2 <= t <= 0.9 else plain)
-    assert asked == [5, 10, 10, 10, 5]
-    whole = flow.guide(both, 1.0, interval=(0.0, 1.0))(x, torch.tensor([0.5]))
-    assert torch.allclose(whole, x ** 2, atol=1e-6)              # a scale of 1 guides nowhere
-    with pytest.raises(ValueError, match="the interval must be from low to high"):
-        flow.guide(both, 3.0, interval=(0.9, 0.2))
+    for t in (0.2, 0.5, 0.9):
+        assert torch.equal(guided(x, torch.tensor([t])), x + 3 * (x ** 2 - x))
+    for t in (0.1, 0.95):
+        assert torch.equal(guided(x, torch.tensor([t])), x ** 2)
+    assert batches == [10, 10, 10, 5, 5]
 
 
-def test_times_are_logit_normal_and_a_split_batch_keeps_its_draws():
-    for shift in (1.0, 2.0):
-        t, noise = flow.draw((100_000, 1), torch.Generator().manual_seed(0), shift)
-        logit = torch.logit(t.double())
-        # 6 and 9 deviations
-        assert abs(logit.mean() - math.log(shift)) < 0.02 and abs(logit.std() - 1) < 0.02
-    x = torch.randn(8, 3)
-    t, noise = flow.draw((8, 3), torch.Generator().manual_seed(0))
-    v = lambda x, t: x * t[:, None]
-    parts = [flow.loss(v, x[i:i + 4], t=t[i:i + 4], noise=noise[i:i + 4]) for i in (0, 4)]
-    assert float(sum(parts) / 2) == pytest.approx(float(flow.loss(v, x, torch.Generator().manual_seed(0))),
-                                                  rel=1e-6)
-    with pytest.raises(ValueError, match="together"):
-        flow.loss(v, x, t=t)
+def test_guidance_of_scale_one_is_the_text_velocity():
+    x = torch.randn(5, 3, 2, 2, generator=seeded(0))
+    v = flow.guide(text_and_null, 1.0, interval=(0.0, 1.0))(x, torch.tensor([0.5]))
+    assert torch.allclose(v, x ** 2, atol=1e-6)                  # float32: x + (x^2 - x)
 
 
-def test_uniform_times_are_uniform_and_change_no_expected_error_of_a_constant():
-    """Of x, e ~ N(0, 1) and v = 0 the velocity's error is 2, at whatever times."""
-    for times in ("logit-normal", "uniform"):
-        generator = torch.Generator().manual_seed(1)
-        t, noise = flow.draw((100_000, 1, 1, 4), generator, times=times)
-        x = torch.randn(noise.shape, generator=generator)
-        error = float(flow.loss(lambda x_t, t: torch.zeros_like(x_t), x, t=t, noise=noise))
-        assert error == pytest.approx(2, rel=0.01)
-        if times == "uniform":          # 100,000 draws in 20 bins: 19 degrees of freedom, p = 0.001 is 43.8
-            bins = torch.bincount((t * 20).long().clamp(max=19), minlength=20).double()
-            assert float(((bins - 5000) ** 2 / 5000).sum()) < 43.8
+def test_reversed_guidance_interval_is_refused():
+    with pytest.raises(ValueError, match="interval.*0.9, 0.2"):
+        flow.guide(text_and_null, 3.0, interval=(0.9, 0.2))

@@ -3,33 +3,50 @@
 import base64
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
-import torch
 from PIL import Image
 
 import train
 from common.cli import UserError
+from helpers import rows
 from viz import curves
 
 
-def log(scale=1.0, steps=range(10, 60, 10)):
-    measured = lambda s: dict(val_image=scale / s, val_nats=2 * scale / s, val_image_t=[1.0] * 10,
-                              val_text_t=[2.0] * 10)
-    return [dict(step=s, seconds=float(s), image_loss=scale / s, text_loss=9 * scale / s, lr=1e-3,
-                 grad_norm=1.0, **(measured(s) if s % 20 == 0 else {})) for s in steps]
+def log_rows(scale=1.0):
+    """A log of every tenth step up to 50, with a validation in every second row."""
+    log = []
+    for step in range(10, 60, 10):
+        row = dict(step=step, seconds=float(step), lr=1e-3, grad_norm=1.0, image_loss=scale / step,
+                   text_loss=9 * scale / step)
+        if step % 20 == 0:
+            row |= dict(val_image=scale / step, val_nats=2 * scale / step, val_image_t=[1.0] * 10,
+                        val_text_t=[2.0] * 10)
+        log.append(row)
+    return log
 
 
-def test_the_curves_are_drawn_of_whatever_rows_there_are(tmp_path):
-    curves.curves(log(), tmp_path / "a.png", [log(2.0)])
-    curves.curves([row for row in log() if "val_image" not in row], tmp_path / "b.png")
-    curves.curves([dict(step=1, seconds=0.1, text_loss=1.0, lr=0.0, grad_norm=0.0)], tmp_path / "c.png")
-    pictures = [Image.open(tmp_path / f"{name}.png").convert("RGB") for name in "abc"]
-    assert {picture.size for picture in pictures} == {(1080, 560)}
-    colours = [{colour for _, colour in picture.getcolors(2**20)} for picture in pictures]
-    assert curves.BLUE in colours[0] and curves.GREY in colours[0] and curves.RED in colours[0]
-    assert curves.BLUE not in colours[1]
+def colours(path):
+    """Count the pixels of each colour of an image of the right size."""
+    image = Image.open(path).convert("RGB")
+    assert image.size == (1080, 560)
+    return Counter({colour: count for count, colour in image.getcolors(2**20)})
+
+
+def test_curves_are_drawn_from_whatever_rows_exist(tmp_path):
+    path = tmp_path / "curves.png"
+    curves.curves(log_rows(), path)
+    alone = colours(path)
+    curves.curves(log_rows(), path, [log_rows(2.0)])
+    compared = colours(path)
+    assert compared[curves.GREY] > alone[curves.GREY] + 50       # letters have grey edges, too
+    assert compared[curves.BLUE] and compared[curves.RED]
+    curves.curves([row for row in log_rows() if "val_image" not in row], path)
+    assert not colours(path)[curves.BLUE]
+    curves.curves([dict(step=1, seconds=0.1, text_loss=1.0, lr=0.0, grad_norm=0.0)], path)
+    assert colours(path)
 
 
 class Page(HTMLParser):
@@ -47,29 +64,59 @@ class Page(HTMLParser):
         self.cells.append(text)
 
 
-def test_a_run_leaves_a_page_that_fetches_nothing_and_shows_others_in_grey(tiny, small_tar, tmp_path):
-    flags = list(map(str, ["--init", tiny, "--image-data", small_tar, "--image-batch", 4, "--text-batch", 4,
-                           "--dtype", "float32", "--device", "cpu", "--eval-every", 2,
-                           "--sample-every", 2, "--steps", 4]))
-    train.main([*flags, "--out", str(tmp_path / "one <b>")])
-    other = tmp_path / "one <b>" / "log.jsonl"
-    train.main([*flags, "--out", str(tmp_path / "two"), "--compare", str(other)])
-    sheet = Image.open(tmp_path / "two" / "loss.png").convert("RGB")
-    assert curves.GREY in {colour for _, colour in sheet.getcolors(2**20)}      # the other run's
-    text = (tmp_path / "one <b>" / "run.html").read_text()
+@pytest.fixture(scope="module")
+def run_flags(tiny, small_tar):
+    return list(map(str, ["--init", tiny, "--image-data", small_tar, "--image-batch", 4,
+                          "--text-batch", 4, "--dtype", "float32", "--device", "cpu",
+                          "--eval-every", 1, "--save-every", 2, "--steps", 2]))
+
+
+@pytest.fixture(scope="module")
+def run(run_flags, tmp_path_factory):
+    """A run whose name is markup, with two validations and two sheets of samples."""
+    out = tmp_path_factory.mktemp("runs") / "one <b>"
+    train.main([*run_flags, "--sample-every", "1", "--out", str(out)])
+    return out
+
+
+def test_page_of_a_run_fetches_nothing(run):
+    text = (run / "run.html").read_text()
     page = Page(text)
-    assert len(page.addresses) == 3 and all(a.startswith("data:image/png;base64,") for a in page.addresses)
+    assert len(page.addresses) == 3                              # curves, first and last samples
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     samples = base64.b64decode(page.addresses[-1].partition(",")[2])
-    assert samples == (tmp_path / "one <b>" / "samples_4.png").read_bytes()
-    assert "http" not in re.sub(r'src="[^"]*"', "", text) and "one <b>" in "".join(page.cells)
-    assert page.cells[page.cells.index("eval_every") + 1] == "2" and "step 2" in page.cells
-    rows = [json.loads(line) for line in other.open()]
-    assert torch.tensor([row["val_nats"] for row in rows if "val_nats" in row]).isfinite().all()
-    for row in rows:                                             # 4 + 4 samples a step of 4 + 28 tokens
+    assert samples == (run / "samples_2.png").read_bytes()
+    assert "http" not in re.sub(r'src="[^"]*"', "", text)
+    assert "one <b>" in "".join(page.cells)
+    assert page.cells[page.cells.index("save_every") + 1] == "2"
+    assert "step 2" in page.cells
+
+
+def test_log_has_the_pace_and_the_memory_of_a_run(run):
+    for row in rows(run):
+        # 4 + 4 samples a step of 4 + 28 tokens; four digits are kept
         assert row["tokens_per_s"] / row["samples_per_s"] == pytest.approx(4 + 28, rel=0.01)
-        assert 0.1 < row["gib"] < 8 and row["tflop_per_s"] > 0 and "mfu" not in row
+        assert 0.1 < row["gib"] < 8 and row["tflop_per_s"] > 0
+        assert "mfu" not in row
+
+
+def test_compared_run_is_drawn_in_grey(run, run_flags, tmp_path):
+    other = rows(run)
+    for row in other:  # beside this run's curves, not below
+        row["val_image"] *= 1.5
+        row["val_nats"] *= 1.5
+    log = tmp_path / "other.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in other))
+    train.main([*run_flags, "--sample-every", "0", "--out", str(tmp_path / "run"),
+                "--compare", str(log)])
+    compared, alone = colours(tmp_path / "run" / "loss.png"), colours(run / "loss.png")
+    assert compared[curves.GREY] > alone[curves.GREY] + 50       # letters have grey edges, too
+
+
+def test_log_without_validations_is_refused_before_a_fresh_start(run, run_flags, tmp_path):
     (tmp_path / "none.jsonl").write_text('{"step": 1, "seconds": 0.5}\n')
     for name in ("none.jsonl", "nothing.jsonl"):
-        with pytest.raises(UserError, match=f"--compare .*{name}: expected a log.jsonl with validations"):
-            train.main([*flags, "--out", str(tmp_path / "two"), "--fresh", "--compare", str(tmp_path / name)])
-    assert (tmp_path / "two" / "step_4").exists()                # which --fresh would have deleted
+        with pytest.raises(UserError, match=f"--compare .*{name}"):
+            train.main([*run_flags, "--out", str(run), "--fresh",
+                        "--compare", str(tmp_path / name)])
+    assert (run / "step_2").exists()                             # which --fresh would have deleted

@@ -5,79 +5,195 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import MMDiT, MMDiTConfig
+from pretrained.t5 import T5Block, T5Config
+from pretrained.vae import VAEConfig
 from training import plan
+from training.muon import Muon
 
 SMALL = MMDiTConfig(depth=3, heads=4, width=64, text_width=32, vocab_size=500)
 
 
+def small_memory(*flags, depth=8, gpu=True):
+    """Memory of a small model on eight devices, by part."""
+    config = train.parse(["--preset", "sd3-medium", "--text-length", "64", *flags,
+                          "--print-plan", "8"])
+    return plan.memory(config, replace(SMALL, depth=depth), None, None, 256, 8, gpu)
+
+
+# --------------------------------------------------------------------------------------- arithmetic
+
 @pytest.mark.parametrize("need, N", [("velocity", 16), ("logits", 16), ("logits", 8)])
-def test_the_arithmetic_is_what_a_forward_pass_counts(need, N):
+def test_flops_of_a_sample_are_three_forward_passes(need, N):
+    latents = torch.zeros(1, 16, 8, 8) if N == 16 else None
+    masked = torch.arange(10) if need == "logits" else None  # half of the tokens, as in training
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        latents = torch.zeros(1, 16, 8, 8) if N == 16 else None
-        masked = torch.arange(10) if need == "logits" else None  # half of the tokens, as in training
-        MMDiT(SMALL).requires_grad_(False)(latents, torch.zeros(1, 20, 32), torch.zeros(1), need=need, at=masked)
+        MMDiT(SMALL).requires_grad_(False)(
+            latents, torch.zeros(1, 20, 32), torch.zeros(1), need=need, at=masked)
     assert plan.sample_flops(SMALL, N, 20, need) == 3 * counter.get_total_flops()
 
 
-def test_the_activations_are_what_autograd_keeps_of_the_whole_model():
-    """Of four blocks less those of one, so that what stands before and behind them drops out."""
-    kept = []
-    for depth in (1, 4):
-        model, held = MMDiT(replace(SMALL, depth=depth)).train(), {}
-        x, text = torch.randn(2, 16, 8, 8), torch.randn(2, 20, 32)
-        pack = lambda x: held.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            found = model(x, text, torch.rand(2))
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept.append(sum(size for place, size in held.items() if place not in weights))
-        del found
+def frozen_flops(stage, t5, vae):
+    """Of 8 images of 16 x 16 and 4 texts of 10 tokens; a quarter of the captions are dropped."""
+    config = train.parse(["--preset", "sd3-medium", "--stage", stage, "--image-batch", "8",
+                          "--text-batch", "4", "--text-dropout", "0.25", "--text-length", "10",
+                          "--pixels", "16", "--print-plan", "8"])
+    return plan.frozen_flops(config, t5, vae)
+
+
+# 6 captions that are not dropped, and 4 texts of the text loss; mask-emb has a backward pass too
+@pytest.mark.parametrize("stage, texts", [("pretrain", 6 + 4), ("mask-emb", 6 + 4 + 4)])
+def test_flops_of_t5_are_those_worked_out_by_hand(stage, texts):
+    L, width, inner, hidden = 10, 8, 2 * 6, 16
+    linears = 4 * width * inner + 3 * width * hidden             # q, k, v, o; two gates, one output
+    block = 2 * L * linears + 2 * 2 * L * L * inner              # scores, and sums of values
+    t5 = T5Config(width=width, depth=3, heads=2, head=6, hidden=hidden)
+    assert frozen_flops(stage, t5, None) == texts * 3 * block
+
+
+def test_flops_of_the_autoencoder_are_those_worked_out_by_hand():
+    large, small = 16 * 16, 8 * 8                                # positions of the two levels
+
+    def convolution(inner, outer, positions, side=3):
+        return 2 * side * side * inner * outer * positions
+    image = convolution(3, 8, large)
+    image += 2 * convolution(8, 8, large) + convolution(8, 8, small)         # level 1, halved
+    image += convolution(8, 16, small) + convolution(16, 16, small)          # level 2
+    image += convolution(8, 16, small, side=1)                               # its shortcut
+    image += 4 * convolution(16, 16, small)  # two blocks in the middle
+    image += 4 * convolution(16, 16, small, side=1) + 2 * 2 * small * small * 16     # attention
+    image += convolution(16, 2 * 4, small)                                   # mean and variance
+    vae = VAEConfig(widths=(8, 16), blocks=1, latent=4, groups=4)
+    assert frozen_flops("pretrain", None, vae) == (8 + 4) * image
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+def kept_bytes(module, *inputs):
+    """Bytes that autograd keeps for the backward pass, without weights and inputs."""
+    excluded = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *inputs)}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = module(*inputs)  # alive: its memory isn't used again
+    del result
+    return sum(kept.values())
+
+
+def test_block_activations_are_what_autograd_keeps():
+    """Four blocks less one, so that what stands before and behind them drops out."""
+    x, text, t = torch.randn(2, 16, 8, 8), torch.randn(2, 20, 32), torch.rand(2)
+    one, four = (kept_bytes(MMDiT(replace(SMALL, depth=depth)).train(), x, text, t)
+                 for depth in (1, 4))
     block = plan.block_activations(SMALL, 36, torch.float32, False)
-    assert 3 * 2 * block == pytest.approx(kept[1] - kept[0], rel=0.05)
+    assert 3 * 2 * block == pytest.approx(four - one, rel=0.05)  # the last block keeps less
 
 
-def test_a_plan_for_every_stage_of_both_variants(capsys):
-    told = {}
-    for preset, stages in (("sd3-medium", ["pretrain", "mask-emb"]), ("e2e-1.1b", ["text", "instruct"])):
-        for stage in stages:
-            train.main(["--preset", preset, "--stage", stage, "--print-plan", "64", "--micro-batch", "4"])
-            told[stage] = capsys.readouterr().out
-    assert "6,949.0 M, of which 2,102.8 M learn" in told["pretrain"]
-    assert "and a [MASK] of 4096" in told["mask-emb"] and "T5's activations" in told["mask-emb"]
-    assert "0 pictures and 2048 texts of 8 + 256 tokens: 540,672 tokens, 4 at once" in told["text"]
-    assert "60,000 steps, 61.4 M samples" in told["pretrain"] and "TFLOP/s" in told["pretrain"]
-    assert "autoencoder  " not in told["text"] and "T5   " not in told["instruct"]
+class T5Blocks(nn.ModuleList):
+    def forward(self, x, bias):
+        for block in self:
+            x = block(x, bias)
+        return x
 
 
-def test_more_processes_micro_batches_and_recomputing_take_less_memory():
+def test_t5_activations_are_what_autograd_keeps():
+    """Four blocks less one.  The plan may count their common bias of positions in each of them."""
+    t5 = T5Config(width=64, heads=4, head=16, hidden=128)
+    L = 40
+    x, bias = torch.randn(1, L, t5.width, requires_grad=True), torch.zeros(1, t5.heads, L, L)
+    one = T5Blocks([T5Block(t5)]).requires_grad_(False)
+    four = T5Blocks(T5Block(t5) for _ in range(4)).requires_grad_(False)
+    kept = (kept_bytes(four, x, bias) - kept_bytes(one, x, bias)) / 3
+    block = plan.t5_activations(t5, L, torch.float32)
+    assert 0.99 * kept < block < 1.01 * (kept + bias.nbytes)     # a parabola through three sizes
+
+
+def test_sharding_micro_batches_and_recomputing_save_memory():
     def total(*flags):
-        config = train.parse(["--preset", "sd3-medium", "--text-length", "64", *flags, "--print-plan", "8"])
-        return sum(plan.memory(config, replace(SMALL, depth=8), None, None, 256, 8, True).values())
-    micro, again = ["--micro-batch", "4"], ["--checkpoint-activations"]
-    assert total(*micro, *again, "--shard", "zero3") < total(*micro, *again) < total(*micro) < total()
+        return sum(small_memory(*flags).values())
+    micro = ["--micro-batch", "4"]
+    recompute = ["--checkpoint-activations"]
+    assert total(*micro, *recompute, "--shard", "zero3") < total(*micro, *recompute)
+    assert total(*micro, *recompute) < total(*micro) < total()
     assert total("--shard", "none", *micro) > total(*micro)
 
 
-def test_days_follow_from_the_arithmetic(capsys):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_memory_is_two_moments_or_muons_one(optimizer):
+    flags = ["--optimizer", optimizer, "--dtype", "float32", "--shard", "none"]
+    model = nn.ModuleDict(dict(mmdit=MMDiT(SMALL)))
+    moments = 0
+    for part in train.optimizers_of(model, train.parse(flags)):
+        each = 1 if isinstance(part, Muon) else 2
+        moments += each * sum(p.numel() for p in part.param_groups[0]["params"])
+    planned = small_memory(*flags, depth=SMALL.depth, gpu=False)["optimizer, float32"]
+    # the plan gives the biases of blocks, 2 % of them, one moment too
+    assert planned == pytest.approx(4 * moments, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+@pytest.fixture
+def show_plan(monkeypatch, capsys):
+    """Return the page of a plan; activations, which the tests above measure, are made up."""
+    monkeypatch.setattr(plan, "block_activations", lambda *args: 1e6)
+    monkeypatch.setattr(plan, "t5_activations", lambda *args: 1e6)
+
+    def show(*flags):
+        train.main(list(flags))
+        return capsys.readouterr().out
+    return show
+
+
+@pytest.mark.parametrize("preset, stage, present, absent", [
+    ("sd3-medium", "pretrain",
+     ["6,949.0 M", "2,102.8 M", "60,000 steps", "61.4 M samples", "TFLOP/s", "T5   ",
+      "autoencoder  "], ["[MASK]", "T5's activations"]),
+    ("sd3-medium", "mask-emb", ["[MASK] of 4096", "T5's activations"], []),
+    ("e2e-1.1b", "text",
+     ["0 pictures", "2048 texts of 8 + 256 tokens", "540,672 tokens", "4 at once"],
+     ["autoencoder  "]),
+    ("e2e-1.1b", "instruct", ["autoencoder  "], ["T5   "]),
+])
+def test_plan_has_the_numbers_and_parts_of_its_stage(preset, stage, present, absent, show_plan):
+    page = show_plan("--preset", preset, "--stage", stage, "--print-plan", "64",
+                     "--micro-batch", "4")
+    for text in present:
+        assert text in page
+    for text in absent:
+        assert text not in page
+
+
+def test_days_are_proportional_to_the_steps(show_plan):
     flags = ["--preset", "e2e-1.1b", "--image-batch", "8", "--text-batch", "8", "--print-plan", "8"]
     days = []
-    for steps in (10**6, 2 * 10**6):
-        train.main([*flags, "--steps", str(steps)])
-        days.append(float(re.search(r"([\d.]+) days at 40% of 8 x 989 TFLOP/s", capsys.readouterr().out)[1]))
-    assert days[1] == pytest.approx(2 * days[0], rel=0.01)
-    train.main(["--print-plan"])
-    assert "emoji, 1 GPU(s)" in capsys.readouterr().out
+    for steps in ("1000000", "2000000"):
+        page = show_plan(*flags, "--steps", steps)
+        days.append(float(re.search(r"([\d.]+) days at 40% of 8 x 989 TFLOP/s", page)[1]))
+    assert days[1] == pytest.approx(2 * days[0], rel=0.01)       # two decimals
 
 
-@pytest.mark.parametrize("flags, status, message", [
-    (["--print-plan", "0"], 2, "--print-plan: expected a whole number, at least 1, got '0'"),
-    (["--stage", "mask-emb", "--print-plan", "8"], 1, "--stage mask-emb: teaches T5's [MASK]"),
-    (["--preset", "sd3-medium", "--pixels", "250", "--print-plan", "8"], 1, "a multiple of the patch, 16"),
+def test_plan_without_a_number_is_for_one_gpu(show_plan):
+    assert "emoji, 1 GPU(s)" in show_plan("--print-plan")
+
+
+@pytest.mark.parametrize("flags, status, names", [
+    (["--print-plan", "0"], 2, ["--print-plan", "'0'"]),
+    (["--stage", "mask-emb", "--print-plan", "8"], 1, ["--stage mask-emb", "--preset emoji"]),
+    (["--preset", "sd3-medium", "--pixels", "250", "--print-plan", "8"], 1, ["--pixels 250", "16"]),
 ])
-def test_mistakes_get_one_line_and_a_status(flags, status, message, mistake):
-    code, said = mistake(train.main, flags)
-    assert code == status and message in said and len(said.splitlines()) == 1
+def test_mistakes_get_one_line_and_a_status(flags, status, names, mistake):
+    code, error = mistake(train.main, flags)
+    assert code == status and len(error.splitlines()) == 1
+    for name in names:
+        assert name in error

@@ -1,10 +1,9 @@
-"""The stages, from a tiny SD3, T5 and autoencoder: each trains, goes on, draws, reads; what learns where."""
+"""The stages of training, from a tiny SD3, T5 and autoencoder: settings, runs and losses."""
 
 import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import data
 import mask_diffusion
 import sample
 import train
-from helpers import Forked, rows, to_the_end
+from helpers import Forked, rows, run_fresh, to_the_end
 from inference import text_to_image
 from inference.parts import Parts
 from model import PRESETS, MMDiTConfig
@@ -27,57 +26,130 @@ from training.models import Models
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
-RELEASE, SD3 = FIXTURES / "release", FIXTURES / "sd3.safetensors"
+RELEASE = FIXTURES / "release"
+SD3 = FIXTURES / "sd3.safetensors"
 EXPECTED = load_file(FIXTURES / "expected.safetensors")
 FROM_SD3 = ["--init", SD3, "--t5", RELEASE, "--tokenizer", RELEASE]
+MASK_ID = 109
+VOCABULARY = 110
+STAGES_FROM_SD3 = ("pretrain", "mask-emb", "high-res", "instruct")
 
 
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A folder of 24 pictures with captions in the words that the tiny tokenizer has."""
-    folder, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 24 images with captions in the words that the tiny tokenizer has."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
     for i in range(24):
-        noise = torch.randint(0, 256, (6, 8 if i % 3 else 4, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).resize((48 if i % 3 else 24, 36)).save(folder / f"{i}.png")
+        narrow = i % 3 == 0
+        shape = (6, 4 if narrow else 8, 3)
+        noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        size = (24 if narrow else 48, 36)
+        Image.fromarray(noise.numpy()).resize(size).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"a {('red', 'green')[i % 2]} cat {i}")
     return folder
 
 
-def flags(stage, out, pictures, *more):
-    return list(map(str, ["--stage", stage, "--out", out, "--image-data", pictures, "--image-batch", 4,
-                          "--text-batch", 4, "--text-length", 12, "--dtype", "float32", "--device", "cpu",
-                          "--log-every", 1, "--sample-every", 0, "--eval-every", 0, "--lr", 1e-3,
-                          "--warmup", 1,
-                          *(["--question-share", 0] if stage == "instruct" else []), *more]))
+def flags(stage, out, images, *more):
+    given = ["--stage", stage, "--out", out, "--image-data", images, "--image-batch", 4,
+             "--text-batch", 4, "--text-length", 12, "--dtype", "float32", "--device", "cpu",
+             "--log-every", 1, "--sample-every", 0, "--eval-every", 0, "--save-every", 9,
+             "--lr", 1e-3, "--warmup", 1]
+    if stage == "instruct":
+        given += ["--question-share", 0]
+    return list(map(str, [*given, *more]))
 
 
 @pytest.fixture(scope="module")
-def chain(pictures, tmp_path_factory):
-    """All four stages from SD3, three steps and three more of each; the folder that holds their runs."""
-    out, init = tmp_path_factory.mktemp("chain"), FROM_SD3
-    for stage, pixels in (("pretrain", 16), ("mask-emb", 16), ("high-res", 24), ("instruct", 24)):
-        for steps in (3, 6):
-            train.main(flags(stage, out / stage, pictures, *init, "--pixels", pixels, "--steps", steps,
-                             "--save-every", 3))
-        init = ["--init", out / stage]
-    return out
+def chain(images, tmp_path_factory):
+    """The folder of four runs: all stages from SD3, each resumed after two of its four steps."""
+    folder = tmp_path_factory.mktemp("chain")
+    init = FROM_SD3
+    for stage in STAGES_FROM_SD3:
+        pixels = 16 if stage in ("pretrain", "mask-emb") else 24
+        for steps in (2, 4):
+            train.main(flags(stage, folder / stage, images, *init, "--pixels", pixels,
+                             "--steps", steps, "--save-every", 2))
+        init = ["--init", folder / stage]
+    return folder
 
 
-def test_every_stage_trains_goes_on_draws_and_captions(chain, tmp_path, capsys):
-    for stage in ("pretrain", "mask-emb", "high-res", "instruct"):
-        assert [row["step"] for row in rows(chain / stage)] == [1, 2, 3, 4, 5, 6]
-        found = ["--checkpoint", str(chain / stage), "--steps", "2"]
-        sample.main([*found, "--prompt", "a red cat", "--out", str(tmp_path / "drawn.png")])
+# ---------------------------------------------------------------------------------- the settings
+
+# steps, batch, learning rate, warm-up, lambda: Table 1 of the supplement of arXiv 2501.00289
+TABLE_1 = {
+    "pretrain": (60_000, 512, 5e-5, 5000, 0.2),
+    "mask-emb": (200_000, 512, 3e-5, 1000, 0.2),
+    "high-res": (80_000, 768, 3e-5, 1000, 0.2),
+    "instruct": (50_000, 512, 3e-5, 1000, 1.0),
+}
+# pixels of an image's side, tokens of a text: the published code
+PUBLISHED_SIZES = {
+    "pretrain": (256, 256), "mask-emb": (256, 256), "high-res": (512, 256), "instruct": (512, 128)}
+
+
+def paper_config(*flags):
+    return train.parse([*flags, "--print-plan", "8"])
+
+
+@pytest.mark.parametrize("stage", TABLE_1)
+def test_stage_has_the_settings_of_table_1(stage):
+    config = paper_config("--preset", "sd3-medium", "--stage", stage)
+    assert TABLE_1[stage] == (
+        config.steps, config.text_batch, config.lr, config.warmup, config.text_weight)
+    assert config.image_batch == config.text_batch
+    assert (config.pixels, config.text_length) == PUBLISHED_SIZES[stage]
+    assert (config.optimizer, config.weight_decay) == ("adamw", 1e-2)
+    assert (config.clip, config.ema, config.text_dropout) == (2.0, 0.9999, 0.1)
+    assert config.decay_steps == 0                               # constant after the warm-up
+    assert (config.times, config.time_shift) == ("logit-normal", 1.0)
+    assert (config.image_weight, config.text_loss, config.shard) == (1.0, "1/t", "zero2")
+
+
+def test_captions_are_recaptions_as_often_as_published():
+    assert paper_config("--preset", "sd3-medium").recaption == 1.0
+    assert paper_config("--preset", "sd3-medium", "--stage", "instruct").recaption == 0.9
+
+
+def test_end_to_end_variant_has_the_published_amounts_of_data():
+    config = paper_config("--preset", "e2e-1.1b")
+    assert config.steps == 400_000
+    assert 940e6 < config.steps * config.image_batch < 1.3e9     # an epoch of DataComp
+    assert config.text_batch == config.image_batch and config.image_batch % 64 == 0
+    text = paper_config("--preset", "e2e-1.1b", "--stage", "text")
+    tokens = text.steps * text.text_batch * text.text_length
+    assert tokens == pytest.approx(350e9, rel=0.01)              # steps are a round number
+
+
+def test_intervals_are_shares_of_the_steps_unless_given():
+    def intervals(*flags):
+        config = train.parse(list(map(str, flags)))
+        return [config.eval_every, config.save_every, config.sample_every]
+    assert intervals("--steps", 500) == [25, 50, 50]
+    assert intervals("--steps", 3) == [1, 1, 1]
+    assert intervals("--steps", 200_000) == [1000, 1000, 5000]
+    given = ["--eval-every", 0, "--save-every", 7, "--sample-every", 0]
+    assert intervals("--steps", 500, *given) == [0, 7, 0]
+
+
+# ------------------------------------------------------------------------------------ the stages
+
+def test_every_stage_trains_resumes_draws_and_captions(chain, tmp_path, capsys):
+    for stage in STAGES_FROM_SD3:
+        assert [row["step"] for row in rows(chain / stage)] == [1, 2, 3, 4]
+        common = ["--checkpoint", str(chain / stage), "--steps", "2"]
+        image = str(tmp_path / "drawn.png")
+        sample.main([*common, "--prompt", "a red cat", "--out", image])
         assert Parts(chain / stage).height == (24 if stage in ("high-res", "instruct") else 16)
-        sample.main([*found, "--image", str(tmp_path / "drawn.png"), "--dtype", "float32"])
+        sample.main([*common, "--image", image, "--dtype", "float32"])
         assert len(capsys.readouterr().out.splitlines()) == 2
     config = checkpoint.read_config(chain / "instruct")
     assert (config["stage"], config["pixels"], config["text_length"]) == ("instruct", 24, 12)
     assert config["latents"] == checkpoint.digest(checkpoint.load_vae(SD3))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "mask-emb", "high-res", "instruct"])
-def test_every_stages_average_is_exported_and_says_the_same(stage, chain, tmp_path):
+@pytest.mark.parametrize("stage", STAGES_FROM_SD3)
+def test_exported_average_computes_the_same(stage, chain, tmp_path):
     checkpoint.export(chain / stage, tmp_path / "release")
     checkpoint.export(chain / stage, tmp_path / "sd3", "sd3")
     ours = checkpoint.load_mmdit(chain / stage)
@@ -85,342 +157,423 @@ def test_every_stages_average_is_exported_and_says_the_same(stage, chain, tmp_pa
     for a, b in zip(ours.state_dict().values(), release.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     x, text, t = EXPECTED["sd3.latents"], EXPECTED["ddit.context"], EXPECTED["ddit.t"]
-    sd3 = checkpoint.load_mmdit(tmp_path / "sd3", vocab_size=110)
+    sd3 = checkpoint.load_mmdit(tmp_path / "sd3", vocab_size=VOCABULARY)
     with torch.no_grad():
-        assert torch.equal(ours(x, text, t, need="velocity")[0], sd3(x, text, t, need="velocity")[0])
-    same = checkpoint.load_tokenizer(tmp_path / "sd3").digest() == checkpoint.load_tokenizer(RELEASE).digest()
-    assert same and checkpoint.load_tokenizer(tmp_path / "release").pad_id == 1
-    sides = dict(vae=SD3, t5=RELEASE, height=16, width=16, length=12)
-    drawn = [text_to_image.draw(Parts(path, **sides), ["a [MASK] cat"], steps=2)
-             for path in (chain / stage, tmp_path / "release")]
-    assert torch.equal(*drawn)                                   # with the [MASK] embedding that came along
+        velocities = [model(x, text, t, need="velocity")[0] for model in (ours, sd3)]
+    assert torch.equal(*velocities)
+    digest = checkpoint.load_tokenizer(RELEASE).digest()
+    assert checkpoint.load_tokenizer(tmp_path / "sd3").digest() == digest
+    assert checkpoint.load_tokenizer(tmp_path / "release").pad_id == 1
+    images = []
+    for path in (chain / stage, tmp_path / "release"):
+        parts = Parts(path, vae=SD3, t5=RELEASE, height=16, width=16, length=12)
+        images.append(text_to_image.draw(parts, ["a [MASK] cat"], steps=2))
+    assert torch.equal(*images)                                  # the [MASK] embedding came along
 
 
-def test_what_learns_in_which_stage(chain):
-    """The [MASK] embedding in `mask-emb` and, of what is measured with pictures, the null image nowhere."""
-    fresh = checkpoint.load_mmdit(SD3, vocab_size=110).null_image
-    row = checkpoint.load_t5(RELEASE).embed.weight[109]
-    weights = {stage: load_file(chain / stage / "weights.safetensors") for stage in (
-        "pretrain", "mask-emb", "high-res", "instruct")}
+def test_only_mask_emb_trains_the_mask_and_none_the_null_image(chain):
+    null_image = checkpoint.load_mmdit(SD3, vocab_size=VOCABULARY).null_image
+    t5_row = checkpoint.load_t5(RELEASE).embed.weight[MASK_ID]
+    weights = {stage: load_file(chain / stage / "weights.safetensors") for stage in STAGES_FROM_SD3}
     for stage, tensors in weights.items():
-        assert torch.equal(tensors["mmdit.null_image"], fresh), stage
-        assert not torch.equal(tensors["mmdit.txt_out.bias"], torch.zeros(110))
-    assert torch.equal(weights["pretrain"]["mask.vector"], row)
-    assert not torch.equal(weights["mask-emb"]["mask.vector"], row)
-    for later in ("high-res", "instruct"):                       # with what was learnt, not its average
-        assert torch.equal(weights[later]["mask.vector"], weights["mask-emb"]["mask.vector"])
+        assert torch.equal(tensors["mmdit.null_image"], null_image), stage
+        assert not torch.equal(tensors["mmdit.txt_out.bias"], torch.zeros(VOCABULARY))
+    aligned = weights["mask-emb"]["mask.vector"]
+    assert torch.equal(weights["pretrain"]["mask.vector"], t5_row)
+    assert not torch.equal(aligned, t5_row)
+    for later in ("high-res", "instruct"):  # the weights go on, not their average
+        assert torch.equal(weights[later]["mask.vector"], aligned)
     average = load_file(chain / "mask-emb" / checkpoint.MASK_EMBEDDING)["vector"]
-    assert 0 < (average - weights["mask-emb"]["mask.vector"]).abs().max() < (row - average).abs().max()
+    assert 0 < (average - aligned).abs().max() < (t5_row - average).abs().max()
 
 
-def test_nothing_of_t5_but_the_mask_embedding_moves(pictures, tmp_path):
-    config = train.parse(flags("mask-emb", tmp_path / "run", pictures, *FROM_SD3, "--pixels", 16,
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_only_the_mask_embedding_of_t5_moves(images, tmp_path):
+    config = train.parse(flags("mask-emb", tmp_path / "run", images, *FROM_SD3, "--pixels", 16,
                                "--steps", 2, "--checkpoint-activations"))
-    config, held, models, run = train.set_up(config)
-    train.train(config, held, models, run, [])
+    config, maker, models, run = train.set_up(config)
+    train.train(config, maker, models, run, [])
     run.close()
     before = checkpoint.load_t5(RELEASE).state_dict()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in models.t5.state_dict().items())
+    for name, tensor in models.t5.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in models.t5.parameters())
-    assert not torch.equal(models.learns["mask"].vector, before["embed.weight"][109])
+    assert not torch.equal(models.learns["mask"].vector, before["embed.weight"][MASK_ID])
 
 
-def test_the_mask_embeddings_gradient_is_that_of_finite_differences():
-    t5, generator = checkpoint.load_t5(RELEASE).requires_grad_(False), torch.Generator().manual_seed(0)
-    mask = MaskEmbedding(t5.embed.weight[109], 109)
+def test_mask_embedding_gradient_equals_finite_differences():
+    t5 = checkpoint.load_t5(RELEASE).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    mask = MaskEmbedding(t5.embed.weight[MASK_ID], MASK_ID)
     models = Models(torch.nn.ModuleDict(dict(mask=mask)), None, t5, None)
     ids = torch.randint(2, 100, (2, 9), generator=generator)
-    ids[:, [1, 4, 5]] = 109
-    weights, vector = torch.randn(2, 9, 64, generator=generator), mask.vector.detach().clone()
-    value = lambda: (models.text(ids).double() * weights).sum()
+    ids[:, [1, 4, 5]] = MASK_ID
+    weights = torch.randn(2, 9, 64, generator=generator)
+    vector = mask.vector.detach().clone()
+
+    def value():
+        return (models.text(ids).double() * weights).sum()
     value().backward()
 
-    def slope(step):
-        with torch.no_grad():
-            sides = [float((mask.vector.copy_(vector + h * direction), value())[1]) for h in (step, -step)]
-        return (sides[0] - sides[1]) / (2 * step)
+    @torch.no_grad()
+    def slope(direction, step):
+        mask.vector.copy_(vector + step * direction)
+        above = float(value())
+        mask.vector.copy_(vector - step * direction)
+        return (above - float(value())) / (2 * step)
     for _ in range(4):
         direction = torch.randn(64, generator=generator)
-        found = (4 * slope(5e-3) - slope(1e-2)) / 3      # the error of h^2 removed; float32's rounding: 0.01
-        assert found == pytest.approx(float(mask.vector.grad @ direction), rel=1e-3, abs=0.03)
+        # Richardson: without the error of h^2
+        estimate = (4 * slope(direction, 5e-3) - slope(direction, 1e-2)) / 3
+        exact = float(mask.vector.grad @ direction)
+        assert estimate == pytest.approx(exact, rel=1e-3, abs=0.03)     # float32 rounding: 0.01
 
 
-def test_text_alone_teaches_the_null_image_and_nothing_that_makes_a_velocity(tiny, small_tar, tmp_path):
-    (tmp_path / "a.txt").write_text("a red cat and a green one sit on the mat. " * 60)
-    data.main(["pack", str(tmp_path / "a.txt"), str(tmp_path / "t.safetensors"), "--tokenizer", str(tiny)])
-    given = ["--stage", "text", "--text-data", tmp_path / "t.safetensors", "--text-batch", 4, "--init", tiny,
-             "--log-every", 1, "--save-every", 2, "--device", "cpu", "--out", tmp_path / "text", "--lr", 1e-3]
+@pytest.fixture(scope="module")
+def text_run(tiny, tmp_path_factory):
+    """A run of the stage `text`, resumed after two of its four steps."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("a red cat and a green one sit on the mat. " * 60)
+    data.main(["pack", str(folder / "a.txt"), str(folder / "t.safetensors"),
+               "--tokenizer", str(tiny)])
     for steps in (2, 4):
-        train.main(list(map(str, [*given, "--steps", steps])))
-    logged, before = rows(tmp_path / "text"), load_file(tiny / "model.safetensors")
-    assert [row["step"] for row in logged] == [1, 2, 3, 4] and "image_loss" not in logged[0]
-    after = load_file(tmp_path / "text" / "weights.safetensors")
-    still = {name for name in before if torch.equal(before[name], after[name])}
-    last = [f"blocks.1.img.{part}" for part in ("out", "fc1", "fc2")]
-    made = tuple(f"mmdit.{part}." for part in ("img_in", "img_out", "img_modulation", *last))
-    assert "mmdit.null_image" not in still and {name for name in before if name.startswith(made)} <= still
-    assert "mmdit.blocks.0.img.qkv.weight" not in still
-    train.main(["--init", str(tmp_path / "text"), "--image-data", small_tar, "--image-batch", "4",
-                "--text-batch", "4", "--steps", "1", "--sample-every", "0", "--out", str(tmp_path / "run")])
-    again = load_file(tmp_path / "run" / "weights.safetensors")
-    assert torch.equal(again["mmdit.null_image"], after["mmdit.null_image"])
-    assert Parts(tmp_path / "text").null_learnt and Parts(tmp_path / "run").null_learnt
+        train.main(list(map(str, [
+            "--stage", "text", "--text-data", folder / "t.safetensors", "--text-batch", 4,
+            "--init", tiny, "--log-every", 1, "--save-every", 2, "--device", "cpu", "--lr", 1e-3,
+            "--out", folder / "run", "--steps", steps])))
+    return folder / "run"
+
+
+def test_text_stage_trains_the_null_image_and_no_velocity_parts(text_run, tiny):
+    logged = rows(text_run)
+    assert [row["step"] for row in logged] == [1, 2, 3, 4]
+    assert "image_loss" not in logged[0]
+    assert "val_nats" in logged[3] and "val_image" not in logged[3]
+    before = load_file(tiny / "model.safetensors")
+    after = load_file(text_run / "weights.safetensors")
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    velocity_parts = ["img_in", "img_out", "img_modulation"]
+    velocity_parts += [f"blocks.1.img.{part}" for part in ("out", "fc1", "fc2")]
+    prefixes = tuple(f"mmdit.{part}." for part in velocity_parts)
+    assert {name for name in before if name.startswith(prefixes)} <= unchanged
+    assert "mmdit.null_image" not in unchanged
+    assert "mmdit.blocks.0.img.qkv.weight" not in unchanged
+
+
+def test_trained_null_image_is_kept_by_later_stages(text_run, tiny, small_tar, tmp_path):
+    out = tmp_path / "run"
+    train.main(["--init", str(text_run), "--image-data", small_tar, "--image-batch", "4",
+                "--text-batch", "4", "--steps", "1", "--sample-every", "0", "--eval-every", "0",
+                "--out", str(out)])
+    name = "mmdit.null_image"
+    first = load_file(text_run / "weights.safetensors")[name]
+    assert torch.equal(load_file(out / "weights.safetensors")[name], first)
+    assert Parts(text_run).null_learnt and Parts(out).null_learnt
     assert not Parts(tiny).null_learnt
 
 
-def test_states_that_are_stored_stand_for_t5s(pictures, chain, tmp_path, mistake):
-    stored = tmp_path / "stored"
-    given = ["latents", pictures, stored, "--vae", SD3, "--t5", RELEASE, "--tokenizer", RELEASE, "--pixels",
-             16, "--text-length", 12, "--dtype", "float32", "--device", "cpu"]
-    data.main(list(map(str, given)))
-    base = ["--init", chain / "pretrain", "--pixels", 16, "--steps", 1]
-    for name, source in (("one", pictures), ("other", stored)):
-        train.main(flags("pretrain", tmp_path / name, source, *base))
-    one, other = rows(tmp_path / "one")[0], rows(tmp_path / "other")[0]
-    assert one["text_loss"] == pytest.approx(other["text_loss"], rel=1e-5)
-    assert one["image_loss"] == pytest.approx(other["image_loss"], rel=1e-3)         # T5 was in bfloat16
-    assert one["image_loss"] != other["image_loss"]
-    train.main(flags("pretrain", tmp_path / "aligned", stored, *base, "--init", chain / "mask-emb", "--dtype",
-                     "bfloat16"))                                # of the same T5, but for its [MASK]
-    for other in (["--text-length", 10], ["--recaption", 0.5]):  # the states are of one choice of captions
-        code, said = mistake(train.main, flags("pretrain", tmp_path / "x", stored, *base, *other))
-        assert code == 1 and "stored states of" in said and "make them again, or without --t5" in said
+# --------------------------------------------------------------------------------- T5 and captions
+
+@pytest.fixture(scope="module")
+def stored_states(images, tmp_path_factory):
+    """Latents of the images, and T5's states of their captions."""
+    folder = tmp_path_factory.mktemp("states") / "stored"
+    data.main(list(map(str, [
+        "latents", images, folder, "--vae", SD3, "--t5", RELEASE, "--tokenizer", RELEASE,
+        "--pixels", 16, "--text-length", 12, "--dtype", "float32", "--device", "cpu"])))
+    return folder
 
 
-def losses_of(path, latents, context):
-    """(models of a published transformer whose T5 says `context`, a batch of each loss)."""
-    mmdit, generator = checkpoint.load_mmdit(path, vocab_size=110), torch.Generator().manual_seed(0)
-    learns = torch.nn.ModuleDict(dict(mmdit=mmdit))
-    models = Models(learns, None, lambda ids, mask: context, None, context[:1])
-    t, noise = EXPECTED["ddit.t"], torch.randn(latents.shape, generator=generator)
-    tt = t.view(-1, 1, 1, 1)
-    image = dict(images=(latents - tt * noise) / (1 - tt), ids=torch.zeros(2, 9), t=t, noise=noise,
-                 dropped=torch.tensor([False, False]), states=context)
-    ids = torch.randint(2, 100, (2, 9), generator=generator)
-    t, uniform = mask_diffusion.draw((2, 9), generator)
-    none = torch.zeros(2, 9, dtype=torch.bool)
-    text = dict(images=latents, ids=ids, frozen=none, t=t, uniform=uniform,
-                mask_id=109, weight="1/t")
-    return models, image, text
+def test_stored_states_train_as_t5_does(images, chain, stored_states, tmp_path):
+    base = ["--pixels", 16, "--steps", 1]
+    first = {}
+    for name, source in (("t5", images), ("stored", stored_states)):
+        train.main(flags("pretrain", tmp_path / name, source, "--init", chain / "pretrain", *base))
+        first[name] = rows(tmp_path / name)[0]
+    a, b = first["t5"], first["stored"]
+    assert a["text_loss"] == pytest.approx(b["text_loss"], rel=1e-5)   # float32 in another order
+    assert a["image_loss"] == pytest.approx(b["image_loss"], rel=1e-3)  # T5 was in bfloat16
+    assert a["image_loss"] != b["image_loss"]
+    # the same T5, but for its [MASK]
+    train.main(flags("pretrain", tmp_path / "aligned", stored_states, "--init", chain / "mask-emb",
+                     *base, "--dtype", "bfloat16"))
 
 
-@pytest.mark.parametrize("path, latents, velocity", [
-    (SD3, "sd3.latents", "sd3.velocity"), (RELEASE, "ddit.latents", "ddit.velocity")])
-def test_losses_from_published_weights_are_those_of_the_published_outputs(path, latents, velocity):
-    """Of the published models' velocity and logits, in a plain loop over rows and tokens."""
-    models, image, text = losses_of(path, EXPECTED[latents], EXPECTED["ddit.context"])
-    with torch.no_grad():
-        found = train.image_errors(models, image)
-    for row in range(2):
-        target = image["noise"][row] - image["images"][row]
-        error = ((EXPECTED[velocity][row] - target) ** 2).mean()
-        assert float(found[row]) == pytest.approx(float(error), rel=1e-4)
-    if path == RELEASE:
-        with torch.no_grad():
-            found, logits = train.text_errors(models, text), EXPECTED["ddit.logits_t0"].double()
-        for row in range(2):
-            bits = 0.0
-            for at in range(9):
-                if text["uniform"][row, at] < text["t"][row]:
-                    others = logits[row, at, :109]               # never [MASK] itself, the last
-                    bits += float(torch.logsumexp(others, 0) - logits[row, at, text["ids"][row, at]])
-            assert float(found[row]) == pytest.approx(bits / float(text["t"][row]), rel=1e-4)
+@pytest.mark.parametrize("other", [["--text-length", 10], ["--recaption", 0.5]])
+def test_stored_states_of_other_captions_are_refused(
+        other, chain, stored_states, tmp_path, mistake):
+    given = flags("pretrain", tmp_path / "x", stored_states, "--init", chain / "pretrain",
+                  "--pixels", 16, "--steps", 1, *other)
+    code, error = mistake(train.main, given)
+    assert code == 1 and "stored states" in error and "--t5" in error
 
 
-def test_one_and_two_processes_and_any_micro_batch_make_the_same_update(chain, pictures, tmp_path):
-    """With the norm clipped, bucketed sizes; over two T5 sharded, and activations computed again."""
-    base = ["--init", chain / "pretrain", "--pixels", 24, "--buckets", "--steps", 3, "--clip", 0.5,
-            "--lr", 1e-4]
-    train.main(flags("mask-emb", tmp_path / "one", pictures, *base))
-    train.main(flags("mask-emb", tmp_path / "micro", pictures, *base, "--micro-batch", 2))
-    to_the_end(Forked(2, *flags("mask-emb", tmp_path / "two", pictures, *base, "--micro-batch", 1,
-                                "--shard-t5", "--shard", "zero3", "--checkpoint-activations")))
-    one = rows(tmp_path / "one")
-    assert min(row["grad_norm"] for row in one) > 0.5
-    weights = load_file(tmp_path / "one" / "weights.safetensors")
-    for other in ("micro", "two"):
-        for a, b in zip(one, rows(tmp_path / other), strict=True):
-            for name in ("image_loss", "text_loss", "grad_norm"):
-                assert a[name] == pytest.approx(b[name], rel=1e-5)
-        found = load_file(tmp_path / other / "weights.safetensors")
-        assert max(float((weights[name] - found[name]).abs().max()) for name in weights) < 1e-5
-
-
-def test_dropped_captions_cost_no_t5_and_have_the_empty_prompts_states():
+def test_dropped_captions_skip_t5_and_have_the_empty_prompts_states():
     t5 = checkpoint.load_t5(RELEASE).requires_grad_(False)
-    tokenizer, seen = checkpoint.load_tokenizer(RELEASE), []
+    tokenizer = checkpoint.load_tokenizer(RELEASE)
     texts = ["a red cat", "", "a green cat", ""]
     ids = torch.stack([tokenizer.encode(text, 12) for text in texts])
     with torch.no_grad():
-        whole, empty = t5(ids), t5(tokenizer.encode("", 12)[None])
-    watched = lambda ids, mask=None: seen.append(len(ids)) or t5(ids)
-    models = Models(torch.nn.ModuleDict(), tokenizer, watched, None, empty)
+        expected = t5(ids)
+        empty = t5(tokenizer.encode("", 12)[None])
+    sizes = []
+
+    def watched_t5(ids, mask=None):
+        sizes.append(len(ids))
+        return t5(ids)
+    models = Models(torch.nn.ModuleDict(), tokenizer, watched_t5, None, empty)
     dropped = torch.tensor([False, True, False, True])
-    assert torch.allclose(models.captions(ids, dropped), whole, atol=1e-5) and seen == [2]
-    assert torch.allclose(models.captions(ids, dropped, whole), whole, atol=1e-5) and seen == [2]
+    for states in (None, expected):
+        # float32 sums of 2 rows and of 4 differ
+        assert torch.allclose(models.captions(ids, dropped, states), expected, atol=1e-5)
+        assert sizes == [2]                                      # stored states need no T5
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_however_a_batch_is_cut_up_the_same_captions_are_dropped(stored):
-    """The states of a dropped caption are the empty prompt's, whatever its ids and its stored states say."""
+def test_micro_batches_drop_the_same_captions(stored):
+    """A dropped caption has the empty prompt's states, whatever its ids and stored states."""
     length, width = 3, 4
     ids = torch.arange(1, 9)[:, None].expand(8, length)
-    t5 = lambda ids, mask=None: ids[..., None].expand(-1, -1, width).float()
+
+    def t5(ids, mask=None):
+        return ids[..., None].expand(-1, -1, width).float()
     models = Models(torch.nn.ModuleDict(), None, t5, None, torch.zeros(1, length, width))
     dropped = torch.tensor([True, True, False, True, False, False, True, True])
     states = t5(10 * ids) if stored else None
     expected = t5((10 if stored else 1) * ids * ~dropped[:, None])
     for micro in (1, 2, 4, 8):
-        parts = [slice(at, at + micro) for at in range(0, 8, micro)]
-        found = [models.captions(ids[part], dropped[part], states if states is None else states[part])
-                 for part in parts]
-        assert torch.equal(torch.cat(found), expected), micro
+        parts = []
+        for at in range(0, 8, micro):
+            part = slice(at, at + micro)
+            stored_part = states[part] if stored else None
+            parts.append(models.captions(ids[part], dropped[part], stored_part))
+        assert torch.equal(torch.cat(parts), expected), micro
 
 
-def test_all_training_with_t5_pads_with_its_end(pictures, tmp_path):
-    """Also where the tokenizer's folder names <pad>, as SD3's does; that folder is read as it was."""
+def test_training_with_t5_pads_with_its_end_token(images, tmp_path):
+    """Also where the tokenizer's folder names <pad>, as SD3's does."""
     folder = shutil.copytree(RELEASE / "tokenizer", tmp_path / "tokenizer_3")
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         (folder / name).write_text(json.dumps(dict(pad_token="<pad>")))
     assert checkpoint.load_tokenizer(folder).pad_id == 0
-    config = train.parse(flags("pretrain", tmp_path / "run", pictures, *FROM_SD3[:4], "--tokenizer", folder,
-                               "--pixels", 16, "--steps", 1))
+    config = train.parse(flags("pretrain", tmp_path / "run", images, *FROM_SD3[:4],
+                               "--tokenizer", folder, "--pixels", 16, "--steps", 1))
     assert config.tokenizer == str(folder)
-    _, held, _, run = train.set_up(config)
+    _, maker, _, run = train.set_up(config)
     run.close()
-    assert held.tokenizer.pad_id == held.tokenizer.end_id == 1
-    made = held.batches(config, 0)
-    assert not (made["image"]["ids"] == 0).any() and not (made["text"]["ids"] == 0).any()
+    assert maker.tokenizer.pad_id == maker.tokenizer.end_id == 1
+    batch = maker.batches(config, 0)
+    for name in ("image", "text"):
+        assert not (batch[name]["ids"] == 0).any()
 
 
-def test_the_defaults_that_are_the_published_ones():
-    defaults = lambda *flags: train.parse([*flags, "--print-plan", "8"])
-    assert defaults("--preset", "sd3-medium").recaption == 1.0
-    assert defaults("--preset", "sd3-medium", "--stage", "instruct").recaption == 0.9
-    own = defaults("--preset", "e2e-1.1b")
-    assert own.steps == 400_000 and 940e6 < own.steps * own.image_batch < 1.3e9      # an epoch of DataComp
-    assert own.text_batch == own.image_batch and own.image_batch % 64 == 0
+# ------------------------------------------------------------------------------------- the losses
+
+def published_models(path):
+    """Models of a published transformer; T5 answers every text with the fixture's states."""
+    mmdit = checkpoint.load_mmdit(path, vocab_size=VOCABULARY)
+    context = EXPECTED["ddit.context"]
+    return Models(torch.nn.ModuleDict(dict(mmdit=mmdit)), None, lambda ids, mask: context, None,
+                  context[:1])
 
 
-def test_intervals_are_shares_of_the_steps_unless_they_are_given():
-    intervals = lambda *flags: [getattr(train.parse(list(map(str, flags))), f"{name}_every")
-                                for name in ("eval", "save", "sample")]
-    assert intervals("--steps", 500) == [25, 50, 50]
-    assert intervals("--steps", 3) == [1, 1, 1]
-    assert intervals("--steps", 200_000) == [1000, 1000, 5000]
-    assert intervals("--steps", 500, "--eval-every", 0, "--save-every", 7, "--sample-every", 0) == [0, 7, 0]
+@pytest.mark.parametrize("path, name", [(SD3, "sd3"), (RELEASE, "ddit")])
+def test_image_loss_of_published_weights_is_that_of_their_velocity(path, name):
+    latents, velocity = EXPECTED[f"{name}.latents"], EXPECTED[f"{name}.velocity"]
+    t = EXPECTED["ddit.t"]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    level = t.view(-1, 1, 1, 1)
+    clean = (latents - level * noise) / (1 - level)
+    batch = dict(images=clean, ids=torch.zeros(2, 9), t=t, noise=noise,
+                 dropped=torch.tensor([False, False]), states=EXPECTED["ddit.context"])
+    with torch.no_grad():
+        errors = train.image_errors(published_models(path), batch)
+    for row in range(2):
+        expected = ((velocity[row] - (noise[row] - clean[row])) ** 2).mean()
+        # published in float32
+        assert float(errors[row]) == pytest.approx(float(expected), rel=1e-4)
 
+
+def test_text_loss_of_published_weights_is_that_of_their_logits():
+    """Computed from the published model's logits, in a plain loop over rows and tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 100, (2, 9), generator=generator)
+    t, uniform = mask_diffusion.draw((2, 9), generator)
+    batch = dict(images=EXPECTED["ddit.latents"], ids=ids, t=t, uniform=uniform, mask_id=MASK_ID,
+                 frozen=torch.zeros(2, 9, dtype=torch.bool), weight="1/t")
+    with torch.no_grad():
+        errors = train.text_errors(published_models(RELEASE), batch)
+    logits = EXPECTED["ddit.logits_t0"].double()
+    for row in range(2):
+        nats = 0.0
+        for at in range(9):
+            if uniform[row, at] < t[row]:
+                others = logits[row, at, :MASK_ID]               # never [MASK] itself, the last
+                nats += float(torch.logsumexp(others, 0) - logits[row, at, ids[row, at]])
+        # published in float32
+        assert float(errors[row]) == pytest.approx(nats / float(t[row]), rel=1e-4)
+
+
+def test_processes_and_micro_batches_make_the_same_update(chain, images, tmp_path):
+    """The norm is clipped, sizes are bucketed; two processes shard T5 and recompute activations."""
+    base = ["--init", chain / "pretrain", "--pixels", 24, "--buckets", "--steps", 2, "--clip", 0.5,
+            "--lr", 1e-4]
+    train.main(flags("mask-emb", tmp_path / "one", images, *base))
+    train.main(flags("mask-emb", tmp_path / "micro", images, *base, "--micro-batch", 2))
+    to_the_end(Forked(2, *flags("mask-emb", tmp_path / "two", images, *base, "--micro-batch", 1,
+                                "--shard-t5", "--shard", "zero3", "--checkpoint-activations")))
+    expected_rows = rows(tmp_path / "one")
+    assert min(row["grad_norm"] for row in expected_rows) > 0.5  # the clip is reached
+    expected = load_file(tmp_path / "one" / "weights.safetensors")
+    for name in ("micro", "two"):                                # float32 sums in another order
+        for a, b in zip(expected_rows, rows(tmp_path / name), strict=True):
+            for key in ("image_loss", "text_loss", "grad_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-5)
+        weights = load_file(tmp_path / name / "weights.safetensors")
+        for key in expected:
+            assert float((expected[key] - weights[key]).abs().max()) < 1e-5, key
+
+
+# --------------------------------------------------------------------------- changes to the program
 
 @pytest.fixture
-def changed_program(tmp_path):
-    """A copy of the program whose sources a test changes; returns a function that runs a file of it."""
+def program_copy(tmp_path):
+    """A copy of the program, whose sources a test may change."""
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("viz/*.html")]:
-        (tmp_path / file.parent.relative_to(ROOT)).mkdir(exist_ok=True)
-        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+        target = tmp_path / file.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(file, target)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-
-    def change(file, line, more):
-        source = (tmp_path / file).read_text()
-        assert source.count(line) == 1
-        (tmp_path / file).write_text(source.replace(line, line + more))
-
-    def call(*command):
-        return subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return change, call
+    return tmp_path
 
 
-def test_a_new_field_of_either_config_is_trained_saved_and_sampled(changed_program, tiny, small_tar, tmp_path):
-    change, call = changed_program
-    change("model.py", "    qk_norm: bool = False", "\n    registers: int = 0\n    scale: float = 1\n    only: bool = False")
-    change("training/config.py", "class TrainConfig:\n", "    colours: int = 0\n    hue: float = 0.5\n    shade: str = ''\n")
-    flags = ["--init", tiny, "--image-data", small_tar, "--out", "run", "--steps", 2, "--image-batch", 4, "--text-batch", 4,
-             "--eval-every", 0, "--sample-every", 0, "--device", "cpu", "--colours", 3]
-    trained = call("train.py", *flags)
-    assert trained.returncode == 0, trained.stderr
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["mmdit"]["registers"] == 0
-    assert json.loads((tmp_path / "run" / "train.json").read_text())["colours"] == 3
-    drawn = call("sample.py", "--checkpoint", "run", "--prompt", "red apple", "--steps", 1, "--out", "a.png")
-    assert drawn.returncode == 0 and (tmp_path / "a.png").exists(), drawn.stderr
+def insert(file, line, more):
+    """Put text behind a line that a file has once."""
+    source = file.read_text()
+    assert source.count(line) == 1
+    file.write_text(source.replace(line, line + more))
 
 
-def test_a_config_that_could_not_be_read_back_stops_the_run_before_its_first_step(changed_program, tiny, small_tar,
-                                                                                  tmp_path):
-    change, call = changed_program
-    change("model.py", "    qk_norm: bool = False", "\n    registers: tuple = (1, 2)")
-    refused = call("train.py", "--init", tiny, "--image-data", small_tar, "--out", "run", "--steps", 2)
-    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
-    assert "registers" in refused.stderr and not (tmp_path / "run").exists()
+def test_new_config_fields_are_trained_saved_and_sampled(program_copy, tiny, small_tar):
+    insert(program_copy / "model.py", "    qk_norm: bool = False",
+           "\n    registers: int = 0\n    scale: float = 1\n    only: bool = False")
+    insert(program_copy / "training" / "config.py", "class TrainConfig:\n",
+           "    colours: int = 0\n    hue: float = 0.5\n    shade: str = ''\n")
+    training = ["--init", tiny, "--image-data", small_tar, "--out", "run", "--steps", 2,
+                "--image-batch", 4, "--text-batch", 4, "--eval-every", 0, "--sample-every", 0,
+                "--device", "cpu", "--colours", 3]
+    sampling = ["--checkpoint", "run", "--prompt", "red apple", "--steps", 1, "--out", "a.png"]
+    code, errors = run_fresh(program_copy / "errors", ("train", training), ("sample", sampling),
+                             folder=program_copy)
+    assert code == 0, errors
+    sizes = json.loads((program_copy / "run" / "config.json").read_text())["mmdit"]
+    settings = json.loads((program_copy / "run" / "train.json").read_text())
+    assert sizes["registers"] == 0 and settings["colours"] == 3
+    assert (program_copy / "a.png").exists()
 
 
-def test_the_scripts_run_each_stage_once_with_flags_that_there_are(tmp_path, monkeypatch):
-    """With stand-ins for python and torchrun, which note how they were called and end the stage."""
+def test_unreadable_config_stops_the_run_before_its_first_step(program_copy, tiny, small_tar):
+    """JSON would turn the tuple of a new field into a list."""
+    insert(program_copy / "model.py", "    qk_norm: bool = False",
+           "\n    registers: tuple = (1, 2)")
+    training = ["--init", tiny, "--image-data", small_tar, "--out", "run", "--steps", 2]
+    code, errors = run_fresh(program_copy / "errors", ("train", training), folder=program_copy)
+    assert code == 1 and "registers" in errors and errors.count("\n") == 1
+    assert not (program_copy / "run").exists()
+
+
+# ------------------------------------------------------------------------------------ the scripts
+
+PYTHON_STUB = '''#!/bin/bash
+    [ "$1" != -c ] || { echo 2.5; exit; }
+    printf '%s\\t' "$@" >>called; echo >>called; steps=0; out=
+    while [ $# -gt 0 ]; do
+        case $1 in --stage) out=${out:-out/$2};; --out) out=$2;; --steps) steps=$2;; esac; shift
+    done
+    [ $steps = 0 ] || { mkdir -p $out; echo ' "step": '$steps, >$out/config.json; }'''
+
+
+def test_scripts_run_each_stage_once_with_valid_flags(tmp_path, monkeypatch):
+    """Stand-ins for python and torchrun note how they were called and end the stage."""
     shutil.copytree(ROOT / "runs", tmp_path / "runs")
-    (tmp_path / "python").write_text('''#!/bin/bash
-        [ "$1" != -c ] || { echo 2.5; exit; }
-        printf '%s\\t' "$@" >>called; echo >>called; steps=0; out=
-        while [ $# -gt 0 ]; do
-            case $1 in --stage) out=${out:-out/$2};; --out) out=$2;; --steps) steps=$2;; esac; shift
-        done
-        [ $steps = 0 ] || { mkdir -p $out; echo ' "step": '$steps, >$out/config.json; }''')
+    (tmp_path / "python").write_text(PYTHON_STUB)
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "torchrun").symlink_to("python")
-    known = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SD3="sd3", TOKENIZER="t", VAE="v")
-    call = lambda *command: subprocess.run(["bash", *command], cwd=tmp_path, env=known, check=True)
-    for _ in range(2):                                           # the second time all stages are done
+    environment = os.environ | dict(
+        PATH=f"{tmp_path}:{os.environ['PATH']}", SD3="sd3", TOKENIZER="t", VAE="v")
+
+    def call(*command):
+        subprocess.run(["bash", *command], cwd=tmp_path, env=environment, check=True)
+    for _ in range(2):  # the second time all stages are done
         call("runs/paper.sh")
         call("runs/end_to_end.sh")
     call("runs/own.sh", "folder", "a prompt", "--steps", "7")
-    call("runs/own.sh", "runs", "a prompt")                      # a folder that is there: by its whole path
+    call("runs/own.sh", "runs", "a prompt")  # a folder that exists: by its whole path
     calls = [line.split("\t")[:-1] for line in (tmp_path / "called").read_text().splitlines()]
-    trained = [words[words.index("train.py") + 1:] for words in calls if "train.py" in words]
-    monkeypatch.setattr(training_config, "start", lambda init, preset: ("", MMDiTConfig(**PRESETS["sd3-medium"]), {}))
-    configs = [train.parse(words) for words in trained]
+
+    sizes = MMDiTConfig(**PRESETS["sd3-medium"])
+    monkeypatch.setattr(training_config, "start", lambda init, preset: ("", sizes, {}))
+    trainings = [words for words in calls if "train.py" in words]
+    configs = [train.parse(words[words.index("train.py") + 1:]) for words in trainings]
     assert [config.stage for config in configs] == [
-        "pretrain", "mask-emb", "high-res", "instruct", "text", "pretrain", "pretrain", "instruct", "pretrain",
-        "pretrain"]
-    assert all(config.filtered for config in configs[:4])
-    for config in configs[:4]:                                   # the paper's table, whatever the script says
-        assert config.steps == training_config.STAGES[config.stage].steps and config.init
-    prepared = [words[1:] for words in calls if words[0] == "data.py"]
-    assert [words[0] for words in prepared] == ["pack", "latents", "pack", "latents", "show", "show"]
+        "pretrain", "mask-emb", "high-res", "instruct", "text", "pretrain", "pretrain", "instruct",
+        "pretrain", "pretrain"]
+    for config in configs[:4]:  # the paper's table, whatever the script says
+        assert config.filtered and config.init
+        assert config.steps == TABLE_1[config.stage][0]
     assert configs[-2].steps == 7                                # own.sh passes further flags on
-    assert [config.image_data[0] for config in configs[-2:]] == ["folder:2.5", f"{tmp_path}/runs:2.5"]
-    refused = subprocess.run(["bash", "runs/own.sh", "folder"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2 and "bash runs/own.sh FOLDER PROMPT" in refused.stderr
+    sources = [config.image_data[0] for config in configs[-2:]]
+    assert sources == ["folder:2.5", f"{tmp_path}/runs:2.5"]
+    preparations = [words[1] for words in calls if words[0] == "data.py"]
+    assert preparations == ["pack", "latents", "pack", "latents", "show", "show"]
 
 
-@pytest.mark.parametrize("more, status, message", [
-    (["--stage", "text", *FROM_SD3], 1, "--stage text: is the end-to-end variant's, --init"),
-    (["--stage", "mask-emb"], 1, "--stage mask-emb: teaches T5's [MASK], --preset emoji has a token"),
-    (["--init", SD3, "--tokenizer", RELEASE], 1, "no T5 encoder in it"),
-    (["--init", SD3, "--t5", RELEASE], 1, "has no tokenizer; name a folder or a tokenizer.json"),
-    (["--init", RELEASE], 1, "expected an autoencoder, --vae, or its latents"),
-    (["--init", RELEASE, "--vae", RELEASE], 1, "name the right one with --vae"),
-    ([*FROM_SD3, "--pixels", 17], 1, "--pixels 17: expected a multiple of the patch, 4, up to 48"),
-    ([*FROM_SD3, "--micro-batch", 3], 1, "--micro-batch 3 does not divide --text-batch 4 over 1 process"),
-    ([*FROM_SD3, "--mask-embedding", "nowhere.pth"], 1, "nowhere.pth: not a file of one tensor"),
-    (["--preset", "sd3-medium"], 1, "expected an autoencoder, --vae"),
-    (["--preset", "sd3-medium", "--vae", SD3, "--pixels", 64], 1, "name its tokenizer with --tokenizer"),
-    (["--stage", "text", "--image-batch", 3], 2, "--image-batch changes nothing without pictures"),
-    (["--stage", "text"], 1, "--stage text: name its data with --text-data"),
-    (["--preset", "e2e-1.1b"], 1, "--stage pretrain: name its data with --image-data"),
+def test_own_sh_without_a_prompt_shows_its_usage():
+    result = subprocess.run(["bash", "runs/own.sh", "folder"], cwd=ROOT, capture_output=True,
+                            text=True)
+    assert result.returncode == 2 and "FOLDER PROMPT" in result.stderr
+
+
+# -------------------------------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("more, status, names", [
+    (["--stage", "text", *FROM_SD3], 1, ["--stage text", "end-to-end", str(SD3)]),
+    (["--stage", "mask-emb"], 1, ["--stage mask-emb", "--preset emoji"]),
+    (["--init", SD3, "--tokenizer", RELEASE], 1, [str(SD3), "--t5"]),
+    (["--init", SD3, "--t5", RELEASE], 1, [str(SD3), "tokenizer.json", "--tokenizer"]),
+    (["--init", RELEASE], 1, ["--image-data", "--vae", "16"]),
+    (["--init", RELEASE, "--vae", RELEASE], 1, [str(RELEASE), "--vae", ".safetensors"]),
+    ([*FROM_SD3, "--pixels", 17], 1, ["--pixels 17", "4", "48"]),
+    ([*FROM_SD3, "--micro-batch", 3], 1, ["--micro-batch 3", "--text-batch 4"]),
+    ([*FROM_SD3, "--mask-embedding", "nowhere.pth"], 1, ["nowhere.pth"]),
+    (["--preset", "sd3-medium"], 1, ["--image-data", "--vae", "16"]),
+    (["--preset", "sd3-medium", "--vae", SD3, "--pixels", 64], 1,
+     ["--preset sd3-medium", "--tokenizer"]),
+    (["--stage", "text", "--image-batch", 3], 2, ["--image-batch"]),
+    (["--stage", "text"], 1, ["--stage text", "--text-data"]),
+    (["--preset", "e2e-1.1b"], 1, ["--stage pretrain", "--image-data"]),
 ])
-def test_mistakes_get_one_line_and_a_status(more, status, message, pictures, tmp_path, mistake):
+def test_mistakes_get_one_line_and_a_status(more, status, names, images, tmp_path, mistake):
     given = ["--out", tmp_path / "x", "--text-batch", 4, *more]
     if "text" not in more and "e2e-1.1b" not in more:
-        given += ["--image-data", pictures, "--image-batch", 4]
-        given += [] if "--pixels" in more else ["--pixels", 16]
-    code, said = mistake(train.main, given)
-    assert code == status and message in said.splitlines()[-1] and len(said.splitlines()) == 1
+        given += ["--image-data", images, "--image-batch", 4]
+        if "--pixels" not in more:
+            given += ["--pixels", 16]
+    code, error = mistake(train.main, given)
+    assert code == status and len(error.splitlines()) == 1
+    for name in names:
+        assert name in error
 
 
-def test_instruct_from_sd3_is_warned_about_and_what_is_carried_over_said(pictures, tmp_path, capsys):
-    train.main(flags("instruct", tmp_path / "run", pictures, *FROM_SD3, "--pixels", 16, "--steps", 1))
-    said = capsys.readouterr().err
-    assert "warning: --stage instruct from SD3, which has no text head" in said
-    model = checkpoint.load_mmdit(SD3, vocab_size=110)
-    kept = sum(p.numel() for p in model.parameters()) + model.positions.numel()
-    head, text = 110 * 65, 64 * 65 + 64 * 257 + 256 * 65 + 4 * 64 * 65      # of which the gates, four of six
-    fresh = head + 8 * 64 + text
-    assert f"from SD3: {kept - fresh:,} values carried over; fresh: " in said and "text head 7,150" in said
+def test_instruct_from_sd3_warns_and_reports_what_is_carried_over(images, tmp_path, capsys):
+    train.main(flags("instruct", tmp_path / "run", images, *FROM_SD3, "--pixels", 16, "--steps", 1))
+    errors = capsys.readouterr().err
+    assert "warning" in errors and "--stage instruct" in errors
+    model = checkpoint.load_mmdit(SD3, vocab_size=VOCABULARY)
+    total = sum(p.numel() for p in model.parameters()) + model.positions.numel()
+    head = VOCABULARY * 65                                       # width 64, and a bias
+    null_image = 8 * 64
+    # of the last block's text stream: output, MLP, and the modulation's gates, four of six
+    text_stream = 64 * 65 + (64 * 257 + 256 * 65) + 4 * 64 * 65
+    assert f"{total - head - null_image - text_stream:,} values" in errors
+    assert f"{head:,}" in errors

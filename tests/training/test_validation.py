@@ -1,180 +1,259 @@
-"""training/validation.py and gradient_meter.py: what is measured is always the same, and is what the formulas say."""
+"""training/validation.py and gradient_meter.py: measurements repeat, and equal their formulas."""
 
 import itertools
-import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import checkpoint
 import mask_diffusion
 import train
+from common import seeding
 from helpers import Forked, rows, to_the_end
 from training import gradient_meter
-from training.validation import BINS, Validation, spread
+from training.validation import BINS, SAMPLES, Validation, spread
 
-FLAGS = ["--image-batch", 4, "--text-batch", 4, "--dtype", "float32", "--log-every", 1, "--sample-every", 0,
-         "--warmup", 2, "--device", "cpu", "--optimizer", "adamw", "--lr", 2e-4, "--eval-every", 2,
-         "--meter-every", 2, "--steps", 4]
+BATCHES = ["--image-batch", 4, "--text-batch", 4, "--dtype", "float32", "--device", "cpu"]
+FLAGS = [*BATCHES, "--log-every", 1, "--sample-every", 0, "--warmup", 2, "--optimizer", "adamw",
+         "--lr", 2e-4, "--steps", 3, "--save-every", 3]
+MEASURE = ["--eval-every", 2, "--meter-every", 2]
 
 
-def measured(out):
+def validated_rows(out):
     return [row for row in rows(out) if "val_nats" in row]
 
 
 @pytest.fixture(scope="module")
-def alone(tiny, small_tar, tmp_path_factory):
-    out = tmp_path_factory.mktemp("alone") / "run"
-    train.main(list(map(str, ["--init", tiny, "--image-data", small_tar, *FLAGS, "--out", out])))
+def single_run(tiny, small_tar, tmp_path_factory):
+    """A run of one process: validations after steps 2 and 3, the meter at step 2."""
+    out = tmp_path_factory.mktemp("single") / "run"
+    flags = ["--init", tiny, "--image-data", small_tar, *FLAGS, *MEASURE, "--out", out]
+    train.main(list(map(str, flags)))
     return out
+
+
+# ------------------------------------------------------------------------------------ the formulas
+
+class NumberedSamples:
+    """A mixture of at most `most` samples that are numbers."""
+
+    def __init__(self, most):
+        self.most = most
+
+    def shown(self, count, held, captioned):
+        return [dict(number=i) for i in range(min(count, self.most))]
+
+
+def stub_tokenizer(end_id, token):
+    """A tokenizer with an end, and one text for every other token."""
+    bpe = SimpleNamespace(decode=lambda ids: token * len(ids))
+    return SimpleNamespace(end_id=end_id, pad_id=end_id, bpe=bpe)
 
 
 def test_times_are_spread_evenly_over_ten_bins():
     for size in (10, 24, 160):
         t = spread(list(range(size)), size)
-        assert torch.equal((t * BINS).long(), torch.arange(size) % BINS) and 0 < t.min() and t.max() < 1
+        assert torch.equal((t * BINS).long(), torch.arange(size) % BINS)
+        assert 0 < t.min() and t.max() < 1
         assert len(t.unique()) == size
-    assert abs(float(spread(list(range(1000)), 1000).mean()) - 0.5) < 1e-6
+    mean = float(spread(list(range(1000)), 1000).mean())
+    assert mean == pytest.approx(0.5, abs=1e-6)                  # float32
 
 
-def test_a_validation_is_the_formulas_on_a_model_that_is_known():
-    """Every token of the vocabulary of 4 is equally likely: log 4 nats at each masked position."""
-    class Words:
-        end_id = 3
+def uniform_model_batch(samples, generators, times):
+    """Texts of six tokens: the first is frozen, the last three are the end."""
+    uniform = torch.stack([torch.rand(6, generator=generator) for generator in generators])
+    ids = torch.tensor([[sample["number"] % 3, 1, 2, 3, 3, 3] for sample in samples])
+    frozen = (torch.arange(6) < 1).expand(len(samples), 6)
+    return dict(ids=ids, frozen=frozen, t=times, uniform=uniform)
 
-        pad_id = 3
 
-        class bpe:
-            def decode(ids):
-                return "ab" * len(ids)
+def uniform_model_errors(batch):
+    """Each of four tokens is equally likely: log 4 nats at each masked position, weighted 1/t."""
+    masked = (batch["uniform"] < batch["t"][:, None]) & ~batch["frozen"]
+    assert torch.equal(masked.sum(1), (batch["t"] * 5).round())  # exactly so many of five
+    return math.log(4) * masked.sum(1) / batch["t"]
 
-    class Samples:
-        def shown(self, count, held, captioned):
-            return [dict(number=i) for i in range(min(count, 7))]
 
-    def make(samples, generators, times):
-        uniform = torch.stack([torch.rand(6, generator=generator) for generator in generators])
-        ids = torch.tensor([[sample["number"] % 3, 1, 2, 3, 3, 3] for sample in samples])
-        at = torch.arange(6).expand(len(samples), 6)
-        return dict(ids=ids, frozen=at < 1, t=times, uniform=uniform)
-
-    def errors(batch):
-        masked = (batch["uniform"] < batch["t"][:, None]) & ~batch["frozen"]
-        assert torch.equal(masked.sum(1), (batch["t"] * 5).round())      # exactly so many of five
-        return math.log(4) * masked.sum(1) / batch["t"]
-    validation = Validation(dict(image=Samples(), text=Samples()), dict(image=make, text=make), Words(), 40)
-    found = validation.measure(dict(image=lambda batch: batch["t"], text=errors), 0, 1)
-    assert found["val_text_t"] == pytest.approx([math.log(4)] * BINS, abs=1e-5)
-    assert found["val_image_t"] == pytest.approx([(b + 0.5) / BINS for b in range(BINS)], abs=1e-5)
-    assert found["val_image"] == pytest.approx(0.5, abs=1e-5)
+def test_validation_of_a_uniform_model_is_log_4():
+    samples = NumberedSamples(7)
+    validation = Validation(dict(image=samples, text=samples),
+                            dict(image=uniform_model_batch, text=uniform_model_batch),
+                            stub_tokenizer(3, "ab"), 40)
+    errors = dict(image=lambda batch: batch["t"], text=uniform_model_errors)
+    result = validation.measure(errors, 0, 1)
+    exact = partial(pytest.approx, abs=1e-5)                     # float32, rounded to 6 places
+    assert result["val_text_t"] == exact([math.log(4)] * BINS)
+    assert result["val_image_t"] == exact([(b + 0.5) / BINS for b in range(BINS)])
+    assert result["val_image"] == exact(0.5)
     # five tokens are not frozen, two of them words, of four bytes: no chance is left in the bound
-    assert found["val_nats"] == pytest.approx(math.log(4), abs=1e-5)
-    assert found["val_bits"] == pytest.approx(5 * 2 / 4, abs=1e-5)
-    part = partial(validation.measure, dict(image=lambda batch: batch["t"], text=errors))
-    parts = [part(rank, 3) for rank in range(3)]                 # each times three, for want of the others
-    assert sum(part["val_image"] for part in parts) / 3 == pytest.approx(found["val_image"], abs=1e-5)
+    assert result["val_nats"] == exact(math.log(4))
+    assert result["val_bits"] == exact(5 * 2 / 4)
+    shares = [validation.measure(errors, rank, 3)["val_image"] for rank in range(3)]
+    assert sum(shares) / 3 == exact(0.5)  # each times three, as none sums them
 
 
-def test_a_perfect_models_value_is_the_entropy():
-    """Texts "a ... a", of 0 to 3 a's as likely, in four positions, the rest the end and padding, one token.
+def test_validation_of_a_perfect_model_is_the_entropy():
+    """Texts "a ... a" of 0 to 3 a's, equally likely, in four positions; the rest is padding.
 
-    A perfect model knows which lengths fit what is seen.  Enumerated over lengths, levels and masks the bound
-    is log 4 nats a text; its padding left out it would be less."""
-    L, A, END = 4, 0, 1
+    A perfect model knows which lengths fit what is seen.  Enumerated over lengths, levels and masks
+    the bound is log 4 nats a text; without its padding it would be less."""
+    L, A, END, MASK = 4, 0, 1, 2
     texts = torch.tensor([[A] * k + [END] * (L - k) for k in range(L)])
+    orders = list(itertools.permutations(range(L)))  # the first l of an order are masked
+    count = L * len(orders) * L  # texts x orders x levels, each once
 
-    def perfect(ids, at):
-        """log p of each token at the positions `at` out of B x L; the mask is token 2."""
-        found = []
+    def perfect_logits(ids, at):
+        """log p of each token at the positions `at`, counted over B x L."""
+        logits = []
         for place in at.tolist():
             row, i = divmod(place, L)
-            fits = torch.stack([(ids[row] == 2) | (ids[row] == text) for text in texts]).all(1)
+            fits = ((ids[row] == MASK) | (ids[row] == texts)).all(1)
             share = (texts[fits, i] == A).double().mean()
-            found.append(torch.stack([share, 1 - share, torch.tensor(0.0)]).log())
-        return torch.stack(found)
-
-    class Words:
-        end_id = pad_id = END
-
-        class bpe:
-            def decode(ids):
-                return "a" * len(ids)
-
-    class Samples:
-        def shown(self, count, held, captioned):
-            return [dict(number=i) for i in range(count)]
-
-    orders = list(itertools.permutations(range(L)))              # the first l of an order are masked
-    count = L * len(orders) * L                                  # texts x orders x levels, each once
+            logits.append(torch.stack([share, 1 - share, torch.tensor(0.0)]).log())
+        return torch.stack(logits)
 
     def make(samples, generators, times):
-        cases = [divmod(sample["number"], L * len(orders)) for sample in samples]
-        ids = torch.stack([texts[k] for k, _ in cases])
-        uniform = torch.tensor([[orders[rest // L].index(i) / L for i in range(L)] for _, rest in cases])
-        t = torch.tensor([(rest % L + 1) / L - 1e-6 for _, rest in cases])        # l = 1 .. 4
-        return dict(ids=ids, frozen=torch.zeros_like(ids, dtype=torch.bool), t=t, uniform=uniform)
+        ids, uniform, t = [], [], []
+        for sample in samples:
+            text, rest = divmod(sample["number"], L * len(orders))
+            order, level = divmod(rest, L)
+            ids.append(texts[text])
+            uniform.append([orders[order].index(i) / L for i in range(L)])
+            t.append((level + 1) / L - 1e-6)                     # masks level + 1 tokens
+        ids = torch.stack(ids)
+        return dict(ids=ids, frozen=torch.zeros_like(ids, dtype=torch.bool), t=torch.tensor(t),
+                    uniform=torch.tensor(uniform))
 
     def errors(batch):
-        return mask_diffusion.errors(perfect, batch["ids"], 2, t=batch["t"], uniform=batch["uniform"],
-                                     picks=True)
-    validation = Validation(dict(text=Samples()), dict(text=make), Words(), count)
-    found = validation.measure(dict(text=errors), 0, 1)
-    assert L * found["val_nats"] == pytest.approx(math.log(4), abs=1e-4)
+        return mask_diffusion.errors(perfect_logits, batch["ids"], MASK, t=batch["t"],
+                                     uniform=batch["uniform"], picks=True)
+    validation = Validation(dict(text=NumberedSamples(count)), dict(text=make),
+                            stub_tokenizer(END, "a"), count)
+    result = validation.measure(dict(text=errors), 0, 1)
+    assert L * result["val_nats"] == pytest.approx(math.log(4), abs=1e-4)    # times are 1e-6 off
 
 
-def test_the_same_weights_measure_the_same_and_a_run_goes_on_with_its_curve(alone, tiny, small_tar, tmp_path):
-    assert [row["step"] for row in measured(alone)] == [2, 4]
-    first, last = measured(alone)
+def test_validation_uses_averaged_weights_captions_and_train_mode(tiny, small_tar, tmp_path):
+    """The run drops all captions; it predicts data, with another floor of t while it draws; and its
+    average is half of its weights."""
+    flags = ["--init", tiny, "--image-data", small_tar, *BATCHES, "--text-dropout", 1,
+             "--out", tmp_path]
+    config, maker, models, run = train.set_up(train.parse(list(map(str, flags))))
+    for average in run.ema.values():
+        average.mul_(0.5)
+    result = train.validate(config, maker, models, run, maker.validation(config))
+    run.close()
+
+    model = nn.ModuleDict(dict(mmdit=checkpoint.load_mmdit(tiny),
+                               embedding=checkpoint.load_embedding(tiny))).train()
+    assert model["mmdit"].config.predicts == "data"
+    samples = maker.mixes["image"].shown(SAMPLES, True)
+    images, noises, ids = [], [], []
+    for row in range(SAMPLES):
+        sample = samples[row % len(samples)]
+        generator = seeding.seeded("validation", "image", row)
+        torch.randn(1, generator=generator)                      # the time, which `spread` replaces
+        noises.append(torch.randn(1, 3, 16, 16, generator=generator)[0])
+        chance = float(torch.rand(2, generator=generator)[1])
+        caption = sample["captions"][int(chance * len(sample["captions"]))]
+        ids.append(maker.tokenizer.encode(caption, 28))
+        images.append(sample["picture"].float() / 127.5 - 1)
+    x, noise = torch.stack(images), torch.stack(noises)
+    t = spread(list(range(SAMPLES)), SAMPLES)
+    level = t.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+        text = model["embedding"](torch.stack(ids))
+        v = model["mmdit"]((1 - level) * x + level * noise, text, t, need="velocity")[0]
+    target = (noise - x) * (level / 0.05).clamp(max=1)
+    expected = float((v - target).square().mean())
+    assert result["val_image"] == pytest.approx(expected, rel=1e-5)      # float32 in other batches
+
+
+# ----------------------------------------------------------------------------------------- in a run
+
+def test_validations_are_logged_with_ten_bins(single_run):
+    first, last = validated_rows(single_run)
+    assert [first["step"], last["step"]] == [2, 3]
     assert first["val_image"] != last["val_image"]
     assert len(last["val_image_t"]) == len(last["val_text_t"]) == BINS
-    flags = list(map(str, ["--init", tiny, "--image-data", small_tar, *FLAGS, "--ema", 1, "--lr", 1e-12]))
-    train.main([*flags, "--out", str(tmp_path / "still")])
-    one, two = measured(tmp_path / "still")
-    assert {name: one[name] for name in one if name.startswith("val")} == {
-        name: two[name] for name in two if name.startswith("val")}
 
 
-def test_two_processes_measure_what_one_does(alone, tiny, small_tar, tmp_path):
-    to_the_end(Forked(2, "--init", tiny, "--image-data", small_tar, *FLAGS, "--out", tmp_path / "run"))
-    found = measured(tmp_path / "run")
-    for a, b in zip(found, measured(alone), strict=True):
+def test_same_weights_measure_the_same(tiny, small_tar, tmp_path):
+    flags = ["--init", tiny, "--image-data", small_tar, *FLAGS, *MEASURE, "--ema", 1, "--lr", 1e-12,
+             "--out", tmp_path]
+    train.main(list(map(str, flags)))
+    first, last = validated_rows(tmp_path)
+    names = [name for name in first if name.startswith("val")]
+    assert len(names) == 5
+    assert all(first[name] == last[name] for name in names)
+
+
+def test_two_processes_measure_what_one_does(single_run, tiny, small_tar, tmp_path):
+    to_the_end(Forked(2, "--init", tiny, "--image-data", small_tar, *FLAGS, *MEASURE, "--out",
+                      tmp_path / "run"))
+    pairs = zip(validated_rows(tmp_path / "run"), validated_rows(single_run), strict=True)
+    for (a, b), count in zip(pairs, (9, 5), strict=True):        # the meter looks at step 2 only
         names = [name for name in a if name.startswith(("val_", "meter_"))]
-        assert len(names) == 9 and a.keys() == b.keys()
-        for name in names:
-            assert torch.allclose(torch.tensor(a[name]), torch.tensor(b[name]), rtol=1e-4, atol=1e-5), name
+        assert len(names) == count and a.keys() == b.keys()
+        for name in names:                                       # float32 sums in another order
+            one, other = torch.tensor(a[name]), torch.tensor(b[name])
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5), name
 
 
-def test_the_meter_is_norms_and_cosines_of_two_gradients():
+# ---------------------------------------------------------------------------------------- the meter
+
+def test_meter_gives_norms_and_cosines_of_two_gradients():
     model = nn.ModuleDict(dict(mmdit=nn.Module(), embedding=nn.Linear(2, 1, bias=False)))
     model["mmdit"].blocks = nn.ModuleList([nn.Linear(2, 1, bias=False) for _ in range(2)])
     for p in model.parameters():
         nn.init.ones_(p)
-    first, second, other = (*model["mmdit"].blocks, model["embedding"])
-    image = lambda: first(torch.tensor([3.0, 4.0])) + second(torch.tensor([1.0, 0.0]))
-    text = lambda: first(torch.tensor([-8.0, 6.0])) + second(torch.tensor([2.0, 0.0])) + other(torch.ones(2))
-    image().backward()
+    first, second = model["mmdit"].blocks
+
+    def image_loss():
+        return first(torch.tensor([3.0, 4.0])) + second(torch.tensor([1.0, 0.0]))
+
+    def text_loss():
+        return (first(torch.tensor([-8.0, 6.0])) + second(torch.tensor([2.0, 0.0]))
+                + model["embedding"](torch.ones(2)))
+    image_loss().backward()
     before = gradient_meter.gradients(model)
-    text().backward()
-    found = gradient_meter.compare(model, before)
-    assert found["meter_blocks"] == [[5.0, 10.0, 0.0], [1.0, 2.0, 1.0]]
-    assert found["meter_image"] == pytest.approx(math.sqrt(26), abs=1e-5)
-    assert found["meter_text"] == pytest.approx(math.sqrt(106), abs=1e-5)
-    assert found["meter_cosine"] == pytest.approx(2 / math.sqrt(26 * 106), abs=1e-5)
-    model.zero_grad()
-    (image() / 2).backward()
-    before = gradient_meter.gradients(model)
-    (image() / 2).backward()                                     # the same loss twice
-    assert gradient_meter.compare(model, before)["meter_cosine"] == pytest.approx(1, abs=1e-6)
+    text_loss().backward()
+    result = gradient_meter.compare(model, before)
+    exact = partial(pytest.approx, abs=1e-5)                     # rounded to 6 places
+    assert result["meter_blocks"] == [[5.0, 10.0, 0.0], [1.0, 2.0, 1.0]]
+    assert result["meter_image"] == exact(math.sqrt(26))
+    assert result["meter_text"] == exact(math.sqrt(106))
+    assert result["meter_cosine"] == exact(2 / math.sqrt(26 * 106))
 
 
-def test_a_look_at_the_gradients_changes_no_step(alone, tiny, small_tar, tmp_path):
-    flags = ["--init", tiny, "--image-data", small_tar, *FLAGS, "--meter-every", 0, "--eval-every", 0]
-    train.main([*map(str, flags), "--out", str(tmp_path / "run")])
-    assert [(row["image_loss"], row["text_loss"], row["grad_norm"]) for row in rows(alone)] == [
-        (row["image_loss"], row["text_loss"], row["grad_norm"]) for row in rows(tmp_path / "run")]
-    both = rows(alone)[1]
-    a, b, cosine, norm = (both[name] for name in ("meter_image", "meter_text", "meter_cosine", "grad_norm"))
-    assert norm ** 2 == pytest.approx(a * a + b * b + 2 * a * b * cosine, rel=1e-4)
-    assert len(both["meter_blocks"]) == 2 and json.dumps(both)
+def test_meter_of_the_same_loss_twice_has_cosine_1():
+    model = nn.ModuleDict(dict(embedding=nn.Linear(2, 1, bias=False)))
+    (model["embedding"](torch.tensor([3.0, 4.0]))).backward()
+    before = gradient_meter.gradients(model)
+    (model["embedding"](torch.tensor([3.0, 4.0]))).backward()
+    cosine = gradient_meter.compare(model, before)["meter_cosine"]
+    assert cosine == pytest.approx(1, abs=1e-6)                  # rounded to 6 places
+
+
+def test_meter_and_validation_change_no_step(single_run, tiny, small_tar, tmp_path):
+    flags = ["--init", tiny, "--image-data", small_tar, *FLAGS, "--eval-every", 0,
+             "--out", tmp_path]
+    train.main(list(map(str, flags)))
+    for measured, plain in zip(rows(single_run), rows(tmp_path), strict=True):
+        for name in ("image_loss", "text_loss", "grad_norm"):
+            assert measured[name] == plain[name]
+
+
+def test_meter_agrees_with_the_gradient_norm_of_the_step(single_run):
+    row = rows(single_run)[1]
+    a, b = row["meter_image"], row["meter_text"]
+    squared = a * a + b * b + 2 * a * b * row["meter_cosine"]
+    assert row["grad_norm"] ** 2 == pytest.approx(squared, rel=1e-4)     # rounded to 6 places
+    assert len(row["meter_blocks"]) == 2

@@ -1,0 +1,32 @@
+"""Fixtures of the inference tests."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset import emoji
+from inference import image_to_text, text_to_image
+from inference.parts import Parts
+
+
+@pytest.fixture(scope="session")
+def emoji_images(small_tar):
+    """(records, images (60, 3, 64, 64) in [-1, 1]) of the first samples of the emoji set."""
+    records, pixels = emoji.load(Path(small_tar), 64)
+    return records, pixels.float() / 127.5 - 1
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tiny):
+    """The tiny model of random weights, in float32."""
+    return Parts(tiny, dtype=torch.float32)
+
+
+@pytest.fixture
+def fast_score(monkeypatch):
+    """Score texts with 16 levels of masking in place of 64: enough to compare very unlike texts."""
+    score = partial(image_to_text.score, levels=16)
+    monkeypatch.setattr(image_to_text, "score", score)
+    monkeypatch.setattr(text_to_image, "score", score)
