@@ -255,9 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     steps = args.get("steps", STEPS["answer" if {"question", "questions", "chat"} & set(args) else "text"])
     order = args.get("order", parts.defaults["order"])
     how = reads(args) | take("seed")
-    how |= dict(steps=steps, guidance=args.get("text_guidance", 1.0), canvas=0.95 if auto else None)
+    how |= dict(steps=steps, guidance=args.get("text_guidance", 1.0), length_at=0.95 if auto else None)
     try:
-        mask_diffusion.check(steps, 0, order, how.get("level"))
+        mask_diffusion.ReadConfig(steps, 0, order, how.get("level"))
     except ValueError as error:
         raise UserError(f"--order {order}: {error}")
     pixels = [to_tensor(fit_picture(image, parts.height, parts.width)) for image in images]

@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import sys
-from typing import Any, Callable, get_args, get_type_hints
+from typing import Any, Callable, Iterable, get_args, get_type_hints
 
 
 class UserError(Exception):
@@ -30,14 +30,15 @@ def require(*conditions: tuple[bool, str]) -> None:
             raise UserError(message)
 
 
-def option(default: Any, help: str = "", *, low: float | None = None, high: float | None = None,
-           choices: list | None = None, bare: Any = None):
-    """Return a dataclass field that `Parser.add_fields` makes a flag of: its default, help text and limits.
+def option(default: Any, help: str, *, low: float | None = None, high: float | None = None,
+           choices: Iterable[str] | None = None, bare: Any = None, group: str | None = None):
+    """Return a dataclass field that `Parser.add_fields` turns into a flag.
 
-    bare: the value of a flag that stands alone."""
-    metadata = dict(help=help, low=low, high=high, choices=choices, bare=bare)
+    bare: the value of the flag without a number.  group: a title in --help, above this field and
+    those that follow it."""
+    metadata = dict(help=help, low=low, high=high, choices=choices, bare=bare, group=group)
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -66,6 +67,34 @@ def own_default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def help_text(field: dataclasses.Field, default: Any) -> str:
+    """Return a field's help, with its default behind it unless that is empty."""
+    text = field.metadata.get("help", "").replace("%", "%%")
+    if default in ("", False, None, []):
+        return text
+    if isinstance(default, list):
+        default = " ".join(default)
+    return f"{text} ({default})".strip()
+
+
+def reader(field: dataclasses.Field, kind: type) -> dict:
+    """Return the arguments of `add_argument` by which a field's type is read."""
+    limits = field.metadata
+    if kind is bool:
+        return dict(action="store_true")
+    if kind is list:
+        return dict(nargs="+", metavar="PATH")
+    if kind is str and limits.get("choices"):
+        return dict(choices=limits["choices"])
+    if kind is str:
+        return dict(metavar="TEXT")
+    [numeric] = {int, float} & {kind, *get_args(kind)}           # int | None is read as int
+    arguments = dict(type=number(numeric, limits.get("low"), limits.get("high")), metavar="N")
+    if limits.get("bare") is not None:
+        arguments.update(nargs="?", const=limits["bare"])
+    return arguments
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that names the closest flag for an unknown one, takes no abbreviation and ends in one line.
 
@@ -77,31 +106,17 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **more)
 
     def add_fields(self, config: type, defaults: dict) -> None:
-        """Add a flag for each field of a dataclass; one that isn't given is left out of the parsed result.
+        """Add a flag for each field of a dataclass; only flags that are given are in the result.
 
-        A field made by `option` has a help text and limits, any other is a flag without them.
         `defaults` are shown in place of the class's own: the chosen stage's."""
-        kinds = get_type_hints(config)
+        types = get_type_hints(config)
+        group = self
         for field in dataclasses.fields(config):
-            kind, limits = kinds[field.name], field.metadata
+            if field.metadata.get("group"):
+                group = self.add_argument_group(field.metadata["group"])
             default = defaults.get(field.name, own_default(field))
-            help_text = limits.get("help", "").replace("%", "%%")
-            if default not in ("", False, None, []):
-                shown = " ".join(default) if kind is list else default
-                help_text = f"{help_text} ({shown})".strip()
-            if kind is bool:
-                how = dict(action="store_true")
-            elif kind is list:
-                how = dict(nargs="+", metavar="PATH")
-            elif kind is str:
-                choices = limits.get("choices")
-                how = dict(choices=choices, metavar=None if choices else "TEXT")
-            else:
-                [numeric] = {int, float} & {kind, *get_args(kind)}                # of int | None: int
-                how = dict(type=number(numeric, limits.get("low"), limits.get("high")), metavar="N")
-                if limits.get("bare") is not None:
-                    how.update(nargs="?", const=limits["bare"])
-            self.add_argument(flag(field.name), default=argparse.SUPPRESS, help=help_text, **how)
+            group.add_argument(flag(field.name), default=argparse.SUPPRESS,
+                               help=help_text(field, default), **reader(field, types[field.name]))
 
     def parse_args(self, args=None):
         parsed, unknown = self.parse_known_args(args)

@@ -2,7 +2,7 @@
 
 import signal
 from contextlib import contextmanager
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 
@@ -10,33 +10,33 @@ from common.cli import UserError
 
 
 class Ahead(torch.utils.data.Dataset):
-    """make(step), made by another process; a UserError comes back as what was made."""
+    """make(step), in another process; a UserError comes back as a result."""
 
-    def __init__(self, make: Callable[[int], dict]):
+    def __init__(self, make: Callable[[int], Any]):
         self.make = make
 
-    def __getitem__(self, step: int) -> dict:
+    def __getitem__(self, step: int) -> Any:
         try:
             return self.make(step)
         except UserError as error:
-            return dict(error=str(error))
+            return error
 
 
 def deaf(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def feed(make: Callable[[int], dict], steps: range, workers: int) -> Iterator[dict]:
+def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any]:
     """make(step) for each step in order: here, or by `workers` processes ahead.  The same either way.
 
     What ends a job (SLURM, `timeout`) sends SIGTERM to all of its processes: the workers leave it to this
     one, which saves first, and end with it."""
     loader = map(make, steps) if workers == 0 else torch.utils.data.DataLoader(
         Ahead(make), sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=deaf)
-    for made in loader:
-        if "error" in made:
-            raise UserError(made["error"])
-        yield made
+    for result in loader:
+        if isinstance(result, UserError):
+            raise result
+        yield result
 
 
 @contextmanager

@@ -37,8 +37,10 @@ from inference.parts import EMOJI, OWN, PUBLISHED, Parts
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 from pretrained.vae import AutoencoderKL, Pixels, VAEConfig
 from training import plan
+from training.batches import ImageBatch, TextBatch
 from training.config import TrainConfig, parse
 from training.models import Models
+from training.setup import make_optimizers
 
 
 def median_seconds(function: Callable[[], object], rounds: int, device: torch.device) -> float:
@@ -70,25 +72,26 @@ def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Mode
     for parameter in learns.parameters():
         nn.init.normal_(parameter, std=0.02)
     learns["mmdit"].null_image.requires_grad_(False)
-    return Models(learns.to(device).train(), None, t5, vae, states)
+    tokenizer = SimpleNamespace(mask_id=sizes.vocab_size - 1)
+    return Models(learns.to(device).train(), tokenizer, t5, vae, states)
 
 
-def random_batch(config: TrainConfig, sizes: MMDiTConfig, side: int) -> dict:
-    """Return both losses' batches as train.py makes them, of latents of side x side."""
+def random_batches(config: TrainConfig, sizes: MMDiTConfig, side: int) -> tuple[ImageBatch, TextBatch]:
+    """Return both losses' batches, of latents of side x side."""
     generator = torch.Generator().manual_seed(0)
     length, mask_id = config.text_length, sizes.vocab_size - 1
     shape = (sizes.channels, side, side)
 
-    def pair(rows: int) -> dict[str, Tensor]:
+    def pair(rows: int) -> tuple[Tensor, Tensor]:
         images = torch.randn(rows, *shape, generator=generator)
-        return dict(images=images, ids=torch.randint(0, mask_id, (rows, length), generator=generator))
+        return images, torch.randint(0, mask_id, (rows, length), generator=generator)
     image, text = pair(config.image_batch), pair(config.text_batch)
     t, noise = flow.draw((config.image_batch, *shape), generator, config.time_shift)
-    image.update(t=t, noise=noise, dropped=torch.zeros(len(t), dtype=torch.bool), count=len(t))
+    dropped = torch.zeros(config.image_batch, dtype=torch.bool)
+    image_batch = ImageBatch(*image, t, noise, dropped)
     t, uniform = mask_diffusion.draw((config.text_batch, length), generator)
-    text.update(t=t, uniform=uniform, frozen=torch.zeros(uniform.shape, dtype=torch.bool),
-                count=uniform.numel(), mask_id=mask_id, weight=config.text_loss)
-    return dict(image=image, text=text)
+    frozen = torch.zeros(uniform.shape, dtype=torch.bool)
+    return image_batch, TextBatch(*text, t, uniform, frozen, config.text_loss)
 
 
 def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dict:
@@ -99,20 +102,22 @@ def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dic
                     text_length=config.text_length if sizes.text_length else 0)
     models = random_models(sizes, config.text_length, device)
     factor = 1 if isinstance(models.vae, Pixels) else models.vae.factor
-    batch = random_batch(config, sizes, config.pixels // factor)
+    image_batch, text_batch = random_batches(config, sizes, config.pixels // factor)
     if config.compile:
         for block in models.learns["mmdit"].blocks:
             block.compile()
     processes.keep_memory()
-    ema = {name: p.detach().clone() for name, p in models.learns.named_parameters()}
-    run = SimpleNamespace(model=models.learns, ema=ema, step=0,
-                          optimizers=train.optimizers_of(models.learns, config))
+    average = {name: p.detach().clone() for name, p in models.learns.named_parameters()}
+    optimizers = make_optimizers(models.learns, config)
 
     def step() -> None:
-        train.backward(config, models, batch, 1, False)
+        train.accumulate(train.image_errors, models, image_batch, config.image_weight, config, False)
+        train.accumulate(train.text_errors, models, text_batch, config.text_weight, config, True)
         nn.utils.clip_grad_norm_(models.learns.parameters(), config.clip)
-        train.update(run, config.ema)
-        run.step += 1
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        train.update_average(models.learns, average, config.ema)
     seconds = median_seconds(step, rounds, device)
     work, peak = plan.work(config, sizes, factor), plan.peak(device, config.dtype)
     found = dict(preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,

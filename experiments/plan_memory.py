@@ -22,6 +22,7 @@ import train
 from common import cli
 from pretrained import layouts
 from training import plan, run_folder
+from training.config import start
 from experiments.full_size import real_tokenizer
 from pretrained.t5 import T5Config, T5Encoder
 from pretrained.vae import AutoencoderKL, VAEConfig
@@ -64,15 +65,15 @@ def measure(kind: str, flags: list[str]) -> None:
         run_folder.Run.save = run_folder.Run.end = lambda self, *_: None
         config = train.parse([*flags, "--print-plan", "1"])
         before = resident("VmRSS")
-        config, held, models, it = train.set_up(config)
+        job = train.set_up(config)
         Path("/proc/self/clear_refs").write_text("5")            # the largest resident set from here on
-        train.train(config, held, models, it, [])
+        train.train(job, [])
         took = resident("VmHWM") - before
-    print(json.dumps(dict(took=took, told=told(train.parse([*flags, "--print-plan", "1"])), row=it.rows[-1])))
+    print(json.dumps(dict(took=took, told=told(train.parse([*flags, "--print-plan", "1"])), row=job.run.rows[-1])))
 
 
 def told(config) -> dict[str, float]:
-    _, sizes, about = train.start(config.init, config.preset)
+    _, sizes, about = start(config.init, config.preset)
     t5, vae = plan.frozen_sizes(config, sizes, about)
     N = plan.image_tokens(config, sizes, vae.factor if vae else 1)
     return plan.memory(config, sizes, t5, vae, N, 1, False)

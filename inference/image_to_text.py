@@ -4,8 +4,7 @@ Shapes: B batch, L tokens, V vocabulary, C latent channels, h and w latent heigh
 """
 
 import itertools
-from functools import lru_cache
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,41 +15,73 @@ from common.progress import Progress
 from dataset import questions
 from dataset.questions import question_prompt
 from inference.parts import Parts
+from mask_diffusion import ReadConfig
+from model import BlockCache
 
 STEPS = dict(text=128, answer=32)
 MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
 
 
-def watched(parts: Parts, function, evaluations: int, what: str):
+def watched(parts: Parts, logits_at, evaluations: int, what: str):
     """Return the function, which then tells how far it is, unless parts.silent."""
     progress = Progress(f"{what}, evaluations", evaluations, silent=parts.silent)
 
     def call(*args):
-        result = function(*args)
+        result = logits_at(*args)
         progress.update(progress.done + 1)
         return result
     return call
 
 
-def logits(parts: Parts, latents: Tensor | None, image_cache: str = "off", text=None):
-    """The text half of the model given clean latents (B, C, h, w), or none: a function of ids (n, L) of some
-    `rows` (n,), -> (n, L, V), or of their tokens `at` (m,) alone, -> (m, V).  text: in place of parts.text.
+class LastStates:
+    """Text states, remembered until another text is asked for: with guidance two readers see the same one."""
 
-    image_cache "once": the image's keys and values, and the modulation, are computed at the first call and
-    reused.  That is an approximation: the image's stream sees the text written meanwhile.  "off" is exact."""
-    clean, kept, whose = torch.zeros(1, device=parts.device), [], None
-    text = text or parts.text
+    def __init__(self, text: Callable[[Tensor], Tensor]):
+        self.text, self.ids, self.states = text, None, None
 
-    def call(ids: Tensor, at: Tensor | None = None, rows: Tensor | slice = slice(None)) -> Tensor:
-        nonlocal kept, whose
-        if not kept:
-            whose = rows
-        elif len(rows) < len(whose):                             # some are done
-            left = torch.searchsorted(whose, rows)
-            kept, whose = [(k[left], v[left], modulation) for k, v, modulation in kept], rows
-        return parts.mmdit(None if latents is None else latents[rows], text(ids), clean, need="logits",
-                           at=at, kept=kept if image_cache == "once" else None)[1]
-    return call
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self.ids is None or not torch.equal(ids, self.ids):
+            self.ids, self.states = ids, self.text(ids)
+        return self.states
+
+
+class Reader:
+    """The text half of the model beside clean latents (B, C, h, w), or none, for mask_diffusion.py.
+
+    image_cache "once": the image's keys and values are computed at the first call and reused.  That
+    is an approximation, because the image's stream sees the text.  "off" is exact, and so is a text
+    without an image.  text: in place of parts.text."""
+
+    def __init__(self, parts: Parts, latents: Tensor | None, image_cache: str = "off", text=None):
+        self.parts, self.latents = parts, latents
+        self.caches = image_cache == "once"
+        self.cache = self.cached_rows = None
+        self.text = text or parts.text
+
+    def __call__(self, ids: Tensor, at: Tensor) -> Tensor:
+        """ids (B, L) and positions at (n,) of B x L -> logits (n, V).  Rows without a position are left out."""
+        L = ids.shape[1]
+        rows, row_of = torch.unique_consecutive(at // L, return_inverse=True)
+        at = row_of * L + at % L                                                  # in the rows that are left
+        text = self.text(ids[rows])
+        if self.cache is not None:
+            return self.parts.mmdit.read_cached(text, self.image_of(rows), at)
+        clean = torch.zeros(1, device=self.parts.device)
+        if self.latents is None:
+            return self.parts.mmdit(None, text, clean, need="logits", at=at)[1]
+        if not self.caches:
+            return self.parts.mmdit(self.latents[rows], text, clean, need="logits", at=at)[1]
+        logits, self.cache = self.parts.mmdit.read_and_cache(self.latents[rows], text, clean, at)
+        self.cached_rows = rows
+        return logits
+
+    def image_of(self, rows: Tensor) -> list[BlockCache]:
+        """Return the cache of these rows; the others are done, and are dropped."""
+        if len(rows) < len(self.cached_rows):
+            left = torch.searchsorted(self.cached_rows, rows)
+            self.cache = [block.rows(left) for block in self.cache]
+            self.cached_rows = rows
+        return self.cache
 
 
 @torch.no_grad()
@@ -67,33 +98,42 @@ def encode(parts: Parts, images: Tensor, dtype: torch.dtype | None = None) -> Te
 def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["text"],
          temperature: float | None = None, seed: int | list[int] = 0, order: str | None = None,
          trajectory: list | None = None, image_cache: str | None = None, guidance: float = 1.0,
-         asked: list | None = None, **how) -> Tensor:
+         asked: list | None = None, level: float | None = None, length_at: float | None = None) -> Tensor:
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no picture; all else stays.
 
-    order, and `how` (level, canvas): of `mask_diffusion.walk`.  What is behind an end is padding at once.
-    seed: of every row, whose text is the same in any batch; or one for each.  image_cache: of `logits`.
+    order, level, length_at: of `mask_diffusion.ReadConfig`.  What is behind an end is padding at once.
+    seed: of every row, whose text is the same in any batch; or one for each.  image_cache: of `Reader`.
     guidance: of `mask_diffusion.guide`, away from what is written without a picture.  asked:
     gets, of each evaluation, how many states the trajectory had, the tokens (m,), and their logits (m, V)."""
-    given = dict(temperature=temperature, order=order, image_cache=image_cache)
-    given = {name: parts.defaults[name] if value is None else value for name, value in given.items()}
+    default = parts.defaults
+    tokenizer = parts.tokenizer
+    order = order or default["order"]
+    temperature = default["temperature"] if temperature is None else temperature
+    config = ReadConfig(steps, temperature, order, level, tokenizer.end_id, tokenizer.pad_id, length_at)
     parts.hold("text", "mmdit")
-    tokenizer, image_cache = parts.tokenizer, given.pop("image_cache")
-    text = lru_cache(maxsize=1)(parts.text)                      # with guidance both halves read the same ids
-    function = logits(parts, latents, image_cache, text)
+    image_cache = image_cache or default["image_cache"]
+    text = LastStates(parts.text) if guidance != 1 else parts.text
+    logits_at = Reader(parts, latents, image_cache, text)
     if guidance != 1:
-        blind = logits(parts, None, image_cache, text)
-        function = mask_diffusion.guide(function, blind, guidance, tokenizer.mask_id)
+        blind = Reader(parts, None, image_cache, text)
+        logits_at = mask_diffusion.guide(logits_at, blind, guidance, tokenizer.mask_id)
     if asked is not None:
-        plain, trajectory = function, [] if trajectory is None else trajectory
+        plain, trajectory = logits_at, [] if trajectory is None else trajectory
 
-        def function(ids: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-            asked.append((len(trajectory), at, plain(ids, at, rows)))
+        def logits_at(ids: Tensor, at: Tensor) -> Tensor:
+            asked.append((len(trajectory), at, plain(ids, at)))
             return asked[-1][2]
+    seeds = seed if isinstance(seed, list) else [seed] * len(ids)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     evaluations = min(steps, int((ids == tokenizer.mask_id).sum(1).max()))
-    return mask_diffusion.sample(
-        watched(parts, function, evaluations, "reading"), ids.to(parts.device), tokenizer.mask_id, steps,
-        picks=True, trajectory=trajectory, seeds=seed if isinstance(seed, list) else [seed] * len(ids),
-        end=(tokenizer.end_id, tokenizer.pad_id), **given, **how).cpu()
+    if length_at is not None:
+        evaluations += 1
+    states = mask_diffusion.walk(watched(parts, logits_at, evaluations, "reading"), ids.to(parts.device),
+                                 tokenizer.mask_id, config, generators)
+    for state in states:
+        if trajectory is not None:
+            trajectory.append(state)
+    return state[1].cpu()
 
 
 def write(parts: Parts, latents: Tensor, question: str | list[str] | None = None,
@@ -199,7 +239,7 @@ def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
     parts.hold("text", "mmdit")
     levels = levels or (64 if parts.own else 16)
     several = None if latents is None else latents.expand(levels, -1, -1, -1)
-    return mask_diffusion.likelihood(logits(parts, several), ids.to(parts.device), parts.tokenizer.mask_id,
+    return mask_diffusion.likelihood(Reader(parts, several), ids.to(parts.device), parts.tokenizer.mask_id,
                                      torch.arange(len(ids)) < given, levels, torch.Generator().manual_seed(0))
 
 

@@ -1,10 +1,10 @@
-"""What a step learns from: the batches of both losses, a function of the run and the step alone.
+"""The batches of both losses, each a function of the run and the step alone.
 
 Shapes: B rows of this process, L tokens, C latent channels, h and w latent height and width.
 """
 
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -13,121 +13,205 @@ import data
 import flow
 import mask_diffusion
 from common import seeding
-from dataset import questions, sources
+from dataset import sources
 from dataset.aspect_buckets import Buckets
 from dataset.questions import question_prompt
 from pretrained.tokenizer import Tokenizer
 from training.config import TrainConfig
-from training.validation import Validation
 
 
-def image_batch(config: TrainConfig, held: "BatchMaker", samples: list[dict], draws: list[torch.Generator],
-                times: Tensor | None = None) -> dict:
-    """Noised pictures with clean captions, now and then with none; times (B,) in place of drawn ones."""
-    images = sources.latents_of(samples)
-    shape = held.latent_shape(images)
-    t, noise = map(torch.cat, zip(*(flow.draw(shape, generator, config.time_shift, config.times)
-                                         for generator in draws)))
-    t = t if times is None else times
-    chances = [torch.rand(2, generator=generator).tolist() for generator in draws]
-    dropped = torch.tensor([drop < config.text_dropout for drop, _ in chances])
-    texts = ["" if none else sources.choose_caption(sample, config.recaption, chance)
-             for sample, none, (_, chance) in zip(samples, dropped, chances)]
-    ids = torch.stack([held.tokenizer.encode(text, config.text_length) for text in texts])
-    made = dict(images=images, ids=ids, dropped=dropped, t=t, noise=noise, count=len(ids))
-    return made | ({"states": torch.stack([sample["states"] for sample in samples])} if held.stated else {})
+@dataclass
+class Batch:
+    """This process's rows of one loss, made on the CPU."""
+    images: Tensor | None       # (B, 3, H, W) in [-1, 1], or stored latents (B, C, h, w)
+    ids: Tensor                 # (B, L) clean tokens
+    t: Tensor                   # (B,) times of the image loss, or of masking
+
+    @property
+    def denominator(self) -> int:
+        """Return what the sum of the errors is divided by."""
+        raise NotImplementedError
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> "Batch":
+        """Return a batch in which every tensor is changed, given its name."""
+        changed = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):
+                changed[each.name] = change(each.name, value)
+        return replace(self, **changed)
+
+    def move_large_tensors(self, device: torch.device) -> "Batch":
+        """Times and masks stay on the CPU, so that nothing waits for the device to read them."""
+        def move(name: str, tensor: Tensor) -> Tensor:
+            if name not in ("images", "ids", "noise", "states"):
+                return tensor
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()                     # copied while others compute
+            return tensor.to(device, non_blocking=True)
+        return self.map(move)
+
+    def split(self, rows: int) -> list["Batch"]:
+        """Split into micro-batches of so many rows; 0: into one.
+
+        Each takes every n-th row.  Times of masking fall along the batch: neighbours could have
+        nearly all of their tokens masked, and need much memory for their logits."""
+        if not rows:
+            return [self]
+        count = len(self.ids) // rows
+        return [self.map(lambda name, tensor: tensor[first::count]) for first in range(count)]
 
 
-def text_batch(config: TrainConfig, held: "BatchMaker", samples: list[dict], draws: list[torch.Generator],
-               times: Tensor) -> dict:
-    """Clean pictures, or none, with texts to be masked, each with its probability, times (B,)."""
-    uniform = torch.stack([torch.rand(config.text_length, generator=generator) for generator in draws])
-    pairs = [text_sample(held.tokenizer, *row, config) for row in zip(samples, draws)]
-    ids, frozen = map(torch.stack, zip(*pairs))                                   # (B, L) each
-    # the published mean is over all B L positions, prompts included
-    return dict(images=sources.latents_of(samples), ids=ids, frozen=frozen, t=times, uniform=uniform,
-                count=ids.numel(), mask_id=held.tokenizer.mask_id, weight=config.text_loss)
+@dataclass
+class ImageBatch(Batch):
+    """Images to be noised, with clean captions."""
+    noise: Tensor                   # (B, C, h, w)
+    dropped: Tensor                 # (B,) bool: the prompt is empty, for guidance
+    states: Tensor | None = None    # (B, L, E) T5's, where they are stored
+
+    @property
+    def denominator(self) -> int:
+        return len(self.ids)
 
 
-def text_sample(tokenizer: Tokenizer, sample: dict, generator: torch.Generator,
-                config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """ids (L,), and frozen (L,), True at the prompt: a caption or, in `instruct`, now and then a question;
-    or a piece of plain text."""
-    if "ids" in sample:
-        return sample["ids"], torch.zeros(config.text_length, dtype=torch.bool)
-    ask, which = torch.rand(2, generator=generator).tolist()
-    questions, share = sample.get("questions"), config.question_share if config.stage == "instruct" else 0.0
-    if questions and (ask < share or not sample["captions"]):
-        asked = questions[int(which * len(questions))]
-        prompt, answer = tokenizer.pieces(question_prompt(asked["question"])), asked["answer"]
-    else:
-        prompt, answer = [], sources.choose_caption(sample, config.recaption, which)
-    ids = tokenizer.fit(prompt + tokenizer.pieces(answer), config.text_length)
-    return ids, torch.arange(config.text_length) < len(prompt)
+@dataclass
+class TextBatch(Batch):
+    """Clean images, or none, with texts to be masked."""
+    uniform: Tensor                 # (B, L): a token is masked where this is below t
+    frozen: Tensor                  # (B, L) bool: a prompt
+    weight: str = "1/t"             # a row of mask_diffusion.WEIGHTS
+
+    @property
+    def denominator(self) -> int:
+        """All positions, prompts included, as in the published mean."""
+        return self.ids.numel()
+
+
+Errors = Callable[..., Tensor]      # of a loss: (models, batch) -> (B,)
+
+
+@dataclass
+class StepBatches:
+    """The batches of a step, and what to log."""
+    image: ImageBatch | None
+    text: TextBatch
+    unreadable: list[str]           # the samples that other samples stand in for
+    cut: list[str]                  # one line for each text that was too long
 
 
 @dataclass
 class BatchMaker:
-    """What batches are made of, the same on every process."""
+    """Makes the batches of a run.  Each process has one; only its rank differs."""
+    config: TrainConfig
     tokenizer: Tokenizer
-    mixes: dict[str, data.Mix]      # "image" and "text", or the latter alone
-    key: str                        # of all draws of this run
+    mixes: dict[str, data.Mix]      # "text", and "image" if the stage has that loss
+    key: str                        # seeds all draws of this run
     rank: int
     world: int
     channels: int = 3               # of latents
     factor: int = 1                 # pixels per latent, along a side
-    stated: bool = False            # T5's states of captions are stored
-    buckets: dict[str, Buckets] = field(default_factory=dict)   # of each mix, where pictures are not square
+    stored_states: bool = False     # T5's states of captions come with the samples
+    buckets: dict[str, Buckets] = field(default_factory=dict)   # of each mix; {} without --buckets
 
-    def latent_shape(self, images: Tensor) -> tuple[int, ...]:
-        """(1, C, h, w) of what the model diffuses for a batch of pictures, or of latents that are stored."""
-        factor = self.factor if images.shape[1] != self.channels else 1
-        return 1, self.channels, images.shape[2] // factor, images.shape[3] // factor
+    def make_buckets(self, patch: int) -> None:
+        """With --buckets, group images by shape.  patch: latents per side of an image token."""
+        if self.config.buckets:
+            unit = patch * self.factor
+            self.buckets = {name: mix.buckets(name, unit) for name, mix in self.mixes.items()}
+
+    def make_batches(self, step: int) -> StepBatches:
+        """Make this process's rows of both batches, on the CPU, at any time and in any process."""
+        config = self.config
+        self.tokenizer.cut = 0
+        image = None
+        if "image" in self.mixes:
+            image = self.image_batch(*self.rows(step, config.image_batch, "image"))
+        # antithetic over the whole batch, dealt out row by row: each process has all kinds
+        t, _ = mask_diffusion.draw((config.text_batch, 0), seeding.seeded(self.key, "times", step))
+        samples, generators = self.rows(step, config.text_batch, "text")
+        text = self.text_batch(samples, generators, t[self.rank::self.world])
+        unreadable = []
+        for mix in self.mixes.values():
+            unreadable += mix.newly_bad()
+        return StepBatches(image, text, unreadable, [self.tokenizer.lost] * self.tokenizer.cut)
 
     def rows(self, step: int, size: int, name: str) -> tuple[list[dict], list[torch.Generator]]:
-        """The samples of this process's rows of a global batch, and a generator for each: what is drawn with
-        it depends on the run and on the row's position alone, whatever the number of processes."""
+        """Return the samples of this process's rows of a batch, and a generator for each.
+
+        A row's draws depend on the run and on its position, whatever the number of processes."""
         rows = range(self.rank, size, self.world)
-        positions, shape = [step * size + row for row in rows], None
         if self.buckets:
             positions, shape = self.buckets[name].rows(step, size, rows)
-        return (self.mixes[name].take(positions, name, shape),
-                [seeding.seeded(self.key, name, position) for position in positions])
+        else:
+            positions, shape = [step * size + row for row in rows], None
+        generators = [seeding.seeded(self.key, name, position) for position in positions]
+        return self.mixes[name].take(positions, name, shape), generators
 
-    def validation(self, config: TrainConfig) -> Validation:
-        """What this run is measured on, in the same way whatever the losses that it learns by."""
-        plain = replace(config, text_dropout=0.0, recaption=0.0, text_loss="1/t")
-        make = dict(image=partial(image_batch, plain, self), text=partial(text_batch, plain, self))
-        return Validation(self.mixes, make, self.tokenizer)
+    def image_batch(self, samples: list[dict], generators: list[torch.Generator],
+                    times: Tensor | None = None) -> ImageBatch:
+        """Draw noise and times, or take times (B,) that are given, and choose captions."""
+        config = self.config
+        images = sources.latents_of(samples)
+        shape = self.latent_shape(images)
+        t, noise, dropped, ids = [], [], [], []
+        for sample, generator in zip(samples, generators):
+            row_t, row_noise = flow.draw(shape, generator, config.time_shift, config.times)
+            drop_draw, caption_draw = torch.rand(2, generator=generator).tolist()
+            caption = ""
+            if drop_draw >= config.text_dropout:
+                caption = sources.choose_caption(sample, config.recaption, caption_draw)
+            t.append(row_t)
+            noise.append(row_noise)
+            dropped.append(drop_draw < config.text_dropout)
+            ids.append(self.tokenizer.encode(caption, config.text_length))
+        batch = ImageBatch(images, torch.stack(ids), torch.cat(t), torch.cat(noise),
+                           torch.tensor(dropped))
+        if times is not None:
+            batch.t = times      # drawn all the same, so that the noise stays
+        if self.stored_states:
+            batch.states = torch.stack([sample["states"] for sample in samples])
+        return batch
 
-    def batches(self, config: TrainConfig, step: int) -> dict:
-        """This process's rows of both global batches, on the CPU, what samples were of no use for them, and
-        what was lost of each text that was cut: a function of the step alone, so that it can be made ahead,
-        anywhere."""
-        self.tokenizer.cut, made = 0, {}
-        if "image" in self.mixes:
-            made["image"] = image_batch(config, self, *self.rows(step, config.image_batch, "image"))
-        # antithetic over the global batch; dealt out row by row, each process has early and late times
-        t, _ = mask_diffusion.draw((config.text_batch, 0), seeding.seeded(self.key, "times", step))
-        made["text"] = text_batch(config, self, *self.rows(step, config.text_batch, "text"),
-                                  t[self.rank::self.world])
-        return made | dict(bad=[name for mix in self.mixes.values() for name in mix.newly_bad()],
-                           cut=[self.tokenizer.lost] * self.tokenizer.cut)
+    def latent_shape(self, images: Tensor) -> tuple[int, ...]:
+        """Return (1, C, h, w) of what is noised, for images or for latents that are stored."""
+        _, channels, height, width = images.shape
+        are_latents = channels == self.channels
+        factor = 1 if are_latents else self.factor
+        return 1, self.channels, height // factor, width // factor
 
+    def text_batch(self, samples: list[dict], generators: list[torch.Generator],
+                   times: Tensor) -> TextBatch:
+        """Choose texts, and draw the numbers that decide which tokens are masked at times (B,)."""
+        uniform, ids, frozen = [], [], []
+        for sample, generator in zip(samples, generators):
+            uniform.append(torch.rand(self.config.text_length, generator=generator))
+            row_ids, prompt_length = self.choose_text(sample, generator)
+            ids.append(row_ids)
+            frozen.append(torch.arange(self.config.text_length) < prompt_length)
+        return TextBatch(sources.latents_of(samples), torch.stack(ids), times, torch.stack(uniform),
+                         torch.stack(frozen), self.config.text_loss)
 
-def on_device(batch: dict, device: torch.device) -> dict:
-    """With what is large there; times and masks stay on the CPU, so that nothing waits to learn of them."""
-    large = {key: batch[key] for key in ("images", "ids", "states", "noise") if batch.get(key) is not None}
-    pinned = lambda x: x.pin_memory() if device.type == "cuda" else x            # copied while others compute
-    return batch | {key: pinned(x).to(device, non_blocking=True) for key, x in large.items()}
+    def choose_text(self, sample: dict, generator: torch.Generator) -> tuple[Tensor, int]:
+        """Return ids (L,), and how many of them are a prompt: of a caption, an answered question
+        or plain text."""
+        config, tokenizer = self.config, self.tokenizer
+        if "ids" in sample:
+            return sample["ids"], 0
+        question_draw, choice_draw = torch.rand(2, generator=generator).tolist()
+        share = config.question_share if config.stage == "instruct" else 0.0
+        questions = sample.get("questions")
+        if questions and (question_draw < share or not sample["captions"]):
+            question = questions[int(choice_draw * len(questions))]
+            prompt = tokenizer.pieces(question_prompt(question["question"]))
+            answer = question["answer"]
+        else:
+            prompt, answer = [], sources.choose_caption(sample, config.recaption, choice_draw)
+        ids = tokenizer.fit(prompt + tokenizer.pieces(answer), config.text_length)
+        return ids, len(prompt)
 
+    def for_validation(self) -> "BatchMaker":
+        """Return a maker without dropped captions or re-captions, and with the weight 1/t.
 
-def micro_batches(batch: dict, size: int) -> list[dict]:
-    """Return a batch in parts of `size` rows; 0: as one.
-
-    Each part takes every so-manieth row: times of masking fall from row to row, and a part of neighbours could
-    have nearly all of its tokens masked, whose logits it would hold at once."""
-    rows = len(batch["ids"])
-    count = rows // size if size else 1
-    return [{name: x[first::count] if isinstance(x, Tensor) else x for name, x in batch.items()}
-            for first in range(count)]
+        Runs that are trained otherwise are measured alike."""
+        plain = replace(self.config, text_dropout=0.0, recaption=0.0, text_loss="1/t")
+        return replace(self, config=plain)

@@ -1,176 +1,199 @@
-"""train.py --cuda-graph: a step of the emoji preset as one CUDA graph, for launches are most of its time.
+"""train.py --cuda-graph: a step of a small model as one CUDA graph.
 
-Flags, draws, losses, optimizers and the run's folder are the same, and a run goes on with or without it.  What
-differs: logits are made at all tokens, so that shapes are static; losses are looked at where something is
-logged or saved.  Saves, validations and samples take seconds each.
-
-Shapes: B pictures of the image loss, n texts, P pixels a side, L tokens.
+Launching kernels is most of the time of such a step.  Batches, the image loss, optimizers, averages
+and the run's folder are train.py's, and a run resumes with or without a graph.  A graph needs
+static shapes, and the host may not read a result inside it.  So logits are computed at all tokens,
+and losses are read only when something is due.  A step that can't be captured ends the run.
 """
 
 import math
-import mmap
 import os
-from functools import partial
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from common import cli
 from common.devices import autocast, choose_device
 from dataset import workers
-from training.batches import BatchMaker
-from training.config import STAGES, TrainConfig, learning_rate, start
+from mask_diffusion import WEIGHTS
+from training import reports
+from training.batches import Batch, Errors, StepBatches, TextBatch
+from training.config import STAGES, TrainConfig, average_decay, learning_rate, start
+from training.models import Models
+from training.setup import Job, set_learning_rate
 
 
-def views(config: TrainConfig, memory: Tensor | None) -> tuple[dict[str, Tensor], int]:
-    """What a step reads, in one piece of memory (bytes,), and how many bytes it takes; None: these alone."""
-    B, n, L, P = config.image_batch, config.text_batch, config.text_length, config.pixels
-    found, at = {}, 0
-    for name, *shape in (("images", B, 3, P, P), ("noise", B, 3, P, P), ("t", B), ("ids", B, L), ("rate",),
-                         ("seen", n, 3, P, P), ("noised", n, L), ("clean", n, L), ("weight", n, L),
-                         ("average",)):
-        dtype = torch.int64 if name in ("ids", "noised", "clean") else torch.float32
-        size = math.prod(shape) * dtype.itemsize
-        if memory is not None:
-            found[name] = memory[at:at + size].view(dtype).view(shape)
-        at += -(-size // 256) * 256                              # kernels like their tensors aligned
-    return found, at
+def static_text_errors(models: Models, batch: TextBatch, mask_id: Tensor) -> Tensor:
+    """mask_diffusion.errors with static shapes: logits at all tokens, of which the masked count."""
+    masked = (batch.uniform < batch.t[:, None]) & ~batch.frozen                   # (B, L)
+    noised = torch.where(masked, mask_id, batch.ids)
+    clean = torch.zeros(1, device=batch.ids.device)
+    logits = models.learns["mmdit"](batch.images, models.text(noised), clean, need="logits")[1]
+    logits = logits.float().index_fill(-1, mask_id, float("-inf")).flatten(0, 1)  # (B L, V)
+    cross_entropy = F.cross_entropy(logits, batch.ids.flatten(), reduction="none")
+    per_text = (cross_entropy.view_as(masked) * masked).sum(1)                    # (B,)
+    return WEIGHTS[batch.weight](per_text, batch.t)
 
 
-def pack(config: TrainConfig, maker: BatchMaker, ring: Tensor, step: int) -> dict:
-    """By a reader: what a step reads, into its slot of the ring (slots, bytes)."""
-    made = maker.batches(config, step)
-    image, text = made["image"], made["text"]
-    masked = (text["uniform"] < text["t"][:, None]) & ~text["frozen"]             # as mask_diffusion.errors
-    each = (1 / text["t"] if text["weight"] == "1/t" else torch.full_like(text["t"], 2)) / text["count"]
-    found = dict(image, seen=text["images"], noised=text["ids"].masked_fill(masked, text["mask_id"]),
-                 clean=text["ids"], weight=masked * each[:, None],
-                 rate=torch.tensor(learning_rate(step, config)),                  # and as train.update
-                 average=torch.tensor(1 - min(config.ema, (step + 1) / (step + 10))))
-    for name, part in views(config, ring[step % len(ring)])[0].items():
-        assert part.shape == found[name].shape, name
-        part.copy_(found[name])
-    return dict(bad=made["bad"], cut=made["cut"])
+def refill(static: Batch, batch: Batch) -> None:
+    """Copy a batch into one whose tensors stay where they are."""
+    for name, tensor in vars(static).items():
+        if isinstance(tensor, Tensor):
+            source = getattr(batch, name)
+            if tensor.is_cuda:
+                source = source.pin_memory()
+            tensor.copy_(source, non_blocking=True)
 
 
-def take_step(config: TrainConfig, models, run, image_errors: Callable, x: dict[str, Tensor],
-              mask: Tensor) -> dict:
-    """A step on what is in x: losses, and the gradient's norm.  mask: [MASK], (1,).  Nothing here may wait
-    for the device, nor make a tensor on the host."""
-    model, device = models.learns, mask.device
-    for p in model.parameters():
-        p.grad = None                                            # of a graph they have its memory
-    with autocast(device, config.dtype, cache_enabled=False):    # each weight is cast once a loss, as it is
-        image = image_errors(models, x | dict(dropped=None)).mean()
+class GraphedStep:
+    """A step on static tensors; without a GPU the same step, kernel by kernel."""
+
+    def __init__(self, job: Job, first: StepBatches, image_errors: Errors):
+        self.job, self.image_errors = job, image_errors
+        self.device = next(job.models.learns.parameters()).device
+        self.image = first.image.map(lambda name, tensor: tensor.to(self.device))
+        self.text = first.text.map(lambda name, tensor: tensor.to(self.device))
+        self.mask_id = self.text.ids.new_tensor([job.models.tokenizer.mask_id])
+        self.rate = torch.zeros((), device=self.device)
+        self.average_weight = torch.zeros((), device=self.device)
+        self.graph = None
+        if self.device.type == "cuda":
+            self.capture()
+
+    def __call__(self, batch: StepBatches, rate: float, decay: float) -> dict[str, Tensor]:
+        """Take a step; its results are overwritten by the next one."""
+        refill(self.image, batch.image)
+        refill(self.text, batch.text)
+        self.rate.fill_(rate)
+        self.average_weight.fill_(1 - decay)
+        if self.graph is None:
+            self.results = self.take_step()
+        else:
+            self.graph.replay()
+        return self.results
+
+    def take_step(self) -> dict[str, Tensor]:
+        """Compute one update on the static tensors; this is what is captured."""
+        config, models, run = self.job.config, self.job.models, self.job.run
+        model = models.learns
+        set_learning_rate(run.optimizers, self.rate)
+        for p in model.parameters():
+            p.grad = None                                        # a graph allocates its own
+        precision = autocast(self.device, config.dtype, cache_enabled=False)
+        with precision:
+            image = self.image_errors(models, self.image).sum() / self.image.denominator
         (config.image_weight * image).backward()
-        clean = torch.zeros(1, device=device)
-        logits = model["mmdit"](x["seen"], models.text(x["noised"]), clean, need="logits")[1]     # (n, L, V)
-        logits = logits.float().index_fill(-1, mask, float("-inf")).flatten(0, 1)
-        each = F.cross_entropy(logits, x["clean"].flatten(), reduction="none")    # (n L,)
-        text = (each * x["weight"].flatten()).sum()
+        with precision:
+            text = static_text_errors(models, self.text, self.mask_id)
+            text = text.sum() / self.text.denominator
         (config.text_weight * text).backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    for optimizer in run.optimizers:
-        optimizer.step()
-    with torch.no_grad():
-        apart = torch._foreach_sub([*model.parameters()], [*run.ema.values()])
-        torch._foreach_mul_(apart, x["average"])
-        torch._foreach_add_([*run.ema.values()], apart)
-    return dict(image=image.detach(), text=text.detach(), grad=norm)
+        grad_norm = clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer in run.optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            differences = torch._foreach_sub([*model.parameters()], [*run.ema.values()])
+            torch._foreach_mul_(differences, self.average_weight)
+            torch._foreach_add_([*run.ema.values()], differences)
+        return dict(image=image.detach(), text=text.detach(), grad=grad_norm)
+
+    def capture(self) -> None:
+        """Capture the step, after three in which libraries and optimizers allocate their memory.
+
+        With a learning rate and an average weight of 0 nothing moves but the optimizers' moments,
+        which are restored."""
+        self.rate.zero_()
+        self.average_weight.zero_()
+        optimizers = self.job.run.optimizers
+        saved = [tensor.clone() for tensor in moments(optimizers)]
+        optimizers[0].param_groups[0]["capturable"] = True  # or torch does not capture AdamW
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                expected = self.take_step()
+        main.wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.results = self.take_step()
+        except RuntimeError as error:
+            raise cli.UserError(f"--cuda-graph: this step can't be captured "
+                                f"({str(error).splitlines()[0]}); leave the flag out")
+        self.graph.replay()
+        for name, value in expected.items():
+            replayed = float(self.results[name])
+            if not math.isclose(float(value), replayed, rel_tol=0.02):
+                raise cli.UserError(f"--cuda-graph: the graph gives {name} {replayed:.6g}, the step "
+                                    f"{float(value):.6g}; leave the flag out")
+        optimizers[0].param_groups[0]["capturable"] = False
+        for i, tensor in enumerate(moments(optimizers)):
+            if saved:
+                tensor.copy_(saved[i])
+            else:
+                tensor.zero_()                                   # a new run
 
 
-@torch.no_grad()
-def put_back(run, before: dict[int, Tensor]) -> dict[int, Tensor]:
-    """All that a step changes, in place as it was before; a moment that is new, zero.  Gives a copy of it."""
-    state = [x for optimizer in run.optimizers for kept in optimizer.state.values() for x in kept.values()]
-    tensors = {id(x): x for x in (*run.model.parameters(), *run.ema.values(), *filter(torch.is_tensor, state))}
-    for key, x in tensors.items() if before else ():
-        x.copy_(before[key]) if key in before else x.zero_()
-    return {key: x.detach().clone() for key, x in tensors.items()}
+def moments(optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:
+    """Return the tensors of the optimizers' states."""
+    tensors = []
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            tensors += filter(torch.is_tensor, state.values())
+    return tensors
 
 
-def captured(take, run):
-    """A step as one graph, after three that are undone; as it is where that fails or gives something else."""
-    before, main, side = put_back(run, {}), torch.cuda.current_stream(), torch.cuda.Stream()
-    graph, numbers = torch.cuda.CUDAGraph(), lambda found: {name: float(x) for name, x in found.items()}
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        seen = [numbers(take()) for _ in range(3)]
-    main.wait_stream(side)
-    put_back(run, before)
-    try:
-        with torch.cuda.graph(graph):
-            found = take()
-        graph.replay()
-        again, step = numbers(found), lambda: (graph.replay(), found)[1]
-        assert all(abs(again[name] - value) <= 0.02 * abs(value) for name, value in seen[0].items()), again
-        print(f"one graph; the first step, and by the graph: {seen[0]} {again}", flush=True)
-    except Exception as error:                                   # whatever it is: a slow step is one, too
-        torch.cuda.set_stream(main)
-        said = [str(e).strip().splitlines()[:1] for e in (error.__context__, error) if e]
-        print(f"warning: no graph, a step's kernels are launched one by one: {said}", flush=True)
-        torch.cuda.synchronize()
-        step = take
-    put_back(run, before)
-    return step                                                  # its results are overwritten by the next
-
-
-def set_rate(optimizers: list[torch.optim.Optimizer], rate: float | Tensor) -> None:
-    """Set the learning rate: a tensor while the graph runs, a number, as train.py has it, in a checkpoint."""
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["lr"] = rate
-    optimizers[0].param_groups[0]["capturable"] = torch.is_tensor(rate) and rate.is_cuda      # AdamW's
-
-
-def train(config: TrainConfig, maker: BatchMaker, models, run, asked: list[int], image_errors: Callable,
-          finish_step: Callable) -> None:
-    """train.py's loop, with its functions; the device is waited for where something is due."""
-    cli.require((bool(maker.mixes["text"].stamp), "--cuda-graph with --text-data that has no pictures: not in a "
-                 "graph"))
-    device, size = next(models.learns.parameters()).device, views(config, None)[1]
-    cuda, slots = device.type == "cuda", 3 * config.workers + 2
-    # a DataLoader has two steps a reader on the way; forks share this memory, whatever /dev/shm can hold
-    ring = torch.frombuffer(mmap.mmap(-1, slots * size), dtype=torch.uint8).view(slots, size)
-    there = torch.zeros(size, dtype=torch.uint8, device=device)
-    x, take = views(config, there)[0], None
-    mask = x["ids"].new_tensor([maker.tokenizer.mask_id])
-    step = partial(take_step, config, models, run, image_errors, x, mask)
-    validation = config.eval_every and maker.validation(config)
-    if cuda:
-        torch.set_num_threads(2)                                 # the readers want the other cores
-    for made in workers.feed(partial(pack, config, maker, ring), range(run.step, config.steps), config.workers):
-        slot = ring[run.step % slots]                            # pinned memory is kept until it is copied
-        there.copy_(slot.pin_memory() if cuda else slot, non_blocking=True)
-        set_rate(run.optimizers, x["rate"])
-        take = take or (captured(step, run) if cuda else step)
-        run.note(take(), made)
-        rate, stopping = learning_rate(run.step, config), bool(asked)
+def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
+    """Train as train.py does; wait for the device only where something is due."""
+    config, maker, models, run = job
+    cli.require((maker.mixes["text"].stamp, "--cuda-graph: --text-data without images does not fit "
+                 "in a graph"))
+    if next(models.learns.parameters()).is_cuda:
+        torch.set_num_threads(2)                                 # the workers need the other cores
+    validation = reports.make_validation(job, errors)
+    step = None
+    for batches in workers.feed(maker.make_batches, range(run.step, config.steps), config.workers):
+        if step is None:
+            step = GraphedStep(job, batches, errors["image"])
+        rate = learning_rate(run.step, config)
+        results = step(batches, rate, average_decay(run.step, config))
+        set_learning_rate(run.optimizers, rate)                  # a number, for the checkpoint
         run.step += 1
-        if stopping or run.step <= 5 or any(map(run.due, (config.log_every, config.eval_every, config.save_every,
-                                                          config.sample_every))):
-            set_rate(run.optimizers, rate)                       # a checkpoint has it as train.py does
-            means = {name: float(total) / run.summed for name, total in run.sums.items()}
-            if run.error or not all(map(math.isfinite, means.values())):
-                run.wait()                                       # says what went wrong with a save
-                raise cli.UserError(f"step {run.step}, or one since the last row: the gradient is not finite "
-                                    f"({means}); go on from {run.newest()} with a smaller --lr")
-        finish_step(config, maker, models, run, validation, rate, {}, stopping)
+        run.note(results, batches)
+        stopping = bool(signals)
+        intervals = config.log_every, config.eval_every, config.save_every, config.sample_every
+        if stopping or run.step <= 5 or any(map(run.due, intervals)):
+            check_finite(job)
+        reports.after_step(job, validation, rate, {}, stopping)
         if stopping:
             break
     run.end(config.steps)
 
 
+def check_finite(job: Job) -> None:
+    """Raise UserError where a step since the last row was not finite, or a save has failed."""
+    run = job.run
+    means = {name: float(total) / run.summed for name, total in run.sums.items()}
+    if run.error or not all(map(math.isfinite, means.values())):
+        run.wait()                                               # names what went wrong with a save
+        raise cli.UserError(f"step {run.step}, or one since the last row: a loss or the gradient "
+                            f"is not finite ({means}); go on from {run.newest()} with a smaller "
+                            f"--lr")
+
+
 def check(config: TrainConfig) -> None:
     """Raise UserError for a run whose step does not fit into one graph."""
-    sizes, world = start(config.init, config.preset)[1], int(os.environ.get("WORLD_SIZE", 1))
-    given = [cli.flag(flag) for flag in ("micro_batch", "meter_every", "checkpoint_activations", "compile",
-                                         "buckets") if getattr(config, flag)]
+    sizes = start(config.init, config.preset)[1]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    flags = ("micro_batch", "meter_every", "checkpoint_activations", "compile", "buckets")
+    refused = " ".join(cli.flag(name) for name in flags if getattr(config, name))
+    model = config.init or config.preset
     cli.require(
-        (not given, f"--cuda-graph with {' '.join(given)}: not in a graph; leave one out"),
-        (world == 1, "--cuda-graph with several processes: a graph is of one"),
-        (sizes.text_length and sizes.channels == 3, f"--cuda-graph with {config.init or config.preset}: "
-         f"expected a token embedding of its own, and pixels"),
-        (STAGES[config.stage].losses == "image, text", f"--cuda-graph with --stage {config.stage}: has one loss"),
+        (not refused, f"--cuda-graph does not work with {refused}; leave one out"),
+        (world == 1, f"--cuda-graph is for one process, not {world}"),
+        (sizes.text_length and sizes.channels == 3, f"--cuda-graph: {model} is not a model of "
+         f"pixels with a token embedding of its own"),
+        (STAGES[config.stage].losses == "image, text", f"--cuda-graph needs two losses, --stage "
+         f"{config.stage} has one"),
         (choose_device(config.device) == "cuda", "--cuda-graph needs an NVIDIA GPU"))

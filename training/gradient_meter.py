@@ -1,8 +1,9 @@
-"""Do the two losses pull against each other?  Their gradients, apart: train.py --meter-every.
+"""Measure whether the two losses pull against each other: train.py --meter-every.
 
-    cosine = <g_image, g_text> / (|g_image| |g_text|),    g = g_image + g_text is what the step takes
+    cosine = <g_image, g_text> / (|g_image| |g_text|)
 
-over all that learns and over each block.  g_text has its weight lambda in it, as it has in the step.
+over all weights that are trained, and over each block.  A step follows g_image + g_text; g_text
+contains its weight lambda.
 """
 
 import torch
@@ -12,29 +13,48 @@ from training import distributed
 
 
 def gradients(model: nn.Module) -> list[Tensor | None]:
-    """A copy of what has been added up so far, sharded as it is."""
-    return [None if p.grad is None else p.grad.detach().clone() for p in model.parameters()]
+    """Return a copy of the gradients accumulated so far, sharded as they are."""
+    copies = []
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if gradient is not None:
+            gradient = gradient.detach().clone()
+        copies.append(gradient)
+    return copies
+
+
+def inner_products(image: Tensor, text: Tensor) -> Tensor:
+    """Return |image|^2, |text|^2 and <image, text>, (3,) float64 on the CPU.  Collective."""
+    products = []
+    for a, b in ((image, image), (text, text), (image, text)):
+        products.append(distributed.whole((a * b).sum()))
+    return torch.stack(products).cpu().double()
+
+
+def norms_and_cosine(products: Tensor) -> list[float]:
+    """Return |image|, |text| and their cosine, given `inner_products`."""
+    image, text, both = products.tolist()
+    cosine = both / max((image * text) ** 0.5, 1e-30)
+    return [round(value, 6) for value in (image ** 0.5, text ** 0.5, cosine)]
 
 
 def compare(model: nn.ModuleDict, image: list[Tensor | None]) -> dict:
-    """Norms and cosine of the image loss's gradients, `gradients` of before, and of what came on top.
+    """Compare the image loss's gradients with those that the text loss has added since.
 
-    "blocks" has [image norm, text norm, cosine] of each block.  Collective."""
-    sums: dict[str, Tensor | float] = {}
-    for (name, p), before in zip(model.named_parameters(), image, strict=True):
-        if p.grad is None:
+    image: `gradients` after the image loss.  "meter_blocks" has [image norm, text norm, cosine] of
+    each block.  Collective."""
+    total = torch.zeros(3, dtype=torch.float64)
+    blocks = torch.zeros(len(model["mmdit"].blocks), 3, dtype=torch.float64)
+    for (name, parameter), before in zip(model.named_parameters(), image, strict=True):
+        if parameter.grad is None:
             continue
-        after = p.grad.detach()
-        a = torch.zeros_like(after) if before is None else before
-        b = after - a
-        products = [distributed.whole((x * y).sum()) for x, y in ((a, a), (b, b), (a, b))]
-        products = torch.stack(products).cpu().double()
-        for group in ["all", *([name.split(".")[2]] if name.startswith("mmdit.blocks.") else [])]:
-            sums[group] = sums.get(group, 0) + products
-
-    def shown(found: Tensor) -> list[float]:
-        aa, bb, ab = found.tolist()
-        return [round(x, 6) for x in (aa ** 0.5, bb ** 0.5, ab / max((aa * bb) ** 0.5, 1e-30))]
-    one, other, cosine = shown(sums.pop("all"))
-    return dict(meter_image=one, meter_text=other, meter_cosine=cosine,
-                meter_blocks=[shown(sums[block]) for block in sorted(sums, key=int)])
+        after = parameter.grad.detach()
+        if before is None:
+            before = torch.zeros_like(after)
+        products = inner_products(before, after - before)
+        total += products
+        if name.startswith("mmdit.blocks."):
+            blocks[int(name.split(".")[2])] += products
+    image_norm, text_norm, cosine = norms_and_cosine(total)
+    return dict(meter_image=image_norm, meter_text=text_norm, meter_cosine=cosine,
+                meter_blocks=[norms_and_cosine(block) for block in blocks])

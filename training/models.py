@@ -1,6 +1,6 @@
-"""The models of a run: what learns, from --init or a preset, and what stays as it is, T5 and the autoencoder.
+"""The models of a run: those that are trained, and the frozen T5 and autoencoder.
 
-Shapes: B batch, L tokens, E width of text states, C latent channels, h and w latent height and width.
+Shapes: B batch, L tokens, E width of text states, C latent channels, h, w latent height and width.
 """
 
 import sys
@@ -13,8 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
-from checkpoint import load_mask_embedding, load_text_encoder
-from common.cli import UserError, require
+from common.cli import UserError
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from pretrained.t5 import MaskEmbedding, T5Encoder
 from pretrained.tokenizer import Tokenizer, gpt2_subset, gpt2_tokenizer
@@ -24,30 +23,31 @@ from training.config import STAGES, TrainConfig
 
 @dataclass
 class Models:
-    """learns: "mmdit" and, of the end-to-end variant, "embedding"; or "mask", T5's [MASK], in its stage."""
-    learns: nn.ModuleDict
+    learns: nn.ModuleDict               # "mmdit", and "embedding" or T5's "mask"
     tokenizer: Tokenizer
-    t5: T5Encoder | None
-    vae: AutoencoderKL | Pixels | None      # None: the latents are stored, or there is no picture
-    empty: Tensor | None = None             # T5's states of the empty prompt, (1, L, E)
-    kept: dict[str, Tensor] = field(default_factory=dict)   # what a checkpoint holds beside what learns
+    t5: T5Encoder | None                # None: the end-to-end variant
+    vae: AutoencoderKL | Pixels | None  # None: the latents are stored, or there are no images
+    empty: Tensor | None = None         # T5's states of the empty prompt, (1, L, E)
+    kept: dict[str, Tensor] = field(default_factory=dict)   # what a checkpoint also holds
 
     def text(self, ids: Tensor) -> Tensor:
-        """What the transformer reads of ids (B, L), (B, L, E).  Only a [MASK] that learns has a gradient
-        through T5, and none of T5's weights has one."""
+        """Return the text states (B, L, E) that the transformer reads for ids (B, L).
+
+        Gradients pass through T5 only to reach a trained [MASK]; its weights never have any."""
         if self.t5 is None:
             return self.learns["embedding"](ids)
-        mask = self.learns["mask"] if "mask" in self.learns else None
-        with torch.set_grad_enabled(mask is not None and torch.is_grad_enabled()):
-            return self.t5(ids, mask)
+        if "mask" in self.learns:
+            return self.t5(ids, self.learns["mask"])
+        with torch.no_grad():
+            return self.t5(ids, None)
 
     def captions(self, ids: Tensor, dropped: Tensor, states: Tensor | None = None) -> Tensor:
-        """Return the text states (B, L, E) of clean captions; those that are dropped (B,) are empty prompts.
+        """Return the text states (B, L, E) of clean captions, those of "" where dropped (B,).
 
         states: T5's, where they are stored, (B, L, E)."""
         if self.t5 is None:
             return self.learns["embedding"](ids)
-        text = self.empty.repeat(len(ids), 1, 1)                                  # (B, L, E)
+        text = self.empty.repeat(len(ids), 1, 1)                          # (B, L, E)
         kept = ~dropped
         with torch.no_grad():
             if states is not None:
@@ -60,151 +60,206 @@ class Models:
 
     @torch.no_grad()
     def latents(self, images: Tensor | None) -> Tensor | None:
-        """Pictures (B, 3, H, W) in [-1, 1] -> the posterior's means (B, C, h, w); stored latents stay."""
-        if images is None or isinstance(self.vae, Pixels | None) or images.shape[1] != 3:
+        """Encode images (B, 3, H, W) in [-1, 1] to the posterior's means (B, C, h, w), float32.
+
+        Stored latents are returned as they are."""
+        if not isinstance(self.vae, AutoencoderKL) or images is None or images.shape[1] != 3:
             return images
-        return self.vae.encode(images.to(next(self.vae.parameters()).dtype)).float()
+        dtype = next(self.vae.parameters()).dtype
+        return self.vae.encode(images.to(dtype)).float()
 
 
 def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
-    """Raise UserError for a stage that a model of these sizes can't have.  factor: pixels per latent, along
-    a side, None where there are no images."""
+    """Raise UserError for a stage, text length or --pixels that a model of these sizes can't have.
+
+    factor: pixels per latent, along a side; None without images."""
     name = f"--init {config.init}" if config.init else f"--preset {config.preset}"
-    own = sizes.text_length
-    require((not own or config.stage != "mask-emb", f"--stage mask-emb: teaches T5's [MASK], {name} has a "
-             f"token embedding of its own"),
-            (own or config.stage != "text", f"--stage text: is the end-to-end variant's, {name} reads T5's "
-             f"states"),
-            (not own or config.text_length <= own, f"--text-length {config.text_length}: expected at most "
-             f"{own}, which {name} has positions for"))
+    if sizes.text_length:
+        if config.stage == "mask-emb":
+            raise UserError(f"--stage mask-emb: teaches T5's [MASK], {name} has a token embedding "
+                            f"of its own; choose another stage")
+        if config.text_length > sizes.text_length:
+            raise UserError(f"--text-length {config.text_length}: expected at most "
+                            f"{sizes.text_length}, the positions of {name}")
+    elif config.stage == "text":
+        raise UserError(f"--stage text: is the end-to-end variant's, {name} reads T5's states; "
+                        f"start with --stage pretrain")
     if factor:
         unit = sizes.patch * factor
-        most = unit * sizes.position_size
-        require((config.pixels % unit == 0 and config.pixels <= most, f"--pixels {config.pixels}: expected a "
-                 f"multiple of the patch, {unit}, up to {most}, this model's position table"))
+        largest = unit * sizes.position_size
+        if config.pixels % unit or config.pixels > largest:
+            raise UserError(f"--pixels {config.pixels}: expected a multiple of the patch, {unit}, "
+                            f"up to {largest}, this model's position table")
 
 
 def places(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:
-    """Return where the "t5" and "vae" are that a model of these sizes needs: its flag, what --init
-    remembers of its run (`about`), or --init.  Raises UserError where a flag names no such part."""
+    """Return the paths of the "t5" and the "vae" that a model of these sizes needs.
+
+    A path is the flag's, or the one that --init remembers of its run (`about`), or --init itself.
+    Raises UserError where a flag names no such part; without a flag it is left out."""
+    parts = []
+    if not sizes.text_length:
+        parts.append("t5")
+    if sizes.channels != 3:
+        parts.append("vae")
     paths = {}
-    for part, needed in (("t5", not sizes.text_length), ("vae", sizes.channels != 3)):
+    for part in parts:
         flag = getattr(config, part)
         path = flag or about.get(part) or config.init
-        if needed and path:
-            try:
-                checkpoint.named(path, part)
-                paths[part] = path
-            except UserError:
-                if flag:
-                    raise
+        if not path:
+            continue
+        try:
+            checkpoint.named(path, part)
+            paths[part] = path
+        except UserError:
+            if flag:
+                raise
     return paths
 
 
-def freeze(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    model.to(device, dtype).eval().requires_grad_(False)
-
-
-def load_tokenizer(config: TrainConfig, own: bool, texts: list[str] | None) -> Tokenizer:
-    """Load --init's or --tokenizer's, or make a new one: GPT-2's, or the part of it that the texts use."""
-    if own and not config.init:
-        used = config.vocabulary == "used" and texts is not None
-        return gpt2_tokenizer(gpt2_subset(texts) if used else None)
-    path = config.tokenizer or config.init
-    require((path, f"--preset {config.preset} reads T5's states: name its tokenizer with --tokenizer, T5 "
-             f"with --t5 and the autoencoder with --vae"))
-    tokenizer = checkpoint.load_tokenizer(path)
-    tokenizer.pad_id = tokenizer.end_id                          # as the published trainer pads, not <pad>
-    return tokenizer
-
-
-def text_encoder(config: TrainConfig, sizes: MMDiTConfig, path: str, tokenizer: Tokenizer) -> T5Encoder:
-    """Load T5 in --dtype, with the [MASK] embedding that is named, or that --init has.  Raises UserError."""
-    require((path, f"{config.init or config.preset}: no T5 encoder in it; name its file or folder with --t5"))
-    vector = checkpoint.learnt_mask(config.init) if config.init else None
-    if config.mask_embedding:
-        vector = load_mask_embedding(config.mask_embedding, sizes.text_width)
-    return load_text_encoder(path, getattr(torch, config.dtype), tokenizer, sizes.text_width, vector)
-
-
 def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts: list[str] | None,
-          plain: bool, vae: AutoencoderKL | Pixels | None, device: torch.device) -> Models:
-    """Build all models of a run, on the device.  Raises UserError where parts are missing or don't fit.
+          no_images: bool, vae: AutoencoderKL | Pixels | None, device: torch.device) -> Models:
+    """Build the models of a run on the device.
 
-    sizes: as --init or the preset has them; where: `places`; texts: all of the training data, if known;
-    plain: they have no images, and the null image is trained."""
-    stage, own, dtype = STAGES[config.stage], sizes.text_length > 0, getattr(torch, config.dtype)
-    tokenizer = load_tokenizer(config, own, texts)
-    if own and (not config.init or tokenizer.seen is not None):  # otherwise what --init saw is not known
-        tokenizer.meet(texts)
-    tokenizer.warns = False                                      # the log says how many texts are cut
+    sizes: of --init or the preset.  where: see `places`.  texts: all training texts, or None.
+    no_images: the text loss has none, and trains the null image.  vae: in eval mode.
+    Raises UserError where parts are missing or don't fit."""
+    tokenizer = build_tokenizer(config, sizes, texts)
     torch.manual_seed(config.seed)
-    if config.init:
-        mmdit = checkpoint.load_mmdit(config.init, vocab_size=tokenizer.vocab_size, training=True)
-        sizes = mmdit.config
-        require((sizes.vocab_size == tokenizer.vocab_size, f"{config.init}: its text head has "
-                 f"{sizes.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; name the right one with "
-                 f"--tokenizer"))
-    else:
-        sizes = replace(sizes, vocab_size=tokenizer.vocab_size,
-                        text_length=config.text_length if own else 0,
-                        predicts=config.predicts or sizes.predicts)
-        mmdit = MMDiT(sizes)
-    models = Models(nn.ModuleDict(dict(mmdit=mmdit)), tokenizer, None, vae)
-    learns, blocks = models.learns, [*mmdit.blocks]
-    recomputed = [*blocks]
+    mmdit = build_transformer(config, sizes, tokenizer)
+    models = Models(nn.ModuleDict({"mmdit": mmdit}), tokenizer, None, vae)
     table = position_table(sizes.width, sizes.position_size, sizes.position_base)
-    if not torch.equal(mmdit.positions, table):
+    if not torch.equal(mmdit.positions, table):                  # SD3 stores it in half precision
         models.kept["mmdit.positions"] = mmdit.positions
-    if not own:
-        models.t5 = text_encoder(config, sizes, where.get("t5", ""), tokenizer)
-        vector = models.t5.embed.weight[tokenizer.mask_id].detach().float().clone()
-        models.kept["mask.vector"] = vector
-        if "[MASK]" in stage.learns:
-            learns["mask"] = MaskEmbedding(vector, tokenizer.mask_id)
-            recomputed += models.t5.blocks
-        freeze(models.t5, dtype, device)
-        with torch.no_grad():
-            models.empty = models.t5(tokenizer.encode("", config.text_length)[None].to(device))
-    elif config.init:
-        learns["embedding"] = checkpoint.load_embedding(config.init, training=True)
+    if sizes.text_length:
+        models.learns["embedding"] = build_embedding(config, mmdit.config)
     else:
-        learns["embedding"] = TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
-    mmdit.null_image.requires_grad_(plain)
-    if stage.losses == "text":                                   # these parts only give a velocity
-        last = blocks[-1].img
-        for part in (mmdit.img_in, mmdit.img_modulation, mmdit.img_out, last.out, last.fc1, last.fc2):
-            part.requires_grad_(False)
-    if config.checkpoint_activations:
-        for block in recomputed:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
-    if config.compile:
-        torch._dynamo.config.recompile_limit = 64                # image, text, and last-block variants
-        for block in blocks:
-            block.compile()
+        add_text_encoder(models, config, where.get("t5"), device)
     if isinstance(vae, AutoencoderKL):
-        freeze(vae, dtype, device)
-    learns.to(device).train()
+        vae.to(device, getattr(torch, config.dtype)).requires_grad_(False)
+    mmdit.null_image.requires_grad_(no_images)
+    if STAGES[config.stage].losses == "text":
+        freeze_velocity_parts(mmdit)
+    if config.checkpoint_activations:
+        recompute_blocks(models)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64        # variants: image, text, last block
+        for block in mmdit.blocks:
+            block.compile()
+    models.learns.to(device).train()
     return models
 
 
+def build_tokenizer(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | None) -> Tokenizer:
+    """Load the tokenizer of --tokenizer or --init; without both, make GPT-2's or a part of it."""
+    end_to_end = sizes.text_length > 0
+    if end_to_end and not config.init:
+        used_tokens = None
+        if config.vocabulary == "used" and texts is not None:
+            used_tokens = gpt2_subset(texts)
+        tokenizer = gpt2_tokenizer(used_tokens)
+        tokenizer.meet(texts)
+    else:
+        path = config.tokenizer or config.init
+        if not path:
+            raise UserError(f"--preset {config.preset} reads T5's states: name its tokenizer with "
+                            f"--tokenizer, T5 with --t5 and the autoencoder with --vae")
+        tokenizer = checkpoint.load_tokenizer(path)
+        tokenizer.pad_id = tokenizer.end_id              # as published, not <pad>
+        if end_to_end and tokenizer.seen is not None:    # it has met all earlier texts
+            tokenizer.meet(texts)
+    tokenizer.warns = False                              # the log counts the texts that are cut
+    return tokenizer
+
+
+def build_transformer(config: TrainConfig, sizes: MMDiTConfig, tokenizer: Tokenizer) -> MMDiT:
+    """Load the transformer of --init, or make one with as many tokens as the tokenizer has."""
+    vocab_size = tokenizer.vocab_size
+    if config.init:
+        mmdit = checkpoint.load_mmdit(config.init, vocab_size=vocab_size, training=True)
+        if mmdit.config.vocab_size != vocab_size:
+            raise UserError(f"{config.init}: its text head has {mmdit.config.vocab_size} tokens, "
+                            f"the tokenizer {vocab_size}; name the right one with --tokenizer")
+        return mmdit
+    sizes = replace(sizes, vocab_size=vocab_size, predicts=config.predicts or sizes.predicts)
+    if sizes.text_length:
+        sizes.text_length = config.text_length
+    return MMDiT(sizes)
+
+
+def build_embedding(config: TrainConfig, sizes: MMDiTConfig) -> TokenEmbedding:
+    """Load the token embedding of --init, or make one."""
+    if config.init:
+        return checkpoint.load_embedding(config.init, training=True)
+    return TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
+
+
+def add_text_encoder(models: Models, config: TrainConfig, path: str | None,
+                     device: torch.device) -> None:
+    """Load T5, frozen, with its [MASK] embedding, which mask-emb trains.  Raises UserError."""
+    if not path:
+        raise UserError(f"{config.init or config.preset}: no T5 encoder in it; name its file or "
+                        f"folder with --t5")
+    tokenizer = models.tokenizer
+    width = models.learns["mmdit"].config.text_width
+    vector = None
+    if config.mask_embedding:
+        vector = checkpoint.load_mask_embedding(config.mask_embedding, width)
+    elif config.init:
+        vector = checkpoint.learnt_mask(config.init)
+    dtype = getattr(torch, config.dtype)
+    t5 = checkpoint.load_text_encoder(path, dtype, tokenizer, width, vector)
+    vector = t5.embed.weight[tokenizer.mask_id].detach().float().clone()
+    models.kept["mask.vector"] = vector
+    if "[MASK]" in STAGES[config.stage].learns:
+        models.learns["mask"] = MaskEmbedding(vector, tokenizer.mask_id)
+    models.t5 = t5.to(device).requires_grad_(False)
+    empty_prompt = tokenizer.encode("", config.text_length)[None].to(device)     # (1, L)
+    with torch.no_grad():
+        models.empty = t5(empty_prompt)
+
+
+def freeze_velocity_parts(mmdit: MMDiT) -> None:
+    """Freeze the modules that only lead to the velocity, which --stage text doesn't compute."""
+    last = mmdit.blocks[-1].img
+    for module in (mmdit.img_in, mmdit.img_modulation, mmdit.img_out, last.out, last.fc1, last.fc2):
+        module.requires_grad_(False)
+
+
+def recompute_blocks(models: Models) -> None:
+    """Have all blocks that gradients pass through keep only their inputs for the backward pass."""
+    blocks = [*models.learns["mmdit"].blocks]
+    if "mask" in models.learns:
+        blocks += models.t5.blocks
+    for block in blocks:
+        block.forward = partial(recompute, block.forward, use_reentrant=False)
+
+
 def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> bool:
-    """Tell if the captions' states are stored, all by this T5 as published: its [MASK] is in none of them.
-    Raises UserError where they are another's."""
-    if not mix or not models.t5 or any(getattr(source, "states", None) is None for source in mix.sources):
+    """Return True if every source of captions stores T5's states.
+
+    Raises UserError where they are not this run's: of another T5, tokenizer, text length or
+    --recaption."""
+    if not mix or not models.t5:
         return False
+    states = [getattr(source, "states", None) for source in mix.sources]
+    if None in states:
+        return False
+    # in bfloat16 and as published: no stored caption has the [MASK] that is trained
     t5 = checkpoint.load_t5(where["t5"], torch.bfloat16)
     stamp = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(),
                  length=str(config.text_length), recaption=str(config.recaption))
     for source in mix.sources:
-        require((source.states == stamp, f"{source.name}: stored states of {source.states}, this run's are "
-                 f"of {stamp}; make them again, or without --t5"))
+        if source.states != stamp:
+            raise UserError(f"{source.name}: stored states of {source.states}, this run's are of "
+                            f"{stamp}; make them again, or without --t5")
     return True
 
 
 def report(config: TrainConfig, vocab_size: int) -> None:
-    """On stderr, what SD3's weights give to a run, and what it starts without."""
+    """Print to stderr which weights are SD3's and which start fresh."""
     print(f"from SD3: {checkpoint.carried_over(config.init, vocab_size)}", file=sys.stderr)
     if config.stage == "instruct":
-        print("warning: --stage instruct from SD3, which has no text head: a new one learns answers "
-              "before it has learnt captions; --stage pretrain comes first", file=sys.stderr)
+        print("warning: --stage instruct from SD3, which has no text head: a new one is trained on "
+              "answers before it was trained on captions; --stage pretrain comes first",
+              file=sys.stderr)

@@ -1,7 +1,8 @@
-"""Muon (Keller Jordan et al., 2024): momentum, orthogonalized, for the matrices of a network's blocks.
+"""Muon (Keller Jordan et al., 2024): orthogonalized momentum for the matrices of a network.
 
-torch.optim.Muon always multiplies in bfloat16.  A CPU without bfloat16 instructions does that 30 times
-slower than float32, so here the dtype is a setting.  Matrices of one shape are orthogonalized together.
+torch.optim.Muon always multiplies in bfloat16.  A CPU without bfloat16 instructions does that 30
+times slower than float32, so here the dtype is a setting.  Matrices of one shape are orthogonalized
+together.
 """
 
 from collections import defaultdict
@@ -13,33 +14,34 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.distributed import whole
 
-# x -> a x + b x^3 + c x^5, with the steepest slope at 0 that keeps singular values of up to 1 bounded
+# x -> a x + b x^3 + c x^5, as steep at 0 as keeps singular values of up to 1 bounded
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Return U V^T, nearly, of each matrix U S V^T: (n, rows, columns), in `dtype`.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return about U V^T of each matrix U S V^T: (n, rows, columns) -> the same shape, in `dtype`.
 
-    Newton-Schulz: an odd polynomial of the matrix acts on its singular values alone.  Five steps of this one
-    bring each of them to between 0.7 and 1.2, unless it began below a thousandth of the largest."""
+    Newton-Schulz: an odd polynomial of a matrix acts on its singular values only.  Five steps bring
+    each of them to between 0.7 and 1.2, unless it was below a thousandth of the largest."""
     a, b, c = COEFFICIENTS
-    tall = matrices.shape[1] > matrices.shape[2]                 # the smaller Gram matrix costs less
+    tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype)
     if tall:
-        x = x.mT
+        x = x.mT                                         # the smaller Gram matrix costs less
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)     # no singular value is above 1 now
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)             # b G + c G^2
-        x = torch.baddbmm(x, polynomial, x, beta=a)                               # a X + (b G + c G^2) X
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)     # b G + c G^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)                       # a X + (b G + c G^2) X
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalized and scaled to the size of AdamW's (arXiv 2502.16982).
+    """Nesterov momentum, orthogonalized and scaled to AdamW's size (arXiv 2502.16982).
 
-    parameters: matrices (rows, columns), which FSDP2 may have sharded.  The learning rate may be a tensor, as
-    a CUDA graph needs.  State and settings are torch.optim.Muon's, whose checkpoints it reads."""
+    parameters: matrices (rows, columns), which FSDP2 may have sharded.  The learning rate may be a
+    tensor, as a CUDA graph needs.  State and settings are those of torch.optim.Muon, and so are
+    checkpoints."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float | Tensor, weight_decay: float,
                  momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16):
@@ -48,23 +50,27 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update all parameters that have a gradient.  torch's checkpoints call it with closure=None."""
+        """Update all parameters with a gradient.  torch's checkpoints pass closure=None."""
         for group in self.param_groups:
             same_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     same_shape[p.shape].append(p)
-            for shape, parameters in same_shape.items():
-                # AdamW's updates have entries of about 0.2 lr, an orthogonal matrix of 1 / sqrt(longer side)
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                momenta = [self.nesterov(p, group["momentum"]) for p in parameters]
-                updates = orthogonalize(torch.stack(momenta), self.dtype).float() * rate
-                for p, update in zip(parameters, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(like(p, update))
+            for parameters in same_shape.values():
+                self.update(parameters, group)
+
+    def update(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Update parameters of one shape."""
+        # AdamW's updates have entries of 0.2 lr, an orthogonal matrix of 1 / sqrt(longer side)
+        scale = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
+        momenta = [self.nesterov(p, group["momentum"]) for p in parameters]
+        updates = orthogonalize(torch.stack(momenta), self.dtype).float() * scale
+        for p, update in zip(parameters, updates):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(like(p, update))
 
     def nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """Return the gradient, averaged over steps and one step ahead, whole where it is sharded."""
+        """Return the average of all gradients, one step ahead, gathered if it is sharded."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -74,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def like(p: Tensor, update: Tensor) -> Tensor:
-    """Return the part of a whole update that belongs to this process's shard of p; nothing is sent."""
+    """Return the part of an update that belongs to this process's shard of p; nothing is sent."""
     if not isinstance(p, DTensor):
         return update
     return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)

@@ -1,14 +1,16 @@
-"""A run's folder: what the run is, its checkpoints, its log, and going on from the newest.
+"""The folder of a run: its identity, its checkpoints and its log.
 
-    train.json          what the run is, and the settings of its last start
+    train.json          what identifies the run, and the settings of its last start
     log.jsonl           a row of numbers for each line on the screen
-    loss.png run.html   the log drawn; a page of it, of the samples over time and of the settings
-    step_N/             all that a resume needs, in shards that any number of processes reads; the newest two
-    step_N/digests.json the SHA-256 of each file there: DCP itself would load a flipped bit without a word
-    model.safetensors config.json tokenizer.json    the averaged weights in half precision, for sample.py
-    weights.safetensors the weights themselves in float32, that --init reads
+    loss.png run.html   the log as curves; a page of curves, samples over time and settings
+    step_N/             a checkpoint: all that a resume needs, in shards that any number of
+                        processes can read; the newest two are kept
+    step_N/digests.json the SHA-256 of each file there: torch would load a flipped bit silently
+    model.safetensors config.json tokenizer.json
+                        the averaged weights in half precision, for sample.py
+    weights.safetensors the weights themselves in float32, for --init
 
-What is written is written beside and renamed when it is whole; a step_N is synced to the disk before.
+Files and checkpoints are written under another name, and renamed when they are complete.
 """
 
 import json
@@ -17,6 +19,7 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
 
@@ -35,387 +38,88 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import checkpoint
 import data
-from common import cli, processes
+from common import cli, processes, progress
 from common.cli import UserError
 from common.files import read_json_object, replacing, sha256, write_json
-from common.progress import pace, time_left
 from pretrained.safetensors_io import write_tensors
 from training import distributed, plan
 from viz import curves
 
-# what a run is: with another value of one of these it would be another run
-IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data", "text_data", "vocabulary",
-            "pixels", "buckets", "text_length", "image_batch", "text_batch", "optimizer", "seed", "predicts",
-            "times", "text_loss")
-REMOVED = {"image_loss": "velocity", "text_mean": "token", "padding": "all"}     # settings of older runs
-# what a step draws and learns, beside the settings: raised whenever the same settings would train another run
-RULES = 2               # 2: mixtures by samples, padding with </s>, the text loss over all positions
-FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)      # CheckpointException is no Exception
+# with another value of one of these settings it would be another run
+IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data",
+            "text_data", "vocabulary", "pixels", "buckets", "text_length", "image_batch",
+            "text_batch", "optimizer", "seed", "predicts", "times", "text_loss")
+# settings of older runs, and the values that they have now for good
+REMOVED = {"image_loss": "velocity", "text_mean": "token", "padding": "all"}
+# raise it when the same settings would train another run than before
+RULES = 2       # 2: mixtures by samples, padding with </s>, the text loss over all positions
+# CheckpointException is not a subclass of Exception
+FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)
+# the last file of a checkpoint: without it the folder is incomplete
 DIGESTS = "digests.json"
 
 
-def number(folder: Path) -> int:
-    """The step of a step_* folder."""
-    return int(folder.name.removeprefix("step_"))
+# -------------------------------------------------------------------------- files
+
+def saved_steps(out: Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a run, in order."""
+    steps = []
+    for file in out.glob(f"step_*/{DIGESTS}"):
+        number = file.parent.name.removeprefix("step_")
+        if number.isdigit():
+            steps.append(int(number))
+    return sorted(steps)
 
 
 def complete(out: Path) -> list[Path]:
-    """The whole step_* folders of a run, oldest first."""
-    whole = [p for p in out.glob("step_*") if p.name[5:].isdigit() and (p / DIGESTS).exists()]
-    return sorted(whole, key=number)
+    """Return the complete checkpoints of a run, oldest first."""
+    return [out / f"step_{step}" for step in saved_steps(out)]
 
 
-def reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error message, or the error's type if it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
-def digest(init: str) -> str:
-    """Of the weights that --init takes: their SHA-256 from a folder of ours; "" where none is given."""
-    file = checkpoint.own_weights(init, True)
-    return sha256(file)[:16] if init and file.is_file() else init and data.fingerprint(init)
+def digest_weights(init: str) -> str:
+    """Hash the weights that --init is trained from; "" without --init."""
+    if not init:
+        return ""
+    weights = checkpoint.own_weights(init, True)
+    if weights.is_file():
+        return sha256(weights)[:16]
+    return data.fingerprint(init)
+
+
+def add_digests(settings: dict) -> None:
+    """Add hashes of the files that the settings name: a file may move between two starts."""
+    settings["rules"] = RULES
+    settings["init_digest"] = digest_weights(settings["init"])
+    for name in ("image_data", "text_data"):
+        settings[f"{name}_digest"] = [data.fingerprint(spec) for spec in settings[name]]
+    for name in ("vae", "t5", "mask_embedding"):
+        path = settings.get(name)
+        settings[f"{name}_digest"] = path and data.fingerprint(path)
 
 
 def lock(out: Path) -> IO:
-    """Take the lock of a run's folder, until the file that is returned is closed.  Raises UserError."""
+    """Lock a run's folder until the returned file is closed.  Raises UserError."""
     if fcntl is None:
-        raise UserError("training needs the file locks of Linux or macOS; on Windows, run it in WSL")
+        raise UserError("training needs the file locks of Linux or macOS; on Windows, run it in "
+                        "WSL")
     file = open(out / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise UserError(f"{out}: another run is training here now; wait for it, or use another --out")
+        raise UserError(f"{out}: another run is training here now; wait for it, or use another "
+                        f"--out")
     return file
 
 
-class Run:
-    """A folder, what is trained in it, and where it stands: `step`, log `rows`, what it `was`.
-
-    settings: every flag.  Opening the folder takes its lock; UserError where it holds another run's work.
-    Methods are collective; process 0 alone writes and prints."""
-
-    def __init__(self, out: Path, settings: dict, rank: int, fresh: bool = False, resume_step: int = 0):
-        self.out, self.settings, self.rank, self.world = out, settings, rank, settings["world"]
-        self.others = [read_other(Path(path)) for path in settings.get("compare", [])]  # before --fresh acts
-        self.group = dist.new_group(backend="gloo") if processes.several() else None  # of the saving thread
-        self.thread, self.error, self.saved = None, "", 0
-        found = processes.first(lambda: self.open(fresh, resume_step))
-        self.folder, self.rows, self.was, self.key = found
-        self.step = number(Path(self.folder)) if self.folder else 0
-        self.before = self.rows[-1]["seconds"] if self.rows else 0.0     # seconds that earlier processes took
-
-    def open(self, fresh: bool, resume_step: int) -> tuple[str, list[dict], dict, str]:
-        """(folder to go on from or "", the log's rows until there, the settings before, the key of draws)."""
-        out, settings = self.out, self.settings
-        if settings["init"] and out.resolve() == Path(settings["init"]).resolve():
-            raise UserError(f"--out {out}: is --init's folder, its weights would be lost; use another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(out)
-        settings |= {"rules": RULES, "init_digest": digest(settings["init"])} | {
-            f"{name}_digest": [data.fingerprint(spec) for spec in settings[name]]
-            for name in ("image_data", "text_data")} | {
-            f"{name}_digest": settings.get(name) and data.fingerprint(settings[name])
-            for name in ("vae", "t5", "mask_embedding")}
-        key = f"{settings['seed']} {settings['stage']} {settings['init_digest']}"
-        was = read_json_object(out / "train.json") if (out / "train.json").exists() else {}
-        held = sorted([*out.glob("*.safetensors"), *out.glob("step_*")])
-        if held and not was:
-            raise UserError(f"{out}: holds {held[0].name}, which no run made there; use another --out")
-        steps, stale = complete(out), list(out.glob(".tmp_*"))
-        if held and not steps and not stale and not fresh:
-            raise UserError(f"{out}: holds weights and no whole step_* folder to go on from; --fresh starts "
-                            f"over, another --out keeps them")
-        for left in stale:                                       # a kill came in the middle of a save
-            shutil.rmtree(left)
-        for old in held if fresh else []:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        if fresh or not steps:                                   # or the kill came before the first was whole
-            return "", [], {}, key
-        self.compare(was)
-        chosen = [p for p in steps if number(p) == (resume_step or number(steps[-1]))]
-        if not chosen:
-            raise UserError(f"--resume-step {resume_step}: {out} has {', '.join(p.name for p in steps)}")
-        return str(chosen[0]), read_log(out / "log.jsonl", number(chosen[0])), was, key
-
-    def compare(self, was: dict) -> None:
-        """Raise UserError where a flag that makes the run what it is has another value than when it began."""
-        if was.get("rules", 1) != RULES:
-            raise UserError(f"{self.out}: this run began under older rules of training ({was.get('rules', 1)}, now "
-                            f"{RULES}: mixtures, padding, the text loss); go on with the commit that began it, or "
-                            f"start another with another --out (--init {self.out} takes its weights along)")
-        for name, default in REMOVED.items():
-            if was.get(name, default) != default:
-                raise UserError(f"{self.out}: this run began with {cli.flag(name)} {was[name]}, which is no "
-                                f"more; go on with the commit that began it, or start another with another --out")
-        shown = lambda value: " ".join(value) if isinstance(value, list) else value
-        for name in IDENTITY:
-            old, new, hashed = was.get(name), self.settings[name], f"{name}_digest"
-            if hashed in was and was[hashed] == self.settings[hashed]:
-                continue                                         # the same file, wherever it lies
-            if name in was and (old != new or hashed in was):
-                changed = " with other contents" if old == new else ""
-                said = f"{cli.flag(name)} {shown(old)}, not {shown(new)}{changed}"
-                raise UserError(f"{self.out}: this run began with {said}; go on so, or start another with "
-                                f"another --out (--init {self.out} takes its weights along)")
-
-    def begin(self, models, optimizers: list, about: dict, work: dict[str, float]) -> None:
-        """Take what is trained, and fill it from the checkpoint to go on from.  Raises UserError.
-
-        models: `training.models.Models`; about: what goes into config.json beside the sizes; work: `plan.work`."""
-        self.model, self.tokenizer, self.kept = models.learns, models.tokenizer, models.kept
-        self.optimizers, self.about, self.work = optimizers, about, work
-        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        if self.folder:
-            self.load(Path(self.folder))
-        self.started, self.first = time.time(), self.step
-        self.sums, self.summed = {}, 0                           # losses and gradient norm since the last row
-        self.bad, self.cut = [], []                              # since then: samples of no use, texts cut
-        if self.rank == 0:
-            for newer in [p for p in complete(self.out) if number(p) > self.step]:
-                newer.rename(self.out / f"left_{newer.name}")    # another future begins; that one is kept
-            if self.settings["steps"] > self.step:
-                write_json(self.out / "train.json", self.settings)
-            with replacing(self.out / "log.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        processes.sync()
-
-    def newest(self) -> Path | str:
-        """The newest whole checkpoint."""
-        return (complete(self.out) or ["the start"])[-1]
-
-    def state(self) -> dict:
-        weights, optimizer = get_state_dict(self.model, self.optimizers)
-        return {"model": weights, "optimizer": optimizer, "ema": self.ema}
-
-    # ------------------------------------------------------------------------------------------- checkpoints
-
-    def load(self, folder: Path) -> None:
-        """Whatever the processes and the sharding it was saved with; a file that was changed is named."""
-        processes.first(lambda: self.verify(folder))
-        state = self.state()
-        try:
-            dcp.load(state, checkpoint_id=folder, no_dist=not processes.several())
-        except FAILURES as error:
-            raise UserError(f"{folder}: does not fit this model ({reason(error)}); it is whole, and goes on "
-                            f"with the code that wrote it")
-        set_state_dict(self.model, self.optimizers, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"])
-
-    def verify(self, folder: Path) -> None:
-        digests = read_json_object(folder / DIGESTS)
-        same = lambda name: (folder / name).exists() and sha256(folder / name) == digests[name]
-        bad = [name for name in digests if not same(name)]
-        if bad:
-            older = [str(number(p)) for p in complete(self.out) if number(p) < number(folder)]
-            offer = f"--resume-step {older[-1]} takes the one before" if older else "--fresh starts over"
-            raise UserError(f"{folder / bad[0]}: damaged, its SHA-256 is not what was written; {offer}")
-
-    def save(self) -> None:
-        """The weights, and in a thread all that a resume needs, when the save before is done.  UserError."""
-        self.wait()
-        self.saved, temporary = self.step, self.out / f".tmp_step_{self.step}"
-        if processes.first(lambda: self.prepare(temporary)):
-            try:
-                future = dcp.async_save(self.state(), checkpoint_id=temporary, process_group=self.group,
-                                        no_dist=not processes.several())
-            except FAILURES as error:
-                raise self.failed(reason(error))
-            self.thread = threading.Thread(target=self.finish, args=(future, temporary, self.step))
-            self.thread.start()
-        self.export()
-
-    def prepare(self, temporary: Path) -> bool:
-        """Whether a step is not saved yet; then make a folder: after a kill it says that a save had begun."""
-        if (self.out / f"step_{self.step}" / DIGESTS).exists():
-            return False
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        except OSError as error:
-            raise self.failed(reason(error))
-        return True
-
-    def finish(self, future, temporary: Path, step: int) -> None:
-        """In the thread: digest what this process wrote; then process 0 makes the folder a checkpoint."""
-        problem, digests = "", {}
-        try:
-            try:
-                future.result()
-                files = [*temporary.glob(f"__{self.rank}_*"), *[temporary / ".metadata"] * (self.rank == 0)]
-                digests = {path.name: sha256(path) for path in files}
-            except FAILURES as error:
-                problem = reason(error)
-            gathered = [(digests, problem)]
-            if self.group is not None:
-                gathered = [None] * dist.get_world_size()
-                dist.all_gather_object(gathered, (digests, problem), group=self.group)
-            said = [next((problem for _, problem in gathered if problem), "")]
-            if self.rank == 0 and not said[0]:
-                digests = {name: value for some, _ in gathered for name, value in some.items()}
-                said = [self.complete(temporary, step, digests)]
-            if self.group is not None:
-                dist.broadcast_object_list(said, src=0, group=self.group)
-            self.error = said[0]
-        except FAILURES as error:                                # another process was lost
-            self.error = reason(error)
-
-    def complete(self, temporary: Path, step: int, digests: dict) -> str:
-        """Rename a folder that is whole and drop the oldest; returns what went wrong, or nothing."""
-        folder = self.out / f"step_{step}"
-        try:
-            (temporary / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
-            for path in [*temporary.iterdir(), temporary]:
-                sync_file(path)
-            for old in [folder] * folder.exists() + complete(self.out)[:-1]:    # that of this step: not whole
-                gone = self.out / f".tmp_old_{old.name}"         # a step_* is never half there
-                old.rename(gone)
-                shutil.rmtree(gone)
-            temporary.rename(folder)
-            sync_file(self.out)
-        except OSError as error:
-            return reason(error)
-        return ""
-
-    def wait(self) -> None:
-        """Until the save under way is done.  Raises UserError where it failed."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error:
-            raise self.failed(self.error)
-
-    def failed(self, why: str) -> UserError:
-        """The mistake to raise; what was written of this step is taken away, so that it takes no room."""
-        if self.thread is not None:                              # it may be writing still
-            self.thread.join()
-        if self.rank == 0:
-            for left in [*self.out.glob(".tmp_*"), *self.out.glob(".*.tmp")]:
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        held = [*self.model.parameters(), *self.ema.values()]
-        needed = 2 * sum(t.numel() * t.element_size() for t in held)     # the optimizer has as much again
-        free = shutil.disk_usage(self.out).free
-        return UserError(f"{self.out}: step {self.saved} could not be saved ({why}): it takes about "
-                         f"{needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; what was saved before "
-                         f"is intact ({self.newest()}); make room and give the same command again")
-
-    def export(self) -> None:
-        """The averaged weights in half precision, for sample.py, and the weights in float32, for --init."""
-        weights, ema = dict(self.model.named_parameters()), dict(self.ema)
-        held = map(distributed.local, self.ema.values())
-        most = max(float(tensor.abs().max()) for tensor in held if tensor.numel())
-        device = next(iter(weights.values())).device
-        wide, = processes.agree(most > torch.finfo(torch.float16).max, device=device)
-        weights, ema = self.kept | weights, self.kept | ema
-        mask = {"vector": ema.pop("mask.vector")} if "mask.vector" in ema else {}
-        if self.rank > 0:                                        # each tensor is gathered in turn, and let go
-            for tensor in [*weights.values(), *mask.values(), *ema.values()]:
-                distributed.whole(tensor)
-            return
-        try:
-            write_tensors(self.out / "weights.safetensors", weights, torch.float32, distributed.whole)
-            if mask:
-                write_tensors(self.out / checkpoint.MASK_EMBEDDING, mask, torch.float32, distributed.whole)
-            half = torch.bfloat16 if wide else torch.float16
-            checkpoint.save(self.out, ema, self.model["mmdit"].config, self.tokenizer, half, distributed.whole,
-                            step=self.step, **self.about)
-            self.show()
-        except OSError as error:
-            raise self.failed(reason(error))
-
-    def show(self) -> None:
-        """loss.png and run.html, as of now; on process 0."""
-        curves.curves(self.rows, self.out / "loss.png", self.others)
-        curves.page(self.out, self.settings)
-
-    def exported(self) -> bool:
-        """Whether the weights of this step are there; on process 0."""
-        files = ("config.json", "tokenizer.json", "model.safetensors", "weights.safetensors")
-        return all((self.out / name).exists() for name in files) and (
-            read_json_object(self.out / "config.json").get("step") == self.step)
-
-    def close(self) -> None:
-        """Let the folder go; process 0 holds its lock."""
-        if self.rank == 0:
-            self.lock.close()
-
-    def end(self, steps: int) -> None:
-        """Wait for the last save, see that the weights are there, and say how to go on."""
-        self.wait()
-        if not processes.first(self.exported):                    # a kill may have come between two files
-            self.export()
-        said = f"{self.out}: has its {steps} steps; more --steps go on, --init {self.out} starts another run"
-        if self.step < steps:
-            said = f"stopped at step {self.step}, saved; the same command goes on from here"
-        if self.rank == 0:
-            print(said, flush=True)
-
-    # --------------------------------------------------------------------------------------------------- log
-
-    def due(self, every: int) -> bool:
-        """Whether what is done every so many steps (0: never), and at the last, is to be done now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.settings["steps"])
-
-    def note(self, found: dict[str, Tensor], made: dict) -> None:
-        """Add to the next row one step's losses by name, "image" and "text", and gradient norm, "grad"; and of
-        its batches, `made`, the samples of no use, "bad", and what was lost of each text, "cut"."""
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in found.items()}
-        self.summed += 1
-        self.bad += made["bad"]
-        self.cut += made["cut"]
-
-    def device_use(self, steps_per_second: float) -> dict[str, float]:
-        """Return the "gib" that were allocated at most and, where the peak is known, "mfu"."""
-        device = next(self.model.parameters()).device
-        if device.type == "cuda":
-            most = torch.cuda.max_memory_allocated(device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024       # of ru_maxrss, in bytes
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        use = {"gib": round(most / 2**30, 3)}
-        if peak := plan.peak(device, self.settings["dtype"]) * self.settings["world"]:
-            use["mfu"] = round(self.work["tflop"] * steps_per_second / peak, 4)
-        return use
-
-    def log(self, rate: float, steps: int, found: dict) -> None:
-        """A row of means over the last `over` steps, and a line with the pace and the time left.
-
-        Pace, tokens, arithmetic: of all processes since this start, validation, samples and saving included.
-        mfu: that arithmetic over the peak of so many devices, where it is known; gib: the most memory that
-        this process has had, of the GPU or else in all.
-
-        Samples of no use since the last row are named in this one, and texts that were cut are counted; found:
-        what validation and the meter say of this step."""
-        means = processes.mean(torch.stack([*self.sums.values()]) / self.summed).tolist()
-        *losses, (_, norm) = zip(self.sums, means)
-        elapsed = time.time() - self.started
-        steps_per_second, seconds = (self.step - self.first) / elapsed, round(self.before + elapsed, 1)
-        self.rows.append(dict(
-            step=self.step, over=self.summed, **{f"{name}_loss": loss for name, loss in losses},
-            grad_norm=norm, lr=rate, seconds=seconds, **{f"{name}_per_s": float(
-                f"{amount * steps_per_second:.4g}") for name, amount in self.work.items()},
-            **self.device_use(steps_per_second), **found))
-        bad, cut = (sum(lists, []) for lists in zip(*processes.gather([(self.bad, self.cut)])))
-        self.sums, self.summed, self.bad, self.cut = {}, 0, [], []
-        if bad:
-            self.rows[-1] |= dict(bad_samples=len(bad), bad_names=bad[:20])
-        if cut and self.rank == 0 and not any("cut_texts" in row for row in self.rows):
-            print(f"warning: a text has {cut[0]}; --text-length has more room, cut_texts in log.jsonl counts "
-                  f"such texts", file=sys.stderr, flush=True)
-        if cut:
-            self.rows[-1] |= dict(cut_texts=len(cut))
-        if self.rank == 0:
-            with open(self.out / "log.jsonl", "a") as log:
-                log.write(json.dumps(self.rows[-1]) + "\n")
-            shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses)
-            left = time_left((steps - self.step) / steps_per_second)
-            print(f"step {self.step}/{steps}  {shown}  grad {norm:.2f}  {pace(steps_per_second, 'step')}  {left}",
-                  flush=True)
-            if single := [f"{name} {x:.4f}" for name, x in found.items() if isinstance(x, float)]:
-                print(f"at step {self.step}  {'  '.join(single)}", flush=True)
-
-
-def sync_file(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk itself."""
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -424,21 +128,462 @@ def sync_file(path: Path) -> None:
 
 
 def read_log(path: Path, until: float = float("inf")) -> list[dict]:
-    """The rows of a log up to a step; lines that are no rows, such as one cut off by a kill, are dropped."""
+    """Read the rows of a log up to a step, but no broken lines: a kill can cut one off."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    if not path.exists():
+        return rows
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-            rows += [row] * (row["step"] <= until and isinstance(row["seconds"], float))
+            if row["step"] <= until and isinstance(row["seconds"], float):
+                rows.append(row)
         except (ValueError, TypeError, KeyError):
             continue
     return rows
 
 
-def read_other(path: Path) -> list[dict]:
-    """The rows of another run's log, for --compare.  Raises UserError for one without a validation."""
-    rows = read_log(path)
+def read_other(path: str) -> list[dict]:
+    """Read another run's log, for --compare.  Raises UserError for one without a validation."""
+    rows = read_log(Path(path))
     if not any("val_nats" in row for row in rows):
-        raise UserError(f"--compare {path}: expected a log.jsonl with validations (--eval-every), found "
-                        f"{len(rows)} rows without any")
+        raise UserError(f"--compare {path}: expected a log.jsonl with validations (--eval-every), "
+                        f"found {len(rows)} rows without any")
     return rows
+
+
+def show_setting(value) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def check_identity(out: Path, before: dict, settings: dict) -> None:
+    """Raise UserError where a setting that identifies the run differs from when it began."""
+    rules = before.get("rules", 1)
+    if rules != RULES:
+        raise UserError(f"{out}: this run began under older rules of training ({rules}, now "
+                        f"{RULES}: mixtures, padding, the text loss); go on with the commit that "
+                        f"began it, or start another with another --out (--init {out} takes its "
+                        f"weights along)")
+    for name, default in REMOVED.items():
+        old = before.get(name, default)
+        if old != default:
+            raise UserError(f"{out}: this run began with {cli.flag(name)} {old}, which is no more; "
+                            f"go on with the commit that began it, or start another with another "
+                            f"--out")
+    for name in IDENTITY:
+        key = f"{name}_digest"          # the same contents are the same run, wherever the file is
+        if key not in before:
+            key = name
+        if key not in before or before[key] == settings[key]:
+            continue
+        old = show_setting(before[name])
+        new = show_setting(settings[name])
+        if old == new:
+            new += " with other contents"
+        raise UserError(f"{out}: this run began with {cli.flag(name)} {old}, not {new}; go on so, "
+                        f"or start another with another --out (--init {out} takes its weights "
+                        f"along)")
+
+
+# -------------------------------------------------------------------------- the run
+
+class Run:
+    """A run in its folder: `step`, `model` and its average `ema`, `optimizers`, the log's `rows`.
+
+    settings: all flags; `was`: those of the start before.  Methods are collective; process 0
+    writes and prints.  Raises UserError if the folder holds another run, or one in progress."""
+
+    def __init__(self, out: Path, settings: dict, rank: int, fresh: bool = False,
+                 resume_step: int = 0):
+        self.out = out
+        self.settings = settings
+        self.rank = rank
+        self.world = settings["world"]
+        # before --fresh deletes anything
+        self.others = [read_other(path) for path in settings.get("compare", [])]
+        self.saver = None               # the thread that writes a checkpoint
+        self.saver_step = 0
+        self.saver_group = None         # its own, for the main thread goes on meanwhile
+        self.error = ""                 # of the saver
+        if processes.several():
+            self.saver_group = dist.new_group(backend="gloo")
+        self.step, self.rows, self.was, self.key = processes.first(
+            lambda: self.open(fresh, resume_step))
+        self.seconds_before = 0.0       # of earlier starts
+        if self.rows:
+            self.seconds_before = self.rows[-1]["seconds"]
+
+    def open(self, fresh: bool, resume_step: int) -> tuple[int, list[dict], dict, str]:
+        """Lock the folder, and prepare it.  Process 0 only.
+
+        Return the step to resume from or 0, the log's rows until there, the settings of the start
+        before, and the key of all random draws."""
+        out = self.out
+        settings = self.settings
+        init = settings["init"]
+        if init and out.resolve() == Path(init).resolve():
+            raise UserError(f"--out {out}: is --init's folder, its weights would be lost; use "
+                            f"another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(out)
+        add_digests(settings)
+        key = f"{settings['seed']} {settings['stage']} {settings['init_digest']}"
+        before = {}
+        if (out / "train.json").exists():
+            before = read_json_object(out / "train.json")
+        weights = list(out.glob("*.safetensors"))
+        checkpoints = list(out.glob("step_*"))
+        results = sorted(weights + checkpoints)
+        if results and not before:
+            raise UserError(f"{out}: holds {results[0].name}, which no run made there; use another "
+                            f"--out")
+        steps = saved_steps(out)
+        unfinished = list(out.glob(".tmp_*"))                    # of a save that was killed
+        if results and not steps and not unfinished and not fresh:
+            raise UserError(f"{out}: holds weights and no whole step_* folder to go on from; "
+                            f"--fresh starts over, another --out keeps them")
+        if fresh:
+            unfinished += checkpoints
+            for file in weights:
+                file.unlink()
+        for folder in unfinished:
+            shutil.rmtree(folder)
+        if fresh or not steps:
+            return 0, [], {}, key
+        check_identity(out, before, settings)
+        step = resume_step or steps[-1]
+        if step not in steps:
+            names = ", ".join(folder.name for folder in complete(out))
+            raise UserError(f"--resume-step {step}: {out} has {names}")
+        return step, read_log(out / "log.jsonl", step), before, key
+
+    def begin(self, models, optimizers: list, about: dict, work: dict[str, float]) -> None:
+        """Take what is trained, and read the checkpoint into it.  Raises UserError.
+
+        models: `training.models.Models`; about: entries of config.json beside the sizes;
+        work: samples, tokens and TFLOP of a step, `plan.work`."""
+        self.models = models
+        self.model = models.learns
+        self.optimizers = optimizers
+        self.about = about
+        self.work = work
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        if self.step:
+            self.load(self.out / f"step_{self.step}")
+        self.started = time.time()
+        self.first_step = self.step
+        self.start_row()
+        if self.rank == 0:
+            self.forget_later_steps()
+        processes.sync()
+
+    def forget_later_steps(self) -> None:
+        """Set aside the checkpoints after this step, and cut the log here.  Process 0 only."""
+        for step in saved_steps(self.out):
+            if step > self.step:
+                (self.out / f"step_{step}").rename(self.out / f"left_step_{step}")
+        if self.settings["steps"] > self.step:
+            write_json(self.out / "train.json", self.settings)
+        with replacing(self.out / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def due(self, every: int) -> bool:
+        """Tell if it is time for what is done every so many steps and at the last.  0: never."""
+        return every > 0 and (self.step % every == 0 or self.step == self.settings["steps"])
+
+    def end(self, steps: int) -> None:
+        """Wait for the last save, write the weights if they are missing, and print how to go on."""
+        self.wait()
+        if not processes.first(self.is_exported):                # a kill can come between two files
+            self.export()
+        if self.rank > 0:
+            return
+        if self.step < steps:
+            print(f"stopped at step {self.step}, saved; the same command goes on from here",
+                  flush=True)
+        else:
+            print(f"{self.out}: has its {steps} steps; more --steps go on, --init {self.out} "
+                  f"starts another run", flush=True)
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self.rank == 0:
+            self.lock.close()
+
+    # ---------------------------------------------------------------------- reading a checkpoint
+
+    def newest(self) -> Path | str:
+        """Return the newest checkpoint, or "the start"."""
+        checkpoints = complete(self.out)
+        return checkpoints[-1] if checkpoints else "the start"
+
+    def state(self) -> dict:
+        """Return all that a checkpoint holds, sharded as it is."""
+        weights, optimizer = get_state_dict(self.model, self.optimizers)
+        return {"model": weights, "optimizer": optimizer, "ema": self.ema}
+
+    def load(self, folder: Path) -> None:
+        """Read a checkpoint, whatever the number of processes that wrote it.  Raises UserError."""
+        processes.first(lambda: self.verify(folder))
+        state = self.state()
+        try:
+            dcp.load(state, checkpoint_id=folder, no_dist=not processes.several())
+        except FAILURES as error:
+            raise UserError(f"{folder}: does not fit this model ({last_line(error)}); it is not "
+                            f"damaged, go on with the code that wrote it")
+        set_state_dict(self.model, self.optimizers, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
+
+    def verify(self, folder: Path) -> None:
+        """Raise UserError if a file of a checkpoint is not as it was written."""
+        for name, digest in read_json_object(folder / DIGESTS).items():
+            file = folder / name
+            if file.exists() and sha256(file) == digest:
+                continue
+            older = [step for step in saved_steps(self.out) if step < self.step]
+            advice = "--fresh starts over"
+            if older:
+                advice = f"--resume-step {older[-1]} takes the one before"
+            raise UserError(f"{file}: damaged, its SHA-256 is not what was written; {advice}")
+
+    # ---------------------------------------------------------------------- writing a checkpoint
+
+    def save(self) -> None:
+        """Export the weights, and start a thread that writes a checkpoint.  Raises UserError."""
+        self.wait()
+        self.saver_step = self.step
+        temporary = self.out / f".tmp_step_{self.step}"
+        if processes.first(lambda: self.prepare(temporary)):
+            try:
+                future = dcp.async_save(self.state(), checkpoint_id=temporary,
+                                        process_group=self.saver_group,
+                                        no_dist=not processes.several())
+            except FAILURES as error:
+                raise self.failed(last_line(error))
+            self.saver = threading.Thread(target=self.finish, args=(future, temporary))
+            self.saver.start()
+        self.export()
+
+    def prepare(self, temporary: Path) -> bool:
+        """Make the folder to write to, unless this step is saved already.  Process 0 only.
+
+        After a kill, the folder shows `open` that a save had begun."""
+        if self.step in saved_steps(self.out):
+            return False
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        except OSError as error:
+            raise self.failed(last_line(error))
+        return True
+
+    def finish(self, future: Future, temporary: Path) -> None:
+        """Hash what all processes have written, and make it a checkpoint.  Runs in the saver."""
+        try:
+            digests = {}
+            problem = ""
+            for part, part_problem in self.gather(self.hash_files(future, temporary)):
+                digests |= part
+                problem = problem or part_problem
+            if self.rank == 0 and not problem:
+                problem = self.publish(temporary, digests)
+            self.error = self.gather(problem)[0]
+        except FAILURES as error:                                # another process was lost
+            self.error = last_line(error)
+
+    def gather(self, item) -> list:
+        """Return the items of all processes, in the saver."""
+        items = [item]
+        if self.saver_group is not None:
+            items = [None] * self.world
+            dist.all_gather_object(items, item, group=self.saver_group)
+        return items
+
+    def hash_files(self, future: Future, temporary: Path) -> tuple[dict[str, str], str]:
+        """Return the SHA-256 of each file that this process wrote, and what went wrong, or ""."""
+        try:
+            future.result()
+            files = list(temporary.glob(f"__{self.rank}_*"))
+            if self.rank == 0:
+                files.append(temporary / ".metadata")
+            return {file.name: sha256(file) for file in files}, ""
+        except FAILURES as error:
+            return {}, last_line(error)
+
+    def publish(self, temporary: Path, digests: dict[str, str]) -> str:
+        """Rename a complete checkpoint, and keep only the one before.
+
+        Return what went wrong, or ""."""
+        folder = self.out / f"step_{self.saver_step}"
+        outdated = complete(self.out)[:-1]
+        if folder.exists():                                      # incomplete, see `prepare`
+            outdated.append(folder)
+        try:
+            (temporary / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+            for path in [*temporary.iterdir(), temporary]:
+                sync_to_disk(path)
+            for old in outdated:
+                deleted = self.out / f".tmp_old_{old.name}"
+                old.rename(deleted)                              # a kill must not leave half of it
+                shutil.rmtree(deleted)
+            temporary.rename(folder)
+            sync_to_disk(self.out)
+        except OSError as error:
+            return last_line(error)
+        return ""
+
+    def wait(self) -> None:
+        """Wait for the save under way.  Raises UserError if it failed."""
+        if self.saver is not None:
+            self.saver.join()
+            self.saver = None
+        if self.error:
+            raise self.failed(self.error)
+
+    def failed(self, why: str) -> UserError:
+        """Delete what was written of this step, to free the disk, and return the error to raise."""
+        if self.saver is not None:
+            self.saver.join()
+        if self.rank == 0:
+            for folder in self.out.glob(".tmp_*"):
+                shutil.rmtree(folder, ignore_errors=True)
+            for file in self.out.glob(".*.tmp"):
+                file.unlink(missing_ok=True)
+        weights = [*self.model.parameters(), *self.ema.values()]
+        # the optimizer has as much again
+        needed = 2 * sum(p.numel() * p.element_size() for p in weights)
+        free = shutil.disk_usage(self.out).free
+        return UserError(f"{self.out}: step {self.saver_step} could not be saved ({why}): it takes "
+                         f"about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; what "
+                         f"was saved before is intact ({self.newest()}); make room and give the "
+                         f"same command again")
+
+    # ---------------------------------------------------------------------- weights
+
+    def export(self) -> None:
+        """Write the averaged weights, for sample.py, and the weights in float32, for --init.
+
+        Raises UserError."""
+        dtype = self.half_precision()
+        weights = self.models.kept | dict(self.model.named_parameters())
+        average = self.models.kept | self.ema
+        mask = {}
+        if "mask.vector" in average:
+            mask["vector"] = average.pop("mask.vector")
+        if self.rank > 0:               # process 0 gathers each tensor as it writes it, in order
+            for tensor in [*weights.values(), *mask.values(), *average.values()]:
+                distributed.whole(tensor)
+            return
+        out = self.out
+        gather = distributed.whole
+        try:
+            write_tensors(out / "weights.safetensors", weights, torch.float32, gather)
+            if mask:
+                write_tensors(out / checkpoint.MASK_EMBEDDING, mask, torch.float32, gather)
+            checkpoint.save(out, average, self.model["mmdit"].config, self.models.tokenizer, dtype,
+                            gather, step=self.step, **self.about)
+            self.show()
+        except OSError as error:
+            raise self.failed(last_line(error))
+
+    def half_precision(self) -> torch.dtype:
+        """Return float16, or bfloat16 if a weight is too large for it."""
+        largest = 0.0
+        for tensor in self.ema.values():
+            part = distributed.local(tensor)
+            if part.numel():
+                largest = max(largest, float(part.abs().max()))
+        device = next(self.model.parameters()).device
+        [overflows] = processes.agree(largest > torch.finfo(torch.float16).max, device=device)
+        return torch.bfloat16 if overflows else torch.float16
+
+    def is_exported(self) -> bool:
+        """Tell if the weights of this step are written.  Process 0 only."""
+        for name in ("config.json", "tokenizer.json", "model.safetensors", "weights.safetensors"):
+            if not (self.out / name).exists():
+                return False
+        return read_json_object(self.out / "config.json").get("step") == self.step
+
+    def show(self) -> None:
+        """Write loss.png and run.html.  Process 0 only."""
+        curves.curves(self.rows, self.out / "loss.png", self.others)
+        curves.page(self.out, self.settings)
+
+    # ---------------------------------------------------------------------- the log
+
+    def start_row(self) -> None:
+        """Empty the sums that become the next row of the log."""
+        self.sums = {}                  # of losses and gradient norm
+        self.summed = 0                 # steps
+        self.unreadable = []            # samples
+        self.cut = []                   # what was lost of texts that were too long
+
+    def note(self, numbers: dict[str, Tensor], batch) -> None:
+        """Add a step to the next row.  numbers: losses "image" and "text", gradient norm "grad"."""
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in numbers.items()}
+        self.summed += 1
+        self.unreadable += batch.unreadable
+        self.cut += batch.cut
+
+    def log(self, learning_rate: float, steps: int, measured: dict) -> None:
+        """Write and print a row: means over the steps since the last row, pace, what was measured.
+
+        Pace is that of all processes since this start, with validation, samples and saving."""
+        sums = torch.stack([*self.sums.values()])
+        means = dict(zip(self.sums, processes.mean(sums / self.summed).tolist()))
+        grad_norm = means.pop("grad")
+        elapsed = time.time() - self.started
+        pace = (self.step - self.first_step) / elapsed           # steps per second
+        row = dict(step=self.step, over=self.summed)
+        for name, loss in means.items():
+            row[f"{name}_loss"] = loss
+        row["grad_norm"] = grad_norm
+        row["lr"] = learning_rate
+        row["seconds"] = round(self.seconds_before + elapsed, 1)
+        for name, amount in self.work.items():
+            row[f"{name}_per_s"] = float(f"{amount * pace:.4g}")
+        row |= self.device_use(pace) | measured | self.count_samples()
+        self.rows.append(row)
+        self.start_row()
+        if self.rank > 0:
+            return
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        losses = "  ".join(f"{name} {loss:.4f}" for name, loss in means.items())
+        print(f"step {self.step}/{steps}  {losses}  grad {grad_norm:.2f}  "
+              f"{progress.pace(pace, 'step')}  {progress.time_left((steps - self.step) / pace)}",
+              flush=True)
+        scores = [f"{name} {x:.4f}" for name, x in measured.items() if isinstance(x, float)]
+        if scores:
+            print(f"at step {self.step}  {'  '.join(scores)}", flush=True)
+
+    def device_use(self, pace: float) -> dict[str, float]:
+        """Return "gib", the most memory that this process has had, on its GPU if any, and "mfu".
+
+        mfu: the arithmetic over the peak of all devices, if that is known."""
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            if sys.platform != "darwin":
+                memory *= 1024                                   # from KiB; macOS counts bytes
+        use = {"gib": round(memory / 2**30, 3)}
+        peak = plan.peak(device, self.settings["dtype"]) * self.world
+        if peak:
+            use["mfu"] = round(self.work["tflop"] * pace / peak, 4)
+        return use
+
+    def count_samples(self) -> dict:
+        """Count, over all processes, the samples that could not be read and the cut texts."""
+        unreadable = processes.gather(self.unreadable)
+        cut = processes.gather(self.cut)
+        counts = {}
+        if unreadable:
+            counts.update(bad_samples=len(unreadable), bad_names=unreadable[:20])
+        if cut:
+            counts["cut_texts"] = len(cut)
+            is_first = not any("cut_texts" in row for row in self.rows)
+            if is_first and self.rank == 0:
+                print(f"warning: a text has {cut[0]}; --text-length has more room, cut_texts in "
+                      f"log.jsonl counts such texts", file=sys.stderr, flush=True)
+        return counts

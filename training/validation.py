@@ -1,32 +1,33 @@
-"""What a run has learnt: the same pictures, texts, times, noise and masks every --eval-every steps.
+"""Measure the averaged weights on the same images, texts, times, noise and masks each time.
 
     val_image      the velocity's error, mean over t ~ U(0, 1)
-    val_nats       E_l [1/l sum of the masked tokens' cross-entropies] in nats for each of the n positions that
-                   may be masked, padding included; l of them are, 1 to n as likely.  n val_nats is the bound of
-                   -log p(text | image) with far less noise than 1/t (LLaDA, arXiv 2502.09992), the entropy for
-                   a perfect model.  Padding counts: where it is seen, it tells the length
-    val_bits       the bound in bits for each byte of text: tokenizers compare
-    val_image_t    the error in each of ten bins of t
-    val_text_t     the cross-entropy of a masked token in each, in nats
+    val_nats       E_l [1/l sum of the masked tokens' cross-entropies], in nats per position that
+                   may be masked.  l of these n positions are masked, 1 to n with equal probability.
+                   n val_nats is a bound of -log p(text | image), far less noisy than with the
+                   weight 1/t (LLaDA, arXiv 2502.09992); for a perfect model it is the entropy.
+                   Padding counts as text: visible padding tells the length of the text
+    val_bits       the bound in bits per byte of text, which compares tokenizers
+    val_image_t    the velocity's error in each of ten bins of t
+    val_text_t     the cross-entropy of a masked token in each bin, in nats
 
-Pictures are held-out ones where the first source has some, otherwise the first of it.  What is drawn for a
-sample depends on its number alone, not on the run, its seed or its processes, so that curves of runs compare.
-The averaged weights are measured, with the loss that they were trained with.
+Images are held-out ones if the first source has any, otherwise images of it that are trained on.
+The random draws for a sample depend on its number only, not on the run, its seed or its processes:
+two runs can be compared.  The loss is the one that the weights were trained with.
 
 Shapes: B samples at once, L tokens.
 """
 
 import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-import data
 from common import processes, seeding
-from mask_diffusion import exactly
-from pretrained.tokenizer import Tokenizer
+from mask_diffusion import fix_mask_counts
+from training.batches import Batch, BatchMaker, TextBatch
 
 BINS = 10
 ROWS = 32               # samples at once
@@ -34,65 +35,97 @@ SAMPLES = 160           # images, and texts, of a validation
 
 
 def spread(rows: list[int], size: int) -> Tensor:
-    """A time for each of `size` samples: row i is in bin i mod 10, and its times there are evenly apart."""
-    each = -(-size // BINS)
-    return torch.tensor([(row % BINS + (row // BINS + 0.5) / each) / BINS for row in rows])
+    """Return a time for each row, (B,): row i is in bin i mod 10, evenly spaced there."""
+    rows_per_bin = math.ceil(size / BINS)
+    times = []
+    for row in rows:
+        within_bin = (row // BINS + 0.5) / rows_per_bin
+        times.append((row % BINS + within_bin) / BINS)
+    return torch.tensor(times)
 
 
+def rounded(value: Tensor) -> float:
+    return round(float(value), 6)
+
+
+def mean_by_bin(values: Tensor) -> list[float]:
+    """Return the mean over each bin of t."""
+    return [rounded(values[first::BINS].mean()) for first in range(BINS)]
+
+
+def mask_exactly(batch: TextBatch) -> TextBatch:
+    """Replace the times of masking, so that the number of masked tokens is not random."""
+    t, uniform = fix_mask_counts(batch.t, batch.uniform, batch.frozen)
+    return replace(batch, t=t, uniform=uniform)
+
+
+@dataclass
 class Validation:
-    """`size` samples for each loss of a run.
-
-    make: of each loss, a batch of (samples, generators, times (B,)), as train.py makes it."""
-
-    def __init__(self, mixes: dict[str, data.Mix], make: dict[str, Callable], tokenizer: Tokenizer,
-                 size: int = SAMPLES):
-        self.mixes, self.make, self.tokenizer, self.size = mixes, make, tokenizer, size
+    """The samples that a run is measured on."""
+    maker: BatchMaker
+    errors: Callable[[str, Batch], Tensor]      # (loss, batch on the CPU) -> (B,)
+    size: int = SAMPLES                         # samples of each loss
 
     @cached_property
     def samples(self) -> dict[str, list[dict]]:
-        """Of each loss; read when they are first measured on, so that a run starts at once."""
-        return {name: mix.shown(self.size, True, name == "image") for name, mix in self.mixes.items()}
-
-    def batches(self, name: str, rank: int, world: int) -> Iterator[tuple[list[int], dict]]:
-        """This process's rows, as many as any other's: where they run out the first ones are read again."""
-        rows, samples = list(range(rank, world * -(-self.size // world), world)), self.samples[name]
-        for some in (rows[at:at + ROWS] for at in range(0, len(rows), ROWS)):
-            real = [row % self.size for row in some]
-            yield some, self.make[name]([samples[row % len(samples)] for row in real],
-                                        [seeding.seeded("validation", name, row) for row in real],
-                                        spread(real, self.size))
+        """The samples of each loss, read when they are first needed: a run starts at once."""
+        samples = {}
+        for name, mix in self.maker.mixes.items():
+            samples[name] = mix.shown(self.size, True, name == "image")
+        return samples
 
     @torch.no_grad()
-    def measure(self, errors: dict[str, Callable], rank: int, world: int) -> dict:
-        """errors: of each loss, those of a batch on the CPU, (B,).  Collective."""
-        tables = {name: torch.zeros(3, self.size, dtype=torch.float64) for name in self.samples}
-        for name, table in tables.items():
-            for rows, made in self.batches(name, rank, world):
-                if name == "text":
-                    t, uniform = exactly(made["t"], made["uniform"], made["frozen"])
-                    made |= dict(t=t, uniform=uniform)
-                found = torch.zeros(3, len(rows), dtype=torch.float64)
-                found[0] = errors[name](made).cpu().double()
-                found[1:] = self.counts(made) if name == "text" else 0
-                own = [i for i, row in enumerate(rows) if row < self.size]
-                table[:, [rows[i] for i in own]] = found[:, own]
-            processes.mean(table).mul_(world)
-        found = {}
-        if "image" in tables:
-            found |= dict(val_image=float(tables["image"][0].mean()),
-                          val_image_t=[float(tables["image"][0, b::BINS].mean()) for b in range(BINS)])
-        bound, tokens, size = tables["text"]
-        found |= dict(val_nats=float(bound.sum() / tokens.sum()),
-                      val_bits=float(bound.sum() / size.sum()) / math.log(2),
-                      val_text_t=[float((bound / tokens)[b::BINS].mean()) for b in range(BINS)])
-        return {name: [round(x, 6) for x in value] if isinstance(value, list) else round(value, 6)
-                for name, value in found.items()}
+    def measure(self, rank: int, world: int) -> dict:
+        """Return the numbers above.  Collective."""
+        results = {}
+        if "image" in self.maker.mixes:
+            parts = []
+            for batch in self.batches("image", rank, world):
+                parts.append(self.errors("image", batch)[None])                        # (1, B)
+            velocity_errors = self.gather(parts, rank, world)[0]
+            results["val_image"] = rounded(velocity_errors.mean())
+            results["val_image_t"] = mean_by_bin(velocity_errors)
+        parts = []
+        for batch in self.batches("text", rank, world):
+            batch = mask_exactly(batch)
+            bounds = self.errors("text", batch).cpu().double()
+            counts = self.count(batch.ids, batch.frozen)
+            parts.append(torch.cat([bounds[None], counts]))                       # (3, B)
+        bounds, tokens, sizes = self.gather(parts, rank, world)
+        results["val_nats"] = rounded(bounds.sum() / tokens.sum())
+        results["val_bits"] = rounded(bounds.sum() / sizes.sum() / math.log(2))
+        results["val_text_t"] = mean_by_bin(bounds / tokens)
+        return results
 
-    def counts(self, made: dict) -> Tensor:
-        """Return how many tokens of each text may be masked, and the bytes of these, (2, B)."""
+    def batches(self, name: str, rank: int, world: int) -> Iterator[Batch]:
+        """Yield the batches of every world-th sample, beginning with number `rank`.
+
+        FSDP2 needs all processes to run the network equally often: after the last sample the first
+        ones come again, and `gather` drops them."""
+        samples = self.samples[name]
+        make = self.maker.image_batch if name == "image" else self.maker.text_batch
+        count = math.ceil(self.size / world)
+        rows = [row % self.size for row in range(rank, count * world, world)]
+        for start in range(0, count, ROWS):
+            part = rows[start:start + ROWS]
+            chosen = [samples[row % len(samples)] for row in part]
+            generators = [seeding.seeded("validation", name, row) for row in part]
+            yield make(chosen, generators, spread(part, self.size))
+
+    def gather(self, parts: list[Tensor], rank: int, world: int) -> Tensor:
+        """Join the (k, B) of all batches and processes in the samples' order, (k, size) float64."""
+        values = torch.cat(parts, dim=1).cpu().double()
+        table = torch.zeros(*values.shape, world, dtype=torch.float64)
+        table[:, :, rank] = values
+        processes.mean(table).mul_(world)
+        return table.flatten(1)[:, :self.size]
+
+    def count(self, ids: Tensor, frozen: Tensor) -> Tensor:
+        """Count the tokens of each text (B, L) that may be masked, and their bytes, (2, B)."""
+        special = (self.maker.tokenizer.end_id, self.maker.tokenizer.pad_id)
         sizes = []
-        for ids, frozen in zip(made["ids"], made["frozen"]):
-            words = [i for i in ids[~frozen].tolist()
-                     if i not in (self.tokenizer.end_id, self.tokenizer.pad_id)]
-            sizes.append(max(1, len(self.tokenizer.bpe.decode(words).encode())))
-        return torch.stack([(~made["frozen"]).sum(1), torch.tensor(sizes)]).double()
+        for row, prompt in zip(ids, frozen):
+            words = [token for token in row[~prompt].tolist() if token not in special]
+            text = self.maker.tokenizer.bpe.decode(words)
+            sizes.append(max(1, len(text.encode())))
+        return torch.stack([(~frozen).sum(1), torch.tensor(sizes)]).double()

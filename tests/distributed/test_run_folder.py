@@ -389,7 +389,8 @@ def test_the_loss_of_frozen_texts_is_zero():
 
     def logits(ids):
         return torch.zeros(2, 3, 9, requires_grad=True)
-    assert mask_diffusion.errors(logits, ids, 8, frozen).tolist() == [0, 0]
+    logits_at = mask_diffusion.at_positions(logits)
+    assert mask_diffusion.errors(logits_at, ids, 8, frozen).tolist() == [0, 0]
     assert mask_diffusion.loss(logits, ids, 8, frozen) == 0
 
 
@@ -463,7 +464,7 @@ def test_sharding_reduces_gradients_in_float32(tiny, monkeypatch):
     for part, policy in policies.items():
         assert policy.reduce_dtype == torch.float32
         # the text head computes in float32, like its weights
-        assert policy.param_dtype == (None if part is mmdit.txt_out else torch.bfloat16)
+        assert policy.param_dtype == (torch.float32 if part is mmdit.txt_out else torch.bfloat16)
 
 
 def test_one_and_four_processes_resume_what_two_saved(flags, single, double, tmp_path):

@@ -42,8 +42,8 @@ def test_given_text_behind_an_end_is_kept(tiny_parts, monkeypatch):
     tokenizer = tiny_parts.tokenizer
     scores = torch.zeros(tokenizer.vocab_size)
     scores[tokenizer.end_id] = 50.0
-    monkeypatch.setattr(image_to_text, "logits", lambda *args: (
-        lambda ids, at, rows: scores.expand(len(at), -1)))
+    monkeypatch.setattr(image_to_text, "Reader", lambda *args: (
+        lambda ids, at: scores.expand(len(at), -1)))
     given, mask = tokenizer.pieces("red apple"), tokenizer.mask_id
     ids = torch.tensor([[mask, mask, *given, mask]])
     filled = image_to_text.fill(tiny_parts, NOISE[:1], ids, order="confidence", temperature=0.0)
@@ -56,9 +56,12 @@ def test_fill_follows_the_requested_order(tiny_parts):
     expected = {}
     with torch.inference_mode():
         for order in mask_diffusion.ORDERS:
-            expected[order] = mask_diffusion.sample(
-                image_to_text.logits(tiny_parts, NOISE[:3]), ids, tokenizer.mask_id, 6, None, 1.0,
-                order, True, seeds=[3] * 3, end=(tokenizer.end_id, tokenizer.pad_id))
+            config = mask_diffusion.ReadConfig(6, order=order, end_id=tokenizer.end_id,
+                                               pad_id=tokenizer.pad_id)
+            generators = [torch.Generator().manual_seed(3) for _ in range(3)]
+            expected[order] = mask_diffusion.sample_at(
+                image_to_text.Reader(tiny_parts, NOISE[:3]), ids, tokenizer.mask_id, config,
+                generators)
     assert len({tuple(filled.flatten().tolist()) for filled in expected.values()}) > 2
     for argument, order in [(None, "threshold"), *((order, order) for order in expected)]:
         filled = image_to_text.fill(tiny_parts, NOISE[:3], ids, 6, 1.0, 3, argument,
@@ -118,14 +121,14 @@ def test_caching_the_image_keeps_captions_correct(parts, training_images):
     assert correct["once"] >= correct["off"] - 1 > 6             # of 12
 
 
-def test_the_first_evaluation_sets_the_text_length(parts, training_images):
+def test_an_evaluation_sets_the_text_length(parts, training_images):
     captions, images = training_images
     masks_left = {}
-    for canvas in (None, 0.95):
+    for length_at in (None, 0.95):
         states = []
-        texts = image_to_text.write(parts, images, order="random", steps=16, canvas=canvas,
+        texts = image_to_text.write(parts, images, order="random", steps=16, length_at=length_at,
                                     trajectory=states)
-        masks_left[canvas] = int((states[1][1] == parts.tokenizer.mask_id).sum())
+        masks_left[length_at] = int((states[1][1] == parts.tokenizer.mask_id).sum())
         assert count_correct(texts, captions) > 6                # of 12
     assert masks_left[0.95] < 0.7 * masks_left[None]             # most captions are short
 
@@ -188,7 +191,7 @@ def test_ranking_scores_only_the_answer(tiny_parts, question):
     for answer in ("yes", "no"):
         ids = tokenizer.fit(prompt + tokenizer.pieces(answer), tiny_parts.length)
         frozen = torch.tensor([i < len(prompt) for i in range(len(ids))])
-        function = image_to_text.logits(tiny_parts, latents.expand(64, -1, -1, -1))
+        function = image_to_text.Reader(tiny_parts, latents.expand(64, -1, -1, -1))
         with torch.no_grad():
             expected[answer] = mask_diffusion.likelihood(
                 function, ids, tokenizer.mask_id, frozen, 64, torch.Generator().manual_seed(0))

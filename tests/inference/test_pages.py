@@ -42,10 +42,10 @@ def attention_by_hand(block, img, txt, vec):
         q, k, _ = stream.attention_input(x, shift, scale)
         queries.append(q[0].double())
         keys.append(k[0].double())
-    q, k = torch.cat(queries), torch.cat(keys)                                    # (N + L, H, d)
+    q, k = torch.cat(queries, 1), torch.cat(keys, 1)                              # (H, N + L, d)
     total = torch.zeros(N + L, N + L, dtype=torch.float64)
     for h in range(H):
-        power = (q[:, h] @ k[:, h].T / (D / H) ** 0.5).exp()
+        power = (q[h] @ k[h].T / (D / H) ** 0.5).exp()
         total += power / power.sum(1, keepdim=True)
     return total / H
 
@@ -75,23 +75,22 @@ def test_recorded_attention_is_the_softmax_by_hand(mmdit, need):
 
 def test_attention_to_cached_keys_is_recorded(mmdit):
     """Evaluations without an image are not."""
-    cache, plain_cache = [], []
-    mmdit(LATENTS, TEXT, T, need="logits", kept=plain_cache)
-    expected = mmdit(LATENTS, TEXT.flip(1), T, need="logits", kept=plain_cache)[1]
+    _, plain_cache = mmdit.read_and_cache(LATENTS, TEXT, T)
+    expected = mmdit.read_cached(TEXT.flip(1), plain_cache)
     with attention.watching(mmdit, "patches") as recorded:
-        mmdit(LATENTS, TEXT, T, need="logits", kept=cache)
+        _, cache = mmdit.read_and_cache(LATENTS, TEXT, T)
         mmdit(None, TEXT, T, need="logits")
-        logits = mmdit(LATENTS, TEXT.flip(1), T, need="logits", kept=cache)[1]
-        mmdit(LATENTS, TEXT.flip(1), T, need="logits", kept=cache)
+        logits = mmdit.read_cached(TEXT.flip(1), cache)
+        mmdit.read_cached(TEXT.flip(1), cache)
     assert torch.equal(logits, expected)
     first, second, third = (maps[1:] for maps in recorded)       # of the second block
     assert first.shape == (1, L, N) and first.dtype == torch.float16 and first.device.type == "cpu"
     assert torch.equal(second, third) and not torch.equal(first, second)
-    txt = mmdit.blocks[0].read(mmdit.txt_in(TEXT.flip(1)), *cache[0])
+    txt = mmdit.blocks[0].read(mmdit.txt_in(TEXT.flip(1)), cache[0])
     keys, _, modulation = cache[1]
     q, k, _ = mmdit.blocks[1].txt.attention_input(txt, *modulation.chunk(6, dim=-1)[:2])
-    k = torch.cat([keys[0], k[0].transpose(0, 1)], 1)                             # (H, N + L, d)
-    weights = (q[0].transpose(0, 1) @ k.mT / (D / H) ** 0.5).softmax(-1).mean(0)
+    k = torch.cat([keys[0], k[0]], 1)                                             # (H, N + L, d)
+    weights = (q[0] @ k.mT / (D / H) ** 0.5).softmax(-1).mean(0)
     # float16 has 2^-11 of 1
     torch.testing.assert_close(second[0].float(), weights[:, :N], atol=1e-3, rtol=0)
 
@@ -101,7 +100,7 @@ def test_an_exception_leaves_the_blocks_as_they_were(mmdit):
         with attention.watching(mmdit, "words"):
             mmdit(LATENTS[..., 1:], TEXT, T)
     assert not any("attention" in vars(block) for block in mmdit.blocks)
-    assert not mmdit._forward_hooks and not mmdit._forward_pre_hooks
+    assert not {"forward", "read_and_cache", "read_cached"} & vars(mmdit).keys()
 
 
 def test_too_many_numbers_are_averaged_over_blocks(mmdit, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mask_diffusion
-from mask_diffusion import likelihood, sample
+from mask_diffusion import ReadConfig, at_positions, likelihood, sample
 
 
 def seeded(seed):
@@ -54,9 +54,13 @@ WIDE, WIDE_MASK = random_joint(4, 5), 5
 wide_oracle = oracle_for(WIDE)
 
 
-def picked_oracle(ids, at, rows=None):
-    """Return the oracle's logits of the tokens `at`, counted over all rows."""
-    return oracle(ids).flatten(0, 1)[at]
+oracle_at = at_positions(oracle)
+
+
+def record(logits_fn, ids, mask_id, steps, generator=None, **settings):
+    """Return all states (step, ids) of a walk."""
+    config = ReadConfig(steps, **settings)
+    return list(mask_diffusion.walk(at_positions(logits_fn), ids, mask_id, config, generator))
 
 
 def all_masked(rows, tokens=3, mask_id=MASK):
@@ -129,7 +133,7 @@ def test_flat_weight_equals_one_over_t_on_average():
     """With four equally likely tokens both losses are log 4 a token; a row's is 2 t against 1."""
     ids = torch.randint(0, 4, (4000, 8), generator=seeded(0))
     t, uniform = mask_diffusion.draw((4000, 8), seeded(1))
-    even = lambda ids: torch.zeros(*ids.shape, 5)
+    even = lambda ids, at: torch.zeros(len(at), 5)
     steep = mask_diffusion.errors(even, ids, 4, t=t, uniform=uniform)
     flat = mask_diffusion.errors(even, ids, 4, t=t, uniform=uniform, weight="flat")
     assert torch.allclose(flat, 2 * t * steep, rtol=1e-5)        # float32
@@ -138,7 +142,7 @@ def test_flat_weight_equals_one_over_t_on_average():
     assert float(steep.mean()) / 8 == pytest.approx(math.log(4), rel=0.1)
 
 
-def test_picks_asks_for_masked_tokens_only():
+def test_the_loss_asks_for_masked_tokens_only():
     ids = torch.randint(0, 4, (5, 8), generator=seeded(0))
     frozen = torch.rand(5, 8, generator=seeded(1)) < 0.2
     t, uniform = mask_diffusion.draw((5, 8), seeded(2))
@@ -148,8 +152,8 @@ def test_picks_asks_for_masked_tokens_only():
     def picked(noised, at):
         calls.append((noised, at))
         return logits.flatten(0, 1)[at]
-    whole = mask_diffusion.errors(lambda noised: logits, ids, 4, frozen, t=t, uniform=uniform)
-    some = mask_diffusion.errors(picked, ids, 4, frozen, t=t, uniform=uniform, picks=True)
+    whole = mask_diffusion.loss(lambda noised: logits, ids, 4, frozen, t=t, uniform=uniform)
+    some = mask_diffusion.errors(picked, ids, 4, frozen, t=t, uniform=uniform).sum() / (~frozen).sum()
     [(noised, at)] = calls
     assert torch.equal(whole, some) and 0 < len(at) < 30
     assert (noised.flatten()[at] == 4).all() and not frozen.flatten()[at].any()
@@ -193,10 +197,11 @@ def test_tokens_are_drawn_in_float64_for_bfloat16_logits():
     p = logits[0, 0, :-1].double().softmax(0)
     tokens = set()
     for seed in range(200):
-        ids = sample(lambda ids: logits, all_masked(1, 1, 50_000), 50_000, 1, seeds=[seed])
-        uniform = mask_diffusion.uniforms((1, 1), torch.device("cpu"), None, [seed])
-        uniform()                                                # the first number draws the step
-        assert int(ids) == int((p.cumsum(0) <= float(uniform()) * p.sum()).sum())
+        ids = sample(lambda ids: logits, all_masked(1, 1, 50_000), 50_000, 1, [seeded(seed)])
+        generator = seeded(seed)
+        torch.rand(1, generator=generator, dtype=torch.float64)  # draws the step
+        uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+        assert int(ids) == int((p.cumsum(0) <= float(uniform) * p.sum()).sum())
         tokens.add(int(ids))
     assert 0 in tokens and len(tokens) > 20
 
@@ -211,13 +216,13 @@ def test_single_token_is_drawn_from_its_conditional():
 
 def test_row_with_its_own_seed_is_the_same_in_any_batch():
     ids = all_masked(64)
-    seeds = list(range(64))
+    generators = lambda seeds: [seeded(seed) for seed in seeds]
     for order in mask_diffusion.ORDERS:
         settings = dict(mask_id=MASK, steps=5, order=order)
-        whole = sample(oracle, ids, seeds=seeds, **settings)
-        part = sample(oracle, ids[:20], seeds=seeds[30:50], **settings)
+        whole = sample(oracle, ids, generator=generators(range(64)), **settings)
+        part = sample(oracle, ids[:20], generator=generators(range(30, 50)), **settings)
         assert torch.equal(part, whole[30:50]) and len(whole.unique(dim=0)) > 8
-        same = sample(oracle, ids[:4], seeds=[7] * 4, **settings)
+        same = sample(oracle, ids[:4], generator=generators([7] * 4), **settings)
         assert torch.equal(same, whole[7:8].expand(4, -1))
 
 
@@ -266,15 +271,15 @@ def test_parallel_order_is_exact_at_its_tightest_level(order, levels):
 def test_each_order_selects_the_expected_tokens():
     """The first row has three masked tokens, the second two; the others are given."""
     masked = torch.tensor([[True, False, True, True, False], [False, True, False, False, True]])
-    quota = torch.tensor([[2], [1]])
-    when = torch.tensor([[3, 1, 2, 2, 1], [1, 4, 1, 1, 5]])
+    left = 2                                                     # evaluations: half of the tokens each
+    step = torch.tensor([[3, 1, 2, 2, 1], [1, 4, 1, 1, 5]])
     p = torch.tensor([[0.95, 0.05], [0.4, 0.6], [0.01, 0.99], [0.5, 0.5], [0.3, 0.7]])
 
     def selected(name, level=None):
         order = mask_diffusion.ORDERS[name]
-        known_p = p.double() if order.needs_p else None
-        turn = mask_diffusion.Turn(masked, when, quota, level or order.level, known_p)
-        return [row.nonzero()[:, 0].tolist() for row in masked & order.select(turn)]
+        known_p = p.double() if order.needs_probabilities else None
+        state = mask_diffusion.State(masked, step, left, level or order.level, known_p)
+        return [row.nonzero()[:, 0].tolist() for row in masked & order.select(state)]
     assert selected("random") == [[2, 3], [1]]                   # the tokens whose step is next
     assert selected("confidence") == [[0, 3], [4]]               # two, and one
     assert selected("threshold", 0.9) == [[0, 3], [4]]
@@ -289,22 +294,21 @@ def test_each_order_selects_the_expected_tokens():
 
 def test_new_order_is_one_function_and_one_row(monkeypatch):
     """Reveal one token a step from right to left: an exact draw of the joint, as with any order."""
-    def select_last(turn):
-        place = torch.arange(turn.masked.shape[1]).expand_as(turn.masked)
-        return mask_diffusion.largest(torch.where(turn.masked, place, -1), 1)
-    order = mask_diffusion.Order(select_last, needs_p=False)
+    def select_last(state):
+        place = torch.arange(state.masked.shape[1]).expand_as(state.masked)
+        return mask_diffusion.largest(torch.where(state.masked, place, -1), 1)
+    order = mask_diffusion.Order(select_last, needs_probabilities=False)
     monkeypatch.setitem(mask_diffusion.ORDERS, "right to left", order)
-    states = []
-    drawn = sample(wide_oracle, all_masked(50_000, 4, WIDE_MASK), WIDE_MASK, 9, seeded(1),
-                   order="right to left", trajectory=states)
-    ratio, limit = misfit(drawn)
+    states = record(wide_oracle, all_masked(50_000, 4, WIDE_MASK), WIDE_MASK, 9, seeded(1),
+                    order="right to left")
+    ratio, limit = misfit(states[-1][1])
     assert ratio < limit and len(states) == 1 + 4
     _, first = states[1]
     assert (first[:, :3] == WIDE_MASK).all() and (first[:, 3] != WIDE_MASK).all()
 
 
 def test_each_token_is_equally_likely_to_come_first():
-    walk = mask_diffusion.walk(oracle, all_masked(6000), MASK, 10_000, seeded(0))
+    walk = mask_diffusion.walk(oracle_at, all_masked(6000), MASK, ReadConfig(10_000), seeded(0))
     step, start = next(walk)
     assert not step.any() and (start == MASK).all()
     _, state = next(walk)
@@ -315,15 +319,14 @@ def test_each_token_is_equally_likely_to_come_first():
 
 def test_half_the_tokens_are_revealed_after_half_the_steps():
     half = all_masked(20_000)
-    for step, state in mask_diffusion.walk(oracle, half, MASK, 4, seeded(1)):
+    for step, state in record(oracle, half, MASK, 4, seeded(1)):
         half = torch.where((step <= 2)[:, None], state, half)
     # 6 standard errors of 60,000 independent tokens
     assert float((half != MASK).float().mean()) == pytest.approx(0.5, abs=0.012)
 
 
 def test_confidence_reveals_the_surest_token_first():
-    states = []
-    sample(oracle, all_masked(1), MASK, 10, temperature=0, trajectory=states, order="confidence")
+    states = record(oracle, all_masked(1), MASK, 10, temperature=0, order="confidence")
     surest = oracle(all_masked(1))[0, :, :V].amax(-1).argmax()
     assert (states[1][1][0] != MASK).nonzero().tolist() == [[surest]]
 
@@ -332,8 +335,8 @@ def test_confidence_reveals_the_surest_token_first():
 def test_confidence_finishes_every_row_within_its_steps(steps, evaluations):
     """Two evaluations reveal three masked tokens as 2 + 1."""
     ids = torch.tensor([[MASK] * 3, [0, MASK, MASK], [1, 2, 3]])
-    states = []
-    out = sample(oracle, ids, MASK, steps, temperature=0, trajectory=states, order="confidence")
+    states = record(oracle, ids, MASK, steps, temperature=0, order="confidence")
+    _, out = states[-1]
     assert len(states) == 1 + evaluations
     assert (out != MASK).all() and torch.equal(out[2], ids[2]) and out[1, 0] == 0
 
@@ -342,8 +345,8 @@ def test_confidence_finishes_every_row_within_its_steps(steps, evaluations):
 
 def test_sampling_changes_masked_tokens_only_and_once():
     ids = torch.randint(0, V + 1, (1000, 3), generator=seeded(0))
-    states = []
-    out = sample(oracle, ids, MASK, 5, seeded(1), trajectory=states)
+    states = record(oracle, ids, MASK, 5, seeded(1))
+    _, out = states[-1]
     given = ids != MASK
     assert torch.equal(out[given], ids[given]) and (out != MASK).all()
     for _, state in states:
@@ -359,21 +362,16 @@ def test_finished_rows_cost_nothing(order, expected):
     ids = all_masked(500)
     ids[100:, 1:] = 2
     ids[300:] = torch.tensor([3, 1, 0])
-    batches, rows, tokens = [], [], []
+    rows, tokens = [], []
 
-    def whole(ids):
-        batches.append(len(ids))
-        return oracle(ids)
-
-    def picked(ids, at, live):
-        rows.append(live)
+    def counted(ids, at):
+        rows.append((at // 3).unique().tolist())
         tokens.append(len(at))
-        return picked_oracle(ids, at)
-    settings = dict(mask_id=MASK, steps=1000, temperature=0, order=order)
-    a = sample(whole, ids, generator=seeded(0), **settings)
-    b = sample(picked, ids, generator=seeded(0), picks=True, **settings)
-    assert batches == [500] * 3 and torch.equal(a, b)
-    assert [len(live) for live in rows] == [300, 100, 100] and rows[1].tolist() == list(range(100))
+        return oracle_at(ids, at)
+    config = ReadConfig(1000, temperature=0, order=order)
+    out = mask_diffusion.sample_at(counted, ids, MASK, config, seeded(0))
+    assert torch.equal(out, sample(oracle, ids, MASK, 1000, seeded(0), temperature=0, order=order))
+    assert [len(live) for live in rows] == [300, 100, 100] and rows[1] == list(range(100))
     assert tokens == expected
 
 
@@ -393,18 +391,19 @@ def test_written_end_pads_the_rest_at_once():
     ids = all_masked(200, 7)
     counts = dict(end=[], plain=[])
 
-    def logits_fn(name):
-        def picked(ids, at, rows):
+    def counted(name):
+        def logits_at(ids, at):
             counts[name].append(len(at))
             return ending_oracle(ids).flatten(0, 1)[at]
-        return picked
-    out = sample(logits_fn("end"), ids, MASK, 100, seeded(0), picks=True, end=(END, PAD))
+        return logits_at
+    ending = ReadConfig(100, end_id=END, pad_id=PAD)
+    out = mask_diffusion.sample_at(counted("end"), ids, MASK, ending, seeded(0))
     ended = [row for row in out.tolist() if END in row]
     assert len(ended) > 100
     for row in ended:
         at = row.index(END)
         assert row[at + 1:] == [PAD] * (6 - at)
-    sample(logits_fn("plain"), ids, MASK, 100, seeded(0), picks=True)
+    mask_diffusion.sample_at(counted("plain"), ids, MASK, ReadConfig(100), seeded(0))
     assert sum(counts["plain"]) == 200 * 7
     assert sum(counts["end"]) < 0.8 * sum(counts["plain"])         # padding is not evaluated
 
@@ -416,9 +415,8 @@ def test_given_text_is_kept_around_ends():
     ids[:, 6:] = torch.tensor([1, 0])
     given = ids != MASK
     even = lambda ids: torch.zeros(*ids.shape, V + 1)
-    for canvas in (None, 0.99):
-        states = []
-        sample(even, ids, MASK, 100, seeded(0), end=(END, PAD), canvas=canvas, trajectory=states)
+    for length_at in (None, 0.99):
+        states = record(even, ids, MASK, 100, seeded(0), end_id=END, pad_id=PAD, length_at=length_at)
         for _, state in states:
             assert torch.equal(state[given], ids[given])
         _, out = states[-1]
@@ -427,20 +425,20 @@ def test_given_text_is_kept_around_ends():
         assert (out[ended, 4:6] == PAD).all()
 
 
-def test_canvas_cuts_the_text_at_a_likely_end():
-    """The first evaluation gives the end a probability of 0.25 everywhere: it is put first."""
-    states = []
-    out = sample(ending_oracle, all_masked(200, 7), MASK, 100, seeded(0), end=(END, PAD),
-                 canvas=0.2, trajectory=states)
-    assert (out == torch.tensor([END] + [PAD] * 6)).all() and len(states) == 2
+def test_length_at_ends_the_text_at_the_first_likely_end():
+    """While all is masked, the end has a probability of 0.25 everywhere: it is put first."""
+    for length_at, ends_at_once in ((0.2, True), (0.3, False)):
+        out = sample(ending_oracle, all_masked(200, 7), MASK, 100, seeded(0), end_id=END, pad_id=PAD,
+                     length_at=length_at)
+        assert bool((out == torch.tensor([END] + [PAD] * 6)).all()) == ends_at_once
 
 
 @pytest.mark.parametrize("settings, message", [
     (dict(steps=0), "steps.* 0"), (dict(steps=1, order="sideways"), "sideways"),
     (dict(steps=1, temperature=-1), "temperature.* -1"),
     (dict(steps=1, level=0.5), "random.* no level"),
-    (dict(steps=1, level=1.5, order="threshold"), "threshold.* 1 *, got 1.5"),
-    (dict(steps=1, level=0, order="eb"), "eb.* 0, got 0")])
+    (dict(steps=1, level=1.5, order="threshold"), "threshold.* 1.5"),
+    (dict(steps=1, level=0, order="eb"), "eb.* 0")])
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         sample(oracle, all_masked(1), MASK, **settings)
@@ -453,9 +451,9 @@ def test_likelihood_is_exact_within_its_standard_error(text, prompt):
     frozen = torch.arange(3) < prompt
     p_prompt = JOINT[text[0]].sum() if prompt else 1
     exact = -math.log(JOINT[tuple(text)] / p_prompt)
-    nats, error = likelihood(picked_oracle, torch.tensor(text), MASK, frozen, 60, seeded(0))
+    nats, error = likelihood(oracle_at, torch.tensor(text), MASK, frozen, 60, seeded(0))
     assert abs(nats - exact) < 4 * error < 3.0                   # 4 standard errors of 60 draws
-    nats, small = likelihood(picked_oracle, torch.tensor(text), MASK, frozen, 6000, seeded(0))
+    nats, small = likelihood(oracle_at, torch.tensor(text), MASK, frozen, 6000, seeded(0))
     assert abs(nats - exact) < 4 * small
     assert small == pytest.approx(error / 10, rel=0.5)           # 60 draws know it to about 15 %
 
@@ -473,7 +471,7 @@ def test_likelihood_masks_each_number_of_tokens_as_often():
 
 def test_likelihood_of_a_prompt_without_an_answer_is_zero():
     frozen = torch.ones(3, dtype=torch.bool)
-    assert likelihood(picked_oracle, torch.tensor([2, 1, 0]), MASK, frozen) == (0, 0)
+    assert likelihood(oracle_at, torch.tensor([2, 1, 0]), MASK, frozen) == (0, 0)
 
 
 def test_text_guidance_is_a_power_of_two_likelihoods():
@@ -482,10 +480,10 @@ def test_text_guidance_is_a_power_of_two_likelihoods():
     ids = torch.tensor([[MASK, MASK, MASK], [1, MASK, 2]])
     at = torch.tensor([0, 4])
     # unnormalised: a constant moves no probability
-    logits_fn = lambda logits: lambda ids, at, rows: 3 + logits.flatten(0, 1)[at]
-    guided = mask_diffusion.guide(logits_fn(text), logits_fn(null), 2.5, MASK)
+    logits_at = lambda logits: lambda ids, at: 3 + logits.flatten(0, 1)[at]
+    guided = mask_diffusion.guide(logits_at(text), logits_at(null), 2.5, MASK)
     p = mask_diffusion.forbid(text, MASK).softmax(-1).flatten(0, 1)[at]
     q = mask_diffusion.forbid(null, MASK).softmax(-1).flatten(0, 1)[at]
     expected = (p ** 2.5 / q ** 1.5).nan_to_num(0.0)             # [MASK]: 0 / 0
     expected = expected / expected.sum(-1, keepdim=True)
-    assert torch.allclose(guided(ids, at, None).softmax(-1), expected)
+    assert torch.allclose(guided(ids, at).softmax(-1), expected)

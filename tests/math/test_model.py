@@ -163,10 +163,10 @@ def test_logits_of_some_tokens_are_those_of_the_whole():
 @torch.no_grad()
 def test_cached_image_stream_gives_the_same_logits():
     model, (latents, text, _) = tiny_model(), inputs()
-    cache = []
-    _, logits = model(latents, text, CLEAN, need="logits", kept=cache)
-    _, cached_logits = model(latents, text, CLEAN, kept=cache)
-    assert torch.allclose(cached_logits, logits, atol=1e-5)
+    _, expected = model(latents, text, CLEAN, need="logits")
+    logits, cache = model.read_and_cache(latents, text, CLEAN)
+    assert torch.equal(logits, expected)
+    assert torch.allclose(model.read_cached(text, cache), logits, atol=1e-5)      # float32
 
 
 def test_attention_written_out_equals_torchs():

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-import train
 from model import MMDiT, MMDiTConfig, TokenEmbedding
 from training.config import TrainConfig
 from training.muon import COEFFICIENTS, Muon, orthogonalize
+from training.setup import make_optimizers
 
 
 def seeded(seed):
@@ -85,7 +85,7 @@ def test_only_the_blocks_matrices_go_to_muon(optimizer):
             expected["Muon" if is_muons else "AdamW"].add(name)
     names = {p: name for name, p in model.named_parameters()}
     held = dict(AdamW=set(), Muon=set())
-    for instance in train.optimizers_of(model, config):
+    for instance in make_optimizers(model, config):
         [group] = instance.param_groups
         held[type(instance).__name__] = {names[p] for p in group["params"]}
         assert group["weight_decay"] == 0.03

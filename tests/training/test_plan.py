@@ -15,6 +15,7 @@ from pretrained.t5 import T5Block, T5Config
 from pretrained.vae import VAEConfig
 from training import plan
 from training.muon import Muon
+from training.setup import make_optimizers
 
 SMALL = MMDiTConfig(depth=3, heads=4, width=64, text_width=32, vocab_size=500)
 
@@ -133,7 +134,7 @@ def test_optimizer_memory_is_two_moments_or_muons_one(optimizer):
     flags = ["--optimizer", optimizer, "--dtype", "float32", "--shard", "none"]
     model = nn.ModuleDict(dict(mmdit=MMDiT(SMALL)))
     moments = 0
-    for part in train.optimizers_of(model, train.parse(flags)):
+    for part in make_optimizers(model, train.parse(flags)):
         each = 1 if isinstance(part, Muon) else 2
         moments += each * sum(p.numel() for p in part.param_groups[0]["params"])
     planned = small_memory(*flags, depth=SMALL.depth, gpu=False)["optimizer, float32"]
@@ -161,7 +162,7 @@ def show_plan(monkeypatch, capsys):
       "autoencoder  "], ["[MASK]", "T5's activations"]),
     ("sd3-medium", "mask-emb", ["[MASK] of 4096", "T5's activations"], []),
     ("e2e-1.1b", "text",
-     ["0 pictures", "2048 texts of 8 + 256 tokens", "540,672 tokens", "4 at once"],
+     ["0 images", "2048 texts of 8 + 256 tokens", "540,672 tokens", "4 at once"],
      ["autoencoder  "]),
     ("e2e-1.1b", "instruct", ["autoencoder  "], ["T5   "]),
 ])

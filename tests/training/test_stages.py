@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from inference.parts import Parts
 from model import PRESETS, MMDiTConfig
 from pretrained.t5 import MaskEmbedding
 from training import config as training_config
+from training.batches import ImageBatch, TextBatch
 from training.models import Models
 
 ROOT = Path(__file__).parents[2]
@@ -191,9 +193,10 @@ def test_only_mask_emb_trains_the_mask_and_none_the_null_image(chain):
 def test_only_the_mask_embedding_of_t5_moves(images, tmp_path):
     config = train.parse(flags("mask-emb", tmp_path / "run", images, *FROM_SD3, "--pixels", 16,
                                "--steps", 2, "--checkpoint-activations"))
-    config, maker, models, run = train.set_up(config)
-    train.train(config, maker, models, run, [])
-    run.close()
+    job = train.set_up(config)
+    train.train(job, [])
+    job.run.close()
+    models = job.models
     before = checkpoint.load_t5(RELEASE).state_dict()
     for name, tensor in models.t5.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -362,9 +365,9 @@ def test_training_with_t5_pads_with_its_end_token(images, tmp_path):
     _, maker, _, run = train.set_up(config)
     run.close()
     assert maker.tokenizer.pad_id == maker.tokenizer.end_id == 1
-    batch = maker.batches(config, 0)
-    for name in ("image", "text"):
-        assert not (batch[name]["ids"] == 0).any()
+    step = maker.make_batches(0)
+    for batch in (step.image, step.text):
+        assert not (batch.ids == 0).any()
 
 
 # ------------------------------------------------------------------------------------- the losses
@@ -373,8 +376,8 @@ def published_models(path):
     """Models of a published transformer; T5 answers every text with the fixture's states."""
     mmdit = checkpoint.load_mmdit(path, vocab_size=VOCABULARY)
     context = EXPECTED["ddit.context"]
-    return Models(torch.nn.ModuleDict(dict(mmdit=mmdit)), None, lambda ids, mask: context, None,
-                  context[:1])
+    return Models(torch.nn.ModuleDict(dict(mmdit=mmdit)), SimpleNamespace(mask_id=MASK_ID),
+                  lambda ids, mask: context, None, context[:1])
 
 
 @pytest.mark.parametrize("path, name", [(SD3, "sd3"), (RELEASE, "ddit")])
@@ -384,8 +387,8 @@ def test_image_loss_of_published_weights_is_that_of_their_velocity(path, name):
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     level = t.view(-1, 1, 1, 1)
     clean = (latents - level * noise) / (1 - level)
-    batch = dict(images=clean, ids=torch.zeros(2, 9), t=t, noise=noise,
-                 dropped=torch.tensor([False, False]), states=EXPECTED["ddit.context"])
+    batch = ImageBatch(clean, torch.zeros(2, 9), t, noise, torch.tensor([False, False]),
+                       EXPECTED["ddit.context"])
     with torch.no_grad():
         errors = train.image_errors(published_models(path), batch)
     for row in range(2):
@@ -399,8 +402,8 @@ def test_text_loss_of_published_weights_is_that_of_their_logits():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 100, (2, 9), generator=generator)
     t, uniform = mask_diffusion.draw((2, 9), generator)
-    batch = dict(images=EXPECTED["ddit.latents"], ids=ids, t=t, uniform=uniform, mask_id=MASK_ID,
-                 frozen=torch.zeros(2, 9, dtype=torch.bool), weight="1/t")
+    batch = TextBatch(EXPECTED["ddit.latents"], ids, t, uniform,
+                      torch.zeros(2, 9, dtype=torch.bool))
     with torch.no_grad():
         errors = train.text_errors(published_models(RELEASE), batch)
     logits = EXPECTED["ddit.logits_t0"].double()

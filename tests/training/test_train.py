@@ -28,7 +28,7 @@ from common.files import write_json
 from dataset.workers import feed
 from helpers import Forked, rows, to_the_end, wait_until
 from train import learning_rate, main as train_main, parse
-from training.batches import BatchMaker, image_batch, micro_batches, text_batch
+from training.batches import Batch, BatchMaker
 from training.run_folder import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -54,9 +54,10 @@ def scaled(samples):
 def plain_image_loss(config, model, tokenizer, samples, generators):
     times, noises, captions = [], [], []
     for sample, generator in zip(samples, generators):
-        t = torch.sigmoid(torch.randn(1, generator=generator))
         if config.times == "uniform":
-            t = torch.special.ndtr(t.logit())  # the distribution function of N(0, 1)
+            t = torch.rand(1, generator=generator)
+        else:
+            t = torch.sigmoid(torch.randn(1, generator=generator))
         times.append(config.time_shift * t / (1 + (config.time_shift - 1) * t))
         noises.append(torch.randn(1, 3, 16, 16, generator=generator))
         dropped = torch.rand(2, generator=generator)[0] < config.text_dropout
@@ -80,9 +81,10 @@ def plain_text_loss(config, model, tokenizer, samples, generators, t):
         ids.append(tokenizer.fit(prompt + tokenizer.pieces(answer), 28))
         frozen.append(torch.arange(28) < len(prompt))
     x = scaled(samples)
-    errors = mask_diffusion.errors(
-        lambda ids: model["mmdit"](x, model["embedding"](ids), torch.zeros(1))[1], torch.stack(ids),
-        tokenizer.mask_id, torch.stack(frozen), t=t, uniform=torch.stack(uniform))
+    logits_at = mask_diffusion.at_positions(
+        lambda ids: model["mmdit"](x, model["embedding"](ids), torch.zeros(1))[1])
+    errors = mask_diffusion.errors(logits_at, torch.stack(ids), tokenizer.mask_id,
+                                   torch.stack(frozen), t=t, uniform=torch.stack(uniform))
     return errors.sum() / (2 * 28)  # of all positions, prompts included
 
 
@@ -162,23 +164,23 @@ def test_training_equals_a_loop_written_out(stage, more, tiny, small_tar, tmp_pa
 
 def test_text_loss_is_a_mean_over_all_positions(tiny):
     """The published normalisation: sum over masked tokens of CE / t, over B L, prompts included."""
-    maker = BatchMaker(checkpoint.load_tokenizer(tiny), {}, "key", 0, 1)
     sample = dict(key="a", latents=torch.zeros(3, 8, 8), captions=[],
                   questions=[dict(question="is this a flag of somewhere", answer="yes")])
     config = replace(parse(["--stage", "instruct"]), text_length=28)
     generators = [torch.Generator().manual_seed(i) for i in range(6)]
-    batch = text_batch(config, maker, [sample] * 6, generators, torch.linspace(0.2, 1, 6))
-    assert batch["frozen"].sum() > 40 and batch["count"] == 6 * 28
+    maker = BatchMaker(config, checkpoint.load_tokenizer(tiny), {}, "key", 0, 1)
+    batch = maker.text_batch([sample] * 6, generators, torch.linspace(0.2, 1, 6))
+    assert batch.frozen.sum() > 40 and batch.denominator == 6 * 28
 
 
 def test_times_flag_reaches_the_image_loss(tiny):
-    maker = BatchMaker(checkpoint.load_tokenizer(tiny), {}, "key", 0, 1)
     sample = dict(key="a", latents=torch.zeros(3, 8, 8), captions=["a"])
     times = {}
     for name in ("logit-normal", "uniform"):
         config = replace(parse(["--times", name, "--time-shift", "1"]), text_length=28)
         generators = [torch.Generator().manual_seed(i) for i in range(400)]
-        times[name] = image_batch(config, maker, [sample] * 400, generators)["t"]
+        maker = BatchMaker(config, checkpoint.load_tokenizer(tiny), {}, "key", 0, 1)
+        times[name] = maker.image_batch([sample] * 400, generators).t
     # P(t < 0.1) is 0.1 and P(N(0, 1) < logit 0.1) = 0.014; of 400, 4 standard errors are 0.06
     assert float((times["uniform"] < 0.1).float().mean()) == pytest.approx(0.1, abs=0.06)
     assert float((times["logit-normal"] < 0.1).float().mean()) < 0.04
@@ -189,11 +191,11 @@ def test_micro_batches_have_early_and_late_times():
     for size, world, micro in ((64, 1, 8), (512, 8, 8), (512, 8, 1), (2048, 8, 32), (48, 1, 6)):
         times, _ = mask_diffusion.draw((size, 0), torch.Generator().manual_seed(size))
         times = times[0::world]
-        parts = micro_batches(dict(ids=times, t=times, weight="flat"), micro)
-        assert sorted(torch.cat([part["t"] for part in parts]).tolist()) == sorted(times.tolist())
-        assert {len(part["t"]) for part in parts} == {micro} and parts[0]["weight"] == "flat"
+        parts = Batch(None, times, times).split(micro)
+        assert sorted(torch.cat([part.t for part in parts]).tolist()) == sorted(times.tolist())
+        assert {len(part.t) for part in parts} == {micro}
         # evenly spread times: at most half a spacing of the part above 0.5, and T_MIN
-        assert max(float(part["t"].mean()) for part in parts) <= 0.5 + 0.5 / micro + 1e-3
+        assert max(float(part.t.mean()) for part in parts) <= 0.5 + 0.5 / micro + 1e-3
 
 
 def all_batches(config, sources, tokenizer, world, workers):
@@ -201,19 +203,20 @@ def all_batches(config, sources, tokenizer, world, workers):
     ranks = []
     for rank in range(world):
         mixes = {name: data.Mix(sources, 16, "key") for name in ("image", "text")}
-        maker = BatchMaker(tokenizer, mixes, "key", rank, world)
-        ranks.append(list(feed(partial(maker.batches, config), range(9), workers)))
+        maker = BatchMaker(config, tokenizer, mixes, "key", rank, world)
+        ranks.append(list(feed(maker.make_batches, range(9), workers)))
     steps, bad = [], []
     for parts in zip(*ranks):
         tensors = {}
         for name in ("image", "text"):
-            for key, value in parts[0][name].items():
+            for key, value in vars(getattr(parts[0], name)).items():
                 if torch.is_tensor(value):
-                    columns = torch.stack([part[name][key] for part in parts], dim=1)
+                    columns = [getattr(getattr(part, name), key) for part in parts]
+                    columns = torch.stack(columns, dim=1)
                     tensors[name, key] = columns.flatten(0, 1)
         steps.append(tensors)
         for part in parts:
-            bad += part["bad"]
+            bad += part.unreadable
     return steps, sorted(bad)
 
 

@@ -15,6 +15,8 @@ import train
 from common import seeding
 from helpers import Forked, rows, to_the_end
 from training import gradient_meter
+from training import reports
+from training.batches import TextBatch
 from training.validation import BINS, SAMPLES, Validation, spread
 
 BATCHES = ["--image-batch", 4, "--text-batch", 4, "--dtype", "float32", "--device", "cpu"]
@@ -69,23 +71,23 @@ def uniform_model_batch(samples, generators, times):
     uniform = torch.stack([torch.rand(6, generator=generator) for generator in generators])
     ids = torch.tensor([[sample["number"] % 3, 1, 2, 3, 3, 3] for sample in samples])
     frozen = (torch.arange(6) < 1).expand(len(samples), 6)
-    return dict(ids=ids, frozen=frozen, t=times, uniform=uniform)
+    return TextBatch(None, ids, times, uniform, frozen)
 
 
 def uniform_model_errors(batch):
     """Each of four tokens is equally likely: log 4 nats at each masked position, weighted 1/t."""
-    masked = (batch["uniform"] < batch["t"][:, None]) & ~batch["frozen"]
-    assert torch.equal(masked.sum(1), (batch["t"] * 5).round())  # exactly so many of five
-    return math.log(4) * masked.sum(1) / batch["t"]
+    masked = (batch.uniform < batch.t[:, None]) & ~batch.frozen
+    assert torch.equal(masked.sum(1), (batch.t * 5).round())     # exactly so many of five
+    return math.log(4) * masked.sum(1) / batch.t
 
 
 def test_validation_of_a_uniform_model_is_log_4():
     samples = NumberedSamples(7)
-    validation = Validation(dict(image=samples, text=samples),
-                            dict(image=uniform_model_batch, text=uniform_model_batch),
-                            stub_tokenizer(3, "ab"), 40)
-    errors = dict(image=lambda batch: batch["t"], text=uniform_model_errors)
-    result = validation.measure(errors, 0, 1)
+    maker = SimpleNamespace(mixes=dict(image=samples, text=samples), image_batch=uniform_model_batch,
+                            text_batch=uniform_model_batch, tokenizer=stub_tokenizer(3, "ab"))
+    errors = dict(image=lambda batch: batch.t, text=uniform_model_errors)
+    validation = Validation(maker, lambda name, batch: errors[name](batch), 40)
+    result = validation.measure(0, 1)
     exact = partial(pytest.approx, abs=1e-5)                     # float32, rounded to 6 places
     assert result["val_text_t"] == exact([math.log(4)] * BINS)
     assert result["val_image_t"] == exact([(b + 0.5) / BINS for b in range(BINS)])
@@ -93,7 +95,7 @@ def test_validation_of_a_uniform_model_is_log_4():
     # five tokens are not frozen, two of them words, of four bytes: no chance is left in the bound
     assert result["val_nats"] == exact(math.log(4))
     assert result["val_bits"] == exact(5 * 2 / 4)
-    shares = [validation.measure(errors, rank, 3)["val_image"] for rank in range(3)]
+    shares = [validation.measure(rank, 3)["val_image"] for rank in range(3)]
     assert sum(shares) / 3 == exact(0.5)  # each times three, as none sums them
 
 
@@ -126,15 +128,15 @@ def test_validation_of_a_perfect_model_is_the_entropy():
             uniform.append([orders[order].index(i) / L for i in range(L)])
             t.append((level + 1) / L - 1e-6)                     # masks level + 1 tokens
         ids = torch.stack(ids)
-        return dict(ids=ids, frozen=torch.zeros_like(ids, dtype=torch.bool), t=torch.tensor(t),
-                    uniform=torch.tensor(uniform))
+        frozen = torch.zeros_like(ids, dtype=torch.bool)
+        return TextBatch(None, ids, torch.tensor(t), torch.tensor(uniform), frozen)
 
-    def errors(batch):
-        return mask_diffusion.errors(perfect_logits, batch["ids"], MASK, t=batch["t"],
-                                     uniform=batch["uniform"], picks=True)
-    validation = Validation(dict(text=NumberedSamples(count)), dict(text=make),
-                            stub_tokenizer(END, "a"), count)
-    result = validation.measure(dict(text=errors), 0, 1)
+    def errors(name, batch):
+        return mask_diffusion.errors(perfect_logits, batch.ids, MASK, t=batch.t,
+                                     uniform=batch.uniform)
+    maker = SimpleNamespace(mixes=dict(text=NumberedSamples(count)), text_batch=make,
+                            tokenizer=stub_tokenizer(END, "a"))
+    result = Validation(maker, errors, count).measure(0, 1)
     assert L * result["val_nats"] == pytest.approx(math.log(4), abs=1e-4)    # times are 1e-6 off
 
 
@@ -143,11 +145,13 @@ def test_validation_uses_averaged_weights_captions_and_train_mode(tiny, small_ta
     average is half of its weights."""
     flags = ["--init", tiny, "--image-data", small_tar, *BATCHES, "--text-dropout", 1,
              "--out", tmp_path]
-    config, maker, models, run = train.set_up(train.parse(list(map(str, flags))))
-    for average in run.ema.values():
+    job = train.set_up(train.parse(list(map(str, flags))))
+    maker = job.maker
+    for average in job.run.ema.values():
         average.mul_(0.5)
-    result = train.validate(config, maker, models, run, maker.validation(config))
-    run.close()
+    errors = dict(image=train.image_errors, text=train.text_errors)
+    result = reports.validate(job, reports.make_validation(job, errors))
+    job.run.close()
 
     model = nn.ModuleDict(dict(mmdit=checkpoint.load_mmdit(tiny),
                                embedding=checkpoint.load_embedding(tiny))).train()
@@ -234,7 +238,8 @@ def test_meter_gives_norms_and_cosines_of_two_gradients():
 
 
 def test_meter_of_the_same_loss_twice_has_cosine_1():
-    model = nn.ModuleDict(dict(embedding=nn.Linear(2, 1, bias=False)))
+    no_blocks = nn.ModuleDict(dict(blocks=nn.ModuleList()))
+    model = nn.ModuleDict(dict(mmdit=no_blocks, embedding=nn.Linear(2, 1, bias=False)))
     (model["embedding"](torch.tensor([3.0, 4.0]))).backward()
     before = gradient_meter.gradients(model)
     (model["embedding"](torch.tensor([3.0, 4.0]))).backward()

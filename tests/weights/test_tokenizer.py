@@ -130,14 +130,14 @@ def test_only_the_captions_capitals_are_kept(text, lowered, trained):
     assert trained.lowered(text) == lowered
 
 
-def read_again(tokenizer):
+def read_cached(tokenizer):
     """Return a tokenizer made from another one's files."""
     content = json.loads(tokenizer.files()["tokenizer.json"])
     return gpt2_tokenizer(content["keep"], seen=content["seen"], capitals=content["capitals"])
 
 
 def test_seen_ids_and_capitals_are_saved_and_extended(trained):
-    again = read_again(trained)
+    again = read_cached(trained)
     assert again.seen == trained.seen and again.capitals == trained.capitals == {"Brazil", "T"}
     again.meet(["A Zebra"])  # the texts of a later run are added
     assert again.strange("red Zebra") == []

@@ -1,0 +1,67 @@
+"""Validate, log, save and sample after a step, where it is due."""
+
+import torch
+from torch import Tensor
+
+from common.devices import autocast
+from dataset import sources
+from inference.parts import Parts
+from training import distributed
+from training.batches import Batch, Errors
+from training.setup import Job
+from training.validation import Validation
+from viz import grids
+from viz.samples import samples_page
+
+def make_validation(job: Job, errors: dict[str, Errors]) -> Validation | None:
+    """Return the samples to validate on, with each loss's errors; None without --eval-every."""
+    if not job.config.eval_every:
+        return None
+    device = next(job.models.learns.parameters()).device
+
+    def measure(name: str, batch: Batch) -> Tensor:
+        return errors[name](job.models, batch.move_large_tensors(device))
+    return Validation(job.maker.for_validation(), measure)
+
+
+def after_step(job: Job, validation: Validation | None, learning_rate: float, measured: dict,
+               stopping: bool) -> None:
+    """Do what is due.  measured: what the gradient meter adds to the row."""
+    config, run = job.config, job.run
+    if validation and run.due(config.eval_every) and not stopping:
+        measured = measured | validate(job, validation)
+    if run.due(config.log_every) or run.step <= 5 or measured:
+        run.log(learning_rate, config.steps, measured)
+    if run.due(config.save_every) or stopping:
+        run.save()
+    drawable = job.models.vae is not None and "image" in job.maker.mixes
+    if run.due(config.sample_every) and drawable and not stopping:
+        show_samples(job)
+
+
+def validate(job: Job, validation: Validation) -> dict:
+    """Measure the averaged weights, with the same samples, times and noise every time."""
+    model, run = job.models.learns, job.run
+    device = next(model.parameters()).device
+    with (distributed.averaged(model, run.ema), torch.compiler.set_stance("force_eager"),
+          autocast(device, job.config.dtype)):
+        model.train()                   # for the training floor of t, where data is predicted
+        return validation.measure(run.rank, run.world)
+
+
+def show_samples(job: Job) -> None:
+    """Draw 8 prompts, two of them held out, and caption 8 held-out images: the averaged weights."""
+    config, run = job.config, job.run
+    device = next(job.models.learns.parameters()).device
+    mix = job.maker.mixes["image"]
+    trained_on = mix.shown(6, held=False)
+    held_out = mix.shown(8, held=True)
+    prompts = [sources.choose_caption(sample, 0, 0) for sample in trained_on + held_out[:2]]
+    captions = [sources.choose_caption(sample, 0, 0) for sample in held_out]
+    parts = Parts.of(job.models, config.pixels, config.text_length, device)
+    with (distributed.averaged(job.models.learns, run.ema),
+          torch.compiler.set_stance("force_eager"), autocast(device, config.dtype)):
+        page = samples_page(parts, prompts, captions, sources.latents_of(held_out))
+    if run.rank == 0:
+        grids.write_picture(run.out / f"samples_{run.step}.png", page)
+        run.show()

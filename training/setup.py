@@ -1,0 +1,245 @@
+"""Build everything that the loop of train.py needs, from its flags."""
+
+import signal
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import data
+from common import processes
+from common.cli import UserError, require
+from common.devices import allow_tf32, choose_dtype
+from model import MMDiTConfig
+from pretrained.vae import AutoencoderKL, Pixels
+from training import distributed, models as training_models, plan
+from training.batches import BatchMaker
+from training.config import STAGES, TrainConfig, start
+from training.models import Models
+from training.muon import Muon
+from training.run_folder import Run
+
+
+class Job(NamedTuple):
+    """A run that is ready to be trained."""
+    config: TrainConfig
+    maker: BatchMaker
+    models: Models
+    run: Run
+
+
+class Base(NamedTuple):
+    """The model to start from, as --init or --preset names it."""
+    family: str                                 # "ours", "D-DiT", "SD3"; "" for a preset
+    sizes: MMDiTConfig
+    about: dict                                 # config.json of a run of ours
+    where: dict[str, str]                       # the paths of its "t5" and "vae"
+    vae: AutoencoderKL | Pixels | None        # None: the latents are stored, or there are no images
+    factor: int | None                         # pixels per latent along a side, if there are images
+
+
+def set_up(config: TrainConfig) -> Job:
+    """Start processes, open the run's folder and the data, and build models and optimizers.
+
+    All checks come before the slow parts.  Raises UserError."""
+    rank, world, device = processes.start(config.device)
+    dtype, why = choose_dtype(config.dtype, device)
+    config = replace(config, dtype=dtype)
+    allow_tf32(device, dtype)
+    check_batches(config, world)
+    base = find_base(config)
+    settings = asdict(config) | dict(world=world, torch=torch.__version__)
+    run = Run(Path(config.out), settings, rank, config.fresh, config.resume_step)
+    check_extension(config, run)
+
+    mixes, latents = open_data(config, base, run.key)
+    texts = all_texts(mixes)
+    no_images = mixes["text"].stamp is None                      # the null image is trained
+    models = training_models.build(config, base.sizes, base.where, texts, no_images, base.vae,
+                                   device)
+    check_texts(config, mixes["text"], models, texts)
+    maker = BatchMaker(config, models.tokenizer, mixes, run.key, rank, world, base.sizes.channels,
+                       base.factor or 1)
+    maker.stored_states = training_models.stated(config, mixes.get("image"), models, base.where)
+    maker.make_buckets(base.sizes.patch)
+
+    shard(config, models, world)
+    about = remember(config, base, latents, no_images)
+    run.begin(models, make_optimizers(models.learns, config), about,
+              plan.work(config, base.sizes, maker.factor))
+    job = Job(config, maker, models, run)
+    if rank == 0:
+        print_start(job, base.family, device, why)
+    return job
+
+
+def find_base(config: TrainConfig) -> Base:
+    """Read the sizes of the model to start from, and load its autoencoder.  Raises UserError."""
+    family, sizes, about = start(config.init, config.preset)
+    where = training_models.places(config, sizes, about)
+    vae = None
+    if "vae" in where:
+        vae = checkpoint.load_autoencoder(where["vae"], sizes.channels)
+    elif sizes.channels == 3:
+        vae = Pixels()
+    if vae:
+        factor = vae.factor
+    else:
+        factor = data.latent_factor([*config.image_data, *config.text_data])
+    training_models.check(config, sizes, factor)
+    checkpoint.check_config(sizes)
+    return Base(family, sizes, about, where, vae, factor)
+
+
+def open_data(config: TrainConfig, base: Base, key: str) -> tuple[dict[str, data.Mix], str | None]:
+    """Open the data of each loss; also return whose latents they are: "pixels", or an
+    autoencoder's digest."""
+    mixes = mixtures(config, key)
+    digest = base.vae and checkpoint.digest(base.vae)
+    latents = data.check_stamps(mixes.get("image"), mixes["text"], base.sizes.channels,
+                                base.about.get("latents"), digest)
+    return mixes, latents
+
+
+def remember(config: TrainConfig, base: Base, latents: str | None, no_images: bool) -> dict:
+    """Return what config.json of the run's folder says beside the sizes."""
+    paths = {part: str(Path(path).resolve()) for part, path in base.where.items()}
+    null_image = no_images or bool(base.about.get("null_image"))               # it has been trained
+    return paths | dict(pixels=config.pixels, buckets=config.buckets,
+                        text_length=config.text_length, stage=config.stage, latents=latents,
+                        null_image=null_image)
+
+
+def check_batches(config: TrainConfig, world: int) -> None:
+    """Raise UserError for a batch that does not divide over processes and micro-batches."""
+    for flag, size in (("--text-batch", config.text_batch), ("--image-batch", config.image_batch)):
+        rows, micro = size // world, config.micro_batch
+        require((size % world == 0, f"{flag} {size} does not divide over {world} processes"),
+                (not micro or rows % micro == 0, f"--micro-batch {micro} does not divide {flag} "
+                 f"{size} over {world} process(es), {rows} rows on each"))
+
+
+def check_extension(config: TrainConfig, run: Run) -> None:
+    """Raise UserError for more steps once the learning rate has begun to fall."""
+    steps, decay_steps = run.was.get("steps", 0), run.was.get("decay_steps", 0)
+    if decay_steps and run.step > steps - decay_steps and config.steps > steps:
+        raise UserError(f"--steps {config.steps}: this run's learning rate falls to zero at step "
+                        f"{steps}; --init {config.out} with another --out starts a run from its "
+                        f"weights")
+
+
+def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
+    """Open the data of each loss of the stage.  Raises UserError, also where there is none."""
+    text_only = STAGES[config.stage].losses == "text"
+    if text_only:
+        specs, flag = config.text_data, "--text-data"
+    else:
+        specs, flag = config.image_data, "--image-data"
+    require((specs, f"--stage {config.stage}: name its data with {flag}; python data.py --help "
+             f"lists the forms"))
+    asks = config.stage == "instruct" and config.question_share > 0
+    filters = data.PUBLISHED if config.filtered else data.Filters()
+
+    def open_mix(specs: list[str]) -> data.Mix:
+        return data.Mix(specs, config.pixels, key, filters, config.text_length, asks)
+    if text_only:
+        return {"text": open_mix(config.text_data)}
+    image = open_mix(config.image_data)
+    text = image
+    if config.text_data:
+        text = open_mix(config.text_data)
+    return {"image": image, "text": text}
+
+
+def all_texts(mixes: dict[str, data.Mix]) -> list[str] | None:
+    """Return every text of the data, or None where that would take reading all of it."""
+    texts = []
+    for mix in dict.fromkeys(mixes.values()):                    # one mix may serve both losses
+        mix_texts = mix.texts()
+        if mix_texts is None:
+            return None
+        texts += mix_texts
+    return texts
+
+
+def check_texts(config: TrainConfig, mix: data.Mix, models: Models,
+                texts: list[str] | None) -> None:
+    """Raise UserError for texts that this model can't be trained on."""
+    data.check_tokens(mix, models.tokenizer, config.init or "gpt2")
+    if config.stage == "instruct":
+        data.check_questions(mix, texts or [], models.tokenizer, config.text_length)
+
+
+def shard(config: TrainConfig, models: Models, world: int) -> None:
+    if world == 1:
+        return
+    distributed.shard(models.learns, getattr(torch, config.dtype), config.shard)
+    if config.shard_t5 and models.t5:
+        distributed.shard_frozen(models.t5)
+
+
+def make_adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def make_muon(matrices: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    return Muon(matrices, config.lr, config.weight_decay, dtype=getattr(torch, config.dtype))
+
+
+# --optimizer: for the blocks' matrices, where AdamW is not for everything
+FOR_MATRICES = {"muon": make_muon}
+
+
+def make_optimizers(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Return AdamW for everything that is trained; or --optimizer for the blocks' matrices, and
+    AdamW for the rest."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return [make_adamw(trained, config)]
+    in_blocks = set(model["mmdit"].blocks.parameters())
+    matrices = [p for p in trained if p in in_blocks and p.ndim == 2]
+    are_matrices = set(matrices)
+    others = [p for p in trained if p not in are_matrices]
+    return [make_adamw(others, config), FOR_MATRICES[config.optimizer](matrices, config)]
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float | Tensor) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def print_start(job: Job, family: str, device: torch.device, why: str) -> None:
+    """Print what is trained, and on what.  family: of --init; why: the dtype was chosen."""
+    config, maker, models, run = job
+    if family == "SD3":
+        training_models.report(config, maker.tokenizer.vocab_size)
+    millions = sum(p.numel() for p in models.learns.parameters()) / 1e6
+    samples = len(maker.mixes.get("image") or maker.mixes["text"])
+    print(f"{millions:.2f} M parameters, {samples:,} samples an epoch, vocabulary "
+          f"{maker.tokenizer.vocab_size}, {maker.world} process(es), {device}, from step "
+          f"{run.step}", flush=True)
+    print(f"matrix products in {config.dtype}: {why}", flush=True)
+    if models.vae is None and config.sample_every and "image" in maker.mixes:
+        print("note: no samples are drawn: they need the autoencoder that made the latents (--vae)",
+              flush=True)
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """While this lasts, Ctrl-C and SIGTERM add their number to the list, and the loop stops after
+    its step."""
+    requests = []
+
+    def note(number: int, frame) -> None:
+        requests.append(number)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
