@@ -16,6 +16,8 @@ end-to-end variant of its size:
 A run lives in its folder --out (out/STAGE unless given): its log, its checkpoints, and the averaged
 weights that sample.py reads.  Give the same command again and it resumes from the newest step_*
 folder, with any number of processes.  Ctrl-C and SIGTERM save first.
+
+With --cuda-graph the loop and the text loss are those of training/cuda_graph.py.
 """
 
 from common import cli
@@ -41,16 +43,17 @@ from training import cuda_graph, distributed, gradient_meter, plan, reports
 from training.batches import Batch, Errors, ImageBatch, TextBatch
 from training.config import TrainConfig, average_decay, learning_rate, parse
 from training.models import Models
+from training.optimizers import set_learning_rate
 from training.run_folder import Run
-from training.setup import Job, set_learning_rate, set_up, stop_requests
+from training.setup import Job, set_up, stop_requests
 
 
 # ----------------------------------------------------------------------------------- the two losses
 
 def image_errors(models: Models, batch: ImageBatch) -> Tensor:
-    """Return |v(x_t, t | caption) - (e - x)|^2 of each image, (B,); L_image is their mean.
+    """Return |v(x_t, t | caption) - (e - x)|^2, averaged over each image's values, (B,).
 
-    The caption has no [MASK]."""
+    L_image is the mean over images.  The caption has no [MASK]."""
     mmdit = models.learns["mmdit"]
     text = models.captions(batch.ids, batch.dropped, batch.states)                # (B, L, E)
     latents = models.latents(batch.images)                                        # (B, C, h, w)
@@ -65,7 +68,8 @@ def image_errors(models: Models, batch: ImageBatch) -> Tensor:
 def text_errors(models: Models, batch: TextBatch) -> Tensor:
     """Return -log p(masked tokens | the others, image) / t of each text, (B,).
 
-    L_text is their sum over B L.  The image is clean: its time is 0."""
+    L_text is the sum over texts, divided by B L: all positions, prompts included.  The image is
+    clean, so its time is 0.  --text-loss has other weights than 1/t."""
     mmdit = models.learns["mmdit"]
     latents = models.latents(batch.images)                                # (B, C, h, w) or None
     time_zero = torch.zeros(1, device=batch.ids.device)
@@ -85,8 +89,8 @@ def accumulate(errors: Errors, models: Models, batch: Batch, weight: float, conf
                reduce_gradients: bool) -> Tensor:
     """Add up the gradient of weight * L, in micro-batches, and return L of this process's rows.
 
-    reduce_gradients: FSDP2 reduces after this loss, because it is the step's last, or because the
-    gradient meter reads its gradient."""
+    reduce_gradients: FSDP2 reduces what both losses share after this loss, because it is the step's
+    last, or because the gradient meter reads its gradient."""
     device = next(models.learns.parameters()).device
     loss = torch.zeros((), device=device)
     micro_batches = batch.split(config.micro_batch)
@@ -103,16 +107,18 @@ def accumulate(errors: Errors, models: Models, batch: Batch, weight: float, conf
 
 @torch.no_grad()
 def update_average(model: nn.Module, average: dict[str, Tensor], decay: float) -> None:
-    """average += (1 - decay) (weights - average), in one kernel for all."""
+    """Move the averaged weights (EMA): average += (1 - decay) (weights - average)."""
+    # both in the order of named_parameters(); one kernel for all of them
     averages = [distributed.local(tensor) for tensor in average.values()]
     weights = [distributed.local(p) for p in model.parameters()]
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def check_step(run: Run, signals: list[int], grad_norm: Tensor, losses: dict[str, Tensor]) -> bool:
-    """Return whether all processes stop after this step, before anything is updated.
+    """Return whether training stops after this step; all processes agree.
 
-    Raises UserError where the gradient is not finite, or a save has failed, on any process."""
+    Raises UserError where the gradient is not finite, or a save has failed, on any process: it is
+    called before anything is updated."""
     votes = bool(signals), not grad_norm.isfinite(), bool(run.error)
     stopping, is_unsound, save_failed = processes.agree(*votes, device=grad_norm.device)
     if is_unsound or save_failed:
@@ -139,7 +145,7 @@ def train(job: Job, signals: list[int]) -> None:
         losses = {}
         measured = {}
 
-        # L = L_image + lambda L_text: two forward passes of the same network
+        # L = L_image + lambda L_text, lambda = --text-weight: two passes of the same network
         if batches.image is not None:
             losses["image"] = accumulate(image_errors, models, batches.image, config.image_weight,
                                          config, reduce_gradients=metered)
@@ -166,7 +172,7 @@ def train(job: Job, signals: list[int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # torch's checkpoints warn about one process, AdamW about a CUDA graph
+    # expected: torch's checkpoints warn where one process saves, AdamW before a graph is captured
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="This instance was constructed")
     config = parse(argv, __doc__)

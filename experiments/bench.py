@@ -40,7 +40,7 @@ from training import plan
 from training.batches import ImageBatch, TextBatch
 from training.config import TrainConfig, parse
 from training.models import Models
-from training.setup import make_optimizers
+from training.optimizers import make_optimizers
 
 
 def median_seconds(function: Callable[[], object], rounds: int, device: torch.device) -> float:

@@ -42,12 +42,14 @@ class Batch:
         return replace(self, **changed)
 
     def move_large_tensors(self, device: torch.device) -> "Batch":
-        """Times and masks stay on the CPU, so that nothing waits for the device to read them."""
+        """Move images, ids, noise and states.
+
+        Masks stay on the CPU: counting the masked tokens there does not wait for the device."""
         def move(name: str, tensor: Tensor) -> Tensor:
             if name not in ("images", "ids", "noise", "states"):
                 return tensor
             if device.type == "cuda":
-                tensor = tensor.pin_memory()                     # copied while others compute
+                tensor = tensor.pin_memory()                     # the copy overlaps with kernels
             return tensor.to(device, non_blocking=True)
         return self.map(move)
 
@@ -95,8 +97,8 @@ class StepBatches:
     """The batches of a step, and what to log."""
     image: ImageBatch | None
     text: TextBatch
-    unreadable: list[str]           # the samples that other samples stand in for
-    cut: list[str]                  # one line for each text that was too long
+    unreadable: list[str]           # a message for each sample that the next one stands in for
+    cut: list[str]                  # as many as texts were too long; what the first one lost
 
 
 @dataclass
@@ -126,7 +128,7 @@ class BatchMaker:
         image = None
         if "image" in self.mixes:
             image = self.image_batch(*self.rows(step, config.image_batch, "image"))
-        # antithetic over the whole batch, dealt out row by row: each process has all kinds
+        # evenly spaced over the whole batch; dealt out row by row, each process has low and high t
         t, _ = mask_diffusion.draw((config.text_batch, 0), seeding.seeded(self.key, "times", step))
         samples, generators = self.rows(step, config.text_batch, "text")
         text = self.text_batch(samples, generators, t[self.rank::self.world])
@@ -192,8 +194,9 @@ class BatchMaker:
                          torch.stack(frozen), self.config.text_loss)
 
     def choose_text(self, sample: dict, generator: torch.Generator) -> tuple[Tensor, int]:
-        """Return ids (L,), and how many of them are a prompt: of a caption, an answered question
-        or plain text."""
+        """Choose a caption, a question with its answer, or plain text.
+
+        Return its ids (L,) and the length of its prompt, 0 but for questions."""
         config, tokenizer = self.config, self.tokenizer
         if "ids" in sample:
             return sample["ids"], 0

@@ -17,6 +17,7 @@ from common.cli import option
 from common.devices import DEVICES, DTYPES
 from dataset import emoji
 from model import PRESETS, MMDiTConfig
+from training.optimizers import OPTIMIZERS
 
 
 class Stage(NamedTuple):
@@ -88,7 +89,7 @@ class TrainConfig:
     decay_steps: int = option(0, "last steps, over which the learning rate falls to zero; 0: none",
                               low=0, group="one step")
     optimizer: str = option("adamw", "for the blocks' matrices; the rest always has AdamW",
-                            choices=["adamw", "muon"])
+                            choices=OPTIMIZERS)
     weight_decay: float = option(1e-2, "weight decay of both optimizers", low=0, high=1)
     times: str = option("logit-normal", "distribution of the image loss's times",
                         choices=flow.TIMES)

@@ -22,7 +22,8 @@ from training import reports
 from training.batches import Batch, Errors, StepBatches, TextBatch
 from training.config import STAGES, TrainConfig, average_decay, learning_rate, start
 from training.models import Models
-from training.setup import Job, set_learning_rate
+from training.optimizers import set_learning_rate
+from training.setup import Job
 
 
 def static_text_errors(models: Models, batch: TextBatch, mask_id: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pretrained.t5 import T5Block, T5Config, T5Encoder
 from pretrained.vae import AutoencoderKL, VAEConfig
 from training import models as training_models
 from training.config import STAGES, TrainConfig, start
+from training.optimizers import OPTIMIZERS
 
 NODE = 8                # GPUs of a machine; hsdp shards within it
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}   # TFLOP/s, dense, bfloat16, by a GPU's name
@@ -215,9 +216,8 @@ def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, f
         gradients += parameters                                  # whole between backward passes
     if bytes_each == 4 and shards == 1:
         in_use = 0                                               # the float32 weights themselves
-    moments = 2 * parameters
-    if config.optimizer == "muon":
-        moments -= c.depth * block                               # a matrix has one
+    saved = c.depth * block * (2 - OPTIMIZERS[config.optimizer].moments)
+    moments = 2 * parameters - saved                             # AdamW's, but for the blocks
     return {
         "weights, float32": 4 * (shard + c.position_size ** 2 * c.width),
         f"weights in use, {config.dtype}": bytes_each * in_use,

@@ -26,7 +26,7 @@ def make_validation(job: Job, errors: dict[str, Errors]) -> Validation | None:
 
 def after_step(job: Job, validation: Validation | None, learning_rate: float, measured: dict,
                stopping: bool) -> None:
-    """Do what is due.  measured: what the gradient meter adds to the row."""
+    """Validate, log, save and sample, each if it is due.  measured: more values for the row."""
     config, run = job.config, job.run
     if validation and run.due(config.eval_every) and not stopping:
         measured = measured | validate(job, validation)
@@ -45,7 +45,7 @@ def validate(job: Job, validation: Validation) -> dict:
     device = next(model.parameters()).device
     with (distributed.averaged(model, run.ema), torch.compiler.set_stance("force_eager"),
           autocast(device, job.config.dtype)):
-        model.train()                   # for the training floor of t, where data is predicted
+        model.train()                   # averaged() sets eval mode, with another floor of t
         return validation.measure(run.rank, run.world)
 
 

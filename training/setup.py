@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 import checkpoint
 import data
@@ -20,7 +19,7 @@ from training import distributed, models as training_models, plan
 from training.batches import BatchMaker
 from training.config import STAGES, TrainConfig, start
 from training.models import Models
-from training.muon import Muon
+from training.optimizers import make_optimizers
 from training.run_folder import Run
 
 
@@ -180,37 +179,6 @@ def shard(config: TrainConfig, models: Models, world: int) -> None:
     distributed.shard(models.learns, getattr(torch, config.dtype), config.shard)
     if config.shard_t5 and models.t5:
         distributed.shard_frozen(models.t5)
-
-
-def make_adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def make_muon(matrices: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    return Muon(matrices, config.lr, config.weight_decay, dtype=getattr(torch, config.dtype))
-
-
-# --optimizer: for the blocks' matrices, where AdamW is not for everything
-FOR_MATRICES = {"muon": make_muon}
-
-
-def make_optimizers(model: nn.ModuleDict, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Return AdamW for everything that is trained; or --optimizer for the blocks' matrices, and
-    AdamW for the rest."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adamw":
-        return [make_adamw(trained, config)]
-    in_blocks = set(model["mmdit"].blocks.parameters())
-    matrices = [p for p in trained if p in in_blocks and p.ndim == 2]
-    are_matrices = set(matrices)
-    others = [p for p in trained if p not in are_matrices]
-    return [make_adamw(others, config), FOR_MATRICES[config.optimizer](matrices, config)]
-
-
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float | Tensor) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
 
 
 def print_start(job: Job, family: str, device: torch.device, why: str) -> None:

@@ -12,7 +12,7 @@
 
 Images are held-out ones if the first source has any, otherwise images of it that are trained on.
 The random draws for a sample depend on its number only, not on the run, its seed or its processes:
-two runs can be compared.  The loss is the one that the weights were trained with.
+two runs can be compared.  Data prediction keeps the floor of t that it is trained with.
 
 Shapes: B samples at once, L tokens.
 """

@@ -7,7 +7,7 @@ from torch import nn
 from model import MMDiT, MMDiTConfig, TokenEmbedding
 from training.config import TrainConfig
 from training.muon import COEFFICIENTS, Muon, orthogonalize
-from training.setup import make_optimizers
+from training.optimizers import make_optimizers
 
 
 def seeded(seed):

@@ -15,7 +15,7 @@ from pretrained.t5 import T5Block, T5Config
 from pretrained.vae import VAEConfig
 from training import plan
 from training.muon import Muon
-from training.setup import make_optimizers
+from training.optimizers import make_optimizers
 
 SMALL = MMDiTConfig(depth=3, heads=4, width=64, text_width=32, vocab_size=500)
 

@@ -1,0 +1,47 @@
+"""The optimizers of a run: AdamW, or another one for the matrices of the blocks.
+
+config: a TrainConfig, whose --optimizer is a row of OPTIMIZERS.
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from training.muon import Muon
+
+
+def make_adamw(parameters: list[nn.Parameter], config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def make_muon(matrices: list[nn.Parameter], config) -> torch.optim.Optimizer:
+    return Muon(matrices, config.lr, config.weight_decay, dtype=getattr(torch, config.dtype))
+
+
+class ForMatrices(NamedTuple):
+    """A row of OPTIMIZERS."""
+    make: Callable[..., torch.optim.Optimizer]
+    moments: int                # values that it keeps of each weight
+
+
+OPTIMIZERS = {"adamw": ForMatrices(make_adamw, 2), "muon": ForMatrices(make_muon, 1)}
+
+
+def make_optimizers(model: nn.ModuleDict, config) -> list[torch.optim.Optimizer]:
+    """Return AdamW for everything that is trained; or --optimizer for the blocks' matrices, and
+    AdamW for the rest."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return [make_adamw(trained, config)]
+    in_blocks = set(model["mmdit"].blocks.parameters())
+    matrices = [p for p in trained if p in in_blocks and p.ndim == 2]
+    are_matrices = set(matrices)
+    others = [p for p in trained if p not in are_matrices]
+    return [make_adamw(others, config), OPTIMIZERS[config.optimizer].make(matrices, config)]
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float | Tensor) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
