@@ -20,7 +20,7 @@ Pin = Callable[[Tensor, Tensor], Tensor]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """In bfloat16 a time of 0.501 would be 0.5, and the target would be off by 2^-9 of itself."""
+    """Return x in float32 or wider: in bfloat16 a time of 0.501 would be 0.5."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -88,9 +88,9 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
 
 
 def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
-         **drawn: Tensor) -> Tensor:
+         **settings) -> Tensor:
     """Return L_image, the mean of `errors` over the batch, a scalar."""
-    return errors(velocity, x, generator, **drawn).mean()
+    return errors(velocity, x, generator, **settings).mean()
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -98,8 +98,8 @@ def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None
 def sigmas(steps: int, shift: float = 3.0, least: float = 1e-3) -> Tensor:
     """Return the noise levels of a sampling run, (steps + 1,) float32, from 1 down to 0.
 
-    The shift spends more steps at high noise, which large images need.  The grid ends at the
-    shifted `least` and is then shifted as a whole, so that its last level is shifted twice: the
+    The shift spends more steps at high noise, which large images need.  least: the lowest level
+    above 0, before the shift.  It is shifted twice, once alone and once with the grid: SD3's
     published scheduler does so with 1/1000, and the released weights are sampled with it.  Raises
     ValueError for less than one step."""
     if steps < 1:
@@ -118,15 +118,18 @@ def heun_step(velocity: Velocity, x: Tensor, v: Tensor, t: Tensor, s: Tensor) ->
     """Average the velocities at both ends: the error falls like the square of the step size.
 
     A step that removes more than half of the noise is an Euler step."""
+    x_s = euler_step(velocity, x, v, t, s)
     if not leaves_half(float(t), float(s)):
-        return euler_step(velocity, x, v, t, s)
-    v_s = velocity(euler_step(velocity, x, v, t, s), s.view(1)).to(x)
+        return x_s
+    v_s = velocity(x_s, s.view(1)).to(x)
     return x + (s - t) * ((v + v_s) / 2)
 
 
 def leaves_half(t: float, s: float) -> bool:
-    """Does a step from t to s leave half of the noise?  If not, Heun's second velocity, (x -
-    x_clean) / s, would multiply an error of the predicted clean image by |s - t| / 2s."""
+    """Return True if a step from t to s leaves at least half of the noise.
+
+    Below that, Heun's second velocity, (x - x_clean) / s, multiplies an error of the predicted
+    clean image by |s - t| / 2s, which is more than 1/2."""
     return 2 * s >= t * (1 - 1e-6)
 
 
@@ -180,9 +183,9 @@ def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Tensor:
 def guide(velocity: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
     """Classifier-free guidance: v = v_null + scale (v_text - v_null).
 
-    Outside the interval of times it is v_text, for half the work (arXiv 2404.07724).  `velocity`
-    must answer a doubled batch (2B, ...), whose first half has the text, and a batch that is the
-    text half.  Raises ValueError for a reversed interval."""
+    Outside the interval of times it is v_text, for half the work (arXiv 2404.07724).  `velocity` is
+    called in two ways: inside with 2B images, the first B for the text and the others for the null
+    text; outside with B images for the text.  Raises ValueError for a reversed interval."""
     low, high = interval
     if low > high:
         raise ValueError(f"the interval must be from low to high, got {interval}")

@@ -62,7 +62,8 @@ def inverse_time(errors: Tensor, t: Tensor) -> Tensor:
 
 
 def flat(errors: Tensor, t: Tensor) -> Tensor:
-    """As much weight as 1/t over all times, but the same at each."""
+    """Weigh all times alike.  t of the tokens are masked, so over all times 1/t weighs
+    1 per token, and so does 2: the integral of 2 t is 1."""
     return 2 * errors
 
 
@@ -108,8 +109,11 @@ def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None =
 
 # --------------------------------------------------------------------------------- unmasking orders
 
+# An order is exact where the text has the model's joint distribution.  Orders see probabilities,
+# but never the tokens that are drawn: so each is exact as long as it reveals one at a time.
+
 class State(NamedTuple):
-    """What the function of an order is given."""
+    """The input of an order's `select`."""
     masked: Tensor                      # (B, L) bool
     reveal_step: Tensor                 # (B, L) int64: a random step for each token, 1 to steps
     steps_left: int                     # evaluations until the text must be done
@@ -117,16 +121,16 @@ class State(NamedTuple):
     probabilities: Tensor | None = None # (n, V) at the n masked tokens, for orders that need them
 
 
-def scatter_scores(figures: Tensor, masked: Tensor) -> Tensor:
-    """Put figures (n,) of the masked tokens in their places, (B, L); minus infinity elsewhere."""
-    text = torch.full(masked.shape, -torch.inf, dtype=figures.dtype, device=figures.device)
-    text[masked] = figures
-    return text
+def scatter_scores(scores: Tensor, masked: Tensor) -> Tensor:
+    """Put scores (n,) of the masked tokens in their places, (B, L); minus infinity elsewhere."""
+    placed = torch.full(masked.shape, -torch.inf, dtype=scores.dtype, device=scores.device)
+    placed[masked] = scores
+    return placed
 
 
-def largest(figures: Tensor, count: Tensor | int) -> Tensor:
-    """Mark the `count` (B, 1) largest figures in each row of (B, L), the first ones in a tie."""
-    rank = figures.argsort(dim=1, descending=True, stable=True).argsort(1)
+def largest(scores: Tensor, count: Tensor | int) -> Tensor:
+    """Mark the `count` (B, 1) largest scores in each row of (B, L), the first ones in a tie."""
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
     return rank < count
 
 
@@ -154,21 +158,21 @@ def select_entropy_bounded(state: State) -> Tensor:
     """Select by entropy, the least first, while the entropies before sum to at most the level.
 
     That bounds the error of drawing them independently (arXiv 2505.24857); exact towards 0."""
-    negative = scatter_scores(-torch.special.entr(state.probabilities).sum(-1), state.masked)
-    entropy = -negative.sort(dim=1, descending=True).values.clamp(min=-1e9)       # finite sums
-    before = entropy.cumsum(1) - entropy
+    entropy = torch.special.entr(state.probabilities).sum(-1)                     # (n,)
+    scores = scatter_scores(-entropy, state.masked)                               # (B, L)
+    ascending = (-scores).sort(dim=1).values.clamp(max=1e9)      # infinity - infinity is no number
+    before = ascending.cumsum(1) - ascending
     count = (before <= state.level).sum(1, keepdim=True).clamp(min=1)
-    return largest(negative, count)
+    return largest(scores, count)
 
 
 class Order(NamedTuple):
     """A row of ORDERS."""
-    select: Callable[[State], Tensor]   # -> (B, L) bool: at least one token of a row with masks
+    select: Callable[[State], Tensor]   # -> (B, L) bool; `walk` leaves out what is not masked
     level: float | None = None          # its default; None: the order has none
     needs_probabilities: bool = True    # False: only the selected tokens' logits are computed
 
 
-# No order looks at the tokens that are drawn, so that revealing one at a time is an exact draw.
 ORDERS = {
     "random": Order(select_random, needs_probabilities=False),
     "confidence": Order(select_confidence),
@@ -206,8 +210,10 @@ class ReadConfig:
             raise ValueError(f"level of order {self.order} must be above 0, got {self.level}")
         elif self.order == "threshold" and self.level > 1:
             raise ValueError(f"level of order threshold must be at most 1, got {self.level}")
+        if self.end_id is not None and self.pad_id is None:
+            raise ValueError("end_id needs pad_id, which fills the text behind the end")
         if self.length_at is not None and self.end_id is None:
-            raise ValueError("length_at needs end_id and pad_id")
+            raise ValueError("length_at needs end_id")
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -230,7 +236,8 @@ def uniforms(shape: tuple[int, int], device: torch.device, generator: Draws) -> 
         return torch.stack(rows).to(device, exact_dtype(device))
     source = generator.device if generator else device
     exact = exact_dtype(source)
-    return torch.rand(shape, generator=generator, device=source, dtype=exact).to(device)
+    numbers = torch.rand(shape, generator=generator, device=source, dtype=exact)
+    return numbers.to(device, exact_dtype(device))
 
 
 def choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
@@ -239,11 +246,11 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     The token is the one whose interval of the cumulative distribution holds the number."""
     if temperature == 0:
         return logits.argmax(-1)
-    total = (logits / temperature).softmax(-1).cumsum(-1)
-    mass = total[:, -1]
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+    mass = cumulative[:, -1]
     below = torch.nextafter(mass, torch.zeros_like(mass))        # uniform * mass can round up to it
-    number = (uniform * mass).minimum(below)
-    return torch.searchsorted(total, number[:, None], right=True)[:, 0]
+    threshold = (uniform * mass).minimum(below)
+    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
 def cut_after_end(ids: Tensor, ends: Tensor, written: Tensor, config: ReadConfig) -> Tensor:
@@ -330,9 +337,10 @@ def guide(logits_at: LogitsAt, null_at: LogitsAt, scale: float, mask_id: int) ->
 
     logits_at sees the image, null_at does not."""
     def guided(ids: Tensor, at: Tensor) -> Tensor:
-        known = exact_logits(logits_at, ids, at, mask_id).log_softmax(-1)
-        null = exact_logits(null_at, ids, at, mask_id).log_softmax(-1)
-        return known + (scale - 1) * (known - null).nan_to_num(0.0)           # of [MASK]: inf - inf
+        log_p = exact_logits(logits_at, ids, at, mask_id).log_softmax(-1)
+        log_p_null = exact_logits(null_at, ids, at, mask_id).log_softmax(-1)
+        difference = (log_p - log_p_null).nan_to_num(0.0)       # of [MASK] both are minus infinity
+        return log_p + (scale - 1) * difference
     return guided
 
 

@@ -55,7 +55,7 @@ PRESETS = {
                      text_length=256),
     # The end-to-end variant for a laptop: 64x64 pixels in patches of 8, with room for 128x128 in
     # the table.  8.3 M parameters and the vocabulary.  A patch has 192 numbers, as many as the
-    # width: noise does not fit through beside what the network computes, but a clean patch does.
+    # width: the network cannot carry a patch of noise beside what it computes, but a clean one.
     # So the head predicts the clean image.
     "emoji": dict(depth=6, heads=6, width=192, patch=8, channels=3, position_size=16,
                   position_base=16, text_width=192, vocab_size=50258, qk_norm=True, text_length=28,
@@ -64,6 +64,11 @@ PRESETS = {
 
 
 T_FLOOR = dict(train=0.05, draw=1e-3)   # of the division that turns predicted data into a velocity
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Normalise the last axis; where weights are needed, `modulate` has them."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -80,7 +85,9 @@ def velocity_to(data: Tensor, latents: Tensor, t: Tensor, floor: float) -> Tenso
     rare small t from outweighing the batch (JiT, arXiv 2511.13720); a walk goes on to its smallest
     level and ends at x."""
     t = t.to(torch.promote_types(t.dtype, torch.float32)).clamp(min=floor)
-    return (latents.to(t.dtype) - data.to(t.dtype)) / t.view(-1, *[1] * (data.ndim - 1))
+    t = t.view(-1, *[1] * (data.ndim - 1))                                # (B or 1, 1, 1, 1)
+    difference = latents.to(t.dtype) - data.to(t.dtype)
+    return difference / t
 
 
 def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10_000.0) -> Tensor:
@@ -89,8 +96,8 @@ def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10_00
     Always float32: in bf16, 1000 t = 501 would become 500."""
     half = channels // 2
     exponents = torch.arange(half, device=t.device, dtype=torch.float32)
-    rates = torch.exp(-math.log(max_period) * exponents / half)
-    angles = 1000 * t.float()[:, None] * rates                                    # (B, channels/2)
+    frequencies = torch.exp(-math.log(max_period) * exponents / half)
+    angles = 1000 * t.float()[:, None] * frequencies                        # (B, channels/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -102,11 +109,13 @@ def position_table(width: int, size: int, base: int) -> Tensor:
     if torch.get_default_device().type == "meta":
         return torch.empty(size, size, width)
     quarter = width // 4
-    rates = 1 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    at = torch.arange(size, dtype=torch.float64) / (size / base)
-    angles = at[:, None] * rates                                                  # (size, D/4)
+    exponents = torch.arange(quarter, dtype=torch.float64) / quarter
+    frequencies = 1 / 10_000 ** exponents
+    coordinates = torch.arange(size, dtype=torch.float64) / (size / base)
+    angles = coordinates[:, None] * frequencies                                   # (size, D/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)                        # (size, D/2)
-    columns, rows = line[None].expand(size, -1, -1), line[:, None].expand(-1, size, -1)
+    columns = line[None].expand(size, -1, -1)
+    rows = line[:, None].expand(-1, size, -1)
     return torch.cat([columns, rows], dim=-1).float()                             # (size, size, D)
 
 
@@ -119,7 +128,8 @@ class TimeEmbedding(nn.Module):
         self.fc2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(timestep_embedding(t).to(self.fc1.weight.dtype))))
+        sinusoids = timestep_embedding(t).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(sinusoids)))
 
 
 class TokenEmbedding(nn.Module):
@@ -135,11 +145,13 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        L, length = ids.shape[1], self.position.num_embeddings
+        L = ids.shape[1]
+        length = self.position.num_embeddings
         if L > length:
             raise ValueError(f"text of {L} tokens, expected at most {length}, the positions that "
                              f"were trained")
-        return self.token(ids) + self.position(torch.arange(L, device=ids.device))
+        positions = torch.arange(L, device=ids.device)
+        return self.token(ids) + self.position(positions)
 
 
 class RMSNorm(nn.Module):
@@ -153,12 +165,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.weight.to(x.dtype)
 
 
+class Modulation(NamedTuple):
+    """How the time steers one stream of a block, in DiT's order, (B or 1, D) each."""
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor                # of the attention's output
+    mlp_shift: Tensor
+    mlp_scale: Tensor
+    mlp_gate: Tensor
+
+
 class Stream(nn.Module):
     """One modality's half of a block: its modulation, qkv, output projection and MLP."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
-        D, head = config.width, config.width // config.heads
+        D = config.width
+        head = D // config.heads
         self.heads = config.heads
         self.modulation = nn.Linear(D, 6 * D)
         self.qkv = nn.Linear(D, 3 * D)
@@ -168,25 +191,30 @@ class Stream(nn.Module):
         self.fc1 = nn.Linear(D, 4 * D)
         self.fc2 = nn.Linear(4 * D, D)
 
-    def attention_input(self, x: Tensor, shift: Tensor,
-                        scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, D = x.shape
-        x = modulate(F.layer_norm(x, (D,), eps=1e-6), shift, scale)
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).unbind(2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)         # each (B, H, T, D/H)
+    def modulations(self, vec: Tensor) -> Modulation:
+        return Modulation(*self.modulation(vec).chunk(6, dim=-1))
 
-    def finish(self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
-               mlp_gate: Tensor) -> Tensor:
-        x = x + gate.unsqueeze(1) * self.out(attended)
-        y = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
-        return x + mlp_gate.unsqueeze(1) * self.fc2(F.gelu(self.fc1(y), approximate="tanh"))
+    def attention_input(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> queries, keys and values, (B, H, T, D/H) each."""
+        B, T, D = x.shape
+        x = modulate(layer_norm(x), mod.shift, mod.scale)
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).unbind(2)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def finish(self, x: Tensor, attended: Tensor, mod: Modulation) -> Tensor:
+        x = x + mod.gate.unsqueeze(1) * self.out(attended)
+        y = modulate(layer_norm(x), mod.mlp_shift, mod.mlp_scale)
+        hidden = F.gelu(self.fc1(y), approximate="tanh")
+        return x + mod.mlp_gate.unsqueeze(1) * self.fc2(hidden)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) v, each (B, H, T, d)."""
     if q.requires_grad and q.device.type == "cpu":       # takes 0.7 of the time of torch's kernel
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -198,7 +226,7 @@ class BlockCache(NamedTuple):
     """A block's image and time, for text that is read beside them."""
     keys: Tensor                # (B, H, N, D/H)
     values: Tensor              # (B, H, N, D/H)
-    txt_modulation: Tensor      # (1, 6D): one time for the batch
+    txt_modulation: Modulation  # of one time for the batch
 
     def rows(self, index: Tensor) -> "BlockCache":
         """Keep these rows of the batch."""
@@ -208,7 +236,7 @@ class BlockCache(NamedTuple):
 class Block(nn.Module):
     """Joint attention: both streams' queries see both streams' keys under one unmasked softmax."""
 
-    attention = staticmethod(attention)
+    attention = staticmethod(attention)         # an attribute: plan and viz replace it in a block
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -221,35 +249,41 @@ class Block(nn.Module):
 
         need: "both", "velocity" or "logits".  In the last block the stream that no head reads
         stops after its keys and values, and its old value is returned."""
-        return self.joint(img, txt, vec, need)[:2]
+        img, txt, _ = self.joint(img, txt, vec, need)
+        return img, txt
 
     def joint(self, img: Tensor, txt: Tensor, vec: Tensor,
               need: str) -> tuple[Tensor, Tensor, BlockCache]:
-        """`forward`, and what `read` needs of the image and the time."""
-        N, L = img.shape[1], txt.shape[1]
+        """Run the block, and also return what `read` needs of the image and the time."""
+        N = img.shape[1]
+        L = txt.shape[1]
         vec = F.silu(vec)
-        txt_modulation = self.txt.modulation(vec)                                 # (B or 1, 6D)
-        # shift and scale of the attention; then gate, shift, scale, gate for `finish`
-        img_shift, img_scale, *img_mod = self.img.modulation(vec).chunk(6, dim=-1)
-        txt_shift, txt_scale, *txt_mod = txt_modulation.chunk(6, dim=-1)
-        img_qkv = self.img.attention_input(img, img_shift, img_scale)          # 3 of (B, H, N, D/H)
-        txt_qkv = self.txt.attention_input(txt, txt_shift, txt_scale)          # 3 of (B, H, L, D/H)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(img_qkv, txt_qkv))    # (B, H, N + L, D/H)
-        queries = dict(both=slice(None), velocity=slice(N), logits=slice(N, None))[need]
-        y = merge_heads(self.attention(q[:, :, queries], k, v))                   # (B, <= N + L, D)
+        img_mod = self.img.modulations(vec)
+        txt_mod = self.txt.modulations(vec)
+        img_q, img_k, img_v = self.img.attention_input(img, img_mod)              # (B, H, N, D/H)
+        txt_q, txt_k, txt_v = self.txt.attention_input(txt, txt_mod)              # (B, H, L, D/H)
+        q = torch.cat([img_q, txt_q], dim=2)                              # (B, H, N + L, D/H)
+        k = torch.cat([img_k, txt_k], dim=2)
+        v = torch.cat([img_v, txt_v], dim=2)
+        if need == "velocity":
+            q = q[:, :, :N]
+        elif need == "logits":
+            q = q[:, :, N:]
+        y = merge_heads(self.attention(q, k, v))                                  # (B, <= N + L, D)
         if need != "logits":
-            img = self.img.finish(img, y[:, :N], *img_mod)
+            img = self.img.finish(img, y[:, :N], img_mod)
         if need != "velocity":
-            txt = self.txt.finish(txt, y[:, -L:], *txt_mod)
-        return img, txt, BlockCache(*img_qkv[1:], txt_modulation)
+            txt = self.txt.finish(txt, y[:, -L:], txt_mod)
+        return img, txt, BlockCache(img_k, img_v, txt_mod)
 
     def read(self, txt: Tensor, cache: BlockCache) -> Tensor:
-        """The text's half of the block, (B, L, D), beside the image and the time of before."""
-        shift, scale, *mod = cache.txt_modulation.chunk(6, dim=-1)
-        q, k, v = self.txt.attention_input(txt, shift, scale)                     # (B, H, L, D/H)
-        k = torch.cat([cache.keys, k], dim=2)                                   # (B, H, N + L, D/H)
+        """Run the text's half of the block, (B, L, D), beside a cached image and time."""
+        mod = cache.txt_modulation
+        q, k, v = self.txt.attention_input(txt, mod)                              # (B, H, L, D/H)
+        k = torch.cat([cache.keys, k], dim=2)                             # (B, H, N + L, D/H)
         v = torch.cat([cache.values, v], dim=2)
-        return self.txt.finish(txt, merge_heads(self.attention(q, k, v)), *mod)
+        y = merge_heads(self.attention(q, k, v))
+        return self.txt.finish(txt, y, mod)
 
 
 class MMDiT(nn.Module):
@@ -285,9 +319,10 @@ class MMDiT(nn.Module):
         nn.init.normal_(self.null_image, std=0.02)
         nn.init.normal_(self.txt_out.weight, std=0.02)
         # adaLN-zero (DiT, arXiv 2212.09748): blocks start as the identity, the velocity as zero
-        streams = [stream for block in self.blocks for stream in (block.img, block.txt)]
-        modulations = [stream.modulation for stream in streams]
-        for linear in [*modulations, self.img_modulation, self.img_out]:
+        zero = [self.img_modulation, self.img_out]
+        for block in self.blocks:
+            zero += [block.img.modulation, block.txt.modulation]
+        for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -312,8 +347,8 @@ class MMDiT(nn.Module):
         p = self.config.patch
         if h % p or w % p:
             raise ValueError(f"latents of {h}x{w} are not a multiple of the patch size {p}")
-        patches = latents.view(B, C, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(B, -1, C * p * p)                               # (B, N, C p p)
+        patches = latents.view(B, C, h // p, p, w // p, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)     # (B, N, C p p)
         positions = self.crop_positions(h // p, w // p)                           # (N, D)
         img = self.img_in(patches.to(txt.dtype))
         return img + positions.to(img.dtype), txt, vec
@@ -323,9 +358,10 @@ class MMDiT(nn.Module):
         B, C, h, w = latents.shape
         p = self.config.patch
         shift, scale = self.img_modulation(F.silu(vec)).chunk(2, dim=-1)
-        patches = self.img_out(modulate(F.layer_norm(img, img.shape[-1:], eps=1e-6), shift, scale))
-        patches = patches.view(B, h // p, w // p, p, p, C).permute(0, 5, 1, 3, 2, 4)
-        image = patches.reshape(B, C, h, w)
+        patches = self.img_out(modulate(layer_norm(img), shift, scale))           # (B, N, p p C)
+        # SD3's weights have the channels last here, and first in `embed`
+        patches = patches.view(B, h // p, w // p, p, p, C)
+        image = patches.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h, w)
         if self.config.predicts == "velocity":
             return image
         return velocity_to(image, latents, t, T_FLOOR["train" if self.training else "draw"])
@@ -335,7 +371,7 @@ class MMDiT(nn.Module):
         with torch.autocast(txt.device.type, enabled=False):     # bfloat16 is 0.06 nats a token off
             if at is not None:
                 txt = txt.flatten(0, 1).index_select(0, at)                       # (n, D)
-            txt = F.layer_norm(txt, txt.shape[-1:], eps=1e-6)
+            txt = layer_norm(txt)
             return self.txt_out(txt.to(self.txt_out.weight.dtype))
 
     def forward(self, latents: Tensor | None, text: Tensor, t: Tensor, need: str = "both",
@@ -368,8 +404,8 @@ class MMDiT(nn.Module):
         cache = []
         for block in self.blocks:
             need = "logits" if block is self.blocks[-1] else "both"
-            img, txt, of_block = block.joint(img, txt, vec, need)
-            cache.append(of_block)
+            img, txt, block_cache = block.joint(img, txt, vec, need)
+            cache.append(block_cache)
         return self.text_head(txt, at), cache
 
     def read_cached(self, text: Tensor, cache: list[BlockCache],
@@ -379,6 +415,6 @@ class MMDiT(nn.Module):
         An approximation, since the image's stream sees the text: the cache saw the text of
         before."""
         txt = self.txt_in(text)
-        for block, of_block in zip(self.blocks, cache, strict=True):
-            txt = block.read(txt, of_block)
+        for block, block_cache in zip(self.blocks, cache, strict=True):
+            txt = block.read(txt, block_cache)
         return self.text_head(txt, at)

@@ -38,8 +38,7 @@ def attention_by_hand(block, img, txt, vec):
     vec = torch.nn.functional.silu(vec)
     queries, keys = [], []
     for stream, x in ((block.img, img), (block.txt, txt)):
-        shift, scale = stream.modulation(vec).chunk(6, dim=-1)[:2]
-        q, k, _ = stream.attention_input(x, shift, scale)
+        q, k, _ = stream.attention_input(x, stream.modulations(vec))
         queries.append(q[0].double())
         keys.append(k[0].double())
     q, k = torch.cat(queries, 1), torch.cat(keys, 1)                              # (H, N + L, d)
@@ -88,7 +87,7 @@ def test_attention_to_cached_keys_is_recorded(mmdit):
     assert torch.equal(second, third) and not torch.equal(first, second)
     txt = mmdit.blocks[0].read(mmdit.txt_in(TEXT.flip(1)), cache[0])
     keys, _, modulation = cache[1]
-    q, k, _ = mmdit.blocks[1].txt.attention_input(txt, *modulation.chunk(6, dim=-1)[:2])
+    q, k, _ = mmdit.blocks[1].txt.attention_input(txt, modulation)
     k = torch.cat([keys[0], k[0]], 1)                                             # (H, N + L, d)
     weights = (q[0] @ k.mT / (D / H) ** 0.5).softmax(-1).mean(0)
     # float16 has 2^-11 of 1
