@@ -1,4 +1,4 @@
-"""metrics/clip.py against transformers' CLIP, and the fixture of tests/test_clip.py made by it.
+"""metrics/clip.py against transformers' CLIP, and the fixture of tests/commands/test_clip.py made by it.
 
     python3.11 -m venv /tmp/clipenv
     /tmp/clipenv/bin/pip install torch==2.13.0                # first, and this one: the pin is a CPU's build

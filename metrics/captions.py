@@ -74,7 +74,7 @@ def tokens(caption: str) -> list[str]:
     "Don't!" is do n't, "gonna" gon na, "the dogs' U.S. T-shirt" the dogs u.s. t-shirt.  Quotes,
     full stops, commas, colons and dashes are left out, a single ! or ? too, but "!!" is a word, and
     brackets are -lrb- and -rrb-: the list there has them in capitals, which never come.  Unlike
-    Stanford's, of which tests/compare_captions.py counts how often: names with an apostrophe come
+    Stanford's, of which experiments/compare_captions.py counts how often: names with an apostrophe come
     apart (Hawai'i, Po'Boy), as do c++, \\o/, "2.x" and "<a tag>", and (555) is three words; a third
     slash joins too; accents are composed, and scripts with marks on letters are not cared for.  A
     letter with a full stop that ends a caption loses it; there it does when the next caption begins
