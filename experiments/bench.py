@@ -149,7 +149,8 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
 def bench_sample(parts: Parts, n: int, steps: int, guidance: float | None, compiled: bool, rounds: int) -> dict:
     """Time n drawings at once, and n captions of noise."""
     seen, evaluations = text_to_image.Seen(states=None), []
-    images = torch.randn(n, 3, parts.height, parts.width).clamp(-1, 1)
+    generator = torch.Generator().manual_seed(0)                 # the same evaluations in every run
+    images = torch.randn(n, 3, parts.height, parts.width, generator=generator).clamp(-1, 1)
     blank = torch.full((n, parts.length), parts.tokenizer.mask_id)
 
     def draw() -> None:
