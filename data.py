@@ -113,8 +113,9 @@ def split_weight(spec: str) -> tuple[str, float]:
 
 
 def fingerprint(spec: str) -> str:
-    """What a source is, wherever it lies: a file's contents, or names and sizes of many and how the first of
-    them begins; its weight, and EACH."""
+    """Return a hash that identifies a source, wherever it lies, with its weight and EACH.
+
+    It covers a file's contents; of many files the names, the sizes, and the beginning of the first."""
     path, weight = split_weight(spec)
     each, path = EACH * path.endswith(EACH), re.sub(r"(\.json)@.*", r"\1", path.removesuffix(EACH))
     places = [Path(place) for place in sources.expand(path)]
@@ -210,7 +211,7 @@ class Mix:
         return self.cut(self.sources[k][self.index(k, epoch, place)], captioned, size)
 
     def index(self, k: int, epoch: int, place: int) -> int:
-        """What stands at a place of source k in an epoch; a source may choose one of several for it."""
+        """Return the index at a place of source k in an epoch; a source may choose one of several."""
         if hasattr(self.sources[k], "choose"):
             return self.sources[k].choose(place, fraction(f"{self.key} {k} {epoch} {place}"))
         return place
@@ -296,7 +297,7 @@ def latent_factor(specs: list[str]) -> int | None:
 
 def check_stamps(image: Mix | None, text: Mix, channels: int, learnt: str | None,
                  encoder: str | None) -> str | None:
-    """What the latents of both losses are: "pixels", or the digest of the autoencoder that makes them.
+    """Return what the latents of both losses are: "pixels", or the digest of their autoencoder.
 
     image: None in a stage without pictures.  channels: of the model's latents; learnt: what those were that
     it has learnt, if any; encoder: the autoencoder that is here, if any.  Raises UserError."""

@@ -31,15 +31,17 @@ def per_image(t: Tensor, x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------ training
 
+def device_of(generator: torch.Generator | None) -> torch.device | None:
+    return generator.device if generator else None
+
+
 def logit_normal_times(batch: int, generator: torch.Generator | None) -> Tensor:
     """SD3's choice: most times are in the middle, where the velocity is hardest to predict."""
-    device = generator.device if generator else None
-    return torch.sigmoid(torch.randn(batch, generator=generator, device=device))
+    return torch.sigmoid(torch.randn(batch, generator=generator, device=device_of(generator)))
 
 
 def uniform_times(batch: int, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator else None
-    return torch.rand(batch, generator=generator, device=device)
+    return torch.rand(batch, generator=generator, device=device_of(generator))
 
 
 TIMES = {"logit-normal": logit_normal_times, "uniform": uniform_times}
@@ -58,8 +60,7 @@ def draw(shape: tuple[int, ...], generator: torch.Generator | None = None, shift
     moves the middle from 0.5 to 0.67.  This is not a part of the loss, so that a batch keeps its
     draws when it is split over processes."""
     t = shifted(TIMES[times](shape[0], generator), shift)
-    device = generator.device if generator else None
-    return t, torch.randn(shape, generator=generator, device=device)
+    return t, torch.randn(shape, generator=generator, device=device_of(generator))
 
 
 def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,

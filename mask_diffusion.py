@@ -35,6 +35,11 @@ def at_positions(logits_fn: LogitsFn) -> LogitsAt:
     return lambda ids, at: logits_fn(ids).flatten(0, 1)[at]
 
 
+def positions(marked: Tensor) -> Tensor:
+    """Return the positions (n,) of what is True in (B, L), for `logits_at`."""
+    return marked.flatten().nonzero()[:, 0]
+
+
 def forbid(logits: Tensor, mask_id: int) -> Tensor:
     """Set the logit of [MASK] to minus infinity (MDLM's SUBS): it is never predicted."""
     column = torch.tensor([mask_id]).to(logits.device, non_blocking=True)
@@ -87,7 +92,7 @@ def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None
     masked = uniform < t[:, None]                                                 # (B, L)
     if frozen is not None:
         masked &= ~frozen.to(masked.device)
-    at = masked.flatten().nonzero()[:, 0]                                         # (n,)
+    at = positions(masked)                                                        # (n,)
     masked, at, t = (x.to(ids.device, non_blocking=True) for x in (masked, at, t))
 
     noised = torch.where(masked, mask_id, ids)
@@ -270,8 +275,8 @@ def place_end(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: ReadConfig
     masked = ids == mask_id
     if config.length_at is None or not masked.any():
         return ids
-    at = masked.flatten().nonzero()[:, 0]
-    probability = exact_logits(logits_at, ids, at, mask_id).softmax(-1)[:, config.end_id]
+    logits = exact_logits(logits_at, ids, positions(masked), mask_id)
+    probability = logits.softmax(-1)[:, config.end_id]
     is_likely = scatter_scores(probability, masked) >= config.length_at
     return cut_after_end(ids, is_likely, masked, config)
 
@@ -303,8 +308,7 @@ def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: ReadConfig,
         wanted = masked                                          # whose logits are computed
         if not order.needs_probabilities:
             wanted = masked & order.select(state)
-        at = wanted.flatten().nonzero()[:, 0]                                     # (n,)
-        logits = exact_logits(logits_at, ids, at, mask_id)                        # (n, V)
+        logits = exact_logits(logits_at, ids, positions(wanted), mask_id)         # (n, V)
         selected = wanted
         reached = torch.where(masked, reveal_step, config.steps).amin(1)
         if order.needs_probabilities:

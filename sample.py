@@ -39,7 +39,6 @@ import mask_diffusion
 from common.cli import UserError, require
 from common.devices import choose_device
 from common.files import write_text
-from dataset import questions
 from dataset.images import fit_picture, read_mask, read_picture, to_tensor
 from inference import image_folder
 from inference.image_to_text import STEPS, encode, infill, ranked, write

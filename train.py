@@ -91,7 +91,7 @@ def accumulate(errors: Errors, models: Models, batch: Batch, weight: float, conf
 
     reduce_gradients: FSDP2 reduces what both losses share after this loss, because it is the step's
     last, or because the gradient meter reads its gradient."""
-    device = next(models.learns.parameters()).device
+    device = models.device
     loss = torch.zeros((), device=device)
     micro_batches = batch.split(config.micro_batch)
     for micro in micro_batches:

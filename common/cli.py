@@ -43,7 +43,7 @@ def option(default: Any, help: str, *, low: float | None = None, high: float | N
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """What argparse reads a number with: an int or a float from low to high, never nan nor infinity."""
+    """Return a reader of numbers for argparse: from low to high, and finite."""
     def read(text: str) -> float:
         wanted = ("a whole number" if kind is int else "a number") + ("" if low is None else (
             f" from {low} to {high}" if high is not None else f", at least {low}"))

@@ -69,21 +69,21 @@ def mean(x: Tensor) -> Tensor:
 
 
 def agree(*flags: bool, device: torch.device) -> list[bool]:
-    """Of each flag whether it is set on any process: what all of them do next, in one exchange."""
+    """Tell for each flag if it is set on any process, in one exchange."""
     return [vote > 0 for vote in mean(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()]
 
 
-def gather(found: list) -> list:
-    """The items of all processes' lists."""
-    lists = [found]
+def gather(items: list, group: dist.ProcessGroup | None = None) -> list:
+    """Return the items of all processes' lists.  group: another one than the default."""
+    lists = [items]
     if several():
         lists = [None] * dist.get_world_size()
-        dist.all_gather_object(lists, found)
+        dist.all_gather_object(lists, items, group=group)
     return [item for part in lists for item in part]
 
 
 def first(function: Callable[[], Any]) -> Any:
-    """What `function` gives on process 0, on all of them; a UserError too."""
+    """Call a function on process 0, and return its result, or raise its UserError, on all of them."""
     said = [None, None]
     if not several() or dist.get_rank() == 0:
         try:
@@ -98,14 +98,14 @@ def first(function: Callable[[], Any]) -> Any:
 
 
 def last() -> bool:
-    """Whether all other processes have asked before: of the one that does what is left.  Nobody waits."""
+    """Return True on the process that calls this last, which then does what is left.  Nobody waits."""
     return not several() or (dist.distributed_c10d._get_default_store().add("asked", 1)
                              == dist.get_world_size())
 
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """What ends one process ends all of them, and the first of them says why, in one line."""
+    """End all processes when an error ends one of them; the first one prints it, in one line."""
     try:
         yield
     except (UserError, KeyboardInterrupt, RuntimeError) as error:

@@ -21,7 +21,7 @@ from common.files import read_bytes, replacing
 
 @contextmanager
 def decided() -> Iterator[None]:
-    """What Pillow warns of in here is an error, or nothing: it reads odd files all the same."""
+    """Make Pillow's warning of too many pixels an error, and drop its others about odd files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)

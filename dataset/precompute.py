@@ -32,6 +32,8 @@ from common.files import parse_json, replacing
 from common.progress import Progress
 from dataset import sources, workers
 from pretrained.safetensors_io import finite
+from pretrained.t5 import T5Encoder
+from pretrained.tokenizer import Tokenizer
 
 SHARD = 512             # samples of a file of latents
 DOCUMENT = 2**16        # characters: a longer text is cut up in pieces of about as many
@@ -39,6 +41,13 @@ HEADER = 512            # bytes of a token file before its tokens
 
 
 # ------------------------------------------------------------------------------------------ latents
+
+def states_stamp(t5: T5Encoder, tokenizer: Tokenizer, length: int,
+                 recaption: float) -> dict[str, str]:
+    """Return what T5's stored states depend on."""
+    return dict(t5=checkpoint.digest(t5), tokenizer=tokenizer.digest(), length=str(length),
+                recaption=str(recaption))
+
 
 class Encoder:
     """The networks that encode samples; stamp: the settings that made what is stored."""
@@ -57,8 +66,7 @@ class Encoder:
             self.tokenizer = checkpoint.load_tokenizer(args.tokenizer or args.t5)
             self.tokenizer.pad_id = self.tokenizer.end_id                # as train.py pads
             self.t5 = checkpoint.load_text_encoder(args.t5, torch.bfloat16, self.tokenizer)
-            self.stamp.update(t5=checkpoint.digest(self.t5), tokenizer=self.tokenizer.digest(),
-                              length=str(args.text_length), recaption=str(args.recaption))
+            self.stamp |= states_stamp(self.t5, self.tokenizer, args.text_length, args.recaption)
             self.t5.to(self.device)
 
     @torch.inference_mode()

@@ -92,7 +92,7 @@ def choose_caption(sample: dict, recaption: float, chance: float) -> str:
 
 
 def latents_of(samples: list[dict]) -> Tensor | None:
-    """What a model diffuses, (B, C, h, w) float32: stored latents or pictures in [-1, 1]; None for text."""
+    """Return stored latents or images in [-1, 1], (B, C, h, w) float32; None for text."""
     if "ids" in samples[0]:
         return None
     return torch.stack([sample["latents"].float() if "latents" in sample else

@@ -32,7 +32,7 @@ BESIDE = re.compile(r"(readme|licen[sc]e|copying|notice)\.(md|txt|rst|html)", re
 
 @contextmanager
 def whole(path: str) -> Iterator[None]:
-    """What is wrong with a tar that is read here, in one line."""
+    """Turn the errors of reading a tar into a UserError of one line."""
     try:
         yield
     except UserError:

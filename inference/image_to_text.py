@@ -12,7 +12,6 @@ from torch import Tensor
 import mask_diffusion
 from common.cli import require
 from common.progress import Progress
-from dataset import questions
 from dataset.questions import question_prompt
 from inference.parts import Parts
 from mask_diffusion import ReadConfig
@@ -171,8 +170,8 @@ def prompt_ids(parts: Parts, question: str | None) -> list[int]:
 
 def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = None,
            before: Sequence[int] = ()) -> Tensor:
-    """What a caption or an answer is written on, (L,): the question, what was written `before`, [MASK]s, and
-    padding past max_tokens."""
+    """Return the ids (L,) that a caption or an answer is written on: the question, what was written `before`,
+    [MASK]s, and padding past max_tokens."""
     tokenizer, given = parts.tokenizer, [*prompt_ids(parts, question), *before]
     length = parts.length if question is None else parts.answer_length
     room = length - len(given)

@@ -97,7 +97,7 @@ def open_parts(args: dict, device: torch.device | str) -> Parts:
 
 
 def walk(args: dict) -> dict:
-    """What `text_to_image.drawings` is told, of the flags."""
+    """Return the arguments of `text_to_image.drawings` that the flags give."""
     names = dict(steps="steps", guidance="guidance", shift="shift", solver="solver", batch="batch",
                  guidance_interval="interval", compile="fast")
     how = {ours: args[name] for name, ours in names.items() if name in args}

@@ -34,10 +34,11 @@ class Edit:
 
 @dataclass
 class Seen:
-    """What one may want to know of a walk: `states` (t, x_t (B, 3, H, W), predicted clean picture) of every
-    step and the end; how many rows the network was asked for, over all pictures; and what the context
-    `watch`, entered with the network (page.watching), gives, and the times it was asked at.  states None: not
-    wanted."""
+    """A record of a walk, filled in while it is drawn.
+
+    states: (t, x_t (B, 3, H, W), the clean image predicted there) of every step and the end; None leaves them
+    out.  rows: evaluations of the network, over all images.  watch: a context that is entered with the network
+    (viz/attention.py); watched: its result; times: those of the evaluations."""
     watch: Callable | None = None
     watched: object = None
     times: list[float] = field(default_factory=list)

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -22,8 +23,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
-
-from common import cli
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
@@ -53,7 +52,8 @@ def forked(name: str, flags: list[str], environment: dict[str, str], files: list
     sys.argv = [f"{name}.py", *flags]
     if prepare:
         prepare()
-    cli.run(importlib.import_module(name).main)
+    run = importlib.import_module("common.cli").run              # a fresh one, where `prepare` asks
+    run(importlib.import_module(name).main)
 
 
 class Forked:
@@ -180,32 +180,33 @@ def forget_project() -> None:
             del sys.modules[name]
 
 
-def run_in_fork(folder: str, calls: list, missing: tuple, environment: dict, errors: str) -> None:
-    """Run the calls one after another; what goes to stderr is written into a file."""
-    with open(errors, "w") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
+def use_fresh_sources(folder: str, missing: tuple, environment: dict) -> None:
+    """Have the project imported again, from a folder, without the missing modules."""
     os.chdir(folder)
     os.environ.update(environment)
-    torch.set_num_threads(1)
     forget_project()
     sys.path.insert(0, folder)
     sys.modules.update(dict.fromkeys(missing))
-    for program, flags in calls:
-        sys.argv = [f"{program}.py", *flags]
-        cli = importlib.import_module("common.cli")
-        cli.run(importlib.import_module(program).main)
 
 
-def run_fresh(errors: Path, *calls, folder=ROOT, missing=(), environment={}) -> tuple[int, str]:
+def run_fresh(*calls, folder=ROOT, missing=(), environment={}) -> tuple[int, str]:
     """Return (exit status, stderr) of calls, (program, flags) each, run until one of them fails.
 
-    folder: the copy of the repository that is imported; missing: modules that can't be imported;
-    errors: a file for stderr."""
-    calls = [(program, list(map(str, flags))) for program, flags in calls]
-    process = FORKS.Process(target=run_in_fork,
-                            args=(str(folder), calls, missing, environment, str(errors)))
-    process.start()
-    process.join(120)
-    if process.exitcode is None:
-        process.kill()
-    return process.exitcode, errors.read_text()
+    folder: the copy of the repository that is imported; missing: modules that can't be imported."""
+    prepare = partial(use_fresh_sources, str(folder), missing, environment)
+    errors = ""
+    for program, flags in calls:
+        process = Forked(1, *flags, program=program, prepare=prepare)
+        errors += process.communicate()[1]
+        if process.returncode:
+            break
+    return process.returncode, errors
+
+
+def assert_lines(lines, *expected):
+    """Check that each line holds its expected words, and that there are no other lines."""
+    assert len(lines) == len(expected), lines
+    for line, words in zip(lines, expected):
+        assert "\n" not in line
+        for word in words:
+            assert word in line

@@ -53,7 +53,7 @@ class GraphedStep:
 
     def __init__(self, job: Job, first: StepBatches, image_errors: Errors):
         self.job, self.image_errors = job, image_errors
-        self.device = next(job.models.learns.parameters()).device
+        self.device = job.models.device
         self.image = first.image.map(lambda name, tensor: tensor.to(self.device))
         self.text = first.text.map(lambda name, tensor: tensor.to(self.device))
         self.mask_id = self.text.ids.new_tensor([job.models.tokenizer.mask_id])
@@ -126,8 +126,8 @@ class GraphedStep:
         for name, value in expected.items():
             replayed = float(self.results[name])
             if not math.isclose(float(value), replayed, rel_tol=0.02):
-                raise cli.UserError(f"--cuda-graph: the graph gives {name} {replayed:.6g}, the step "
-                                    f"{float(value):.6g}; leave the flag out")
+                raise cli.UserError(f"--cuda-graph: the graph gives {name} {replayed:.6g}, the "
+                                    f"step {float(value):.6g}; leave the flag out")
         optimizers[0].param_groups[0]["capturable"] = False
         for i, tensor in enumerate(moments(optimizers)):
             if saved:
@@ -150,7 +150,7 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
     config, maker, models, run = job
     cli.require((maker.mixes["text"].stamp, "--cuda-graph: --text-data without images does not fit "
                  "in a graph"))
-    if next(models.learns.parameters()).is_cuda:
+    if models.device.type == "cuda":
         torch.set_num_threads(2)                                 # the workers need the other cores
     validation = reports.make_validation(job, errors)
     step = None

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 from common.cli import UserError
+from dataset.precompute import states_stamp
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from pretrained.t5 import MaskEmbedding, T5Encoder
 from pretrained.tokenizer import Tokenizer, gpt2_subset, gpt2_tokenizer
@@ -29,6 +30,10 @@ class Models:
     vae: AutoencoderKL | Pixels | None  # None: the latents are stored, or there are no images
     empty: Tensor | None = None         # T5's states of the empty prompt, (1, L, E)
     kept: dict[str, Tensor] = field(default_factory=dict)   # what a checkpoint also holds
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.learns.parameters()).device
 
     def text(self, ids: Tensor) -> Tensor:
         """Return the text states (B, L, E) that the transformer reads for ids (B, L).
@@ -247,8 +252,7 @@ def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> b
         return False
     # in bfloat16 and as published: no stored caption has the [MASK] that is trained
     t5 = checkpoint.load_t5(where["t5"], torch.bfloat16)
-    stamp = dict(t5=checkpoint.digest(t5), tokenizer=models.tokenizer.digest(),
-                 length=str(config.text_length), recaption=str(config.recaption))
+    stamp = states_stamp(t5, models.tokenizer, config.text_length, config.recaption)
     for source in mix.sources:
         if source.states != stamp:
             raise UserError(f"{source.name}: stored states of {source.states}, this run's are of "

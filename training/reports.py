@@ -1,5 +1,8 @@
 """Validate, log, save and sample after a step, where it is due."""
 
+from contextlib import contextmanager
+from typing import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,14 +16,14 @@ from training.validation import Validation
 from viz import grids
 from viz.samples import samples_page
 
+
 def make_validation(job: Job, errors: dict[str, Errors]) -> Validation | None:
     """Return the samples to validate on, with each loss's errors; None without --eval-every."""
     if not job.config.eval_every:
         return None
-    device = next(job.models.learns.parameters()).device
 
     def measure(name: str, batch: Batch) -> Tensor:
-        return errors[name](job.models, batch.move_large_tensors(device))
+        return errors[name](job.models, batch.move_large_tensors(job.models.device))
     return Validation(job.maker.for_validation(), measure)
 
 
@@ -39,28 +42,32 @@ def after_step(job: Job, validation: Validation | None, learning_rate: float, me
         show_samples(job)
 
 
+@contextmanager
+def averaged_weights(job: Job) -> Iterator[None]:
+    """While this lasts the model has its averaged weights, in eval mode, uncompiled, in --dtype."""
+    with (distributed.averaged(job.models.learns, job.run.ema),
+          torch.compiler.set_stance("force_eager"),
+          autocast(job.models.device, job.config.dtype)):
+        yield
+
+
 def validate(job: Job, validation: Validation) -> dict:
     """Measure the averaged weights, with the same samples, times and noise every time."""
-    model, run = job.models.learns, job.run
-    device = next(model.parameters()).device
-    with (distributed.averaged(model, run.ema), torch.compiler.set_stance("force_eager"),
-          autocast(device, job.config.dtype)):
-        model.train()                   # averaged() sets eval mode, with another floor of t
-        return validation.measure(run.rank, run.world)
+    with averaged_weights(job):
+        job.models.learns.train()       # eval mode has another floor of t
+        return validation.measure(job.run.rank, job.run.world)
 
 
 def show_samples(job: Job) -> None:
     """Draw 8 prompts, two of them held out, and caption 8 held-out images: the averaged weights."""
     config, run = job.config, job.run
-    device = next(job.models.learns.parameters()).device
     mix = job.maker.mixes["image"]
     trained_on = mix.shown(6, held=False)
     held_out = mix.shown(8, held=True)
     prompts = [sources.choose_caption(sample, 0, 0) for sample in trained_on + held_out[:2]]
     captions = [sources.choose_caption(sample, 0, 0) for sample in held_out]
-    parts = Parts.of(job.models, config.pixels, config.text_length, device)
-    with (distributed.averaged(job.models.learns, run.ema),
-          torch.compiler.set_stance("force_eager"), autocast(device, config.dtype)):
+    parts = Parts.of(job.models, config.pixels, config.text_length, job.models.device)
+    with averaged_weights(job):
         page = samples_page(parts, prompts, captions, sources.latents_of(held_out))
     if run.rank == 0:
         grids.write_picture(run.out / f"samples_{run.step}.png", page)

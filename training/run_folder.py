@@ -40,7 +40,7 @@ import checkpoint
 import data
 from common import cli, processes, progress
 from common.cli import UserError
-from common.files import read_json_object, replacing, sha256, write_json
+from common.files import read_json_object, sha256, write_json, write_text
 from pretrained.safetensors_io import write_tensors
 from training import distributed, plan
 from viz import curves
@@ -283,8 +283,7 @@ class Run:
                 (self.out / f"step_{step}").rename(self.out / f"left_step_{step}")
         if self.settings["steps"] > self.step:
             write_json(self.out / "train.json", self.settings)
-        with replacing(self.out / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        write_text(self.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def due(self, every: int) -> bool:
         """Tell if it is time for what is done every so many steps and at the last.  0: never."""
@@ -381,22 +380,15 @@ class Run:
         try:
             digests = {}
             problem = ""
-            for part, part_problem in self.gather(self.hash_files(future, temporary)):
+            hashed = self.hash_files(future, temporary)
+            for part, part_problem in processes.gather([hashed], self.saver_group):
                 digests |= part
                 problem = problem or part_problem
             if self.rank == 0 and not problem:
                 problem = self.publish(temporary, digests)
-            self.error = self.gather(problem)[0]
+            self.error = processes.gather([problem], self.saver_group)[0]
         except FAILURES as error:                                # another process was lost
             self.error = last_line(error)
-
-    def gather(self, item) -> list:
-        """Return the items of all processes, in the saver."""
-        items = [item]
-        if self.saver_group is not None:
-            items = [None] * self.world
-            dist.all_gather_object(items, item, group=self.saver_group)
-        return items
 
     def hash_files(self, future: Future, temporary: Path) -> tuple[dict[str, str], str]:
         """Return the SHA-256 of each file that this process wrote, and what went wrong, or ""."""
@@ -418,7 +410,7 @@ class Run:
         if folder.exists():                                      # incomplete, see `prepare`
             outdated.append(folder)
         try:
-            (temporary / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+            write_json(temporary / DIGESTS, digests)
             for path in [*temporary.iterdir(), temporary]:
                 sync_to_disk(path)
             for old in outdated:
@@ -492,8 +484,8 @@ class Run:
             part = distributed.local(tensor)
             if part.numel():
                 largest = max(largest, float(part.abs().max()))
-        device = next(self.model.parameters()).device
-        [overflows] = processes.agree(largest > torch.finfo(torch.float16).max, device=device)
+        overflows_here = largest > torch.finfo(torch.float16).max
+        [overflows] = processes.agree(overflows_here, device=self.models.device)
         return torch.bfloat16 if overflows else torch.float16
 
     def is_exported(self) -> bool:
@@ -560,7 +552,7 @@ class Run:
         """Return "gib", the most memory that this process has had, on its GPU if any, and "mfu".
 
         mfu: the arithmetic over the peak of all devices, if that is known."""
-        device = next(self.model.parameters()).device
+        device = self.models.device
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device)
         else:

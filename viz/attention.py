@@ -36,11 +36,11 @@ def watching(mmdit: MMDiT, reads: str) -> Iterator[list[Tensor]]:
     image add nothing. Where K N L is over 4 million the blocks are averaged, K = 1: an evaluation
     keeps at most 8 MB, or 2 N L bytes.  Not under torch.compile."""
     recorded, maps, patches = [], [], 0
-
+    heads = ("both", "velocity" if reads == "words" else "logits")
     def evaluate(method, image_tokens: int, head: str, *given):
         """Run an evaluation, and record it where it is one of those that `reads` names."""
         nonlocal patches
-        patches = image_tokens if head in ("both", "velocity" if reads == "words" else "logits") else 0
+        patches = image_tokens if head in heads else 0
         result = method(*given)
         if patches:
             stacked = torch.stack(maps)                                     # (K, N, L) or (K, L, N)
@@ -51,12 +51,15 @@ def watching(mmdit: MMDiT, reads: str) -> Iterator[list[Tensor]]:
         return result
 
     def tokens(latents: Tensor | None) -> int:
-        return 0 if latents is None else latents.shape[2] * latents.shape[3] // mmdit.config.patch ** 2
+        if latents is None:
+            return 0
+        return latents.shape[2] * latents.shape[3] // mmdit.config.patch ** 2
 
     def watched(attention):
         @torch.no_grad()
         def call(q, k, v):
-            if patches:          # image first, then text; in the last block and in `read` only one's queries
+            if patches:
+                # image first, then text; in the last block and in `read` only one has queries
                 image, text = slice(patches), slice(patches - k.shape[2], None)
                 rows, columns = (image, text) if reads == "words" else (text, image)
                 maps.append(attention_map(q, k, rows, columns))

@@ -2,15 +2,14 @@
 the settings, which opens from a file and fetches nothing.  The curves of other runs, --compare, are grey.
 """
 
-import base64
 import html
 import math
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import replacing
-from viz.templates import fill_template
+from common.files import replacing, write_text
+from viz.templates import fill_template, image_address
 
 BLUE, RED, GREY, GREEN = (40, 90, 200), (200, 60, 40), (170, 170, 170), (40, 140, 80)
 SHOWN = 40              # pictures of samples on the page, at most
@@ -73,21 +72,20 @@ def curves(rows: list[dict], path: Path, others: list[list[dict]] = ()) -> None:
         sheet.save(temporary, "PNG")
 
 
-def inline(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def png_address(path: Path) -> str:
+    return image_address("png", path.read_bytes())
 
 
 def page(out: Path, settings: dict) -> None:
     """run.html of a run's folder: loss.png, its samples over time, and its settings."""
     found = sorted(out.glob("samples_*.png"), key=lambda file: int(file.stem.removeprefix("samples_")))
     files = found[::-(-len(found) // SHOWN) or 1]
-    samples = "\n".join(f'<figure hidden><img src="{inline(file)}" alt=""><figcaption>step '
+    samples = "\n".join(f'<figure hidden><img src="{png_address(file)}" alt=""><figcaption>step '
                         f'{file.stem.removeprefix("samples_")}</figcaption></figure>' for file in files)
     table = "\n".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
                       for name, value in settings.items())
     last = len(files) - 1
     slider = f'<input id="at" type="range" min="0" max="{last}" value="{last}">' if files else ""
-    text = fill_template("run.html", title=html.escape(str(out)), curves=inline(out / "loss.png"),
+    text = fill_template("run.html", title=html.escape(str(out)), curves=png_address(out / "loss.png"),
                          slider=slider, samples=samples, table=table)
-    with replacing(out / "run.html") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "run.html", text)

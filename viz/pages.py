@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.images import to_picture
-from viz.templates import fill_template
+from viz.templates import fill_template, image_address
 
 SIDE = 256              # pixels of an image on the page, at most
 COARSE = 16             # patches a side where there are too many
@@ -32,7 +32,7 @@ def inline(picture: Tensor) -> str:
     shown.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)                       # a small one stays
     kind = "png" if max(shown.size) <= 64 else "webp"
     shown.save(content, kind, quality=80)
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    return image_address(kind, content.getvalue())
 
 
 def packed(maps: list[Tensor | None], grid: tuple[int, int], per: str) -> tuple[list, tuple[int, int], str]:

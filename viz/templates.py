@@ -1,5 +1,6 @@
 """Fill in the .html files of this folder."""
 
+import base64
 import re
 from pathlib import Path
 
@@ -10,3 +11,8 @@ def fill_template(file: str, **texts: str) -> str:
     One pass replaces all of them, so a text that itself holds "@name@" stays as it is."""
     template = (Path(__file__).parent / file).read_text(encoding="utf-8")
     return re.sub("@([a-z]+)@", lambda place: texts[place[1]], template)
+
+
+def image_address(kind: str, content: bytes) -> str:
+    """Return a file of this kind, "png" or "webp", as an address that holds all of it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -6,6 +6,7 @@ import pytest
 
 from common.cli import UserError
 from dataset.questions import SUFFIX, Question, question_prompt
+from helpers import assert_lines
 from metrics import answers
 from metrics.answers import normal, pope, questions, read_answers, relaxed, score, yes_or_no
 
@@ -126,15 +127,6 @@ def write(path, content):
     lines = content if isinstance(content, str) else json.dumps(content)
     path.write_text(lines, encoding="utf-8")
     return str(path)
-
-
-def assert_lines(lines, *expected):
-    """Check that each line holds its expected words, and that there are no other lines."""
-    assert len(lines) == len(expected), lines
-    for line, words in zip(lines, expected):
-        assert "\n" not in line
-        for word in words:
-            assert word in line
 
 
 def annotation(key, given, kind="other", question="what"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import UserError
+from helpers import assert_lines
 from metrics import captions
 from metrics.captions import bleu, cider_d, rouge_l, tokens
 
@@ -205,14 +206,6 @@ def test_cider_d_is_the_mean_over_the_references():
 
 def test_cider_d_of_a_single_image_is_zero():
     assert cider_d(*one("a cat sat down", "a cat sat down")) == {1: 0}
-
-
-def assert_lines(lines, *expected):
-    """Check that each line holds its expected words, and that there are no other lines."""
-    assert len(lines) == len(expected), lines
-    for line, words in zip(lines, expected):
-        for word in words:
-            assert word in line
 
 
 def test_a_blank_caption_scores_zero():

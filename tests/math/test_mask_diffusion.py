@@ -153,7 +153,8 @@ def test_the_loss_asks_for_masked_tokens_only():
         calls.append((noised, at))
         return logits.flatten(0, 1)[at]
     whole = mask_diffusion.loss(lambda noised: logits, ids, 4, frozen, t=t, uniform=uniform)
-    some = mask_diffusion.errors(picked, ids, 4, frozen, t=t, uniform=uniform).sum() / (~frozen).sum()
+    some = mask_diffusion.errors(picked, ids, 4, frozen, t=t, uniform=uniform)
+    some = some.sum() / (~frozen).sum()
     [(noised, at)] = calls
     assert torch.equal(whole, some) and 0 < len(at) < 30
     assert (noised.flatten()[at] == 4).all() and not frozen.flatten()[at].any()
@@ -271,7 +272,7 @@ def test_parallel_order_is_exact_at_its_tightest_level(order, levels):
 def test_each_order_selects_the_expected_tokens():
     """The first row has three masked tokens, the second two; the others are given."""
     masked = torch.tensor([[True, False, True, True, False], [False, True, False, False, True]])
-    left = 2                                                     # evaluations: half of the tokens each
+    left = 2                                                     # evaluations: half the tokens each
     step = torch.tensor([[3, 1, 2, 2, 1], [1, 4, 1, 1, 5]])
     p = torch.tensor([[0.95, 0.05], [0.4, 0.6], [0.01, 0.99], [0.5, 0.5], [0.3, 0.7]])
 
@@ -416,7 +417,8 @@ def test_given_text_is_kept_around_ends():
     given = ids != MASK
     even = lambda ids: torch.zeros(*ids.shape, V + 1)
     for length_at in (None, 0.99):
-        states = record(even, ids, MASK, 100, seeded(0), end_id=END, pad_id=PAD, length_at=length_at)
+        states = record(even, ids, MASK, 100, seeded(0), end_id=END, pad_id=PAD,
+                        length_at=length_at)
         for _, state in states:
             assert torch.equal(state[given], ids[given])
         _, out = states[-1]
@@ -428,8 +430,8 @@ def test_given_text_is_kept_around_ends():
 def test_length_at_ends_the_text_at_the_first_likely_end():
     """While all is masked, the end has a probability of 0.25 everywhere: it is put first."""
     for length_at, ends_at_once in ((0.2, True), (0.3, False)):
-        out = sample(ending_oracle, all_masked(200, 7), MASK, 100, seeded(0), end_id=END, pad_id=PAD,
-                     length_at=length_at)
+        out = sample(ending_oracle, all_masked(200, 7), MASK, 100, seeded(0), end_id=END,
+                     pad_id=PAD, length_at=length_at)
         assert bool((out == torch.tensor([END] + [PAD] * 6)).all()) == ends_at_once
 
 

@@ -37,7 +37,7 @@ def main():
 
 def test_onednn_limited_to_avx2_means_float32(tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
-    dtype = run_fresh(tmp_path / "errors", ("probe", []), folder=tmp_path,
+    dtype = run_fresh(("probe", []), folder=tmp_path,
                       environment={"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert dtype == (0, "float32")
 
@@ -129,12 +129,12 @@ NO_LOCKS = ("fcntl", "resource")                                 # as on Windows
 
 def test_training_without_file_locks_is_refused(tiny, small_tar, tmp_path):
     flags = ["--init", tiny, "--image-data", small_tar, "--out", tmp_path / "run", "--steps", 1]
-    code, errors = run_fresh(tmp_path / "errors", ("train", flags), missing=NO_LOCKS)
+    code, errors = run_fresh(("train", flags), missing=NO_LOCKS)
     assert code == 1 and "WSL" in errors and errors.count("\n") == 1
 
 
 def test_sampling_works_without_file_locks(tiny, tmp_path):
     image = tmp_path / "a.png"
     flags = ["--checkpoint", tiny, "--prompt", "red apple", "--steps", 1, "--out", image]
-    code, errors = run_fresh(tmp_path / "errors", ("sample", flags), missing=NO_LOCKS)
+    code, errors = run_fresh(("sample", flags), missing=NO_LOCKS)
     assert code == 0 and image.exists(), errors

@@ -466,7 +466,7 @@ def test_new_config_fields_are_trained_saved_and_sampled(program_copy, tiny, sma
                 "--image-batch", 4, "--text-batch", 4, "--eval-every", 0, "--sample-every", 0,
                 "--device", "cpu", "--colours", 3]
     sampling = ["--checkpoint", "run", "--prompt", "red apple", "--steps", 1, "--out", "a.png"]
-    code, errors = run_fresh(program_copy / "errors", ("train", training), ("sample", sampling),
+    code, errors = run_fresh(("train", training), ("sample", sampling),
                              folder=program_copy)
     assert code == 0, errors
     sizes = json.loads((program_copy / "run" / "config.json").read_text())["mmdit"]
@@ -480,7 +480,7 @@ def test_unreadable_config_stops_the_run_before_its_first_step(program_copy, tin
     insert(program_copy / "model.py", "    qk_norm: bool = False",
            "\n    registers: tuple = (1, 2)")
     training = ["--init", tiny, "--image-data", small_tar, "--out", "run", "--steps", 2]
-    code, errors = run_fresh(program_copy / "errors", ("train", training), folder=program_copy)
+    code, errors = run_fresh(("train", training), folder=program_copy)
     assert code == 1 and "registers" in errors and errors.count("\n") == 1
     assert not (program_copy / "run").exists()
 

@@ -83,8 +83,9 @@ def uniform_model_errors(batch):
 
 def test_validation_of_a_uniform_model_is_log_4():
     samples = NumberedSamples(7)
-    maker = SimpleNamespace(mixes=dict(image=samples, text=samples), image_batch=uniform_model_batch,
-                            text_batch=uniform_model_batch, tokenizer=stub_tokenizer(3, "ab"))
+    maker = SimpleNamespace(mixes=dict(image=samples, text=samples),
+                            image_batch=uniform_model_batch, text_batch=uniform_model_batch,
+                            tokenizer=stub_tokenizer(3, "ab"))
     errors = dict(image=lambda batch: batch.t, text=uniform_model_errors)
     validation = Validation(maker, lambda name, batch: errors[name](batch), 40)
     result = validation.measure(0, 1)
