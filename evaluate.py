@@ -33,18 +33,16 @@ from common.files import write_json, write_text
 from common.progress import Progress
 from dataset import emoji, questions
 from dataset.questions import question_prompt
-from inference import answer_file, image_folder, options
-from inference.answer_file import Ask
-from inference.image_to_text import STEPS
-from inference.parts import Parts
+from inference import image_folder
+from inference.answer_file import AnswerFile, Ask
+from inference.image_folder import ImageFolder
+from inference.image_to_text import ReadConfig
+from inference.parts import ModelConfig, Parts, open_parts
+from inference.text_to_image import DrawConfig
 from metrics import answers, benchmarks, captions, comparisons, emojis
 from metrics.tables import about, left_out, table, tell
 from viz import grids
 
-WALK = ["--guidance", "--shift", "--solver", "--guidance-interval"]
-PARTS = ["--checkpoint", "--dtype", "--height", "--width", "--length", "--vae", "--t5",
-         "--tokenizer",
-         "--mask-embedding"]
 ANSWERED = [*answers.READ, "captions"]
 ANSWER_ROOM = 32        # tokens of an answer behind the longest prompt with --shots
 
@@ -68,25 +66,22 @@ def draw(args: argparse.Namespace) -> None:
     rank, world, device = processes.start(args.device)
     with processes.one_voice():
         asked = benchmarks.read(args.benchmark, args.prompts, args.n, args.seed, args.limit)
-        parts = options.open_parts(vars(args), device)
-        how = options.walk(vars(args))
-        how["negative"] = getattr(args, "negative_prompt", "")
-        jobs = [(parts.tokenizer.lowered(prompt), seed) for prompt, seed in asked.jobs]
+        parts = open_parts(cli.take(ModelConfig, vars(args)), device)
         parts.silent = True
-        shared = processes.first(lambda: image_folder.settings(parts, **how))  # reads the weights' file
-        share = range(rank, len(jobs), world)
-        missing = image_folder.missing(jobs, asked.names, args.out, share, shared, asked.each)
+        config = cli.take(DrawConfig, vars(args))
+        jobs = [(parts.tokenizer.lowered(prompt), seed) for prompt, seed in asked.jobs]
+        shared = processes.first(lambda: image_folder.settings(parts, config))  # reads the weights
+        folder = ImageFolder(args.out, jobs, asked.names, shared, asked.each)
+        missing = folder.missing(range(rank, len(jobs), world))
         missing = sorted(processes.gather(missing))
         if rank == 0:
             write_notes(args, asked, shared)
         share = missing[rank::world]
         progress = Progress("pictures", len(share), rank, world)
-        drawn = image_folder.draw(parts, jobs, asked.names, args.out, share, shared, asked.each, **how)
-        for done, _ in enumerate(drawn, 1):
+        for done, _ in enumerate(folder.draw(parts, share, config), 1):
             progress.update(done)
         if rank == 0:
-            there = len(jobs) - len(missing)
-            print(f"{args.out}: {len(jobs)} pictures, {there} of which were there")
+            print(f"{args.out}: {len(jobs)} pictures, {len(jobs) - len(missing)} of which were there")
             left_out(asked.bad)
 
 
@@ -117,7 +112,7 @@ def make_room(parts: Parts, asked: list[Ask], args: argparse.Namespace) -> None:
     needed = sizes[-1] + ANSWER_ROOM
     if needed <= parts.answer_length:
         return
-    if getattr(args, "length", "auto") == "auto" and not parts.own:       # T5 has no position table
+    if vars(args).get("length", "auto") == "auto" and not parts.own:       # T5 has no position table
         parts.answer_length = needed
         return
     advice = f"--length {parts.answer_length}: use --length {needed}"
@@ -132,27 +127,25 @@ def answer(args: argparse.Namespace) -> None:
     """Answers to a benchmark's questions, or captions, shared among the processes of torchrun."""
     rank, world, device = processes.start(args.device)
     with processes.one_voice():
-        asked, bad = read_questions(args)
-        parts = options.open_parts(vars(args), device)
+        asks, bad = read_questions(args)
+        parts = open_parts(cli.take(ModelConfig, vars(args)), device)
         parts.check_text_head()
-        if args.shots:
-            make_room(parts, asked, args)
-        kind = "text" if args.benchmark == "captions" else "answer"
-        how = dict(steps=STEPS[kind]) | options.reads(vars(args))
         parts.silent = True
+        if args.shots:
+            make_room(parts, asks, args)
+        config = cli.take(ReadConfig, vars(args))
         note = {name: getattr(args, name) for name in
                 ("benchmark", "questions", "limit", "shots", "examples", "suffix", "choices",
                  "seed")}
-        note |= dict(made_by=args.command_line, asked=len(asked),
+        note |= dict(made_by=args.command_line, asked=len(asks),
                      checkpoint=processes.first(parts.digest),
                      length=parts.answer_length, dtype=str(parts.dtype).removeprefix("torch."),
-                     settings={name: how.get(name, parts.defaults.get(name))
-                               for name in options.READS})
+                     settings=vars(parts.complete(config)))
         progress = Progress("questions", rank=rank, world=world)
-        lost = answer_file.fill(parts, asked, args.pictures, args.out, note, rank, world, args.seed,
-                              args.choices, progress.update, **how)
+        file = AnswerFile(args.out, asks, args.pictures, note, config, args.choices, args.seed)
+        lost = file.fill(parts, rank, world, progress.update)
         if lost is not None:
-            print(f"{args.out}: {len(asked) - len(lost)} of {len(asked)}")
+            print(f"{args.out}: {len(asks) - len(lost)} of {len(asks)}")
             left_out(bad + lost)
 
 
@@ -188,26 +181,26 @@ def score(args: argparse.Namespace) -> None:
 
 def measure_emoji(args: argparse.Namespace) -> None:
     """The emoji set, as the paper's tables: drawings, reading, POPE."""
-    parts = options.open_parts(vars(args), args.device)
+    parts = open_parts(cli.take(ModelConfig, vars(args)))
     records, pictures = emoji.load(emoji.TAR, parts.height)
     pictures = pictures.float() / 127.5 - 1
-    walk = options.walk(vars(args))
-    how = options.reads(vars(args))
+    drawing = cli.take(DrawConfig, vars(args))
+    reading = cli.take(ReadConfig, vars(args))
     if args.page:
-        grids.write_picture(args.page, emojis.page(parts, records, pictures, walk, how))
+        grids.write_picture(args.page, emojis.page(parts, records, pictures, drawing, reading))
         return
-    settings = parts.defaults | how
-    is_random = settings["temperature"] > 0 or settings["order"] == "random"
+    complete = parts.complete(reading)
+    is_random = complete.temperature > 0 or complete.order == "random"
     results = {split: [] for split in args.splits}
     for split, runs in results.items():
         for seed in args.seeds:
             run = {}
             if args.prompts:
-                run |= emojis.drawings(parts, records, pictures, split, args.prompts, seed, walk)
+                run |= emojis.drawings(parts, records, pictures, split, args.prompts, seed, drawing)
             if args.limit and (is_random or not runs):           # else every seed reads the same
-                run |= emojis.reading(parts, records, pictures, split, args.limit, seed, how)
+                run |= emojis.reading(parts, records, pictures, split, args.limit, seed, reading)
             runs.append(run)
-    shared = image_folder.settings(parts, **walk) | {"reading": how}
+    shared = image_folder.settings(parts, drawing) | {"reading": vars(complete)}
     for kind, rows in emojis.tables(results).items():
         print(table(rows, corner=f"{kind}, %"), end="\n\n")
     print(f"command: {args.command_line}\ncheckpoint: {shared['checkpoint']}")
@@ -216,15 +209,6 @@ def measure_emoji(args: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------- the command line
-
-def borrow(parser: cli.Parser, names: list[str]) -> None:
-    """Add flags of sample.py, with its help texts."""
-    def add(name: str, mode: str = "", **how) -> None:
-        if name in names:
-            parser.add_argument(name, default=argparse.SUPPRESS, **how)
-    for group in (options.draw_flags, options.read_flags, options.part_flags):
-        group(add)
-
 
 def count(low: int, default: int | None = None, high: int | None = None) -> dict:
     """Return how argparse reads a whole number."""
@@ -239,7 +223,9 @@ def emoji_flags(parser: cli.Parser) -> None:
     add("--limit", **count(0, 200), help="pictures a split that are read (200)")
     add("--prompts", **count(0, 200), help="prompts a split that are drawn (200)")
     add("--page", type=Path, help="measure nothing: a picture of what is drawn and read")
-    borrow(parser, [*WALK, *PARTS, *map(cli.flag, options.READS), "--compile"])
+    parser.add_fields(DrawConfig)
+    parser.add_fields(ReadConfig)
+    parser.add_fields(ModelConfig)
 
 
 def draw_flags(parser: cli.Parser) -> None:
@@ -248,7 +234,8 @@ def draw_flags(parser: cli.Parser) -> None:
     add("prompts", nargs="+", help="its published file, or files")
     add("out", type=Path, help="a folder")
     add("--n", **count(1, high=1000), help="drawings of a prompt (as published, or 1)")
-    borrow(parser, [*WALK, *PARTS, "--steps", "--negative-prompt", "--batch", "--compile"])
+    parser.add_fields(DrawConfig)
+    parser.add_fields(ModelConfig)
 
 
 def answer_flags(parser: cli.Parser) -> None:
@@ -263,7 +250,8 @@ def answer_flags(parser: cli.Parser) -> None:
     add("--by", choices=["writing", "likelihood"], default="writing",
         help="likelihood: the likeliest of --choices is the answer (writing)")
     add("--choices", nargs="+")
-    borrow(parser, [*PARTS, *map(cli.flag, options.READS)])
+    parser.add_fields(ReadConfig)
+    parser.add_fields(ModelConfig)
 
 
 def score_flags(parser: cli.Parser) -> None:
@@ -329,7 +317,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                                  help="CLIP's Hugging Face folder")
         if name not in ("draw", "answer", "statistics"):
             command.add_argument("--json", type=Path, help="also write all of it here")
-        if name != "score":
+        if name in ("fid", "statistics", "coco", "mjhq", "clip"):
             command.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
     args = parser.parse_args(argv)
     path = getattr(args, "json", None)
@@ -346,8 +334,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.command not in ("draw", "answer"):
-        args.device = choose_device(getattr(args, "device", "cpu"))
+    args.device = getattr(args, "device", "auto")
+    if args.command not in ("draw", "answer", "emoji", "score"):
+        args.device = choose_device(args.device)
     args.function(args)
 
 

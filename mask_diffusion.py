@@ -189,7 +189,7 @@ ORDERS = {
 # ------------------------------------------------------------------------------------ sampling
 
 @dataclass
-class ReadConfig:
+class SampleConfig:
     """Settings of the sampler; the defaults are the paper's.  Raises ValueError."""
     steps: int = 128
     temperature: float = 1.0            # 0 takes the likeliest token
@@ -258,7 +258,7 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
-def cut_after_end(ids: Tensor, ends: Tensor, written: Tensor, config: ReadConfig) -> Tensor:
+def cut_after_end(ids: Tensor, ends: Tensor, written: Tensor, config: SampleConfig) -> Tensor:
     """End each row at its first of `ends`, with padding behind it, where text is `written`.
 
     All are (B, L), the latter two bool."""
@@ -267,7 +267,7 @@ def cut_after_end(ids: Tensor, ends: Tensor, written: Tensor, config: ReadConfig
     return torch.where(ended.cumsum(1) == 1, config.end_id, ids)
 
 
-def place_end(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: ReadConfig) -> Tensor:
+def place_end(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig) -> Tensor:
     """End each row at the first [MASK] that is the end token with a probability of `length_at`.
 
     While all is masked, that probability over positions is the distribution of the text's
@@ -281,7 +281,7 @@ def place_end(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: ReadConfig
     return cut_after_end(ids, is_likely, masked, config)
 
 
-def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: ReadConfig,
+def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
          generator: Draws = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Replace every [MASK] of ids (B, L) by a token; other tokens stay.
 
@@ -321,7 +321,7 @@ def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: ReadConfig,
         yield reached, ids
 
 
-def sample_at(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: ReadConfig,
+def sample_at(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
               generator: Draws = None) -> Tensor:
     """Return the end of `walk`, (B, L)."""
     for _, ids in walk(logits_at, ids, mask_id, config, generator):
@@ -331,21 +331,20 @@ def sample_at(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: ReadConfig
 
 def sample(logits_fn: LogitsFn, ids: Tensor, mask_id: int, steps: int,
            generator: Draws = None, **settings) -> Tensor:
-    """Fill in the [MASK]s of ids (B, L).  settings: of ReadConfig, by default the paper's."""
-    config = ReadConfig(steps, **settings)
+    """Fill in the [MASK]s of ids (B, L).  settings: of SampleConfig, by default the paper's."""
+    config = SampleConfig(steps, **settings)
     return sample_at(at_positions(logits_fn), ids, mask_id, config, generator)
 
 
-def guide(logits_at: LogitsAt, null_at: LogitsAt, scale: float, mask_id: int) -> LogitsAt:
+def guide(logits: Tensor, null_logits: Tensor, scale: float, mask_id: int) -> Tensor:
     """Classifier-free guidance of text: log p_null + scale (log p - log p_null), both normalised.
 
-    logits_at sees the image, null_at does not."""
-    def guided(ids: Tensor, at: Tensor) -> Tensor:
-        log_p = exact_logits(logits_at, ids, at, mask_id).log_softmax(-1)
-        log_p_null = exact_logits(null_at, ids, at, mask_id).log_softmax(-1)
-        difference = (log_p - log_p_null).nan_to_num(0.0)       # of [MASK] both are minus infinity
-        return log_p + (scale - 1) * difference
-    return guided
+    logits (n, V) are of a network that sees the image, null_logits of one that does not."""
+    exact = exact_dtype(logits.device)
+    log_p = forbid(logits.to(exact), mask_id).log_softmax(-1)
+    log_p_null = forbid(null_logits.to(exact), mask_id).log_softmax(-1)
+    difference = (log_p - log_p_null).nan_to_num(0.0)           # of [MASK] both are minus infinity
+    return log_p + (scale - 1) * difference
 
 
 # ------------------------------------------------------------------------------------ likelihood

@@ -218,6 +218,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """Return softmax(q k' / sqrt(d)) of the batch's first row, (T, T) float16, its heads' mean."""
+    total = 0.0
+    with torch.autocast(q.device.type, enabled=False):
+        for q_head, k_head in zip(q[0], k[0]):           # one by one, for less memory
+            scores = (q_head.float() * q_head.shape[-1] ** -0.5) @ k_head.float().T
+            total = total + scores.softmax(-1)
+    return (total / q.shape[1]).half()
+
+
 def merge_heads(y: Tensor) -> Tensor:
     return y.transpose(1, 2).flatten(2)                                  # (B, H, T, d) -> (B, T, D)
 
@@ -236,7 +246,10 @@ class BlockCache(NamedTuple):
 class Block(nn.Module):
     """Joint attention: both streams' queries see both streams' keys under one unmasked softmax."""
 
-    attention = staticmethod(attention)         # an attribute: plan and viz replace it in a block
+    attention = staticmethod(attention)         # an attribute: plan.py replaces it in a block
+    stores_attention = False                    # True: keep what viz/attention.py reads
+    stored_attention: Tensor | None = None      # (T, N + L) of the last evaluation
+    image_tokens = 0                            # N, the first of these N + L keys
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -269,7 +282,7 @@ class Block(nn.Module):
             q = q[:, :, :N]
         elif need == "logits":
             q = q[:, :, N:]
-        y = merge_heads(self.attention(q, k, v))                                  # (B, <= N + L, D)
+        y = self.attend(q, k, v, N)                                               # (B, <= N + L, D)
         if need != "logits":
             img = self.img.finish(img, y[:, :N], img_mod)
         if need != "velocity":
@@ -282,8 +295,15 @@ class Block(nn.Module):
         q, k, v = self.txt.attention_input(txt, mod)                              # (B, H, L, D/H)
         k = torch.cat([cache.keys, k], dim=2)                             # (B, H, N + L, D/H)
         v = torch.cat([cache.values, v], dim=2)
-        y = merge_heads(self.attention(q, k, v))
+        y = self.attend(q, k, v, cache.keys.shape[2])
         return self.txt.finish(txt, y, mod)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, N: int) -> Tensor:
+        """Attend to keys of which the first N are the image's; heads are merged, (B, T, D)."""
+        if self.stores_attention:
+            self.stored_attention = attention_map(q, k)
+            self.image_tokens = N
+        return merge_heads(self.attention(q, k, v))
 
 
 class MMDiT(nn.Module):

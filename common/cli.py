@@ -16,7 +16,12 @@ import math
 import os
 import signal
 import sys
-from typing import Any, Callable, Iterable, get_args, get_type_hints
+import types
+from pathlib import Path
+from typing import Any, Callable, get_args, get_origin, get_type_hints
+
+ROOT = Path(__file__).parents[1]                # of the project
+METAVARS = {str: "TEXT", Path: "FILE"}
 
 
 class UserError(Exception):
@@ -30,30 +35,38 @@ def require(*conditions: tuple[bool, str]) -> None:
             raise UserError(message)
 
 
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None,
-           choices: Iterable[str] | None = None, bare: Any = None, group: str | None = None):
+def option(default: Any, help: str, **limits):
     """Return a dataclass field that `Parser.add_fields` turns into a flag.
 
-    bare: the value of the flag without a number.  group: a title in --help, above this field and
-    those that follow it."""
-    metadata = dict(help=help, low=low, high=high, choices=choices, bare=bare, group=group)
+    limits: `low` and `high` of a number; `choices`; `bare`, the value of the flag without a number;
+    `word`, a text that stands in place of a number; `group`, a title in --help above this field and
+    those that follow it.  More of them are kept as the field's metadata."""
+    metadata = dict(help=help, **limits)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """Return a reader of numbers for argparse: from low to high, and finite."""
-    def read(text: str) -> float:
-        wanted = ("a whole number" if kind is int else "a number") + ("" if low is None else (
-            f" from {low} to {high}" if high is not None else f", at least {low}"))
+def number(kind: type, low: float | None = None, high: float | None = None,
+           word: str | None = None) -> Callable[[str], float | str]:
+    """Return a reader of finite numbers for argparse, from low to high, or of a word."""
+    def read(text: str) -> float | str:
+        if text == word:
+            return text
+        wanted = "a whole number" if kind is int else "a number"
+        if high is not None:
+            wanted += f" from {low} to {high}"
+        elif low is not None:
+            wanted += f", at least {low}"
         try:
-            got = kind(text)
-            if math.isfinite(got) and (low is None or got >= low) and (high is None or got <= high):
-                return got
+            value = kind(text)
         except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+            value = math.nan
+        too_low = low is not None and value < low
+        too_high = high is not None and value > high
+        if not math.isfinite(value) or too_low or too_high:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        return value
     return read
 
 
@@ -72,9 +85,9 @@ def help_text(field: dataclasses.Field, default: Any) -> str:
     text = field.metadata.get("help", "").replace("%", "%%")
     if default in ("", False, None, []):
         return text
-    if isinstance(default, list):
-        default = " ".join(default)
-    return f"{text} ({default})".strip()
+    values = default if isinstance(default, (list, tuple)) else [default]
+    shown = " ".join(map(str, values)).replace(f"{ROOT}{os.sep}", "")
+    return f"{text} ({shown})".strip()
 
 
 def reader(field: dataclasses.Field, kind: type) -> dict:
@@ -82,17 +95,37 @@ def reader(field: dataclasses.Field, kind: type) -> dict:
     limits = field.metadata
     if kind is bool:
         return dict(action="store_true")
-    if kind is list:
-        return dict(nargs="+", metavar="PATH")
-    if kind is str and limits.get("choices"):
-        return dict(choices=limits["choices"])
-    if kind is str:
-        return dict(metavar="TEXT")
-    [numeric] = {int, float} & {kind, *get_args(kind)}           # int | None is read as int
-    arguments = dict(type=number(numeric, limits.get("low"), limits.get("high")), metavar="N")
-    if limits.get("bare") is not None:
+    arguments = {}
+    if isinstance(kind, types.UnionType):                        # int | None is read as int
+        [kind] = {*get_args(kind)} - {types.NoneType}
+    if get_origin(kind) is list:
+        arguments["nargs"] = "+"
+        [kind] = get_args(kind)
+    elif get_origin(kind) is tuple:
+        arguments["nargs"] = len(get_args(kind))
+        kind = get_args(kind)[0]
+    if limits.get("choices"):
+        return arguments | dict(choices=list(limits["choices"]))
+    if kind in METAVARS:
+        return arguments | dict(type=kind, metavar=METAVARS[kind])
+    read = number(kind, limits.get("low"), limits.get("high"), limits.get("word"))
+    arguments.update(type=read, metavar="N")
+    if "bare" in limits:
         arguments.update(nargs="?", const=limits["bare"])
     return arguments
+
+
+def take(config: type, values: dict) -> Any:
+    """Make a dataclass of those values that are its fields."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return config(**{name: value for name, value in values.items() if name in names})
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Leave more room for the help of each flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26)
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,21 +135,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str, renamed: dict[str, str] = {}, **more):
         self.renamed = renamed
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **more)
+        super().__init__(description=doc, formatter_class=Formatter, allow_abbrev=False, **more)
 
-    def add_fields(self, config: type, defaults: dict) -> None:
+    def add_fields(self, config: type, defaults: dict = {}) -> None:
         """Add a flag for each field of a dataclass; only flags that are given are in the result.
 
-        `defaults` are shown in place of the class's own: the chosen stage's."""
-        types = get_type_hints(config)
+        `defaults` are shown in place of the class's own: the chosen stage's.  A flag that is there
+        already stays."""
+        kinds = get_type_hints(config)
         group = self
         for field in dataclasses.fields(config):
+            kind = kinds[field.name]
+            if dataclasses.is_dataclass(kind) or flag(field.name) in self._option_string_actions:
+                continue
             if field.metadata.get("group"):
                 group = self.add_argument_group(field.metadata["group"])
             default = defaults.get(field.name, own_default(field))
             group.add_argument(flag(field.name), default=argparse.SUPPRESS,
-                               help=help_text(field, default), **reader(field, types[field.name]))
+                               help=help_text(field, default), **reader(field, kind))
 
     def parse_args(self, args=None):
         parsed, unknown = self.parse_known_args(args)

@@ -32,7 +32,7 @@ import train
 from common import processes
 from common.devices import DEVICES, choose_device
 from inference import text_to_image
-from inference.image_to_text import STEPS, encode, fill
+from inference.image_to_text import encode, fill
 from inference.parts import EMOJI, OWN, PUBLISHED, Parts
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 from pretrained.vae import AutoencoderKL, Pixels, VAEConfig
@@ -138,7 +138,7 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
     models.tokenizer = SimpleNamespace(mask_id=mask_id, end_id=-1, pad_id=-1,                # never an end
                                        encode=lambda text, length: torch.full((length,), len(text) % mask_id))
     side = pixels or (64 if sizes.channels == 3 else 512)
-    parts = Parts.of(models, side, length, device, dtype)
+    parts = Parts.of(models, side, length, dtype)
     parts.defaults = OWN if sizes.text_length else PUBLISHED
     if not sizes.text_length:
         parts.text = lambda ids: models.text(ids).to(dtype)
@@ -148,24 +148,25 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
 @torch.no_grad()
 def bench_sample(parts: Parts, n: int, steps: int, guidance: float | None, compiled: bool, rounds: int) -> dict:
     """Time n drawings at once, and n captions of noise."""
-    seen, evaluations = text_to_image.Seen(states=None), []
+    trace, states = text_to_image.Trace(), []
     generator = torch.Generator().manual_seed(0)                 # the same evaluations in every run
     images = torch.randn(n, 3, parts.height, parts.width, generator=generator).clamp(-1, 1)
     blank = torch.full((n, parts.length), parts.tokenizer.mask_id)
 
     def draw() -> None:
-        seen.rows = 0
-        text_to_image.draw(parts, ["red apple, noto style"] * n, steps=steps, guidance=guidance, fast=compiled,
-                     batch=n, seen=seen)
+        trace.evaluations = 0
+        text_to_image.draw(parts, ["red apple, noto style"] * n, trace=trace, steps=steps, guidance=guidance,
+                           compile=compiled, batch=n)
 
     def read() -> None:
-        evaluations.clear()
-        fill(parts, encode(parts, images), blank, STEPS["text"], asked=evaluations)
+        states.clear()
+        fill(parts, encode(parts, images), blank, states=states)
     drawn = median_seconds(draw, rounds, parts.device)
     captioned = median_seconds(read, rounds, parts.device)
     return dict(dtype=str(parts.dtype).removeprefix("torch."), compiled=compiled, n=n,
                 pixels=[parts.width, parts.height], draws_per_s=n / drawn, captions_per_s=n / captioned,
-                evaluations_a_drawing=seen.rows // n, evaluations_a_batch_of_captions=len(evaluations))
+                evaluations_a_drawing=trace.evaluations // n,
+                evaluations_a_batch_of_captions=len(states) - 1)
 
 
 def parse_args() -> argparse.Namespace:
@@ -181,7 +182,7 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
     sampling.add_argument("--preset", choices=list(PRESETS), help="random weights of these sizes")
     sampling.add_argument("--n", type=count, default=16, help="drawings, and captions, at once (16)")
-    sampling.add_argument("--steps", type=count, default=text_to_image.STEPS, help="of a drawing (28)")
+    sampling.add_argument("--steps", type=count, default=28, help="of a drawing (28)")
     sampling.add_argument("--guidance", type=cli.number(float, 1e-3), help="of a drawing (as sample.py)")
     sampling.add_argument("--pixels", type=count, help="side of the images (as trained; 64 or 512)")
     for command, rounds in ((training, 9), (sampling, 3)):

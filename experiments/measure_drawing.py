@@ -47,14 +47,14 @@ OUTSIDE = ["blue apple, noto style", "a blue apple", "a cat on a train", "pizza"
 def measured(parts: Parts, captions: list[str], own: list[int], records: list[dict], pictures: torch.Tensor,
              how: dict) -> dict[str, float]:
     """One row.  own: the captions' pictures among all (n, 3, P, P)."""
-    seen, begun = text_to_image.Seen(states=None), time.time()
-    drawn = text_to_image.draw(parts, captions, seen=seen, **how)
+    trace, begun = text_to_image.Trace(), time.time()
+    drawn = text_to_image.draw(parts, captions, trace=trace, **how)
     seconds, found = time.time() - begun, emojis.nearest(drawn, pictures)
     right = [records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, own)]
     single = [hit for hit, i in zip(right, own) if records[i]["kind"] != emojis.PEOPLE]
     off = (drawn - pictures[own]).square().mean((1, 2, 3)).sqrt() * 127.5
     return dict(emoji=100 * sum(right) / len(right), single=100 * sum(single) / max(1, len(single)),
-                distance=float(off.mean()), evaluations=seen.rows / len(own), seconds=seconds)
+                distance=float(off.mean()), evaluations=trace.evaluations / len(own), seconds=seconds)
 
 
 @torch.no_grad()
@@ -63,10 +63,10 @@ def write_page(parts: Parts, records: list[dict], pictures: torch.Tensor, path: 
     draw = lambda prompt, **how: text_to_image.draw(parts, [prompt], seed=0, **how)[0]
     number = {record["caption"]: i for i, record in enumerate(records)}
     apple, farmer = "red apple, noto style", "woman farmer, medium skin tone, noto style"
-    original, seen = pictures[number[farmer]], text_to_image.Seen()
-    draw(apple, seen=seen)
-    walk = [[(state[which][0], f"{name} at t = {state[0]:.2f}") for state in seen.states[::4]]
-            for which, name in ((1, "x"), (2, "predicted"))]
+    original, trace = pictures[number[farmer]], text_to_image.Trace(steps=[])
+    draw(apple, trace=trace)                                     # these weights' latents are the images
+    walk = [[(step.x[0], f"x at t = {step.t:.2f}") for step in trace.steps[::4]],
+            [(step.clean[0], f"predicted at t = {step.t:.2f}") for step in trace.steps[::4]]]
     few = [(draw(apple, steps=steps, solver=solver), f"{solver}, {steps} evaluations")
            for steps in (4, 7) for solver in flow.SOLVERS]
     guided = [(draw(apple, guidance=scale), f"guidance {scale:g}") for scale in (1, 2, 4, 7)]

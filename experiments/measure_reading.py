@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 from common import cli
 from dataset import emoji
 from inference import image_to_text
+from inference.image_to_text import ReadConfig
 from inference.parts import Parts
 from metrics import emojis
 from viz import grids
@@ -41,7 +42,7 @@ def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float
     calls, mmdit = [], parts.mmdit.forward
     parts.mmdit.forward = lambda *a, **k: calls.append(len(a[1])) or mmdit(*a, **k)      # a[1]: the text
     started = time.perf_counter()
-    said = image_to_text.write(parts, latents, **how)
+    said = image_to_text.write(parts, latents, [None] * len(latents), ReadConfig(**how))
     seconds = time.perf_counter() - started
     parts.mmdit.forward = mmdit
     return 100 * sum(map(str.__eq__, said, true)) / len(true), sum(calls) / len(true), seconds
@@ -77,11 +78,11 @@ def choices(parts: Parts, records: list[dict], latents, limit: int) -> None:
         for some in (asked, [(i, q) for i, q in asked if q["type"].startswith("yes/no")]):
             batch, questions = latents[[i for i, _ in some]], [q["question"] for _, q in some]
             for cache in CACHES:
-                said = image_to_text.write(parts, batch, questions, steps=32, image_cache=cache)
+                said = image_to_text.write(parts, batch, questions, ReadConfig(image_cache=cache))
                 cells.append(f"{right(said, some):.1f}")
-        ranks = [image_to_text.ranked(parts, latents[i:i + 1], q["question"], ["yes", "no"])
+        ranks = [image_to_text.rank(parts, latents[i:i + 1], ["yes", "no"], q["question"])
                  for i, q in some]
-        cells.append(f"{right([rank[0][0] for rank in ranks], some):.1f}")
+        cells.append(f"{right([rank[0].text for rank in ranks], some):.1f}")
         print(f"| {split} | {' | '.join(cells)} |", flush=True)
 
 
@@ -95,7 +96,7 @@ def infill(parts: Parts, records: list[dict], latents, limit: int) -> None:
             for at in chance.sample(range(len(words)), min(len(words), chance.randint(1, 2))):
                 words[at] = "[MASK]" + "," * words[at].endswith(",")
             text, gaps = " ".join(words), gaps + " ".join(words).count("[MASK]")
-            said = image_to_text.infill(parts, latents[i:i + 1], text, image_cache=cache)
+            said = image_to_text.infill(parts, latents[i:i + 1], text, ReadConfig(image_cache=cache))
             pattern = ".*".join(map(re.escape, text.split("[MASK]")))
             right += said == records[i]["caption"]
             kept += bool(re.fullmatch(pattern, said, re.DOTALL))
@@ -109,13 +110,13 @@ def page(parts: Parts, records: list[dict], latents, out: Path) -> None:
     begin, fill, answer = [], [], []
     for i in emoji.of_split(records, "tone")[:3]:
         record, look, states = records[i], latents[i:i + 1], []
-        image_to_text.write(parts, look, trajectory=states)
+        image_to_text.write(parts, look, [None], states=states)
         texts = ["".join(pieces(parts, ids[0].tolist())).replace("[MASK]", " _").strip() for _, ids in states]
         begin.append((latents[i], texts[-7:]))
         gaps = re.sub(r"[\w-]+(?= skin)|^\w+", "[MASK]", record["caption"])
         fill.append((latents[i], [f"given: {gaps}", f"filled: {image_to_text.infill(parts, look, gaps)}"]))
         asked = next(q for q in record["questions"] if q["type"] == "yes/no sort")["question"]
-        ranks = image_to_text.ranked(parts, look, asked, ["yes", "no"])
+        ranks = image_to_text.rank(parts, look, ["yes", "no"], asked)
         answer.append((latents[i], [asked, *(f"{text}: {share:.1%}, {nats:.3f} nats (+- {error:.3f})"
                                              for text, share, nats, error in ranks)]))
     grids.write_picture(out, grids.page(begin + fill[:1], fill[1:] + answer, most=8))

@@ -1,96 +1,99 @@
-"""A folder of drawings: one PNG for each, with all that made it in its text fields.
+"""A folder of drawings: PNG files, each with the settings that made it in its text fields.
 
     jobs = [("red apple, noto style", 0), ("snowman, noto style", 0)]      # (prompt, seed)
-    fill(parts, jobs, Path("drawn"), steps=28)          # drawn/00000.png, drawn/00001.png
+    fill(parts, jobs, Path("drawn"), DrawConfig())      # drawn/00000.png, drawn/00001.png
 
-A file that is there is skipped, so that what was stopped goes on; a file is there whole or not at
-all. Several processes share the work: each looks for what is `missing` among its part, and draws a
-part of that.
+A file is written whole or not at all, and one that is there is skipped, so an interrupted run
+resumes.  Several processes share the work: each looks for files that are `missing` among its part.
 """
 
 import hashlib
-import inspect
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Iterator
 
 from common.cli import require
 from dataset.images import text_fields, write_png
-from inference import text_to_image
 from inference.parts import Parts
+from inference.text_to_image import DrawConfig, Edit, drawings
 from viz.grids import grid
 
-Jobs = list[tuple[str, int]]
+# the fields of a DrawConfig that decide the image, and their names in a file
+RECORDED = dict(steps="steps", solver="solver", guidance_interval="interval",
+                negative_prompt="negative", guidance="guidance", shift="shift")
 
-DEFAULTS = {name: inspect.signature(text_to_image.drawings).parameters[name].default
-            for name in ("steps", "solver", "interval", "negative")}
 
-
-def settings(parts: Parts, **how) -> dict[str, str]:
-    """Return what all drawings of a folder share; how: the keywords of text_to_image.drawings."""
-    shared = {name: how.get(name, default) for name, default in DEFAULTS.items()}
-    if edit := how.get("edit"):
+def settings(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> dict[str, str]:
+    """Return the text fields that all drawings of a folder share."""
+    complete = parts.complete(config)
+    shared = {name: str(getattr(complete, field)) for field, name in RECORDED.items()}
+    if edit:
         tensors = [edit.latents] if edit.mask is None else [edit.latents, edit.mask]
         content = b"".join(x.cpu().contiguous().numpy().tobytes() for x in tensors)
-        shared.update(strength=edit.strength, over=hashlib.sha256(content).hexdigest()[:16])
-    for name in ("guidance", "shift"):
-        shared[name] = how.get(name, parts.defaults[name])
+        shared.update(strength=str(edit.strength), over=hashlib.sha256(content).hexdigest()[:16])
     shared.update(size=f"{parts.width}x{parts.height}", checkpoint=parts.digest(),
                   dtype=str(parts.dtype).removeprefix("torch."))
-    return {name: str(value) for name, value in shared.items()}
+    return shared
 
 
-def fields(job: tuple[str, int], each: int, shared: dict[str, str]) -> dict[str, str]:
-    """Return the text fields of a file: it shows `each` drawings, of its seed and the next ones."""
-    prompt, seed = job
-    seeds = map(str, range(seed, seed + each))
-    return dict(prompt=prompt, seed=" ".join(seeds)) | shared
+@dataclass
+class ImageFolder:
+    path: Path
+    jobs: list[tuple[str, int]]     # (prompt, seed of a file's first drawing)
+    names: list[str]                # of the files
+    shared: dict[str, str]          # `settings` of all files
+    each: int = 1                   # drawings in a file, of its seed and the next ones
+
+    def fields(self, i: int) -> dict[str, str]:
+        """Return the text fields of a file."""
+        prompt, seed = self.jobs[i]
+        seeds = " ".join(map(str, range(seed, seed + self.each)))
+        return dict(prompt=prompt, seed=seeds) | self.shared
+
+    def missing(self, among: Iterable[int]) -> list[int]:
+        """Return those `among` the jobs that have no file.
+
+        Raises UserError for a file that shows another drawing than it should."""
+        missing = []
+        for i in among:
+            path = self.path / self.names[i]
+            if not path.exists():
+                missing.append(i)
+                continue
+            written, expected = text_fields(path), self.fields(i)
+            for name in expected | written:
+                old, new = written.get(name), expected.get(name)
+                require((old == new, f"{path}: was drawn with {name} {old!r}, asked for is {new!r}; "
+                         f"name another folder, or remove it"))
+        return missing
+
+    def draw(self, parts: Parts, which: list[int], config: DrawConfig,
+             edit: Edit | None = None) -> Iterator[int]:
+        """Draw these jobs, and yield each one when its file is written."""
+        prompts, seeds = [], []
+        for i in which:
+            prompt, seed = self.jobs[i]
+            prompts += [prompt] * self.each
+            seeds += range(seed, seed + self.each)
+        images = drawings(parts, prompts, seeds, config, edit)
+        for i in which:
+            path = self.path / self.names[i]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = grid(itertools.islice(images, self.each), least=1, gap=0)
+            write_png(path, image, self.fields(i))
+            yield i
 
 
-def missing(jobs: Jobs, names: list[str], folder: Path, among: Iterable[int],
-            shared: dict[str, str], each: int = 1) -> list[int]:
-    """Return those `among` the jobs that have no file.  Raises UserError for one that shows another
-    drawing than it should."""
-    lacking = []
-    for i in among:
-        path = folder / names[i]
-        if not path.exists():
-            lacking.append(i)
-            continue
-        wanted, written = fields(jobs[i], each, shared), text_fields(path)
-        for name in wanted | written:
-            old, new = written.get(name), wanted.get(name)
-            require((old == new, f"{path}: was drawn with {name} {old!r}, asked for is {new!r}; "
-                     f"name another folder, or remove it"))
-    return lacking
+def fill(parts: Parts, jobs: list[tuple[str, int]], path: Path, config: DrawConfig,
+         edit: Edit | None = None) -> int:
+    """Draw the files that are missing, and return how many were there.
 
-
-def draw(parts: Parts, jobs: Jobs, names: list[str], folder: Path, which: list[int],
-         shared: dict[str, str], each: int = 1, **how) -> Iterator[int]:
-    """Draw these jobs, and yield each one that is done; a file shows `each` drawings."""
-    prompts, seeds = [], []
-    for i in which:
-        prompt, seed = jobs[i]
-        prompts += [prompt] * each
-        seeds += range(seed, seed + each)
-    images = text_to_image.drawings(parts, prompts, seed=seeds, **how)
-    for i in which:
-        path = folder / names[i]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = grid(itertools.islice(images, each), least=1, gap=0)
-        write_png(path, image, fields(jobs[i], each, shared))
-        yield i
-
-
-def fill(parts: Parts, jobs: Jobs, folder: Path, **how) -> int:
-    """Draw what is missing, by one process, and return how many files were there.
-
-    Raises UserError for a file that shows another drawing than it should, before anything is
-    drawn."""
-    folder.mkdir(exist_ok=True)
+    Raises UserError for a file that shows another drawing, before anything is drawn."""
+    path.mkdir(exist_ok=True)
     names = [f"{i:05}.png" for i in range(len(jobs))]
-    shared = settings(parts, **how)
-    lacking = missing(jobs, names, folder, range(len(jobs)), shared)
-    for _ in draw(parts, jobs, names, folder, lacking, shared, **how):
+    folder = ImageFolder(path, jobs, names, settings(parts, config, edit))
+    missing = folder.missing(range(len(jobs)))
+    for _ in folder.draw(parts, missing, config, edit):
         pass
-    return len(jobs) - len(lacking)
+    return len(jobs) - len(missing)

@@ -1,259 +1,316 @@
-"""Text from pictures: captions, answers, words filled in, and how likely a text is.
+"""Write text about images: captions, answers, filled masks; and score how likely a text is.
 
-Shapes: B batch, L tokens, V vocabulary, C latent channels, h and w latent height and width, H and W pixels.
+    texts = write(parts, latents, [None] * len(latents))                   # a caption for each
+    texts = write(parts, latents, ["Is this food?"] * len(latents))        # an answer
+    text = infill(parts, latents[:1], "red [MASK], [MASK] style")
+    nats, error = score(parts, latents[:1], ids)                           # -log p(text | image)
+
+Shapes: B batch, L tokens, V vocabulary, C latent channels, h and w latent height and width.
 """
 
 import itertools
-from typing import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
 import mask_diffusion
-from common.cli import require
+from common.cli import UserError, option, require
 from common.progress import Progress
 from dataset.questions import question_prompt
 from inference.parts import Parts
-from mask_diffusion import ReadConfig
-from model import BlockCache
+from model import MMDiT
 
 STEPS = dict(text=128, answer=32)
-MAX_MASK_TOKENS = 3      # a [MASK] of --text stands for one to three tokens
+MAX_MASK_TOKENS = 3     # infill tries one to three tokens for a [MASK]
+ORDERS = mask_diffusion.ORDERS
 
 
-def watched(parts: Parts, logits_at, evaluations: int, what: str):
-    """Return the function, which then tells how far it is, unless parts.silent."""
-    progress = Progress(f"{what}, evaluations", evaluations, silent=parts.silent)
+@dataclass
+class ReadConfig:
+    """Settings of a text; each one is a flag of sample.py.  None: the checkpoint's default."""
+    steps: int | None = option(None, "evaluations of the network (128; for an answer 32)", low=1,
+                               group="reading")
+    temperature: float | None = option(None, "0 takes the likeliest token, 1 samples (0; published "
+                                       "weights: 1)", low=0, group="reading")
+    order: str | None = option(None, "of unmasking, see mask_diffusion.py (threshold; published "
+                               "weights: random)", choices=ORDERS)
+    level: float | None = option(None, "of the order (threshold 0.99, eb 0.05)", low=1e-9)
+    image_cache: str | None = option(None, "once: compute the image's keys and values once; off: "
+                                     "exact (once; published weights: off)",
+                                     choices=["once", "off"])
+    text_guidance: float = option(1.0, "away from the text without the image; 1: none", low=0.001)
+    max_tokens: int | None = option(None, "most tokens of a caption or an answer; above --length "
+                                    "it is written in blocks", low=1, tasks="caption answer chat")
+    length_at: float | None = option(None, "end where the first evaluation gives the end this "
+                                     "probability (--length auto: 0.95)", low=0, high=1)
 
-    def call(*args):
-        result = logits_at(*args)
-        progress.update(progress.done + 1)
-        return result
-    return call
 
+# ------------------------------------------------------------------------------------- the network
 
-class LastStates:
-    """Text states, remembered until another text is asked for: with guidance two readers see the same one."""
+class ImageCache:
+    """An image's keys and values, computed with the first text that is read beside it.
 
-    def __init__(self, text: Callable[[Tensor], Tensor]):
-        self.text, self.ids, self.states = text, None, None
+    That is an approximation, because the image's stream sees the text."""
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        if self.ids is None or not torch.equal(ids, self.ids):
-            self.ids, self.states = ids, self.text(ids)
-        return self.states
+    def __init__(self, mmdit: MMDiT, latents: Tensor):
+        self.mmdit, self.latents = mmdit, latents
+        self.blocks = self.rows = None
+
+    def logits(self, text: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+        """Return the logits (n, V) at positions `at` of text (rows, L, E), which lie in these rows.
+
+        Rows that are missing are done, and are dropped from the cache."""
+        if self.blocks is None:
+            clean = torch.zeros(1, device=text.device)
+            logits, self.blocks = self.mmdit.read_and_cache(self.latents[rows], text, clean, at)
+            self.rows = rows
+            return logits
+        if len(rows) < len(self.rows):
+            kept = torch.searchsorted(self.rows, rows)
+            self.blocks = [block.rows(kept) for block in self.blocks]
+            self.rows = rows
+        return self.mmdit.read_cached(text, self.blocks, at)
 
 
 class Reader:
-    """The text half of the model beside clean latents (B, C, h, w), or none, for mask_diffusion.py.
+    """The text half of the model beside clean latents (B, C, h, w), or none.
 
-    image_cache "once": the image's keys and values are computed at the first call and reused.  That
-    is an approximation, because the image's stream sees the text.  "off" is exact, and so is a text
-    without an image.  text: in place of parts.text."""
+    It is the function (ids, at) -> logits that mask_diffusion.py asks for."""
 
-    def __init__(self, parts: Parts, latents: Tensor | None, image_cache: str = "off", text=None):
-        self.parts, self.latents = parts, latents
-        self.caches = image_cache == "once"
-        self.cache = self.cached_rows = None
-        self.text = text or parts.text
+    def __init__(self, parts: Parts, latents: Tensor | None, image_cache: str = "off",
+                 guidance: float = 1.0):
+        self.parts, self.latents, self.guidance = parts, latents, guidance
+        self.cache = None
+        if image_cache == "once" and latents is not None:
+            self.cache = ImageCache(parts.mmdit, latents)
 
     def __call__(self, ids: Tensor, at: Tensor) -> Tensor:
-        """ids (B, L) and positions at (n,) of B x L -> logits (n, V).  Rows without a position are left out."""
+        """Return the logits (n, V) at positions `at` (n,) of ids (B, L)."""
         L = ids.shape[1]
         rows, row_of = torch.unique_consecutive(at // L, return_inverse=True)
-        at = row_of * L + at % L                                                  # in the rows that are left
-        text = self.text(ids[rows])
-        if self.cache is not None:
-            return self.parts.mmdit.read_cached(text, self.image_of(rows), at)
-        clean = torch.zeros(1, device=self.parts.device)
-        if self.latents is None:
-            return self.parts.mmdit(None, text, clean, need="logits", at=at)[1]
-        if not self.caches:
-            return self.parts.mmdit(self.latents[rows], text, clean, need="logits", at=at)[1]
-        logits, self.cache = self.parts.mmdit.read_and_cache(self.latents[rows], text, clean, at)
-        self.cached_rows = rows
-        return logits
+        at = row_of * L + at % L                                 # in the rows that have positions
+        text = self.parts.text(ids[rows])                                         # (rows, L, E)
+        if self.guidance == 1:
+            return self.logits(text, rows, at)
+        null = self.plain_logits(None, text, at)
+        mask_id = self.parts.tokenizer.mask_id
+        return mask_diffusion.guide(self.logits(text, rows, at), null, self.guidance, mask_id)
 
-    def image_of(self, rows: Tensor) -> list[BlockCache]:
-        """Return the cache of these rows; the others are done, and are dropped."""
-        if len(rows) < len(self.cached_rows):
-            left = torch.searchsorted(self.cached_rows, rows)
-            self.cache = [block.rows(left) for block in self.cache]
-            self.cached_rows = rows
-        return self.cache
+    def logits(self, text: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+        if self.cache:
+            return self.cache.logits(text, rows, at)
+        latents = None if self.latents is None else self.latents[rows]
+        return self.plain_logits(latents, text, at)
+
+    def plain_logits(self, latents: Tensor | None, text: Tensor, at: Tensor) -> Tensor:
+        clean = torch.zeros(1, device=text.device)
+        return self.parts.mmdit(latents, text, clean, need="logits", at=at)[1]
 
 
 @torch.no_grad()
 def encode(parts: Parts, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Clean latents (B, C, h, w), the posterior's means, of images (B, 3, H, W), 16 at a time.
+    """Encode images (B, 3, H, W) to clean latents (B, C, h, w), the posterior's means.
 
     dtype: parts.dtype unless given."""
     parts.hold("vae")
-    latents = [parts.vae.encode(some.to(parts.device)) for some in images.split(16)]
+    latents = [parts.vae.encode(batch.to(parts.device)) for batch in images.split(16)]
     return torch.cat(latents).to(dtype or parts.dtype)
 
 
-@torch.no_grad()
-def fill(parts: Parts, latents: Tensor | None, ids: Tensor, steps: int = STEPS["text"],
-         temperature: float | None = None, seed: int | list[int] = 0, order: str | None = None,
-         trajectory: list | None = None, image_cache: str | None = None, guidance: float = 1.0,
-         asked: list | None = None, level: float | None = None, length_at: float | None = None) -> Tensor:
-    """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no picture; all else stays.
+# ----------------------------------------------------------------------------------------- writing
 
-    order, level, length_at: of `mask_diffusion.ReadConfig`.  What is behind an end is padding at once.
-    seed: of every row, whose text is the same in any batch; or one for each.  image_cache: of `Reader`.
-    guidance: of `mask_diffusion.guide`, away from what is written without a picture.  asked:
-    gets, of each evaluation, how many states the trajectory had, the tokens (m,), and their logits (m, V)."""
-    default = parts.defaults
+def sampler_config(parts: Parts, config: ReadConfig) -> mask_diffusion.SampleConfig:
+    """Return the sampler's settings.  Raises UserError for a level that the order can't have."""
     tokenizer = parts.tokenizer
-    order = order or default["order"]
-    temperature = default["temperature"] if temperature is None else temperature
-    config = ReadConfig(steps, temperature, order, level, tokenizer.end_id, tokenizer.pad_id, length_at)
-    parts.hold("text", "mmdit")
-    image_cache = image_cache or default["image_cache"]
-    text = LastStates(parts.text) if guidance != 1 else parts.text
-    logits_at = Reader(parts, latents, image_cache, text)
-    if guidance != 1:
-        blind = Reader(parts, None, image_cache, text)
-        logits_at = mask_diffusion.guide(logits_at, blind, guidance, tokenizer.mask_id)
-    if asked is not None:
-        plain, trajectory = logits_at, [] if trajectory is None else trajectory
+    try:
+        return mask_diffusion.SampleConfig(config.steps or STEPS["text"], config.temperature,
+                                           config.order, config.level, tokenizer.end_id,
+                                           tokenizer.pad_id, config.length_at)
+    except ValueError as error:
+        raise UserError(f"--order {config.order}: {error}")
 
-        def logits_at(ids: Tensor, at: Tensor) -> Tensor:
-            asked.append((len(trajectory), at, plain(ids, at)))
-            return asked[-1][2]
-    seeds = seed if isinstance(seed, list) else [seed] * len(ids)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    evaluations = min(steps, int((ids == tokenizer.mask_id).sum(1).max()))
-    if length_at is not None:
-        evaluations += 1
-    states = mask_diffusion.walk(watched(parts, logits_at, evaluations, "reading"), ids.to(parts.device),
-                                 tokenizer.mask_id, config, generators)
-    for state in states:
-        if trajectory is not None:
-            trajectory.append(state)
+
+@torch.no_grad()
+def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig = ReadConfig(),
+         seeds: Sequence[int] | None = None, states: list | None = None) -> Tensor:
+    """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no image.
+
+    Once an end token is revealed, all later [MASK]s become padding.  seeds: one for each row, whose
+    text is then the same in any batch; 0 unless given.  states: a list that gets the states of
+    `mask_diffusion.walk`."""
+    config = parts.complete(config)
+    sampler = sampler_config(parts, config)
+    parts.hold("text", "mmdit")
+    reader = Reader(parts, latents, config.image_cache, config.text_guidance)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(ids)]
+    mask_id = parts.tokenizer.mask_id
+    evaluations = min(sampler.steps, int((ids == mask_id).sum(1).max()))
+    progress = Progress("reading, steps", 1 + evaluations, silent=parts.silent)
+    for state in mask_diffusion.walk(reader, ids.to(parts.device), mask_id, sampler, generators):
+        progress.update(progress.done + 1)
+        if states is not None:
+            states.append(state)
     return state[1].cpu()
 
 
-def write(parts: Parts, latents: Tensor, question: str | list[str] | None = None,
-          max_tokens: int | None = None, seed: int | list[int] = 0, **how) -> list[str]:
-    """A caption for each picture, of latents (B, C, h, w); with a question (or one for each), its answer.
-
-    `how` goes to `fill`.  max_tokens above what the model reads at once: a text without an end goes on in
-    further blocks, of which each reads the question and as many of the tokens before it as half of what is
-    left has room for."""
-    questions = question if isinstance(question, list) else [question] * len(latents)
-    ids = torch.stack([canvas(parts, q, max_tokens) for q in questions])          # (B, L)
-    starts = [len(prompt_ids(parts, q)) for q in questions]
-    filled = fill(parts, latents, ids, seed=seed, **how)
-    texts = [row[start:].tolist() for row, start in zip(filled, starts)]
-    for i, text in enumerate(texts) if max_tokens else []:
-        while len(text) < max_tokens and not {parts.tokenizer.end_id, parts.tokenizer.pad_id} & set(text):
-            before = text[-max(1, (ids.shape[1] - starts[i]) // 2):]
-            more = canvas(parts, questions[i], max_tokens - len(text), before)[None]
-            own = seed[i] if isinstance(seed, list) else seed
-            filled = fill(parts, latents[i:i + 1], more, seed=own, **how)
-            text += filled[0, starts[i] + len(before):].tolist()
-    return [parts.tokenizer.decode(text) for text in texts]
-
-
-def compared(parts: Parts, images: Tensor, captions: list[str], **how) -> list[tuple[Tensor, list[str]]]:
-    """Cells of `grids.page`: images (B, 3, H, W) with the caption that is written, above the true one."""
-    said = write(parts, encode(parts, images), **how)
-    return [(image, [f"read: {text}", f"true: {true}"]) for image, text, true in zip(images, said, captions)]
-
-
 def prompt_ids(parts: Parts, question: str | None) -> list[int]:
-    """The tokens that an answer stands behind; none of a caption."""
+    """Return the tokens before an answer; a caption has none."""
     return [] if question is None else parts.tokenizer.pieces(question_prompt(question))
 
 
 def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = None,
            before: Sequence[int] = ()) -> Tensor:
-    """Return the ids (L,) that a caption or an answer is written on: the question, what was written `before`,
-    [MASK]s, and padding past max_tokens."""
-    tokenizer, given = parts.tokenizer, [*prompt_ids(parts, question), *before]
+    """Return the ids (L,) that a caption or an answer is written on.
+
+    They are the question, the part of the text that was written `before`, [MASK]s, and padding
+    from max_tokens on."""
+    tokenizer = parts.tokenizer
+    given = [*prompt_ids(parts, question), *before]
     length = parts.length if question is None else parts.answer_length
     room = length - len(given)
-    require((room > 0, f"the question has {len(given)} tokens and leaves no room for an answer: this model "
-             f"reads {length}"))
+    require((room > 0, f"the question has {len(given)} tokens and leaves no room for an answer: "
+             f"this model reads {length}"))
     masks = room if max_tokens is None else min(room, max_tokens)
-    return torch.tensor(given + [tokenizer.mask_id] * masks + [tokenizer.pad_id] * (room - masks))
+    padding = [tokenizer.pad_id] * (room - masks)
+    return torch.tensor(given + [tokenizer.mask_id] * masks + padding)
 
+
+def write(parts: Parts, latents: Tensor, questions: Sequence[str | None],
+          config: ReadConfig = ReadConfig(), seeds: Sequence[int] | None = None,
+          states: list | None = None) -> list[str]:
+    """Write the answer to a question for each image, of latents (B, C, h, w); None: a caption.
+
+    seeds, states: as for `fill`."""
+    if config.steps is None:
+        kind = "answer" if any(questions) else "text"
+        config = replace(config, steps=STEPS[kind])
+    seeds = seeds or [0] * len(questions)
+    ids = torch.stack([canvas(parts, q, config.max_tokens) for q in questions])   # (B, L)
+    filled = fill(parts, latents, ids, config, seeds, states)
+    texts = []
+    for i, question in enumerate(questions):
+        text = filled[i, len(prompt_ids(parts, question)):].tolist()
+        if config.max_tokens:
+            text = go_on(parts, latents[i:i + 1], question, text, config, seeds[i])
+        texts.append(parts.tokenizer.decode(text))
+    return texts
+
+
+def go_on(parts: Parts, latents: Tensor, question: str | None, text: list[int],
+          config: ReadConfig, seed: int) -> list[int]:
+    """Write a text without an end on in further blocks, until config.max_tokens.
+
+    Each block reads the question, and the last tokens in half of the room that is left."""
+    start = len(prompt_ids(parts, question))
+    length = parts.length if question is None else parts.answer_length
+    ends = {parts.tokenizer.end_id, parts.tokenizer.pad_id}
+    while len(text) < config.max_tokens and ends.isdisjoint(text):
+        before = text[-max(1, (length - start) // 2):]
+        ids = canvas(parts, question, config.max_tokens - len(text), before)
+        filled = fill(parts, latents, ids[None], config, [seed])
+        text = text + filled[0, start + len(before):].tolist()
+    return text
+
+
+# -------------------------------------------------------------------------------- filling in masks
 
 def cuts(parts: Parts, text: str) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """A text with up to two [MASK]s in all ways that give each 1 to 3 tokens, (n, L), and those numbers; more
-    get one each.
+    """Tokenize a text in all ways to give each [MASK] 1 to 3 tokens; return (n, L) and the numbers.
 
-    A [MASK] takes the space before it along, as GPT-2's tokens do.  Raises UserError for too long a text."""
+    More than two [MASK]s get one token each.  A [MASK] takes the space before it along, as GPT-2's
+    tokens do.  Raises UserError for a text that is too long."""
     first, *others = text.replace(" [MASK]", "[MASK]").split("[MASK]")
-    pieces = [parts.tokenizer.pieces(first)] + [parts.tokenizer.continuation(other) for other in others]
-    masks, rows, widths = len(others), [], []
-    for cut in itertools.product(range(1, 1 + (MAX_MASK_TOKENS if masks <= 2 else 1)), repeat=masks):
-        ids = list(pieces[0])
-        for width, piece in zip(cut, pieces[1:]):
+    first = parts.tokenizer.pieces(first)
+    others = [parts.tokenizer.continuation(other) for other in others]
+    count = len(first) + sum(map(len, others)) + len(others)
+    require((count < parts.length, f"--text has {count} tokens, expected at most {parts.length - 1}"))
+    widest = MAX_MASK_TOKENS if len(others) <= 2 else 1
+    rows, cut_widths = [], []
+    for widths in itertools.product(range(1, widest + 1), repeat=len(others)):
+        ids = list(first)
+        for width, piece in zip(widths, others):
             ids += [parts.tokenizer.mask_id] * width + piece
         if len(ids) < parts.length:
             rows.append(parts.tokenizer.fit(ids, parts.length))
-            widths.append(cut)
-    count, most = sum(map(len, pieces)) + masks, parts.length - 1
-    require((count <= most, f"--text has {count} tokens, expected at most {most}"))
-    return torch.stack(rows), widths
+            cut_widths.append(widths)
+    return torch.stack(rows), cut_widths
 
 
-def written(parts: Parts, text: str, words: list[Tensor]) -> str:
-    """A text with words, as ids (n,), in the place of its [MASK]s.  What was given stays as it was written,
-    also where the tokenizer has no piece for it."""
-    said, *others = text.split("[MASK]")
+def insert_words(parts: Parts, text: str, words: list[Tensor]) -> str:
+    """Put words, as ids (n,), in the place of the [MASK]s of a text; the rest stays to the letter."""
+    filled, *others = text.split("[MASK]")
     for ids, other in zip(words, others, strict=True):
         word = parts.tokenizer.behind(ids)
-        said += (word.lstrip(" ") if said[-1:] in ("", " ") else word) + other
-    return said
+        if filled[-1:] in ("", " "):
+            word = word.lstrip(" ")
+        filled += word + other
+    return filled
 
 
 @torch.no_grad()
-def infill(parts: Parts, latents: Tensor | None, text: str, seed: int = 0, trajectory: list | None = None,
-           **how) -> str:
-    """Fill the [MASK]s of a text about one picture, of latents (1, C, h, w), or about none.
+def infill(parts: Parts, latents: Tensor | None, text: str, config: ReadConfig = ReadConfig(),
+           seed: int = 0, states: list | None = None) -> str:
+    """Fill the [MASK]s of a text about one image, of latents (1, C, h, w), or about none.
 
-    All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept (`score`)."""
+    All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept.
+    states: gets those of the likeliest row."""
     rows, widths = cuts(parts, parts.tokenizer.lowered(text))                     # (n, L)
-    several = None if latents is None else latents.expand(len(rows), -1, -1, -1)
-    filled = fill(parts, several, rows, seed=seed, trajectory=trajectory, **how)
-    bound = lambda row: score(parts, latents, row)[0]
-    best = min(range(len(filled)), key=lambda i: bound(filled[i])) if len(filled) > 1 else 0
-    if trajectory is not None:
-        trajectory[:] = [(step[best:best + 1], ids[best:best + 1]) for step, ids in trajectory]
-    words = filled[best][rows[best] == parts.tokenizer.mask_id].split(widths[best])
-    return written(parts, text, words)
+    copies = None if latents is None else latents.expand(len(rows), -1, -1, -1)
+    batch_states = []
+    filled = fill(parts, copies, rows, config, [seed] * len(rows), batch_states)
+    best = 0
+    if len(filled) > 1:
+        best = min(range(len(filled)), key=lambda row: score(parts, latents, filled[row])[0])
+    if states is not None:
+        states += [(step[best:best + 1], ids[best:best + 1]) for step, ids in batch_states]
+    is_word = rows[best] == parts.tokenizer.mask_id
+    return insert_words(parts, text, filled[best][is_word].split(widths[best]))
+
+
+# ----------------------------------------------------------------------------------------- scoring
+
+class Likelihood(NamedTuple):
+    """How likely a text is beside an image."""
+    text: str
+    share: float                # its probability among the texts that are compared
+    nats: float                 # a bound of -log p(text | image)
+    error: float                # the bound's standard error, from the random masks
 
 
 @torch.no_grad()
 def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
           levels: int | None = None) -> tuple[float, float]:
-    """The bound of -log p(text | picture) in nats, and its standard error: `mask_diffusion.likelihood` of ids
-    (L,), all but the first `given`, padding included, from 64 levels of masking (16 for large models).
+    """Return a bound of -log p(text | image) in nats, and its standard error.
 
-    Always the same draws, so that texts compare; the image is never left as it was."""
+    It is `mask_diffusion.likelihood` of ids (L,), padding included, without the first `given`
+    tokens.  levels: of masking, 64 unless given, 16 for large models.  The masks are the same in
+    every call, so that texts compare, and the image is never cached."""
     parts.hold("text", "mmdit")
     levels = levels or (64 if parts.own else 16)
-    several = None if latents is None else latents.expand(levels, -1, -1, -1)
-    return mask_diffusion.likelihood(Reader(parts, several), ids.to(parts.device), parts.tokenizer.mask_id,
-                                     torch.arange(len(ids)) < given, levels, torch.Generator().manual_seed(0))
+    copies = None if latents is None else latents.expand(levels, -1, -1, -1)
+    frozen = torch.arange(len(ids)) < given
+    return mask_diffusion.likelihood(Reader(parts, copies), ids.to(parts.device),
+                                     parts.tokenizer.mask_id, frozen, levels,
+                                     torch.Generator().manual_seed(0))
 
 
-def ranked(parts: Parts, latents: Tensor | None, question: str | None,
-           answers: list[str]) -> list[tuple[str, float, float, float]]:
-    """The answers to a question, or captions, the likeliest first: (answer, its share of all of these, bound
-    of -log p in nats, standard error).  Raises UserError for one that is too long."""
-    asked, rows = prompt_ids(parts, question), []
+def rank(parts: Parts, latents: Tensor | None, texts: list[str],
+         question: str | None = None) -> list[Likelihood]:
+    """Score captions of an image, of latents (1, C, h, w), or answers; the likeliest comes first.
+
+    Raises UserError for a text that is too long."""
+    prompt = prompt_ids(parts, question)
     length = parts.length if question is None else parts.answer_length
-    for answer in answers:
-        ids = asked + parts.tokenizer.pieces(answer)
-        require((len(ids) < length, f"{answer!r}: {len(ids)} tokens{' with the question' if asked else ''}, "
+    rows = []
+    for text in texts:
+        ids = prompt + parts.tokenizer.pieces(text)
+        require((len(ids) < length, f"{text!r}: {len(ids)} tokens, the question's included, "
                  f"expected at most {length - 1}"))
         rows.append(parts.tokenizer.fit(ids, length))
-    found = [score(parts, latents, row, len(asked)) for row in rows]
-    share = torch.tensor([-nats for nats, _ in found], dtype=torch.float64).softmax(0).tolist()
-    return sorted(((answer, part, nats, error) for answer, part, (nats, error) in zip(answers, share, found)),
-                  key=lambda row: row[2])
+    scores = [score(parts, latents, row, len(prompt)) for row in rows]
+    log_p = torch.tensor([-nats for nats, _ in scores], dtype=torch.float64)
+    shares = log_p.softmax(0).tolist()
+    ranking = [Likelihood(text, share, *found) for text, share, found in zip(texts, shares, scores)]
+    return sorted(ranking, key=lambda row: row.nats)

@@ -1,7 +1,7 @@
-"""The models of one checkpoint of any layout: tokenizer, text encoder, transformer, autoencoder.
+"""The models of one checkpoint, in any layout, and which of them are in memory.
 
     parts = Parts("assets/emoji")
-    parts.hold("text", "mmdit")             # have these in memory; then parts.text(ids), parts.mmdit(...)
+    parts.hold("text", "mmdit")             # load these; then parts.text(ids), parts.mmdit(...)
 
 Shapes: B batch, L tokens, E width of text states.
 """
@@ -9,113 +9,169 @@ Shapes: B batch, L tokens, E width of text states.
 import hashlib
 import os
 import re
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import checkpoint
-from common.cli import require
-from common.devices import has_bfloat16
+from common.cli import ROOT, option, require
+from common.devices import DEVICES, choose_device, has_bfloat16
 from common.files import sha256
 from dataset import aspect_buckets
 from pretrained.safetensors_io import Tensors
 from pretrained.vae import Pixels
 
-EMOJI = Path(__file__).parents[1] / "assets" / "emoji"      # the shipped weights
-# how each family of weights is sampled unless told otherwise; the published ones as published
-OWN = dict(guidance=1.5, shift=1.0, temperature=0.0, order="threshold", image_cache="once")
-PUBLISHED = dict(guidance=7.0, shift=3.0, temperature=1.0, order="random", image_cache="off")
+EMOJI = ROOT / "assets" / "emoji"               # the shipped weights
+
+# the settings of DrawConfig and ReadConfig that differ; the published ones are as published
+OWN = dict(guidance=1.5, shift=1.0, batch=16,
+           temperature=0.0, order="threshold", image_cache="once")
+PUBLISHED = dict(guidance=7.0, shift=3.0, batch=4,
+                 temperature=1.0, order="random", image_cache="off")
+
+
+@dataclass
+class ModelConfig:
+    """Which weights are used, and how; each field is a flag of sample.py and evaluate.py."""
+    checkpoint: Path = option(EMOJI, "weights, in any layout", group="models")
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    dtype: str | None = option(None, "of transformer and T5 (bfloat16 where native)",
+                               choices=["float32", "bfloat16"])
+    height: int | None = option(None, "pixels (as trained; published weights: 512)", low=1)
+    width: int | None = option(None, "pixels (as trained; published weights: 512)", low=1)
+    length: int | None = option(None, "tokens of a text (as trained; published weights: 256, of "
+                                "an answer 128); auto: as the first evaluation expects",
+                                low=2, word="auto")
+    vae: Path | None = option(None, "the autoencoder, if --checkpoint has none")
+    t5: Path | None = option(None, "the T5 encoder, if --checkpoint has none")
+    tokenizer: Path | None = option(None, "T5's tokenizer.json, if --checkpoint has none")
+    mask_embedding: Path | None = option(None, "the aligned [MASK] vector of T5")
 
 
 def available(device: torch.device) -> int:
-    """Return the bytes of memory that are free, half of all memory on a Mac, 0 where that is unknown."""
+    """Return the bytes of free memory, half of all memory on a Mac, 0 where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024
+        meminfo = Path("/proc/meminfo").read_text()
+        kilobytes = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
+        return int(kilobytes[1]) * 1024
     except (OSError, TypeError):
-        known = hasattr(os, "sysconf")                           # Windows has none
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else 0
+        if not hasattr(os, "sysconf"):                           # Windows has none
+            return 0
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class Parts:
-    """A checkpoint's parts, each loaded when it is needed.
+    """The parts of a checkpoint: text (encoder or embedding), mmdit, vae; each loaded when needed.
 
-    vae, t5, tokenizer, mask_embedding: paths of the parts that the checkpoint lacks.  keep: all parts stay in
-    memory once loaded, by default where they take up two thirds of what is free at most; otherwise only
-    those that the moment needs, so that drawing takes the memory of its largest part.  height, width: of
-    images, in pixels.  length: positions of a text.  trained: the (height, width) that the weights were
-    trained on, if known.  Raises UserError where parts don't fit."""
+    keep: all parts stay in memory once loaded, by default where they take up at most two thirds of
+    what is free.  Otherwise `hold` frees what is not needed, and drawing takes the memory of the
+    largest part."""
 
-    def __init__(self, path: str | Path = EMOJI, device: str = "cpu", dtype: torch.dtype | None = None, *,
-                 vae: Path | None = None, t5: Path | None = None, tokenizer: Path | None = None,
-                 mask_embedding: Path | None = None, height: int | None = None, width: int | None = None,
-                 length: int | None = None, keep: bool | None = None):
+    def __init__(self, path: str | Path = EMOJI, device: str | torch.device = "cpu",
+                 dtype: str | torch.dtype | None = None, keep: bool | None = None, **more):
+        """more: the other fields of ModelConfig.  Raises UserError where parts don't fit."""
+        config = ModelConfig(path, **more)
         self.family, self.sizes = checkpoint.read_sizes(path)
-        sizes = self.sizes
-        config = checkpoint.read_config(path) if self.family == "ours" else {"null_image": True}
-        pixels = config.get("pixels")
-        self.paths = dict(text=t5 or config.get("t5") or path, mmdit=path,
-                          vae=vae or config.get("vae") or path)
-        self.own = sizes.text_length > 0                            # the end-to-end variant's embedding
+        saved = {"null_image": True}
+        if self.family == "ours":
+            saved = checkpoint.read_config(path)
+        self.own = self.sizes.text_length > 0                    # the end-to-end variant's embedding
         self.defaults = OWN if self.own else PUBLISHED
-        self.null_learnt = bool(config.get("null_image"))
-        self.silent = False                                         # prints no progress
+        self.null_trained = bool(saved.get("null_image"))        # reads texts without an image
+        self.paths = dict(text=config.t5 or saved.get("t5") or path, mmdit=path,
+                          vae=config.vae or saved.get("vae") or path)
+        self.silent = False                                      # True: print no progress
         self.device = torch.device(device)
-        half = not self.own or has_bfloat16(self.device)
-        self.dtype = dtype or (torch.bfloat16 if half else torch.float32)
-        self.tokenizer = checkpoint.load_tokenizer(tokenizer or path)
-        self.length = length or sizes.text_length or 256
-        self.answer_length = length or sizes.text_length or 128
-        self.height = height or pixels or 512
-        self.width = width or pixels or 512
-        self.factor, self.vector = 1, None
-        if sizes.channels != 3:
-            self.factor = checkpoint.vae_sizes(self.paths["vae"]).factor
-        if self.own:
-            require((not mask_embedding, "--mask-embedding is a row of T5's table; this checkpoint has an "
-                     "embedding of its own"),
-                    (self.length <= sizes.text_length, f"{path}: texts of {self.length} tokens, its "
-                     f"embedding has {sizes.text_length} positions"))
-        else:                                                       # before minutes of loading
-            checkpoint.check_text_encoder(self.paths["text"], self.tokenizer, sizes.text_width)
-            learnt = Path(path) / checkpoint.MASK_EMBEDDING
-            if mask_embedding or learnt.exists():
-                self.vector = checkpoint.load_mask_embedding(mask_embedding or learnt, sizes.text_width)
-        heads, tokens = sizes.vocab_size, self.tokenizer.vocab_size
-        require((self.family == "SD3" or heads == tokens,
-                 f"{path}: the tokenizer has {tokens} tokens, the model's text head {heads}"))
-        unit = sizes.patch * self.factor
-        most = unit * sizes.position_size
-        for side in ("height", "width"):
-            value = getattr(self, side)
-            require((0 < value <= most and value % unit == 0, f"{path}: a picture's {side} of {value}, "
-                     f"expected a multiple of {unit} up to {most}"))
-        self.trained = [(pixels, pixels)] if pixels else []
-        if pixels and config.get("buckets"):
-            self.trained += aspect_buckets.sizes(pixels, unit)
+        if dtype is None:
+            half = not self.own or has_bfloat16(self.device)
+            dtype = torch.bfloat16 if half else torch.float32
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.tokenizer = checkpoint.load_tokenizer(config.tokenizer or path)
+        self.choose_length(config)
+        self.check_text(config)
+        self.choose_size(config, saved.get("pixels"), bool(saved.get("buckets")))
         self.keep = 1.5 * self.weight() < available(self.device) if keep is None else keep
         if keep or self.own and self.keep:
             self.hold("text", "mmdit", "vae")
 
+    def choose_length(self, config: ModelConfig) -> None:
+        """Choose the tokens of a text."""
+        length = config.length
+        if length == "auto":
+            length = None
+            self.defaults = self.defaults | dict(length_at=0.95)
+        self.length = length or self.sizes.text_length or 256
+        self.answer_length = length or self.sizes.text_length or 128
+
+    def choose_size(self, config: ModelConfig, pixels: int | None, buckets: bool) -> None:
+        """Choose the size of an image.  pixels, buckets: as trained, if known."""
+        sizes = self.sizes
+        self.factor = 1                                          # pixels per latent, along a side
+        if sizes.channels != 3:
+            self.factor = checkpoint.vae_sizes(self.paths["vae"]).factor
+        self.height = config.height or pixels or 512
+        self.width = config.width or pixels or 512
+        unit = sizes.patch * self.factor
+        most = unit * sizes.position_size
+        for side in ("height", "width"):
+            value = getattr(self, side)
+            require((value <= most and value % unit == 0, f"{self.paths['mmdit']}: --{side} {value}, "
+                     f"expected a multiple of {unit} up to {most}"))
+        self.trained = [(pixels, pixels)] if pixels else []      # (height, width)
+        if pixels and buckets:
+            self.trained += aspect_buckets.sizes(pixels, unit)
+
+    def check_text(self, config: ModelConfig) -> None:
+        """Check that tokenizer, text encoder and text head fit, before minutes of loading."""
+        path, width = self.paths["mmdit"], self.sizes.text_width
+        self.vector = None
+        if self.own:
+            require((not config.mask_embedding, "--mask-embedding is a row of T5's table; this "
+                     "checkpoint has an embedding of its own"),
+                    (self.length <= self.sizes.text_length, f"{path}: texts of {self.length} tokens, "
+                     f"its embedding has {self.sizes.text_length} positions"))
+        else:
+            checkpoint.check_text_encoder(self.paths["text"], self.tokenizer, width)
+            vector = config.mask_embedding or Path(path) / checkpoint.MASK_EMBEDDING
+            if config.mask_embedding or vector.exists():
+                self.vector = checkpoint.load_mask_embedding(vector, width)
+        heads, tokens = self.sizes.vocab_size, self.tokenizer.vocab_size
+        require((self.family == "SD3" or heads == tokens,
+                 f"{path}: the tokenizer has {tokens} tokens, the model's text head {heads}"))
+
     @classmethod
-    def of(cls, models, pixels: int, length: int, device: torch.device,
-           dtype: torch.dtype = torch.float32) -> "Parts":
-        """Take parts that are in memory, being trained (`training.models.Models`); nothing is read."""
-        parts, mmdit, own = cls.__new__(cls), models.learns["mmdit"], models.t5 is None
-        vars(parts).update(
-            family="ours", own=own, keep=True, sizes=mmdit.config,
-            # FSDP gathers what a forward needs
-            defaults=(OWN if own else PUBLISHED) | dict(image_cache="off"),
-            mmdit=mmdit, vae=models.vae, text=models.text, tokenizer=models.tokenizer, device=device,
-            dtype=dtype, height=pixels, width=pixels, factor=models.vae.factor, length=length,
-            answer_length=length, silent=True)
+    def of(cls, models, pixels: int, length: int, dtype: torch.dtype = torch.float32) -> "Parts":
+        """Take the models that are being trained (`training.models.Models`); nothing is read."""
+        parts = cls.__new__(cls)
+        mmdit = models.learns["mmdit"]
+        own = models.t5 is None
+        parts.family, parts.own, parts.sizes = "ours", own, mmdit.config
+        parts.mmdit, parts.vae, parts.text = mmdit, models.vae, models.text
+        parts.tokenizer, parts.device, parts.dtype = models.tokenizer, models.device, dtype
+        parts.height = parts.width = pixels
+        parts.factor = models.vae.factor
+        parts.length = parts.answer_length = length
+        parts.keep = parts.silent = True
+        # FSDP gathers its shards in `forward`, which a cached image does not call
+        parts.defaults = (OWN if own else PUBLISHED) | dict(image_cache="off")
         return parts
 
+    def complete(self, config):
+        """Return a DrawConfig or ReadConfig with this checkpoint's defaults in place of None."""
+        missing = {}
+        for name, value in self.defaults.items():
+            if getattr(config, name, value) is None:
+                missing[name] = value
+        return replace(config, **missing)
+
     def check_text_head(self) -> None:
-        """Raise UserError for SD3's own weights, which read no picture."""
-        require((self.family != "SD3", "this checkpoint is SD3's, which has no text head: it only draws"))
+        """Raise UserError for SD3's own weights, which can't read an image."""
+        require((self.family != "SD3",
+                 "this checkpoint is SD3's, which has no text head: it only draws"))
 
     def transformer(self) -> Tensors:
         """Open the transformer's tensors on disk."""
@@ -130,39 +186,56 @@ class Parts:
         return hashlib.sha256(hashes).hexdigest()[:16]
 
     def weight(self) -> int:
-        """Return the bytes of all parts in memory, from headers."""
-        values, size = self.transformer().values(), 0
+        """Return the bytes of all parts in memory, from the headers of their files."""
+        values = self.transformer().values()
         if not self.own:
             values += checkpoint.find(self.paths["text"], "t5")[0].values()
+        size = values * self.dtype.itemsize
         if self.sizes.channels != 3:
-            size = 4 * checkpoint.find(self.paths["vae"], "vae")[0].values()
-        return size + values * self.dtype.itemsize
+            size += 4 * checkpoint.find(self.paths["vae"], "vae")[0].values()     # in float32
+        return size
 
     def load_text(self):
         if self.own:
             return checkpoint.load_embedding(self.paths["text"], self.dtype)
-        return checkpoint.load_text_encoder(self.paths["text"], self.dtype, self.tokenizer, self.sizes.text_width,
-                                 self.vector)
+        return checkpoint.load_text_encoder(self.paths["text"], self.dtype, self.tokenizer,
+                                            self.sizes.text_width, self.vector)
 
     def load_mmdit(self):
         return checkpoint.load_mmdit(self.paths["mmdit"], self.dtype)
 
     def load_vae(self):
-        autoencoder = checkpoint.load_autoencoder(self.paths["vae"], self.sizes.channels)
+        vae = checkpoint.load_autoencoder(self.paths["vae"], self.sizes.channels)
         if self.family == "ours":
-            digest = checkpoint.digest(autoencoder)
+            digest = checkpoint.digest(vae)
             latents = checkpoint.read_config(self.paths["mmdit"]).get("latents")
-            require((latents == digest, f"{self.paths['vae']}: is the autoencoder {digest}, this transformer "
-                     f"was trained on the latents of {latents}"))
-        return autoencoder
+            require((latents == digest, f"{self.paths['vae']}: is the autoencoder {digest}, this "
+                     f"transformer was trained on the latents of {latents}"))
+        return vae
 
     def hold(self, *names: str) -> None:
-        """Have these of text, mmdit and vae in memory; unless all are kept, free the others first."""
-        held = vars(self)
+        """Have these of text, mmdit and vae in memory; unless all are kept, free the others."""
+        loaded = vars(self)
         for name in {"text", "mmdit", "vae"}.difference(names):
             if not self.keep:
-                held.pop(name, None)
+                loaded.pop(name, None)
         for name in names:
-            if name not in held:
+            if name not in loaded:
                 part = getattr(self, f"load_{name}")()
-                held[name] = part if isinstance(part, Pixels) else part.to(self.device)
+                loaded[name] = part if isinstance(part, Pixels) else part.to(self.device)
+
+
+def open_parts(config: ModelConfig, device: str | torch.device | None = None) -> Parts:
+    """Open the models that the flags name, on config.device unless another one is given."""
+    settings = vars(config).copy()
+    path, name = settings.pop("checkpoint"), settings.pop("device")
+    parts = Parts(path, device or choose_device(name), **settings)
+    if parts.dtype == torch.bfloat16 and not config.dtype and not has_bfloat16(parts.device):
+        print("note: this device has no native bfloat16, which fits in half the memory; "
+              "--dtype float32 is faster if memory allows it", file=sys.stderr)
+    if parts.trained and (parts.height, parts.width) not in parts.trained:
+        height, width = parts.trained[0]
+        print(f"warning: a height of {parts.height} and a width of {parts.width}; these weights "
+              f"were trained on images of {height} by {width}, and may show tiles at another size",
+              file=sys.stderr)
+    return parts

@@ -1,16 +1,18 @@
-"""A checkpoint for notebooks: PIL images and strings in, PIL images and strings out.
+"""A checkpoint for notebooks and sample.py: PIL images and strings in, PIL images and strings out.
 
     from inference.pipeline import Pipeline
-    pipeline = Pipeline("assets/emoji")                            # any layout that checkpoint.py reads
+    pipeline = Pipeline("assets/emoji")                            # any layout; see checkpoint.py
     images = pipeline.draw(["red apple, noto style"], seed=0)      # a list of PIL images
+    images = pipeline.edit(images[0], ["green apple, noto style"], strength=0.6)
     captions = pipeline.caption(images)                            # a list of str
     answers = pipeline.answer(images, "What kind of thing is this?")
     text = pipeline.fill(images[0], "red [MASK], [MASK] style")
     nats = pipeline.score(images[0], "red apple, noto style")      # lower is likelier
 
-Texts are read as sample.py reads them: too long a one is a UserError, unknown words are a warning on stderr.
+A text that is too long is a UserError; unknown words are a warning on stderr.
 """
 
+import sys
 from pathlib import Path
 from typing import Sequence
 
@@ -21,63 +23,118 @@ from torch import Tensor
 from common.cli import require
 from dataset.images import fit_picture, to_picture, to_tensor
 from inference import image_to_text, text_to_image
-from inference.options import check_prompt, read_text
+from inference.image_to_text import Likelihood, ReadConfig
 from inference.parts import EMOJI, Parts
+from inference.text_to_image import DrawConfig, Edit, Trace
+from inference.texts import read_prompt, read_question, read_text
+
+Images = Image.Image | Sequence[Image.Image]
 
 
 def as_list(value) -> list:
-    """Return a list as it is, and anything else, a string too, as a list of one."""
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    """Return a list of one image or string, or of several."""
+    return [value] if isinstance(value, (str, Image.Image)) else list(value)
 
 
 class Pipeline:
-    """The models of one checkpoint, and what they can do.
-
-    device: "cpu", "cuda" or "mps".  dtype: as the device is fast, unless given.  more: vae, t5, tokenizer,
-    mask_embedding (paths), height, width (pixels), length (tokens), as for sample.py.  Raises UserError for a
-    checkpoint that can't be read, or parts that don't fit."""
+    """The models of one checkpoint (`parts`), and what they can do."""
 
     def __init__(self, checkpoint: str | Path = EMOJI, device: str = "cpu",
                  dtype: torch.dtype | None = None, **more):
+        """more: the other fields of `parts.ModelConfig`, such as height=512 or vae=PATH.
+
+        Raises UserError for a checkpoint that can't be read, or parts that don't fit."""
         self.parts = Parts(checkpoint, device, dtype, **more)
         self.parts.silent = True
 
-    def draw(self, prompts: str | Sequence[str], seed: int = 0, negative: str = "", **how) -> list[Image.Image]:
+    @classmethod
+    def of(cls, parts: Parts) -> "Pipeline":
+        """Use models that are open already."""
+        pipeline = cls.__new__(cls)
+        pipeline.parts = parts
+        return pipeline
+
+    def read_prompts(self, prompts: str | Sequence[str], config: DrawConfig) -> list[str]:
+        """Check prompts and lower their case; the same for config's negative prompt."""
+        negative = config.negative_prompt
+        config.negative_prompt = read_prompt(self.parts, negative, "negative prompt")
+        return [read_prompt(self.parts, prompt) for prompt in as_list(prompts)]
+
+    def draw(self, prompts: str | Sequence[str], seed: int = 0, edit: Edit | None = None,
+             trace: Trace | None = None, **settings) -> list[Image.Image]:
         """Return an image for each prompt, with this seed and the next ones.
 
-        how: steps, guidance, shift, solver, interval, batch, of `text_to_image.drawings`."""
-        for text in (*as_list(prompts), negative):
-            check_prompt(self.parts, text, f"prompt {text[:40]!r}")
-        prompts = [read_text(self.parts, "prompt", prompt) for prompt in as_list(prompts)]
-        negative = read_text(self.parts, "negative_prompt", negative)
-        drawn = text_to_image.drawings(self.parts, prompts, negative=negative, seed=seed, **how)
-        return [to_picture(image) for image in drawn]
+        settings: fields of DrawConfig, such as steps=8 or guidance=3."""
+        config = DrawConfig(**settings)
+        prompts = self.read_prompts(prompts, config)
+        seeds = range(seed, seed + len(prompts))
+        images = text_to_image.drawings(self.parts, prompts, seeds, config, edit, trace)
+        return [to_picture(image) for image in images]
 
-    def caption(self, images: Image.Image | Sequence[Image.Image], **how) -> list[str]:
-        """Return a caption for each image.  how: steps, order, temperature, seed, of `image_to_text.fill`."""
-        return image_to_text.write(self.parts, self.encode(images), **how)
+    def edit(self, image: Image.Image, prompts: str | Sequence[str], strength: float = 0.7,
+             mask: Tensor | None = None, seed: int = 0, **settings) -> list[Image.Image]:
+        """Draw over an image, from noise level `strength`, as `draw` does.
 
-    def answer(self, images: Image.Image | Sequence[Image.Image], question: str, **how) -> list[str]:
-        """Return the answer to a question about each image.  how: as for `caption`."""
-        question = read_text(self.parts, "question", question)
-        steps = how.pop("steps", image_to_text.STEPS["answer"])
-        return image_to_text.write(self.parts, self.encode(images), question, steps=steps, **how)
+        mask: (1, 1, h, w) in latents, True where to draw; see `dataset.images.read_mask`."""
+        latents = image_to_text.encode(self.parts, self.fit(image), torch.float32)
+        edit = Edit(latents, strength, mask)
+        return self.draw(prompts, seed, edit, **settings)
 
-    def fill(self, image: Image.Image, text: str, **how) -> str:
-        """Return the text with its [MASK]s filled in; the rest stays to the letter.  how: as for `caption`."""
-        require(("[MASK]" in text, f"{text[:40]!r} holds no [MASK]; write [MASK] where words are missing"))
-        read_text(self.parts, "text", text)
-        return image_to_text.infill(self.parts, self.encode(image), text, **how)
+    def caption(self, images: Images, seed: int = 0, **settings) -> list[str]:
+        """Return a caption for each image.  settings: fields of ReadConfig, such as steps=16."""
+        latents = self.encode(images)
+        return self.write(latents, [None] * len(latents), seed, ReadConfig(**settings))
+
+    def answer(self, images: Images, question: str, seed: int = 0, **settings) -> list[str]:
+        """Return the answer to a question about each image.  settings: fields of ReadConfig."""
+        question = read_question(self.parts, question)
+        latents = self.encode(images)
+        return self.write(latents, [question] * len(latents), seed, ReadConfig(**settings))
+
+    def write(self, latents: Tensor, questions: Sequence[str | None], seed: int,
+              config: ReadConfig, states: list | None = None) -> list[str]:
+        """Write the answers to questions about latents (B, C, h, w); None asks for a caption."""
+        seeds = [seed] * len(questions)
+        return image_to_text.write(self.parts, latents, questions, config, seeds, states)
+
+    def fill(self, image: Image.Image | None, text: str, seed: int = 0, states: list | None = None,
+             **settings) -> str:
+        """Return the text with its [MASK]s filled in, beside an image or none.
+
+        The rest stays to the letter.  settings: fields of ReadConfig."""
+        require(("[MASK]" in text,
+                 f"text {text[:40]!r} holds no [MASK]; write [MASK] where words are missing"))
+        read_text(self.parts, text, "text")
+        config = ReadConfig(**settings)
+        if image is None:
+            self.parts.check_text_head()
+            if not self.parts.null_trained:
+                print("warning: these weights were never trained on text without an image",
+                      file=sys.stderr)
+            return image_to_text.infill(self.parts, None, text, config, seed, states)
+        return image_to_text.infill(self.parts, self.encode(image), text, config, seed, states)
 
     def score(self, image: Image.Image, text: str) -> float:
-        """Return the bound of -log p(text | image) in nats."""
-        text = read_text(self.parts, "text", text)
-        [(_, _, nats, _)] = image_to_text.ranked(self.parts, self.encode(image), None, [text])
-        return nats
+        """Return a bound of -log p(text | image) in nats."""
+        return self.rank(image, [text])[0].nats
 
-    def encode(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Return clean latents (B, C, h, w) of images, whose middle is cut to the model's size."""
+    def rank(self, image: Image.Image, texts: Sequence[str],
+             question: str | None = None) -> list[Likelihood]:
+        """Score captions of an image, or answers to a question; the likeliest comes first."""
+        texts = [read_text(self.parts, text, "text") for text in texts]
+        if question is not None:
+            question = read_question(self.parts, question)
+        return image_to_text.rank(self.parts, self.encode(image), texts, question)
+
+    def encode(self, images: Images, dtype: torch.dtype | None = None) -> Tensor:
+        """Return clean latents (B, C, h, w) of images; their middle is cut to the model's size."""
         self.parts.check_text_head()
-        fitted = [fit_picture(image.convert("RGB"), self.parts.height, self.parts.width)
-                  for image in as_list(images)]
-        return image_to_text.encode(self.parts, torch.stack(list(map(to_tensor, fitted))))
+        return image_to_text.encode(self.parts, self.fit(images), dtype)
+
+    def fit(self, images: Images) -> Tensor:
+        """Return images as the model reads them, (B, 3, H, W) in [-1, 1]."""
+        height, width = self.parts.height, self.parts.width
+        tensors = []
+        for image in as_list(images):
+            tensors.append(to_tensor(fit_picture(image.convert("RGB"), height, width)))
+        return torch.stack(tensors)

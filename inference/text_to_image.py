@@ -1,191 +1,203 @@
-"""Pictures from text: drawn from noise, or from another picture, of which a part may stay as it is.
+"""Draw images from text: from noise, or over another image, parts of which may stay as they are.
 
-    drawn = draw(parts, ["red apple, noto style"])                         # (1, 3, H, W)
-    edit = Edit(latents, strength=0.6)                                     # from that picture at t = 0.6
-    edit = Edit(latents, mask=mask)                                        # only where the mask is True
+    images = draw(parts, ["red apple, noto style"], seed=0, steps=28)      # (1, 3, H, W)
+    edit = Edit(latents, strength=0.6)          # begin with that image at t = 0.6
+    edit = Edit(latents, mask=mask)             # draw only where the mask is True
 
-Shapes: B batch, L tokens, E width of text states, C latent channels, h and w latent height and width, H and W
-height and width in pixels.
+t = 1 is noise, t = 0 is the image.  Shapes: B batch, L tokens, E width of text states, C latent
+channels, h and w latent height and width, H and W height and width in pixels.
 """
 
-from contextlib import nullcontext
+import math
 from dataclasses import dataclass, field
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 import flow
-from inference.image_to_text import encode, score, watched
+from common.cli import option
+from common.progress import Progress
+from inference import compiled
 from inference.parts import Parts
 from model import T_FLOOR
 
-STEPS = 28
+
+@dataclass
+class DrawConfig:
+    """Settings of a drawing; each one is a flag of sample.py.  None: the checkpoint's default."""
+    steps: int = option(28, "evaluations of the velocity", low=1, group="drawing")
+    solver: str = option("euler", "heun: two evaluations a step", choices=flow.SOLVERS,
+                         group="drawing")
+    guidance_interval: tuple[float, float] = option((0.0, 1.0), "noise levels with guidance",
+                                                    low=0, high=1)
+    negative_prompt: str = option("", "guide away from this, not from the empty prompt")
+    guidance: float | None = option(None, "classifier-free guidance; 1: none (1.5; published "
+                                    "weights: 7)", low=0.001)
+    shift: float | None = option(None, "spend more steps at high noise (1; published weights: 3)",
+                                 low=0.001)
+    batch: int | None = option(None, "images drawn at once (16; large models 4)", low=1)
+    compile: bool = option(False, "compile the blocks; on a GPU capture a CUDA graph")
+
+    def __post_init__(self):
+        low, high = self.guidance_interval
+        if low > high:
+            raise ValueError(f"--guidance-interval {low:g} {high:g}: expected the lower noise "
+                             f"level first")
 
 
 @dataclass
 class Edit:
-    """A picture to begin with: clean latents (1, C, h, w); the noise level, strength, that it is brought to:
-    0 gives it back, 1 draws anew; and a mask (1, 1, h, w), True where it is drawn, all else stays."""
-    latents: Tensor
-    strength: float = 1.0
-    mask: Tensor | None = None
+    """An image to begin with."""
+    latents: Tensor                     # clean, (1, C, h, w)
+    strength: float = 1.0               # the t to begin at: 0 returns the image, 1 draws anew
+    mask: Tensor | None = None          # (1, 1, h, w), True where to draw; the rest stays
+
+    def noised(self, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the image at noise level t, (B, C, h, w)."""
+        return (1 - t) * self.latents.to(noise) + t * noise
+
+    def pin(self, noise: Tensor) -> flow.Pin | None:
+        """Return the function that keeps the rest of x on its straight line to the noise."""
+        if self.mask is None:
+            return None
+        return lambda x, t: torch.where(self.mask.to(x.device), x, self.noised(noise, t))
 
 
 @dataclass
-class Seen:
-    """A record of a walk, filled in while it is drawn.
-
-    states: (t, x_t (B, 3, H, W), the clean image predicted there) of every step and the end; None leaves them
-    out.  rows: evaluations of the network, over all images.  watch: a context that is entered with the network
-    (viz/attention.py); watched: its result; times: those of the evaluations."""
-    watch: Callable | None = None
-    watched: object = None
-    times: list[float] = field(default_factory=list)
-    states: list | None = field(default_factory=list)
-    rows: int = 0
+class Step:
+    """A state of a sampling run, of every image, (C, h, w) each."""
+    t: float
+    x: list[Tensor] = field(default_factory=list)
+    clean: list[Tensor] = field(default_factory=list)       # the image predicted there
 
 
-def levels(parts: Parts, steps: int, shift: float | None = None, solver: str = "euler",
-           strength: float = 1.0) -> Tensor:
-    """The noise levels of a walk of `steps` evaluations, of which Heun's takes two a step, from strength on.
-    A network that predicts the clean picture is not asked below the level to which it learnt it in earnest."""
-    shift = parts.defaults["shift"] if shift is None else shift
+@dataclass
+class Trace:
+    """What `drawings` notes about a sampling run."""
+    evaluations: int = 0                # of the network, over all images
+    steps: list[Step] | None = None     # a list is filled, with the result as its last step
+
+    def add(self, i: int, state: tuple[Tensor, Tensor, Tensor], count: int) -> None:
+        """Add step i of `count` images."""
+        if self.steps is None:
+            return
+        t, x, clean = state
+        if i == len(self.steps):
+            self.steps.append(Step(float(t)))
+        self.steps[i].x += x[:count]
+        self.steps[i].clean += clean[:count]
+
+
+def noise_levels(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> Tensor:
+    """Return the noise levels, from 1, or the edit's strength, down to 0.
+
+    `steps` counts evaluations, of which a step of Heun's solver takes two.  A network that predicts
+    the clean image is not evaluated below the least t of its training."""
+    config = parts.complete(config)
     least = T_FLOOR["train"] if parts.sizes.predicts == "data" else 1e-3
-    whole = flow.sigmas(-(-steps // flow.SOLVERS[solver].evaluations), shift, least)
-    return whole if strength == 1 else torch.cat([torch.tensor([strength]), whole[whole < strength]])
+    steps = math.ceil(config.steps / flow.SOLVERS[config.solver].evaluations)
+    levels = flow.sigmas(steps, config.shift, least)
+    if edit is None:
+        return levels
+    return torch.cat([torch.tensor([edit.strength]), levels[levels < edit.strength]])
 
 
-def graphed(function: Callable) -> Callable:
-    """function(*tensors), on a GPU captured as a CUDA graph for each shape of its tensors, and replayed: what
-    launching its kernels one by one costs is paid once."""
-    graphs = {}
+def encode_prompts(parts: Parts, prompts: list[str]) -> dict[str, Tensor]:
+    """Return the states (1, L, E) of each text.
 
-    def call(*given: Tensor) -> Tensor:
-        key = tuple(x.shape for x in given)
-        if key not in graphs:
-            held, side = [x.clone() for x in given], torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):                        # what is made at a first call is made here
-                for _ in range(3):
-                    function(*held)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = function(*held)
-            graphs[key] = graph, held, result
-        graph, held, result = graphs[key]
-        for mine, x in zip(held, given):
-            mine.copy_(x)
-        graph.replay()
-        return result.clone()
-    return call
-
-
-def compiled(parts: Parts) -> None:
-    """Each block compiled for the shapes that it meets; what is drawn then differs in rounding."""
-    torch._dynamo.config.recompile_limit = 64                    # the last block, guided or not
-    for block in parts.mmdit.blocks:
-        block.compile(dynamic=False)
-
-
-def prepared(parts: Parts, fast: bool) -> Callable:
-    """The network as it is loaded now, (x, text, t) -> velocity in float32.  fast: `compiled`, and on a GPU
-    `graphed`: a graph is of these very weights, and of no use when they are loaded again."""
-    velocity = lambda x, text, t: parts.mmdit(x, text, t, need="velocity")[0].float()
-    if fast:
-        compiled(parts)
-    return graphed(velocity) if fast and parts.device.type == "cuda" else velocity
-
-
-def walked(velocity: flow.Velocity, noise: Tensor, sigmas: Tensor, solver: str, edit: Edit | None,
-           states: list | None) -> Tensor:
-    """The end of flow.walk from noise (B, C, h, w), or from the picture to edit, of which the part that is
-    not drawn follows its own straight line to that noise; `states` gets all that the walk yields."""
-    start, pin = noise, None
-    if edit:
-        known = lambda t: (1 - t) * edit.latents.to(noise) + t * noise
-        start = known(sigmas[0].to(noise)) if edit.strength < 1 else noise
-        if edit.mask is not None:
-            pin = lambda x, t: torch.where(edit.mask.to(x.device), x, known(t))
-    for state in flow.walk(velocity, start, sigmas, solver, pin):
-        if states is not None:
-            states.append(state)
-    return state[1]
-
-
-def encoded(parts: Parts, texts: list[str]) -> dict[str, Tensor]:
-    """The states (1, L, E) of each text, one at a time, so that they are the same in any company."""
+    Each one is encoded by itself, so that its rounding does not depend on the others."""
     parts.hold("text")
-    ids = lambda text: parts.tokenizer.encode(text, parts.length)[None].to(parts.device)
-    return {text: parts.text(ids(text)) for text in dict.fromkeys(texts)}
+    states = {}
+    for prompt in dict.fromkeys(prompts):
+        ids = parts.tokenizer.encode(prompt, parts.length)[None]                  # (1, L)
+        states[prompt] = parts.text(ids.to(parts.device))
+    return states
+
+
+def draw_noise(parts: Parts, seeds: Sequence[int]) -> Tensor:
+    """Return one noise for each seed, (B, C, h, w), the same in any batch and on any device."""
+    shape = (parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(noise).to(parts.device)
+
+
+def text_velocity(network: Callable, text: Tensor, count: int, trace: Trace) -> flow.Velocity:
+    """Return the velocity of x (B or 2B, C, h, w) under the first texts of (2B, L, E).
+
+    count: images of the batch that are wanted; a batch may be filled up beyond them."""
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        passes = 2 * len(x) // len(text)                         # 2 with guidance
+        trace.evaluations += passes * count
+        return network(x, text[:len(x)], t, need="velocity")[0].float()
+    return velocity
 
 
 @torch.no_grad()
-def drawings(parts: Parts, prompts: list[str], negative: str = "", steps: int = STEPS,
-             guidance: float | None = None, seed: int | list[int] = 0, shift: float | None = None, *,
-             solver: str = "euler", interval: tuple[float, float] = (0.0, 1.0), edit: Edit | None = None,
-             batch: int | None = None, fast: bool = False, seen: Seen | None = None) -> Iterator[Tensor]:
-    """A picture for each prompt, one after the other, (3, H, W) in [-1, 1] on the CPU.
+def decode(parts: Parts, latents: Tensor) -> Tensor:
+    """Decode one image, (C, h, w) -> (3, H, W) on the CPU."""
+    return parts.vae.decode(latents[None])[0].float().cpu()
 
-    seed: of the first, and the next has the next; or one for each.  A prompt and a seed give the same
-    picture in any batch (of 16; large models 4), at any place in it.  steps, solver: of `levels`;
-    guidance, interval: of `flow.guide`.  fast: of `prepared`; the last batch is filled up then, so that
-    all have one shape.  Where the parts don't fit in memory together, 16 batches are drawn before they are
-    decoded."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    guidance = parts.defaults["guidance"] if guidance is None else guidance
-    sigmas = levels(parts, steps, shift, solver, edit.strength if edit else 1.0)
-    shape = parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor
-    jobs = list(zip(prompts, seed if isinstance(seed, list) else range(seed, seed + len(prompts))))
-    size, walks, network = min(batch or (16 if parts.own else 4), len(jobs)), [], None
-    keeps = seen is not None and seen.states is not None
-    velocity = watched(parts, lambda *given: network(*given),
-                       flow.evaluations(sigmas, solver) * -(-len(jobs) // size), "drawing")
 
-    def drawn(few: list[tuple[str, int]], states: dict[str, Tensor]) -> Tensor:
-        full = few + few[-1:] * (size - len(few)) * fast
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(n)) for _, n in full]
-        text = torch.cat([states[text] for text, _ in full] + [states[negative]] * len(full))  # (2B, L, E)
+def chunks(items: list, size: int) -> list[list]:
+    return [items[at:at + size] for at in range(0, len(items), size)]
 
-        def asked(x: Tensor, t: Tensor) -> Tensor:               # of B rows or of 2B
-            if seen:
-                seen.rows += len(x) * len(few) // len(full)
-                seen.times += [float(t)] if seen.watch else []
-            return velocity(x, text[:len(x)], t)
-        guided = asked if guidance == 1 else flow.guide(asked, guidance, interval)
-        walks.append([] if keeps else None)
-        start = torch.stack(noise).to(parts.device)                               # (B, C, h, w)
-        return walked(guided, start, sigmas, solver, edit, walks[-1])[:len(few)]
 
-    once = size if parts.keep else 16 * size
-    decode = lambda z: parts.vae.decode(z[None])[0].float().cpu()                 # (3, H, W)
-    for some in (jobs[at:at + once] for at in range(0, len(jobs), once)):
-        states = encoded(parts, [prompt for prompt, _ in some] + [negative])
+def walk(parts: Parts, velocity: flow.Velocity, seeds: Sequence[int], config: DrawConfig,
+         edit: Edit | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Return flow.walk from these seeds' noise, or from the edited image, with guidance."""
+    levels = noise_levels(parts, config, edit)
+    if config.guidance != 1:
+        velocity = flow.guide(velocity, config.guidance, config.guidance_interval)
+    noise = draw_noise(parts, seeds)                                              # (B, C, h, w)
+    if edit is None:
+        return flow.walk(velocity, noise, levels, config.solver)
+    start = edit.noised(noise, levels[0].to(noise))
+    return flow.walk(velocity, start, levels, config.solver, edit.pin(noise))
+
+
+@torch.no_grad()
+def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config: DrawConfig,
+             edit: Edit | None = None, trace: Trace | None = None) -> Iterator[Tensor]:
+    """Yield an image for each prompt and its seed, (3, H, W) in [-1, 1], on the CPU.
+
+    A prompt and a seed give the same image in any batch.  Where the models don't fit in memory
+    together, 16 batches are drawn before they are decoded."""
+    config = parts.complete(config)
+    trace = trace or Trace()
+    jobs = list(zip(prompts, seeds, strict=True))
+    batch_size = min(config.batch, len(jobs))
+    chunk_size = batch_size if parts.keep else 16 * batch_size
+    states_to_come = len(noise_levels(parts, config, edit)) * math.ceil(len(jobs) / batch_size)
+    progress = Progress("drawing, steps", states_to_come, silent=parts.silent)
+    network = None
+    for chunk in chunks(jobs, chunk_size):
+        states = encode_prompts(parts, [config.negative_prompt] + [prompt for prompt, _ in chunk])
         parts.hold("mmdit")
-        network = network or prepared(parts, fast)
-        with seen.watch(parts.mmdit) if seen and seen.watch else nullcontext() as found:
-            clean = [drawn(some[at:at + size], states) for at in range(0, len(some), size)]
-        if found is not None:
-            seen.watched = found
-        network = network if parts.keep else None
+        if network is None or not parts.keep:
+            network = compiled.fast_network(parts.mmdit) if config.compile else parts.mmdit
+        finished = []
+        for batch in chunks(chunk, batch_size):
+            count = len(batch)
+            if config.compile:                                   # all batches have one shape
+                batch = batch + batch[-1:] * (batch_size - count)
+            prompts, seeds = zip(*batch)
+            text = [states[prompt] for prompt in prompts + (config.negative_prompt,) * len(batch)]
+            velocity = text_velocity(network, torch.cat(text), count, trace)      # (2B, L, E)
+            for i, state in enumerate(walk(parts, velocity, seeds, config, edit)):
+                trace.add(i, state, count)
+                progress.update(progress.done + 1)
+            finished += state[1][:count]
         parts.hold("vae")
-        yield from (decode(z).clamp(-1, 1) for z in torch.cat(clean))
-    if keeps:
-        all_of = lambda xs: torch.stack([decode(z) for z in torch.cat(xs)[:len(jobs)]])
-        seen.states = [(float(ts[0]), all_of(xs), all_of(found)) for ts, xs, found in
-                       (zip(*step) for step in zip(*walks))]
+        for latents in finished:
+            yield decode(parts, latents).clamp(-1, 1)
 
 
-def draw(parts: Parts, prompts: list[str], *args, **how) -> Tensor:
-    """`drawings` as one tensor, (B, 3, H, W)."""
-    return torch.stack(list(drawings(parts, prompts, *args, **how)))
+def draw(parts: Parts, prompts: Sequence[str], seed: int = 0, edit: Edit | None = None,
+         trace: Trace | None = None, **settings) -> Tensor:
+    """Draw a list of prompts with this seed and the next ones, (B, 3, H, W) in [-1, 1].
 
-
-@torch.no_grad()
-def likeliest(parts: Parts, pictures: list[Tensor], prompt: str) -> list[tuple[float, Tensor]]:
-    """Pictures (3, H, W) by the bound of -log p(prompt | picture), in nats, the least first."""
-    ids = parts.tokenizer.encode(prompt, parts.length)
-    latents = encode(parts, torch.stack(pictures))
-    found = [(score(parts, latents[i:i + 1], ids)[0], picture) for i, picture in enumerate(pictures)]
-    return sorted(found, key=lambda pair: pair[0])
+    settings: fields of DrawConfig."""
+    seeds = range(seed, seed + len(prompts))
+    images = drawings(parts, prompts, seeds, DrawConfig(**settings), edit, trace)
+    return torch.stack(list(images))

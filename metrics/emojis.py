@@ -27,10 +27,12 @@ from common.cli import require
 from common.progress import Progress
 from dataset import emoji
 from inference import text_to_image
-from inference.image_to_text import STEPS, compared, encode, write
+from inference.image_to_text import ReadConfig, encode, write
 from inference.parts import Parts
+from inference.text_to_image import DrawConfig
 from metrics.answers import pope
 from viz import grids
+from viz.samples import caption_cells
 
 BATCH = 64
 PEOPLE = "people & body"                        # a record's kind, Unicode's
@@ -63,27 +65,25 @@ def percent(results: list[bool]) -> float:
 
 
 def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, limit: int, seed: int,
-            how: dict) -> dict[str, float]:
-    """Measure captions and answers about one split's images, in percent.
-
-    pictures: (n, 3, P, P) in [-1, 1].  how: goes to reading.write; `steps` are 128 and 32 unless
-    given."""
+            config: ReadConfig) -> dict[str, float]:
+    """Measure captions and answers about one split's images, (n, 3, P, P) in [-1, 1], in percent."""
     shown = emoji.of_split(records, split)[:limit]
     require((bool(shown), f"no picture of the emoji tar is in the split \"{split}\""))
     latents = dict(zip(shown, encode(parts, pictures[shown])))
+
+    def texts(indices: list[int], questions: list[str | None]) -> list[str]:
+        batch = torch.stack([latents[i] for i in indices])
+        return write(parts, batch, questions, config, [seed] * len(indices))
     captions = []
     for batch in batches(f"{split}, captions", shown):
-        written = write(parts, torch.stack([latents[i] for i in batch]), seed=seed, **how)
-        captions += [text == records[i]["caption"] for text, i in zip(written, batch)]
+        for i, text in zip(batch, texts(batch, [None] * len(batch))):
+            captions.append(text == records[i]["caption"])
 
-    how = dict(steps=STEPS["answer"]) | how
     answers, yes_no = defaultdict(list), []
-    asked = [(latents[i], q) for i in shown for q in one_of_each(records[i])]
+    asked = [(i, q) for i in shown for q in one_of_each(records[i])]
     for batch in batches(f"{split}, answers", asked):
-        states, questions = zip(*batch)
-        written = write(parts, torch.stack(states), [q["question"] for q in questions], seed=seed,
-                        **how)
-        for text, q in zip(written, questions):
+        indices, questions = zip(*batch)
+        for text, q in zip(texts(indices, [q["question"] for q in questions]), questions):
             answers[q["type"]].append(text == q["answer"])
             if q["type"].startswith("yes/no"):
                 yes_no.append((text, q["answer"]))
@@ -97,15 +97,15 @@ def reading(parts: Parts, records: list[dict], pictures: Tensor, split: str, lim
 
 
 def drawings(parts: Parts, records: list[dict], pictures: Tensor, split: str, prompts: int,
-             seed: int,
-             how: dict) -> dict[str, float]:
-    """Measure drawings of one split's captions, in percent; `how` goes to text_to_image.draw."""
+             seed: int, config: DrawConfig) -> dict[str, float]:
+    """Measure drawings of one split's captions, in percent."""
     results = {name: [] for name in ("emoji", "people", "all else", "exact", "read back")}
     for batch in batches(f"{split}, drawings, seed {seed}",
                          emoji.of_split(records, split)[:prompts]):
         captions = captions_of(records, batch)
-        drawn = text_to_image.draw(parts, captions, seed=seed * 1000 + len(results["emoji"]), **how)
-        texts = write(parts, encode(parts, drawn))
+        drawn = text_to_image.draw(parts, captions, seed * 1000 + len(results["emoji"]),
+                                   **vars(config))
+        texts = write(parts, encode(parts, drawn), [None] * len(drawn))
         for i, found, caption, text in zip(batch, nearest(drawn, pictures), captions, texts):
             right = records[found]["emoji"] == records[i]["emoji"]
             results["emoji"].append(right)
@@ -119,19 +119,19 @@ def captions_of(records: list[dict], indices: list[int]) -> list[str]:
     return [records[i]["caption"] for i in indices]
 
 
-def page(parts: Parts, records: list[dict], pictures: Tensor, walk: dict, how: dict) -> Image.Image:
+def page(parts: Parts, records: list[dict], pictures: Tensor, drawing: DrawConfig,
+         reading: ReadConfig) -> Image.Image:
     """Draw the first ones of each split, not cherry-picked: 14 single objects and 7 people that
     were trained on, and 7 held-out people; and caption held-out images.
 
-    pictures: (n, 3, P, P) of all records.  walk, how: settings of the drawings and of the
-    captions."""
+    pictures: (n, 3, P, P) of all records."""
     train, tone, style = (emoji.of_split(records, split) for split in emoji.SPLITS)
     people = [i for i in train if records[i]["kind"] == PEOPLE]
     objects = [i for i in train if records[i]["kind"] != PEOPLE]
     prompts = captions_of(records, objects[:14] + people[:7] + tone[:7])
-    drawn = list(zip(text_to_image.draw(parts, prompts, **walk), prompts))
+    drawn = list(zip(text_to_image.draw(parts, prompts, **vars(drawing)), prompts))
     read = tone[-6:] + style[:4]
-    cells = compared(parts, pictures[read], captions_of(records, read), **how)
+    cells = caption_cells(parts, pictures[read], captions_of(records, read), reading)
     rows = grids.rows(*(drawn[at:at + 7] for at in range(0, len(drawn), 7)))
     return grids.above(rows, grids.page(cells[::2], cells[1::2]))
 

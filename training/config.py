@@ -70,9 +70,9 @@ class TrainConfig:
     warmup: int = option(0, "steps of linear warm-up", low=0)
     steps: int = option(0, "updates of the weights", low=1)
 
-    image_data: list = option([], "data of the image loss",
+    image_data: list[str] = option([], "data of the image loss",
                               group="the data (PATH or PATH:WEIGHT; see data.py)")
-    text_data: list = option([], "data of the text loss, if it is not the same")
+    text_data: list[str] = option([], "data of the text loss, if it is not the same")
     recaption: float = option(1.0, "share of re-captions where a sample has one", low=0, high=1)
     filtered: bool = option(False, "filter like the published trainer: leave out sides under 256, "
                             "aspect ratios over 4.5, captions under 6 characters")
@@ -118,7 +118,7 @@ class TrainConfig:
     log_every: int = option(20, "steps between lines of the log", low=1)
     eval_every: int | None = option(None, "steps between validations; 0: never "
                                     "(a twentieth of --steps, at most 1000)", low=0)
-    compare: list = option([], "log.jsonl of other runs, to compare validations with")
+    compare: list[str] = option([], "log.jsonl of other runs, to compare validations with")
     meter_every: int = option(0, "steps between measurements of both losses' gradients; 0: never",
                               low=0)
     save_every: int | None = option(None, "steps between checkpoints "

@@ -66,7 +66,7 @@ def show_samples(job: Job) -> None:
     held_out = mix.shown(8, held=True)
     prompts = [sources.choose_caption(sample, 0, 0) for sample in trained_on + held_out[:2]]
     captions = [sources.choose_caption(sample, 0, 0) for sample in held_out]
-    parts = Parts.of(job.models, config.pixels, config.text_length, job.models.device)
+    parts = Parts.of(job.models, config.pixels, config.text_length)
     with averaged_weights(job):
         page = samples_page(parts, prompts, captions, sources.latents_of(held_out))
     if run.rank == 0:

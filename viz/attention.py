@@ -1,6 +1,10 @@
-"""Record what the network attends to while it draws or reads.
+"""Read the attention that the network's blocks store.
 
-Shapes: B batch, H heads, K blocks kept, N image tokens, L text tokens, d size of a head.
+    with storing_attention(mmdit):
+        mmdit(latents, text, t, need="velocity")
+        maps = image_to_text(mmdit)
+
+Shapes: K blocks kept, N image tokens, L text tokens.
 """
 
 from contextlib import contextmanager
@@ -11,81 +15,47 @@ from torch import Tensor
 
 from model import MMDiT
 
-NUMBERS = 4_000_000     # K N L that an evaluation keeps
-
-
-def attention_map(q: Tensor, k: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Return these rows and columns of softmax(q k' / sqrt(d)), (T, N + L), of the batch's first
-    row, the mean over heads, in float16."""
-    total = 0.0
-    with torch.autocast(q.device.type, enabled=False):
-        for q_head, k_head in zip(q[0], k[0]):             # one by one: N (N + L) numbers at a time
-            scores = (q_head[rows].float() * q_head.shape[-1] ** -0.5) @ k_head.float().T
-            total = total + scores.softmax(-1)[:, columns]
-    return (total / q.shape[1]).half()
+NUMBERS = 4_000_000     # K N L that are kept of an evaluation
 
 
 @contextmanager
-def watching(mmdit: MMDiT, reads: str) -> Iterator[list[Tensor]]:
-    """Record in the list what the batch's first row attends to in each evaluation: softmax(q k' /
-    sqrt(d)) in float32 and its mean over heads, float16 on the CPU.  What the network computes
-    stays the same.
+def storing_attention(mmdit: MMDiT) -> Iterator[None]:
+    """While this lasts, each block stores who attends to whom in the batch's first row.
 
-    reads: "words", each patch's to each token, (K, N, L), of evaluations that give a velocity; or
-    "patches", each token's to each patch, (K, L, N), of those that give logits; those without an
-    image add nothing. Where K N L is over 4 million the blocks are averaged, K = 1: an evaluation
-    keeps at most 8 MB, or 2 N L bytes.  Not under torch.compile."""
-    recorded, maps, patches = [], [], 0
-    heads = ("both", "velocity" if reads == "words" else "logits")
-    def evaluate(method, image_tokens: int, head: str, *given):
-        """Run an evaluation, and record it where it is one of those that `reads` names."""
-        nonlocal patches
-        patches = image_tokens if head in heads else 0
-        result = method(*given)
-        if patches:
-            stacked = torch.stack(maps)                                     # (K, N, L) or (K, L, N)
-            maps.clear()
-            if stacked.numel() > NUMBERS:
-                stacked = stacked.float().mean(0, True).half()
-            recorded.append(stacked.cpu())
-        return result
-
-    def tokens(latents: Tensor | None) -> int:
-        if latents is None:
-            return 0
-        return latents.shape[2] * latents.shape[3] // mmdit.config.patch ** 2
-
-    def watched(attention):
-        @torch.no_grad()
-        def call(q, k, v):
-            if patches:
-                # image first, then text; in the last block and in `read` only one has queries
-                image, text = slice(patches), slice(patches - k.shape[2], None)
-                rows, columns = (image, text) if reads == "words" else (text, image)
-                maps.append(attention_map(q, k, rows, columns))
-            return attention(q, k, v)
-        return call
-
-    forward = mmdit.forward
-    read_and_cache, read_cached = mmdit.read_and_cache, mmdit.read_cached
-
-    def watched_forward(latents, text, t, need="both", at=None):
-        return evaluate(forward, tokens(latents), need, latents, text, t, need, at)
-
-    def watched_read(latents, text, t, at=None):
-        return evaluate(read_and_cache, tokens(latents), "logits", latents, text, t, at)
-
-    def watched_cached(text, cache, at=None):
-        return evaluate(read_cached, cache[0].keys.shape[2], "logits", text, cache, at)
-
-    mmdit.forward = watched_forward
-    mmdit.read_and_cache, mmdit.read_cached = watched_read, watched_cached
+    Compiled blocks run uncompiled; what the network computes stays the same."""
     for block in mmdit.blocks:
-        block.attention = watched(block.attention)
+        block.stores_attention = True
     try:
-        yield recorded
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        for name in ("forward", "read_and_cache", "read_cached"):
-            delattr(mmdit, name)
         for block in mmdit.blocks:
-            del block.attention
+            block.stores_attention = False
+            block.stored_attention = None
+
+
+def image_to_text(mmdit: MMDiT) -> Tensor:
+    """Return how much each image token attended to each text token, (K, N, L), float16, on the CPU.
+
+    The last evaluation was one with need="velocity" or "both".  Heads are averaged; blocks too,
+    K = 1, where K N L is over 4 million."""
+    return stack([block.stored_attention[:block.image_tokens, block.image_tokens:]
+                  for block in mmdit.blocks])
+
+
+def text_to_image(mmdit: MMDiT) -> Tensor:
+    """Return how much each text token attended to each image token, (K, L, N), as `image_to_text`.
+
+    The last evaluation was one with need="logits" or "both"."""
+    maps = []
+    for block in mmdit.blocks:
+        text_tokens = block.stored_attention.shape[1] - block.image_tokens
+        maps.append(block.stored_attention[-text_tokens:, :block.image_tokens])
+    return stack(maps)
+
+
+def stack(maps: list[Tensor]) -> Tensor:
+    stacked = torch.stack(maps)
+    if stacked.numel() > NUMBERS:
+        stacked = stacked.float().mean(0, True).half()
+    return stacked.cpu()

@@ -3,13 +3,22 @@
 from PIL import Image
 from torch import Tensor
 
-from inference.image_to_text import compared
+from inference.image_to_text import ReadConfig, encode, write
 from inference.parts import Parts
 from inference.text_to_image import draw
 from viz import grids
 
 
-def samples_page(parts: Parts, prompts: list[str], captions: list[str], images: Tensor) -> Image.Image:
-    """Two columns: prompts with what is drawn for them, and images (B, 3, H, W) with the caption that is written and the true one."""
-    drawn = [(image, [f"drawn: {text}"]) for image, text in zip(draw(parts, prompts), prompts)]
-    return grids.page(drawn, compared(parts, images, captions))
+def caption_cells(parts: Parts, images: Tensor, captions: list[str],
+                  config: ReadConfig = ReadConfig()) -> list[tuple[Tensor, list[str]]]:
+    """Return cells for `grids.page`: images (B, 3, H, W), the caption written for each, the true one."""
+    written = write(parts, encode(parts, images), [None] * len(images), config)
+    return [(image, [f"read: {text}", f"true: {caption}"])
+            for image, text, caption in zip(images, written, captions)]
+
+
+def samples_page(parts: Parts, prompts: list[str], captions: list[str],
+                 images: Tensor) -> Image.Image:
+    """Draw prompts, and caption images (B, 3, H, W), in two columns."""
+    drawn = [(image, [f"drawn: {prompt}"]) for image, prompt in zip(draw(parts, prompts), prompts)]
+    return grids.page(drawn, caption_cells(parts, images, captions))

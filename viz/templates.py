@@ -10,9 +10,10 @@ def fill_template(file: str, **texts: str) -> str:
 
     One pass replaces all of them, so a text that itself holds "@name@" stays as it is."""
     template = (Path(__file__).parent / file).read_text(encoding="utf-8")
-    return re.sub("@([a-z]+)@", lambda place: texts[place[1]], template)
+    return re.sub("@([a-z]+)@", lambda match: texts[match[1]], template)
 
 
 def image_address(kind: str, content: bytes) -> str:
-    """Return a file of this kind, "png" or "webp", as an address that holds all of it."""
+    """Return an image file of this kind ("png" or "webp") as a data: address, which a page can
+    show without another file."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,22 +1,34 @@
-"""Show how an image or a text came about, as a page (pages.py) or an animation (grids.py)."""
+"""Show how an image or a text came about: an animation, FILE.gif, or a page, FILE.html.
 
-from functools import partial
+A page (pages.py) also shows what the network attended to.  The sampling run has recorded its
+states; the network is evaluated at each of them once more, with its attention stored.
+
+Shapes: L tokens, K blocks, N image tokens, C latent channels, h and w latent height and width.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import mask_diffusion
-from inference.image_to_text import fill
+from common.files import write_text
+from inference import text_to_image
+from inference.image_to_text import Reader, ReadConfig
 from inference.parts import Parts
-from inference.text_to_image import Seen
-from viz import grids, pages
-from viz.attention import watching
+from inference.text_to_image import Trace, decode
+from viz import attention, grids, pages
+
+SUFFIXES = [".gif", ".html"]
 
 
-def grid(parts: Parts) -> tuple[int, int]:
-    """Return (rows, columns), the patches of an image."""
+def is_page(path: Path) -> bool:
+    return path.suffix.lower() == ".html"
+
+
+def patch_grid(parts: Parts) -> tuple[int, int]:
+    """Return (rows, columns) of patches; they are the first of the network's image tokens."""
     unit = parts.factor * parts.sizes.patch
     return parts.height // unit, parts.width // unit
 
@@ -28,56 +40,87 @@ def pieces(parts: Parts, ids: list[int]) -> list[str]:
     return [special[i] if i in special else tokenizer.bpe.decode([i]) for i in ids]
 
 
-def is_page(path: Path) -> bool:
-    """Tell a page from an animation."""
-    return path.suffix.lower() == ".html"
-
-
-def seen(parts: Parts, path: Path) -> Seen:
-    """Return what `text_to_image.drawings` fills in, for a page with the attention to words, or an animation."""
-    return Seen(watch=partial(watching, reads="words") if is_page(path) else None)
-
-
-def drawing_page(parts: Parts, prompt: str, found: Seen, about: dict) -> str:
-    """Return the page of one image's walk; of Heun's two evaluations at a time the later one's attention."""
-    ids = parts.tokenizer.encode(prompt, parts.length).tolist()
-    steps = [(t, x[0], clean[0]) for t, x, clean in found.states]
-    attention = list(dict(zip(found.times, found.watched)).values())              # the later of two
-    return pages.drawing(prompt, pieces(parts, ids), steps, attention, grid(parts), about)
-
-
-def drawing_frames(found: Seen) -> list[Image.Image]:
-    """Return x_t beside the image that is predicted there, of all images."""
-    return [grids.beside(grids.grid(x), grids.grid(clean)) for _, x, clean in found.states]
-
-
-def reading_frames(parts: Parts, states: list, steps: int) -> list[Image.Image]:
-    """Return the first row's text at each state of mask_diffusion.walk, of so many steps; 0: of its own."""
-    steps = steps or int(states[-1][0][0])
-    return [grids.text_frame(parts.tokenizer, ids[0], int(step[0]), steps) for step, ids in states]
+def write_drawing(path: Path, parts: Parts, prompt: str, trace: Trace, about: dict) -> None:
+    """Show x_t beside the clean image that is predicted there; a page shows the first image."""
+    parts.hold("vae")
+    if is_page(path):
+        write_text(path, drawing_page(parts, prompt, trace, about))
+        return
+    frames = []
+    for step in trace.steps:
+        x = grids.grid([decode(parts, latents) for latents in step.x])
+        clean = grids.grid([decode(parts, latents) for latents in step.clean])
+        frames.append(grids.beside(x, clean))
+    grids.write_picture(path, *frames)
 
 
 @torch.no_grad()
-def reading_page(parts: Parts, picture: Tensor | None, latents: Tensor | None, ids: Tensor, about: dict,
-                 **how) -> str:
-    """Return the page of the [MASK]s of ids (L,) being filled about a picture (3, H, W), of latents
-    (1, C, h, w), or none.  The text is written once more for it; `how` goes to `image_to_text.fill`."""
+def drawing_page(parts: Parts, prompt: str, trace: Trace, about: dict) -> str:
+    """Return the page of the first image, with each patch's attention to the prompt."""
+    shown = [(step.t, decode(parts, step.x[0]), decode(parts, step.clean[0]))
+             for step in trace.steps]
+    text = text_to_image.encode_prompts(parts, [prompt])[prompt]                  # (1, L, E)
+    parts.hold("mmdit")
+    rows, columns = patch_grid(parts)
+    maps = []
+    with attention.storing_attention(parts.mmdit):
+        for step in trace.steps[:-1]:                            # the last one is the result
+            t = torch.tensor([step.t], device=parts.device)
+            parts.mmdit(step.x[0][None], text, t, need="velocity")
+            maps.append(attention.image_to_text(parts.mmdit)[:, :rows * columns])
+    words = pieces(parts, parts.tokenizer.encode(prompt, parts.length).tolist())
+    return pages.drawing(prompt, words, shown, maps, (rows, columns), about)
+
+
+@dataclass
+class Reading:
+    """A text that was written about one image, or none."""
+    image: Tensor | None        # (3, H, W) in [-1, 1]
+    latents: Tensor | None      # (1, C, h, w)
+    states: list[tuple[Tensor, Tensor]]     # of mask_diffusion.walk: (step (1,), ids (1, L))
+    config: ReadConfig
+
+
+def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> None:
+    """Show the text being unmasked."""
+    if is_page(path):
+        write_text(path, reading_page(parts, reading, about))
+        return
+    states = reading.states
+    steps = int(states[-1][0][0])
+    if parts.complete(reading.config).order == "random":         # whose last steps may be idle
+        steps = reading.config.steps or steps
+    frames = [grids.text_frame(parts.tokenizer, ids[0], int(step[0]), steps)
+              for step, ids in states]
+    grids.write_picture(path, *frames)
+
+
+@torch.no_grad()
+def reading_page(parts: Parts, reading: Reading, about: dict) -> str:
+    """Return the page of a text, with the attention of each token when it was revealed.
+
+    A token that was given shows its attention in the first evaluation."""
     parts.hold("text", "mmdit")
-    states, asked = [], []          # (step, ids) of the walk; (number of the state it led to, tokens, logits)
-    with watching(parts.mmdit, "patches") as maps:
-        final = fill(parts, latents, ids[None], trajectory=states, asked=asked, **how)[0].tolist()
-    looks = {number: (at.tolist(), logits, i) for i, (number, at, logits) in enumerate(asked)}
-    revealed, probability, attention = [0] * len(ids), [None] * len(ids), [None] * len(ids)
+    config = parts.complete(reading.config)
+    reader = Reader(parts, reading.latents, config.image_cache, config.text_guidance)
+    final = reading.states[-1][1][0].tolist()
+    revealed, probability, maps = [0] * len(final), [None] * len(final), []
+    rows, columns = patch_grid(parts)
     mask_id = parts.tokenizer.mask_id
-    for i, token in enumerate(final):
-        masked = [j for j, (_, row) in enumerate(states) if row[0, i] == mask_id]
-        number = masked[-1] + 1 if masked else 0                                  # of the state it came in
-        if number:
-            revealed[i] = int(states[number][0][0])
-        at, logits, look = looks.get(number or 1, ([], None, 0))
-        if at and maps:
-            attention[i] = maps[look][:, i]                                       # (K, N)
-        if number and i in at:
-            scores = mask_diffusion.forbid(logits[at.index(i)].cpu().double(), mask_id)
-            probability[i] = float(scores.softmax(-1)[token])
-    return pages.writing(picture, pieces(parts, final), revealed, probability, attention, grid(parts), about)
+    with attention.storing_attention(parts.mmdit):
+        for (_, ids), (step, after) in zip(reading.states, reading.states[1:]):
+            masked = mask_diffusion.positions(ids == mask_id)                     # (n,)
+            if not len(masked):                                  # other rows of the batch went on
+                break
+            logits = mask_diffusion.forbid(reader(ids, masked).cpu().double(), mask_id)
+            looks = attention.text_to_image(parts.mmdit)[..., :rows * columns]    # (K, L, N)
+            maps = maps or list(looks.unbind(1))                 # of the tokens that were given
+            for i, p in zip(masked.tolist(), logits.softmax(-1)):
+                if after[0, i] != mask_id:
+                    revealed[i] = int(step[0])
+                    probability[i] = float(p[final[i]])
+                    maps[i] = looks[:, i]
+    if reading.latents is None:
+        maps = [None] * len(final)
+    return pages.writing(reading.image, pieces(parts, final), revealed, probability, maps,
+                         (rows, columns), about)

@@ -156,7 +156,7 @@ def refused(main, flags, mistake, *parts):
     (sample.main, ["--n", "2", *IMAGE], "--prompt"),
     (sample.main, ["--out", "x.png", *IMAGE], "--prompt"),
     (sample.main, ["--order", "random", "--prompt", "a"], "--image"),
-    (sample.main, ["--image-cache", "off", "--prompt", "a"], "without --image"),
+    (sample.main, ["--image-cache", "off", "--prompt", "a"], "--image"),
     (sample.main, ["--temperature", "1", "--prompt", "a"], "--image"),
     (sample.main, ["--max-tokens", "3", *IMAGE, "--text", "a [MASK]"], "--text"),
 ])

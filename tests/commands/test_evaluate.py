@@ -377,16 +377,18 @@ def emoji_records(emoji_set, monkeypatch):
 
 @pytest.fixture
 def read_settings(monkeypatch):
-    """Collect the settings of each batch that is read with a seed: not those read back."""
-    settings = []
+    """Collect (config, seed) of each batch that is read with seeds: not those read back."""
+    calls = []
     write = emojis.write
 
-    def record(*args, **how):
-        if "seed" in how:
-            settings.append(how)
-        return write(*args, **how)
+    def record(parts, latents, questions, *settings):
+        if settings:
+            config, seeds = settings
+            [seed] = set(seeds)
+            calls.append((config, seed))
+        return write(parts, latents, questions, *settings)
     monkeypatch.setattr(emojis, "write", record)
-    return settings
+    return calls
 
 
 EMOJI = ["emoji", "--splits", "tone", "--limit", 2, "--steps", 2]
@@ -404,15 +406,15 @@ def test_the_emoji_set_is_measured_in_three_tables(emoji_records, read_settings,
     for scores in runs:
         assert all(0 <= value <= 100 for value in scores.values())
     assert len(read_settings) == 2        # captions and answers: greedy, so once for both seeds
-    assert saved["settings"]["steps"] == "2" and saved["settings"]["reading"] == {"steps": 2}
+    assert saved["settings"]["steps"] == "2" and saved["settings"]["reading"]["steps"] == 2
 
 
 def test_random_reading_of_the_emoji_set_runs_for_each_seed(emoji_records, read_settings, capsys):
     run(*EMOJI, "--prompts", 0, "--seeds", 3, 4, "--order", "confidence", "--temperature", 1,
         "--image-cache", "off")
-    assert [how["seed"] for how in read_settings] == [3, 3, 4, 4]
-    for how in read_settings:
-        assert (how["order"], how["temperature"], how["image_cache"]) == ("confidence", 1, "off")
+    assert [seed for _, seed in read_settings] == [3, 3, 4, 4]
+    for config, _ in read_settings:
+        assert (config.order, config.temperature, config.image_cache) == ("confidence", 1, "off")
     assert "drawing" not in capsys.readouterr().out
 
 

@@ -35,7 +35,7 @@ def test_an_older_checkpoint_gives_the_same_image_and_caption(folder):
     expected = EXPECTED["drawn"][folder]
     # 1e-4: float32 sums in another order on another processor
     assert image.flatten()[::64].tolist() == pytest.approx(expected["pixels"], abs=1e-4)
-    assert image_to_text.write(parts, image_to_text.encode(parts, image)) == [expected["caption"]]
+    assert image_to_text.write(parts, image_to_text.encode(parts, image), [None]) == [expected["caption"]]
 
 
 def test_an_older_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch):

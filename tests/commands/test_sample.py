@@ -23,6 +23,7 @@ from common.cli import UserError
 from helpers import ROOT, Forked
 from inference import image_to_text, text_to_image
 from inference.parts import EMOJI, Parts
+from inference.text_to_image import DrawConfig, Trace
 from metrics import emojis
 
 PROMPT = "red apple, noto style"
@@ -113,7 +114,7 @@ def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_al
     records, images = emoji_all
     shown = [i for i, record in enumerate(records) if record["split"] == "train"][:16]
     captions = [records[i]["caption"] for i in shown]
-    texts = sample.write(parts, images[shown])
+    texts = image_to_text.write(parts, images[shown], [None] * 16)
     assert sum(text == caption for text, caption in zip(texts, captions)) >= 15
     drawn = text_to_image.draw(parts, captions[:8], steps=12)
     nearest = emojis.nearest(drawn, images)
@@ -125,7 +126,7 @@ def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_al
 def euler(parts, noise, steps, prompt=PROMPT, shift=None):
     """Draw from noise with Euler steps and the text's velocity, without text_to_image.draw."""
     text = parts.text(parts.tokenizer.encode(prompt, parts.length)[None])
-    levels = text_to_image.levels(parts, steps, shift)
+    levels = text_to_image.noise_levels(parts, DrawConfig(steps, shift=shift))
     return flow.euler(lambda x, t: parts.mmdit(x, text, t)[0], noise, levels)
 
 
@@ -142,8 +143,8 @@ def test_guidance_1_is_the_texts_velocity_at_the_given_shift(shift, parts):
 
 
 def test_a_negative_prompt_changes_the_image(parts):
-    plain = text_to_image.draw(parts, [PROMPT], steps=2, negative="")
-    pushed = text_to_image.draw(parts, [PROMPT], steps=2, negative="flag of Brazil")
+    plain = text_to_image.draw(parts, [PROMPT], steps=2, negative_prompt="")
+    pushed = text_to_image.draw(parts, [PROMPT], steps=2, negative_prompt="flag of Brazil")
     assert (plain - pushed).abs().max() > 0.01
 
 
@@ -151,24 +152,25 @@ def test_images_of_any_batch_equal_those_drawn_singly(parts):
     """18 images of two prompts are drawn in batches of 16 and 2; each has the next seed."""
     noise = torch.cat([noise_of(parts, 7 + i) for i in range(18)])
     prompts = [PROMPT, "snowman, noto style"] * 9
-    seen = text_to_image.Seen()
-    drawn = text_to_image.draw(parts, prompts, steps=2, seed=7, guidance=1, seen=seen)
-    assert drawn.shape == noise.shape and seen.rows == 36
-    assert [t for t, _, _ in seen.states] == text_to_image.levels(parts, 2).tolist()
-    assert all(x.shape == clean.shape == drawn.shape for _, x, clean in seen.states)
-    assert torch.equal(seen.states[0][1], noise)
+    trace = Trace(steps=[])
+    drawn = text_to_image.draw(parts, prompts, seed=7, trace=trace, steps=2, guidance=1)
+    assert drawn.shape == noise.shape and trace.evaluations == 36
+    levels = text_to_image.noise_levels(parts, DrawConfig(2)).tolist()
+    assert [step.t for step in trace.steps] == levels
+    assert all(len(step.x) == len(step.clean) == 18 for step in trace.steps)
+    assert torch.equal(torch.stack(trace.steps[0].x), noise)
     for i in (0, 15, 16, 17):
         single = euler(parts, noise[i:i + 1], 2, prompts[i])[0]
         # float32 sums in another order
         assert torch.allclose(drawn[i], single.clamp(-1, 1), atol=1e-4)
-        assert torch.allclose(seen.states[-1][2][i], single, atol=1e-4)
+        assert torch.allclose(trace.steps[-1].clean[i], single, atol=1e-4)
 
 
 def test_a_long_sampling_run_prints_its_progress(parts, monkeypatch, capsys):
     clock = iter(range(100))                                 # each look at the clock takes a second
     monkeypatch.setattr(progress.time, "time", lambda: next(clock))
-    function = image_to_text.watched(parts, lambda x: x + 1, 6, "drawing")
-    assert [function(i) for i in range(6)] == list(range(1, 7))
+    monkeypatch.setattr(parts, "silent", False)
+    text_to_image.draw(parts, [PROMPT], steps=5)                 # six states with the result
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2                                   # one every 2 seconds at most
     for line, parts_of_line in zip(lines, [("3/6", "1.0/s", "3 s left"), ("6/6", "0 s left")]):
@@ -194,14 +196,14 @@ def test_a_prompt_is_lowered_as_the_captions_of_training_were(tmp_path, capsys):
     lower, no_note = draw_prompt(tmp_path, capsys, "--prompt", PROMPT)
     mixed, note = draw_prompt(tmp_path, capsys, "--prompt", "Red Apple, NOTO style")
     assert mixed == lower and no_note == ""
-    assert note.count("\n") == 1 and "--prompt" in note and f"'{PROMPT}'" in note
+    assert note.count("\n") == 1 and "prompt" in note and f"'{PROMPT}'" in note
 
 
 def test_a_word_that_is_not_in_the_training_set_gets_a_warning(tmp_path, capsys):
     flags = ["--prompt", "a quasar, quasar", "--negative-prompt", "zoo"]
-    first, second = draw_prompt(tmp_path, capsys, *flags)[1].splitlines()
-    assert first.startswith("warning: --prompt: ") and first.count("quasar") == 1
-    assert second.startswith("warning: --negative-prompt: ") and second.endswith("zoo")
+    second, first = draw_prompt(tmp_path, capsys, *flags)[1].splitlines()
+    assert first.startswith("warning: prompt: ") and first.count("quasar") == 1
+    assert second.startswith("warning: negative prompt: ") and second.endswith("zoo")
 
 
 def test_a_question_that_begins_with_a_capital_gets_no_note(apple, capsys):
@@ -228,7 +230,7 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
 @pytest.mark.parametrize("flags, status, message", [
     # drawing
     (["--prompt", " "], 2, "--prompt is empty"),
-    (["--prompt", "apple " * 200], 1, "--prompt .*201 .*27"),
+    (["--prompt", "apple " * 200], 1, "prompt .*201 .*27"),
     (["--prompt", "a", "--steps", "0"], 2, "--steps: .*'0'"),
     (["--prompt", "a", "--n", "0"], 2, "--n: .*'0'"),
     (["--prompt", "a", "--dtype", "float8"], 2, "--dtype: .*'float8'"),
@@ -244,13 +246,12 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     (["--prompt", "a", "--out", "a.xyz"], 2, "--out a.xyz"),
     (["--prompt", "a", "--out", "a.gif", "--trajectory", "a.gif"], 2,
      "--out .*--trajectory .*a.gif"),
-    (["--prompt", "a", "--compile", "--trajectory", "a.html"], 2, "--trajectory .*--compile"),
     (["--prompt", "a", "--n", "2", "--trajectory", "a.html"], 2, "--trajectory .*--n"),
     # a file of prompts
-    (["--prompts", "LICENSE", "--prompt", "a"], 2, "--prompt or --prompts"),
+    (["--prompts", "LICENSE", "--prompt", "a"], 2, "--prompt .*--prompts"),
     (["--prompts", "nowhere.txt"], 1, "nowhere.txt: .*No such file"),
-    (["--prompts", os.devnull], 1, f"{os.devnull}: .*no prompt"),
-    (["--prompts", "README.md"], 1, "--prompts.* tokens.*27"),
+    (["--prompts", os.devnull], 1, f"{os.devnull}: is empty"),
+    (["--prompts", "README.md"], 1, "prompt .* tokens.*27"),
     # drawing over an image
     (EDIT, 2, "--prompt with --image .*--strength.*--mask"),
     (["--prompt", "a", "--strength", "0.5"], 2, "--strength .*--image"),
@@ -271,10 +272,10 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     ([*ONE_IMAGE, "--level", "0"], 2, "--level: .*'0'"),
     ([*ONE_IMAGE, "--length", "long"], 2, "--length: .*whole .*2"),
     # filling, asking and scoring
-    ([*ONE_IMAGE, "--text", "no gap"], 2, r"--text .*\[MASK\]"),
+    ([*ONE_IMAGE, "--text", "no gap"], 1, r"text 'no gap'.*\[MASK\]"),
     ([*ONE_IMAGE, "--text", "very " * 40 + "[MASK]"], 1, "--text .*27"),
-    (["--image", "APPLE", "APPLE", "--text", "a [MASK]"], 2, "--text is about one"),
-    ([*ONE_IMAGE, "--text", "a [MASK]", "--question", "b"], 2, "--text or --question"),
+    (["--image", "APPLE", "APPLE", "--text", "a [MASK]"], 2, "one image with --text"),
+    ([*ONE_IMAGE, "--text", "a [MASK]", "--question", "b"], 2, "--question .*--text"),
     ([*ONE_IMAGE, "--question", "why " * 40], 1, "question.*no room"),
     ([*ONE_IMAGE, "--questions", "nowhere.txt"], 1, "nowhere.txt: .*No such file"),
     ([*ONE_IMAGE, "--choices", "yes", "no"], 2, "--choices .*--question"),

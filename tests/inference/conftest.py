@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataset import emoji
-from inference import image_to_text, text_to_image
+from inference import image_to_text
 from inference.parts import Parts
 
 
@@ -29,4 +29,3 @@ def fast_score(monkeypatch):
     """Score texts with 16 levels of masking in place of 64: enough to compare very unlike texts."""
     score = partial(image_to_text.score, levels=16)
     monkeypatch.setattr(image_to_text, "score", score)
-    monkeypatch.setattr(text_to_image, "score", score)

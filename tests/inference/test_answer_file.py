@@ -12,13 +12,13 @@ from common.cli import UserError
 from dataset.images import fit_picture, read_picture, to_picture, to_tensor
 from helpers import Forked, kill_when, to_the_end
 from inference import answer_file
-from inference.answer_file import Ask
-from inference.image_to_text import encode, write
+from inference.answer_file import AnswerFile, Ask
+from inference.image_to_text import ReadConfig, encode, write
 from inference.parts import Parts
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 QUESTIONS = ["Is it a flag?", "Is it food?", "What is it?"]
-SAMPLED = dict(steps=5, temperature=1.0, order="random")
+SAMPLED = ReadConfig(steps=5, temperature=1.0, order="random")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,8 @@ def test_a_killed_run_resumed_by_two_processes_gives_the_same_file(tiny, photos,
 def test_an_answer_does_not_depend_on_other_questions(tiny_parts, photos, tmp_path):
     asks = [Ask(str(i), f"{i % 20}.png", QUESTIONS[i % 3]) for i in range(70)] + [Ask(7, "3.png")]
     for name, asked in (("all", asks), ("some", asks[::-1][:9])):
-        assert answer_file.fill(tiny_parts, asked, photos, tmp_path / name, {}, **SAMPLED) == []
+        file = AnswerFile(tmp_path / name, asked, photos, {}, SAMPLED)
+        assert file.fill(tiny_parts) == []
     rows = read_rows(tmp_path / "all")
     assert all(row in rows for row in read_rows(tmp_path / "some"))
     assert rows[-1].keys() == {"image_id", "caption"}            # an Ask without a question
@@ -99,15 +100,16 @@ def test_each_question_id_has_its_own_seed(tiny_parts, photos, tmp_path):
     """The same question about the same image, sampled, gets another answer under another id."""
     asks = [Ask(str(i), "0.png", QUESTIONS[0]) for i in range(8)]
     for seed in (0, 1):
-        answer_file.fill(tiny_parts, asks, photos, tmp_path / str(seed), {}, seed=seed, **SAMPLED)
+        file = AnswerFile(tmp_path / str(seed), asks, photos, {}, SAMPLED, seed=seed)
+        file.fill(tiny_parts)
     answers = {row["answer"] for seed in "01" for row in read_rows(tmp_path / seed)}
     assert len(answers) == 16
 
 
 def test_answers_of_other_settings_are_refused(tiny_parts, photos, tmp_path):
     out, asks = tmp_path / "a.jsonl", [Ask("a", "0.png", QUESTIONS[0])]
-    fill = lambda settings: answer_file.fill(tiny_parts, asks, photos, out, dict(settings=settings),
-                                             steps=1)
+    fill = lambda settings: AnswerFile(out, asks, photos, dict(settings=settings),
+                                       ReadConfig(steps=1)).fill(tiny_parts)
     fill("first")
     with pytest.raises(UserError, match=r"a\.jsonl: .*\(settings\)"):
         fill("second")
@@ -122,7 +124,8 @@ def test_answers_of_other_settings_are_refused(tiny_parts, photos, tmp_path):
 def test_questions_that_cannot_be_answered_are_left_out(tiny_parts, photos, tmp_path):
     asks = [Ask("a", "0.png", QUESTIONS[0]), Ask("b", "0.png", "flag " * 40),
             Ask("c", "none.png", "Is?")]
-    long, missing = answer_file.fill(tiny_parts, asks, photos, tmp_path / "a.jsonl", {}, steps=2)
+    file = AnswerFile(tmp_path / "a.jsonl", asks, photos, {}, ReadConfig(steps=2))
+    long, missing = file.fill(tiny_parts)
     assert [row["question_id"] for row in read_rows(tmp_path / "a.jsonl")] == ["a"]
     assert long.startswith("b: ") and "tokens" in long
     assert missing.startswith("c: ") and "none.png" in missing
@@ -132,7 +135,7 @@ def test_a_line_separator_in_an_answer_does_not_split_its_line(tiny_parts, photo
                                                                monkeypatch):
     monkeypatch.setattr(answer_file, "write", lambda *args, **how: ["a\u2028b"])
     asks, out = [Ask("a", "0.png", "Is?")], tmp_path / "a.jsonl"
-    assert answer_file.fill(tiny_parts, asks, photos, out, {}) == []
+    assert AnswerFile(out, asks, photos, {}).fill(tiny_parts) == []
     assert out.read_bytes().decode() == '{"question_id": "a", "answer": "a\u2028b"}\n'
 
 
@@ -181,7 +184,7 @@ def vqa_file(folder, count):
 def test_vqav2_is_answered_with_shots_and_scored(tiny, tmp_path, capsys, monkeypatch):
     file, out, prompts = vqa_file(tmp_path, 6), tmp_path / "a.jsonl", []
 
-    def always_yes(parts, latents, questions, **how):
+    def always_yes(parts, latents, questions, config, seeds):
         prompts.extend(questions)
         return ["yes"] * len(questions)
     monkeypatch.setattr(answer_file, "write", always_yes)
@@ -241,7 +244,7 @@ def test_captions_are_written_and_scored(tiny_parts, tiny, photos, tmp_path, cap
     printed = capsys.readouterr().out
     assert "20 of 21" in printed and "20.png" in printed
     image = to_tensor(fit_picture(read_picture(photos / "4.png"), 16, 16))
-    caption, = write(tiny_parts, encode(tiny_parts, image[None]), steps=3)
+    caption, = write(tiny_parts, encode(tiny_parts, image[None]), [None], ReadConfig(steps=3))
     assert read_rows(out)[4] == dict(image_id=4, caption=caption)
     write_rows(out, [dict(image_id=i, caption=f"a red cat {i}") for i in range(19)])
     run_evaluate("score", "captions", out, "--json", result)

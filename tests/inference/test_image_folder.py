@@ -9,9 +9,9 @@ import sample
 from common.cli import UserError
 from dataset.images import (fit_picture, read_mask, read_picture, text_fields, to_picture,
                             to_tensor)
-from inference import image_folder, text_to_image
+from inference import compiled, image_folder, image_to_text, text_to_image
 from inference.parts import EMOJI, Parts
-from inference.text_to_image import Edit
+from inference.text_to_image import DrawConfig, Edit, Trace
 
 PROMPTS = ["red apple, noto style", "snowman, noto style", "flag of Chad, twemoji style"]
 
@@ -29,7 +29,7 @@ def apple_image(parts, apple):
 
 @pytest.fixture
 def apple_latents(either, apple_image):
-    return text_to_image.encode(either, to_tensor(apple_image)[None], dtype=torch.float32)
+    return image_to_text.encode(either, to_tensor(apple_image)[None], dtype=torch.float32)
 
 
 def pixels(image):
@@ -38,8 +38,8 @@ def pixels(image):
 
 def test_a_file_does_not_depend_on_its_batch_or_place(either, tmp_path):
     jobs = [(prompt, seed) for prompt in PROMPTS for seed in (0, 5)]
-    image_folder.fill(either, jobs, tmp_path / "single", steps=3, batch=1)
-    image_folder.fill(either, jobs[::-1], tmp_path / "batch", steps=3, batch=64)
+    image_folder.fill(either, jobs, tmp_path / "single", DrawConfig(steps=3, batch=1))
+    image_folder.fill(either, jobs[::-1], tmp_path / "batch", DrawConfig(steps=3, batch=64))
     single, batch = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())]
                      for name in ("single", "batch"))
     assert single == batch[::-1] and len(set(single)) == 6
@@ -52,36 +52,36 @@ def test_filling_up_the_last_batch_changes_no_image(parts, monkeypatch):
     def recorded(x, *args, **how):
         shapes.add(x.shape)
         return forward(x, *args, **how)
-    monkeypatch.setattr(text_to_image, "compiled", lambda parts: None)
+    monkeypatch.setattr(compiled, "compile_blocks", lambda mmdit: None)
     monkeypatch.setattr(parts.mmdit, "forward", recorded)
-    seen, prompts = text_to_image.Seen(), PROMPTS
-    fast = text_to_image.draw(parts, prompts, steps=3, batch=2, fast=True, seen=seen)
+    trace, prompts = Trace(steps=[]), PROMPTS
+    fast = text_to_image.draw(parts, prompts, steps=3, trace=trace, batch=2, compile=True)
     assert shapes == {(4, 3, parts.height, parts.width)}         # 2 images, with and without prompt
-    assert seen.rows == 3 * 6 and seen.states[0][1].shape == fast.shape
+    assert trace.evaluations == 3 * 6 and len(trace.steps[0].x) == len(fast)
     assert torch.equal(fast, text_to_image.draw(parts, prompts, steps=3, batch=2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only with a GPU")
 def test_a_replayed_cuda_graph_gives_the_same_image(monkeypatch):
     parts = Parts(EMOJI, "cuda", torch.bfloat16)
-    monkeypatch.setattr(text_to_image, "compiled", lambda parts: None)
-    graphed = text_to_image.draw(parts, PROMPTS, steps=3, fast=True)
+    monkeypatch.setattr(compiled, "compile_blocks", lambda mmdit: None)
+    graphed = text_to_image.draw(parts, PROMPTS, steps=3, compile=True)
     assert torch.equal(graphed, text_to_image.draw(parts, PROMPTS, steps=3))
 
 
 @pytest.mark.parametrize("keep, loads", [(True, 1), (False, 2)])
 def test_a_network_is_compiled_each_time_it_is_loaded(tiny, keep, loads, monkeypatch):
     """A machine that can't hold all parts draws 16 of 17 batches before it decodes them."""
-    parts, compiled = Parts(tiny, dtype=torch.float32, keep=keep), []
-    monkeypatch.setattr(text_to_image, "compiled", lambda parts: compiled.append(parts.mmdit))
-    text_to_image.draw(parts, PROMPTS[:1] * 17, steps=1, batch=1, fast=True)
-    assert len(compiled) == len(set(map(id, compiled))) == loads
+    parts, networks = Parts(tiny, dtype=torch.float32, keep=keep), []
+    monkeypatch.setattr(compiled, "compile_blocks", networks.append)
+    text_to_image.draw(parts, PROMPTS[:1] * 17, steps=1, batch=1, compile=True)
+    assert len(networks) == len(set(map(id, networks))) == loads
 
 
 def test_an_edit_is_part_of_a_folders_settings(tiny_parts, tmp_path):
     def fill(edit):
         jobs = [(PROMPTS[0], 0)]
-        return image_folder.fill(tiny_parts, jobs, tmp_path / "edited", steps=2, edit=edit)
+        return image_folder.fill(tiny_parts, jobs, tmp_path / "edited", DrawConfig(steps=2), edit)
     grey, white = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
     mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)
     assert fill(Edit(grey, 0.5)) == 0 and fill(Edit(grey, 0.5)) == 1
@@ -95,7 +95,7 @@ def test_an_edit_is_part_of_a_folders_settings(tiny_parts, tmp_path):
 def filled(tiny_parts, tmp_path):
     """(jobs, folder) of three images."""
     jobs, folder = [(prompt, 3) for prompt in PROMPTS], tmp_path / "drawn"
-    assert image_folder.fill(tiny_parts, jobs, folder, steps=2) == 0
+    assert image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=2)) == 0
     return jobs, folder
 
 
@@ -109,7 +109,7 @@ def test_existing_files_are_skipped(tiny_parts, filled):
     jobs, folder = filled
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     (folder / "00001.png").unlink()
-    assert image_folder.fill(tiny_parts, jobs, folder, steps=2) == 2
+    assert image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=2)) == 2
     for path, (content, modified) in before.items():
         assert path.read_bytes() == content
         assert (path.stat().st_mtime_ns == modified) == (path.name != "00001.png")
@@ -118,24 +118,24 @@ def test_existing_files_are_skipped(tiny_parts, filled):
 def test_a_folder_of_other_images_is_refused(tiny_parts, filled, tmp_path):
     jobs, folder = filled
     with pytest.raises(UserError, match="00000.png.* steps '2'.*'4'"):
-        image_folder.fill(tiny_parts, jobs, folder, steps=4)
+        image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=4))
     damaged = folder / "00002.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
     with pytest.raises(UserError, match="00002.png: .*read"):
-        image_folder.fill(tiny_parts, jobs, folder, steps=2)
+        image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=2))
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file"):           # cli.run prints it in one line
-        image_folder.fill(tiny_parts, jobs, tmp_path / "file")
+        image_folder.fill(tiny_parts, jobs, tmp_path / "file", DrawConfig())
 
 
 def test_an_interrupted_run_leaves_whole_files_and_resumes(tiny_parts, tmp_path, monkeypatch):
-    jobs, drawings = [(prompt, 0) for prompt in PROMPTS], text_to_image.drawings
+    jobs, drawings = [(prompt, 0) for prompt in PROMPTS], image_folder.drawings
 
     def interrupted(*args, **how):
         yield next(drawings(*args, **how))
         raise KeyboardInterrupt
-    fill = lambda name: image_folder.fill(tiny_parts, jobs, tmp_path / name, steps=2, batch=1)
-    monkeypatch.setattr(image_folder.text_to_image, "drawings", interrupted)
+    fill = lambda name: image_folder.fill(tiny_parts, jobs, tmp_path / name, DrawConfig(steps=2, batch=1))
+    monkeypatch.setattr(image_folder, "drawings", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fill("resumed")
     monkeypatch.undo()
@@ -177,11 +177,10 @@ def test_strength_goes_from_the_image_to_a_new_one(either, apple_image, apple_la
 
 
 def test_strength_half_takes_half_of_the_steps(tiny_parts):
-    seen = text_to_image.Seen()
-    text_to_image.draw(tiny_parts, PROMPTS[:1], steps=10, guidance=1, seen=seen,
-                       edit=Edit(torch.zeros(1, 3, 16, 16), 0.5))
-    assert seen.states[0][0] == 0.5
-    assert seen.rows == len(seen.states) - 1 == 6  # from 0.5, and the five levels below it
+    trace, edit = Trace(steps=[]), Edit(torch.zeros(1, 3, 16, 16), 0.5)
+    text_to_image.draw(tiny_parts, PROMPTS[:1], 0, edit, trace, steps=10, guidance=1)
+    assert trace.steps[0].t == 0.5
+    assert trace.evaluations == len(trace.steps) - 1 == 6  # from 0.5, and the five levels below it
 
 
 def test_pixels_outside_the_mask_stay_the_same(either, apple_image, apple_latents):

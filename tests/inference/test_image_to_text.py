@@ -7,6 +7,7 @@ import mask_diffusion
 import sample
 from dataset.images import fit_picture, read_picture, to_picture, to_tensor
 from inference import image_to_text
+from inference.image_to_text import ReadConfig
 
 APPLE = "red apple, noto style"
 KIND = "What kind of thing is this?"
@@ -31,7 +32,8 @@ def test_fill_changes_only_masked_tokens(parts, emoji_images):
     ids = torch.stack([parts.tokenizer.encode(caption, parts.length) for caption in captions])
     chance = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
     masked = torch.where(chance < 0.5, parts.tokenizer.mask_id, ids)
-    filled = image_to_text.fill(parts, images[:32], masked, steps=4, temperature=1.0)
+    filled = image_to_text.fill(parts, images[:32], masked,
+                                ReadConfig(steps=4, temperature=1.0))
     kept = masked != parts.tokenizer.mask_id
     assert torch.equal(filled[kept], ids[kept])
     assert (filled != parts.tokenizer.mask_id).all()
@@ -46,7 +48,8 @@ def test_given_text_behind_an_end_is_kept(tiny_parts, monkeypatch):
         lambda ids, at: scores.expand(len(at), -1)))
     given, mask = tokenizer.pieces("red apple"), tokenizer.mask_id
     ids = torch.tensor([[mask, mask, *given, mask]])
-    filled = image_to_text.fill(tiny_parts, NOISE[:1], ids, order="confidence", temperature=0.0)
+    filled = image_to_text.fill(tiny_parts, NOISE[:1], ids,
+                                ReadConfig(order="confidence", temperature=0.0))
     assert filled[0].tolist() == [tokenizer.end_id, tokenizer.pad_id, *given, tokenizer.pad_id]
 
 
@@ -56,7 +59,7 @@ def test_fill_follows_the_requested_order(tiny_parts):
     expected = {}
     with torch.inference_mode():
         for order in mask_diffusion.ORDERS:
-            config = mask_diffusion.ReadConfig(6, order=order, end_id=tokenizer.end_id,
+            config = mask_diffusion.SampleConfig(6, order=order, end_id=tokenizer.end_id,
                                                pad_id=tokenizer.pad_id)
             generators = [torch.Generator().manual_seed(3) for _ in range(3)]
             expected[order] = mask_diffusion.sample_at(
@@ -64,8 +67,8 @@ def test_fill_follows_the_requested_order(tiny_parts):
                 generators)
     assert len({tuple(filled.flatten().tolist()) for filled in expected.values()}) > 2
     for argument, order in [(None, "threshold"), *((order, order) for order in expected)]:
-        filled = image_to_text.fill(tiny_parts, NOISE[:3], ids, 6, 1.0, 3, argument,
-                                    image_cache="off")
+        settings = ReadConfig(6, 1.0, argument, image_cache="off")
+        filled = image_to_text.fill(tiny_parts, NOISE[:3], ids, settings, [3] * 3)
         assert torch.equal(filled, expected[order]), argument
     assert (ids == tokenizer.mask_id).all()                      # the input stays as it was
 
@@ -74,14 +77,13 @@ def test_fill_follows_the_requested_order(tiny_parts):
                          [("random", "off"), ("threshold", "once"), ("eb", "off")])
 def test_a_text_does_not_depend_on_its_batch(tiny_parts, order, image_cache):
     questions = [KIND, "Which style is it drawn in?", "Is this clothing?"] * 3
-    settings = dict(order=order, image_cache=image_cache, temperature=3.0, steps=12)
+    config = ReadConfig(order=order, image_cache=image_cache, temperature=3.0, steps=12)
     ids = torch.stack([image_to_text.canvas(tiny_parts, question) for question in questions[:8]])
     seeds = [5, 6, 7, 5, 6, 7, 5, 6]
-    fill = lambda latents, ids, seed: image_to_text.fill(tiny_parts, latents, ids, seed=seed,
-                                                         **settings)
+    fill = lambda latents, ids, seeds: image_to_text.fill(tiny_parts, latents, ids, config, seeds)
     batch = fill(NOISE, ids, seeds)
     for i in range(8):
-        assert torch.equal(batch[i:i + 1], fill(NOISE[i:i + 1], ids[i:i + 1], seeds[i]))
+        assert torch.equal(batch[i:i + 1], fill(NOISE[i:i + 1], ids[i:i + 1], seeds[i:i + 1]))
     assert torch.equal(batch, fill(NOISE.flip(0), ids.flip(0), seeds[::-1]).flip(0))
     assert not torch.equal(batch, fill(NOISE, ids, [seed + 9 for seed in seeds]))
 
@@ -102,8 +104,8 @@ def test_a_cached_image_is_computed_once(tiny_parts, image_cache, monkeypatch):
     count(type(blocks[0].img), "finish", "image")
     count(type(tiny_parts.mmdit.time_in), "forward", "time")
     states = []
-    image_to_text.write(tiny_parts, NOISE, image_cache=image_cache, order="confidence", steps=4,
-                        trajectory=states)
+    config = ReadConfig(4, order="confidence", image_cache=image_cache)
+    image_to_text.write(tiny_parts, NOISE, [None] * 8, config, states=states)
     evaluations = len(states) - 1
     passes = evaluations if image_cache == "off" else 1
     assert evaluations == 4 and calls["time"] == passes
@@ -115,8 +117,8 @@ def test_caching_the_image_keeps_captions_correct(parts, training_images):
     captions, images = training_images
     correct = {}
     for image_cache in ("off", "once"):
-        texts = image_to_text.write(parts, images, image_cache=image_cache, order="confidence",
-                                    steps=12)
+        config = ReadConfig(12, order="confidence", image_cache=image_cache)
+        texts = image_to_text.write(parts, images, [None] * 12, config)
         correct[image_cache] = count_correct(texts, captions)
     assert correct["once"] >= correct["off"] - 1 > 6             # of 12
 
@@ -126,8 +128,8 @@ def test_an_evaluation_sets_the_text_length(parts, training_images):
     masks_left = {}
     for length_at in (None, 0.95):
         states = []
-        texts = image_to_text.write(parts, images, order="random", steps=16, length_at=length_at,
-                                    trajectory=states)
+        config = ReadConfig(16, order="random", length_at=length_at)
+        texts = image_to_text.write(parts, images, [None] * 12, config, states=states)
         masks_left[length_at] = int((states[1][1] == parts.tokenizer.mask_id).sum())
         assert count_correct(texts, captions) > 6                # of 12
     assert masks_left[0.95] < 0.7 * masks_left[None]             # most captions are short
@@ -137,7 +139,7 @@ def test_a_long_text_goes_on_in_blocks(parts, emoji_images, monkeypatch):
     latents, tokenizer = emoji_images[1][:1], parts.tokenizer
     blocks = []
 
-    def count_up(parts, latents, ids, **how):
+    def count_up(parts, latents, ids, *settings):
         """Write 300, 301, ... from wherever the text has come to."""
         row = ids[0].tolist()
         blocks.append(list(row))
@@ -146,19 +148,20 @@ def test_a_long_text_goes_on_in_blocks(parts, emoji_images, monkeypatch):
         return torch.tensor([row])
     monkeypatch.setattr(image_to_text, "fill", count_up)
     monkeypatch.setattr(tokenizer, "decode", list)
-    text, = image_to_text.write(parts, latents, max_tokens=60)
+    config = ReadConfig(max_tokens=60)
+    text, = image_to_text.write(parts, latents, [None], config)
     assert text[:60] == list(range(300, 360))
     assert len(blocks) > 2 and all(len(row) == parts.length for row in blocks)
     blocks.clear()
-    image_to_text.write(parts, latents, KIND, max_tokens=60)
+    image_to_text.write(parts, latents, [KIND], config)
     question = image_to_text.prompt_ids(parts, KIND)
     assert len(blocks) > 2 and all(row[:len(question)] == question for row in blocks)
 
 
 def test_guidance_away_from_no_image_changes_the_text(tiny_parts):
     ids = image_to_text.canvas(tiny_parts).expand(4, -1)
-    fill = lambda scale: image_to_text.fill(tiny_parts, NOISE[:4], ids, order="confidence", steps=6,
-                                            guidance=scale)
+    fill = lambda scale: image_to_text.fill(
+        tiny_parts, NOISE[:4], ids, ReadConfig(6, order="confidence", text_guidance=scale))
     plain = fill(1.0)
     assert torch.equal(plain, fill(1.0 + 1e-9)) and not torch.equal(plain, fill(3.0))
 
@@ -166,8 +169,9 @@ def test_guidance_away_from_no_image_changes_the_text(tiny_parts):
 def test_guidance_embeds_the_text_once(tiny_parts, monkeypatch):
     states, calls, forward = [], [], tiny_parts.text.forward
     monkeypatch.setattr(tiny_parts.text, "forward", lambda ids: calls.append(ids) or forward(ids))
+    config = ReadConfig(6, order="confidence", text_guidance=2.0)
     image_to_text.fill(tiny_parts, NOISE[:4], image_to_text.canvas(tiny_parts).expand(4, -1),
-                       order="confidence", steps=6, guidance=2.0, trajectory=states)
+                       config, states=states)
     assert len(calls) == len(states) - 1 == 6                    # one for both halves
 
 
@@ -195,7 +199,7 @@ def test_ranking_scores_only_the_answer(tiny_parts, question):
         with torch.no_grad():
             expected[answer] = mask_diffusion.likelihood(
                 function, ids, tokenizer.mask_id, frozen, 64, torch.Generator().manual_seed(0))
-    rows = image_to_text.ranked(tiny_parts, latents, question, ["yes", "no"])
+    rows = image_to_text.rank(tiny_parts, latents, ["yes", "no"], question)
     assert {answer: (nats, error) for answer, _, nats, error in rows} == expected
     assert rows[0][2] <= rows[1][2] and rows[0][1] + rows[1][1] == pytest.approx(1)
 
@@ -205,7 +209,7 @@ def test_ranking_scores_only_the_answer(tiny_parts, question):
 @pytest.fixture
 def run_sample(parts, capsys, monkeypatch):
     """Run sample.py with the shipped weights, and return the lines that it prints."""
-    monkeypatch.setattr(sample, "open_parts", lambda args, device: parts)
+    monkeypatch.setattr(sample, "open_parts", lambda config: parts)
 
     def run(*flags):
         sample.main(list(map(str, flags)))
@@ -268,7 +272,7 @@ def test_chat_answers_until_an_empty_line(run_sample, apple, monkeypatch):
 
 
 def test_text_without_an_image_warns(parts, fast_score, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "open_parts", lambda args, device: parts)
+    monkeypatch.setattr(sample, "open_parts", lambda config: parts)
     sample.main(["--text", "red [MASK], noto style"])
     warning, = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: ") and "text without" in warning

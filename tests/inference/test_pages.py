@@ -1,4 +1,4 @@
-"""viz/attention.py and viz/pages.py: recorded attention is exact, and pages fetch nothing."""
+"""viz/attention.py and viz/pages.py: stored attention is exact, and pages fetch nothing."""
 
 import base64
 import json
@@ -49,9 +49,11 @@ def attention_by_hand(block, img, txt, vec):
     return total / H
 
 
-@pytest.mark.parametrize("need", ["both", "velocity", "logits"])
-def test_recorded_attention_is_the_softmax_by_hand(mmdit, need):
-    """The mean over heads is recorded, and the network's result stays the same bit for bit."""
+@pytest.mark.parametrize("need, read, image_rows", [
+    ("both", attention.image_to_text, True), ("velocity", attention.image_to_text, True),
+    ("both", attention.text_to_image, False), ("logits", attention.text_to_image, False)])
+def test_stored_attention_is_the_softmax_by_hand(mmdit, need, read, image_rows):
+    """The mean over heads is stored, and the network's result stays the same bit for bit."""
     inputs, hooks = [], []
     for block in mmdit.blocks:
         hooks.append(block.register_forward_pre_hook(lambda _, args: inputs.append(args[:3])))
@@ -60,53 +62,64 @@ def test_recorded_attention_is_the_softmax_by_hand(mmdit, need):
         hook.remove()
     expected = torch.stack([attention_by_hand(block, *args)
                             for block, args in zip(mmdit.blocks, inputs)])
-    for reads, other, maps in (("words", "logits", expected[:, :N, N:]),
-                               ("patches", "velocity", expected[:, N:, :N])):
-        with attention.watching(mmdit, reads) as recorded:
-            watched = mmdit(LATENTS, TEXT, T, need=need)
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, watched))
-        assert len(recorded) == (need != other)
-        for found in recorded:
-            # float16 has 2^-11 of 1
-            torch.testing.assert_close(found.double(), maps, atol=1e-3, rtol=0)
-            assert (found.float().sum(2) <= 1 + 1e-3).all()  # the rest is attention within a stream
+    expected = expected[:, :N, N:] if image_rows else expected[:, N:, :N]
+    with attention.storing_attention(mmdit):
+        watched = mmdit(LATENTS, TEXT, T, need=need)
+        maps = read(mmdit)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, watched))
+    assert maps.dtype == torch.float16 and maps.device.type == "cpu"
+    # float16 has 2^-11 of 1
+    torch.testing.assert_close(maps.double(), expected, atol=1e-3, rtol=0)
+    assert (maps.float().sum(2) <= 1 + 1e-3).all()       # the rest is attention within a stream
 
 
-def test_attention_to_cached_keys_is_recorded(mmdit):
-    """Evaluations without an image are not."""
+def test_attention_to_cached_keys_is_stored(mmdit):
     _, plain_cache = mmdit.read_and_cache(LATENTS, TEXT, T)
     expected = mmdit.read_cached(TEXT.flip(1), plain_cache)
-    with attention.watching(mmdit, "patches") as recorded:
+    with attention.storing_attention(mmdit):
         _, cache = mmdit.read_and_cache(LATENTS, TEXT, T)
-        mmdit(None, TEXT, T, need="logits")
+        first = attention.text_to_image(mmdit)
         logits = mmdit.read_cached(TEXT.flip(1), cache)
-        mmdit.read_cached(TEXT.flip(1), cache)
+        second = attention.text_to_image(mmdit)
     assert torch.equal(logits, expected)
-    first, second, third = (maps[1:] for maps in recorded)       # of the second block
-    assert first.shape == (1, L, N) and first.dtype == torch.float16 and first.device.type == "cpu"
-    assert torch.equal(second, third) and not torch.equal(first, second)
+    assert first.shape == second.shape == (K, L, N) and not torch.equal(first, second)
     txt = mmdit.blocks[0].read(mmdit.txt_in(TEXT.flip(1)), cache[0])
     keys, _, modulation = cache[1]
     q, k, _ = mmdit.blocks[1].txt.attention_input(txt, modulation)
     k = torch.cat([keys[0], k[0]], 1)                                             # (H, N + L, d)
     weights = (q[0] @ k.mT / (D / H) ** 0.5).softmax(-1).mean(0)
     # float16 has 2^-11 of 1
-    torch.testing.assert_close(second[0].float(), weights[:, :N], atol=1e-3, rtol=0)
+    torch.testing.assert_close(second[1].float(), weights[:, :N], atol=1e-3, rtol=0)
 
 
-def test_an_exception_leaves_the_blocks_as_they_were(mmdit):
+def test_an_exception_ends_the_storing(mmdit):
     with pytest.raises(ValueError, match="multiple of the patch"):
-        with attention.watching(mmdit, "words"):
+        with attention.storing_attention(mmdit):
             mmdit(LATENTS[..., 1:], TEXT, T)
-    assert not any("attention" in vars(block) for block in mmdit.blocks)
-    assert not {"forward", "read_and_cache", "read_cached"} & vars(mmdit).keys()
+    assert not any(block.stores_attention for block in mmdit.blocks)
+    assert all(block.stored_attention is None for block in mmdit.blocks)
 
 
 def test_too_many_numbers_are_averaged_over_blocks(mmdit, monkeypatch):
     monkeypatch.setattr(attention, "NUMBERS", K * N * L - 1)
-    with attention.watching(mmdit, "words") as recorded:
+    with attention.storing_attention(mmdit):
         mmdit(torch.cat([LATENTS, LATENTS]), torch.cat([TEXT, TEXT]), T)  # as under guidance
-    assert recorded[0].shape == (1, N, L)
+        assert attention.image_to_text(mmdit).shape == (1, N, L)
+
+
+def test_a_block_with_an_extra_image_token_stores_it_too(mmdit, monkeypatch):
+    """As when somebody adds a register token behind the patches, and drops it at the head."""
+    embed, head = mmdit.embed, mmdit.velocity_head
+
+    def embed_with_register(latents, text, t):
+        img, txt, vec = embed(latents, text, t)
+        return torch.cat([img, torch.ones_like(img[:, :1])], 1), txt, vec
+    monkeypatch.setattr(mmdit, "embed", embed_with_register)
+    monkeypatch.setattr(mmdit, "velocity_head", lambda img, *more: head(img[:, :N], *more))
+    with attention.storing_attention(mmdit):
+        mmdit(LATENTS, TEXT, T)
+        assert attention.image_to_text(mmdit).shape == (K, N + 1, L)
+        assert attention.text_to_image(mmdit).shape == (K, L, N + 1)
 
 
 # -------------------------------------------------------------------------------------- the pages

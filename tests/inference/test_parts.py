@@ -7,9 +7,13 @@ import torch
 
 import checkpoint
 import data
+import sample
 from common.cli import UserError, require
 from inference import image_to_text, parts as parts_module, text_to_image
+from inference.image_to_text import ReadConfig
 from inference.parts import Parts
+from inference.pipeline import Pipeline
+from inference.text_to_image import DrawConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RELEASE, SD3_FILE = FIXTURES / "release", FIXTURES / "sd3.safetensors"
@@ -40,8 +44,8 @@ def test_require_raises_the_first_failing_condition():
 
 def test_published_weights_have_the_published_defaults():
     parts = release_parts(length=None)
-    assert parts.defaults == dict(guidance=7.0, shift=3.0, temperature=1.0, order="random",
-                                  image_cache="off")
+    assert parts.defaults == dict(guidance=7.0, shift=3.0, batch=4, temperature=1.0,
+                                  order="random", image_cache="off")
     assert len(image_to_text.canvas(parts)) == parts.length == 256
     assert len(image_to_text.canvas(parts, "a cat")) == parts.answer_length == 128
 
@@ -51,23 +55,23 @@ def test_published_weights_read_the_image_at_each_evaluation():
     parts.hold("text", "mmdit", "vae")
     parts.mmdit.img_in.register_forward_hook(lambda *_: reads.append(1))
     latents = image_to_text.encode(parts, torch.zeros(1, 3, 32, 32))
-    image_to_text.write(parts, latents, steps=3, trajectory=states)
+    image_to_text.write(parts, latents, [None], ReadConfig(steps=3), states=states)
     assert len(reads) == len(states) - 1 > 1
 
 
 def test_own_weights_have_their_own_defaults(tiny_parts):
-    assert tiny_parts.defaults == dict(guidance=1.5, shift=1.0, temperature=0.0, order="threshold",
-                                       image_cache="once")
+    assert tiny_parts.defaults == dict(guidance=1.5, shift=1.0, batch=16, temperature=0.0,
+                                       order="threshold", image_cache="once")
 
 
 def test_noise_levels_end_at_the_training_floor(parts):
     """A network that predicts clean data is not asked below t = 0.05, the floor of its training."""
     assert parts.sizes.predicts == "data"
-    assert text_to_image.levels(parts, 28)[-2:].tolist() == pytest.approx([0.05, 0])
+    assert text_to_image.noise_levels(parts, DrawConfig())[-2:].tolist() == pytest.approx([0.05, 0])
 
 
 def test_published_noise_levels_end_at_a_thousandth():
-    levels = text_to_image.levels(release_parts(), 28, shift=1.0)
+    levels = text_to_image.noise_levels(release_parts(), DrawConfig(shift=1.0))
     assert levels[-2:].tolist() == pytest.approx([1e-3, 0])
 
 
@@ -89,9 +93,9 @@ def test_parts_stay_in_memory_where_there_is_room(free, loads, monkeypatch):
     counts = lambda: {names.count(name) for name in ("text", "mmdit", "vae")}
     for _ in range(4):
         latents = image_to_text.encode(parts, torch.zeros(1, 3, 32, 32))
-        image_to_text.write(parts, latents, steps=1)
+        image_to_text.write(parts, latents, [None], ReadConfig(steps=1))
     assert counts() == {loads}
-    text_to_image.likeliest(parts, [torch.zeros(3, 32, 32)] * 3, "a cat")
+    sample.sort_by_score(Pipeline.of(parts), [torch.zeros(3, 32, 32)] * 3, "a cat")
     assert counts() == {1 if loads == 1 else 5}                  # once, not for each image
 
 
@@ -130,7 +134,7 @@ def test_a_tokenizer_larger_than_t5s_table_is_refused():
 
 
 @pytest.mark.parametrize("change, message", [(dict(vocab_size=90), "110 tokens.* 90"),
-                                             (dict(position_size=1), "height of 32.* up to 4")])
+                                             (dict(position_size=1), "--height 32.* up to 4")])
 def test_parts_that_do_not_fit_are_refused_before_loading(change, message, monkeypatch):
     family, sizes = checkpoint.read_sizes(RELEASE)
     for name, value in change.items():

@@ -34,7 +34,7 @@ def test_draw_gives_the_image_of_the_command(pipeline):
 
 
 def test_one_string_is_one_prompt(pipeline):
-    assert len(text_to_image.draw(pipeline.parts, PROMPT, steps=1)) == 1  # not one per character
+    assert len(pipeline.draw(PROMPT, steps=1)) == 1              # not one per character
 
 
 def test_a_drawn_image_is_read_back(pipeline, image):
@@ -68,5 +68,5 @@ def test_unusable_texts_are_refused(pipeline):
     (PROMPT, "Dog Face, noto style", "'dog face, noto style'"),
     ("zeppelin, noto style", "", "zeppelin")])                   # not in the training texts
 def test_changed_and_unknown_words_trigger_a_warning(pipeline, capsys, prompt, negative, warning):
-    pipeline.draw(prompt, negative=negative, steps=1)
+    pipeline.draw(prompt, negative_prompt=negative, steps=1)
     assert warning in capsys.readouterr().err

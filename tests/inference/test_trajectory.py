@@ -1,16 +1,15 @@
 """viz/trajectory.py and viz/grids.py: pages and grids show what happened in a sampling run."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import mask_diffusion
 import sample
 from inference import text_to_image
-from inference.image_to_text import canvas, encode, fill
+from inference.image_to_text import ReadConfig, canvas, encode, fill
+from inference.text_to_image import DrawConfig, Trace
 from viz import grids, pages, trajectory
-from viz.attention import watching
+from viz.attention import image_to_text, storing_attention
 
 APPLE = "red apple, noto style"
 
@@ -32,28 +31,29 @@ def page_arguments(monkeypatch):
 
 @pytest.mark.parametrize("solver, steps", [("euler", 3), ("heun", 6)])
 def test_a_drawings_page_shows_each_state_with_its_attention(parts, page_arguments, solver, steps):
-    seen = trajectory.seen(parts, Path("a.html"))
-    drawn = text_to_image.draw(parts, [APPLE], steps=steps, solver=solver, seen=seen)
-    html = trajectory.drawing_page(parts, APPLE, seen, dict(seed=0))
+    trace = Trace(steps=[])
+    settings = dict(steps=steps, solver=solver)
+    drawn = text_to_image.draw(parts, [APPLE], trace=trace, **settings)
+    html = trajectory.drawing_page(parts, APPLE, trace, dict(seed=0))
     (_, words, states, attention, grid, _), = page_arguments
     assert "".join(words) == APPLE and html.startswith("<!DOCTYPE html>") and grid == (8, 8)
-    assert [t for t, _, _ in states] == text_to_image.levels(parts, steps, solver=solver).tolist()
-    assert torch.equal(states[-1][1].clamp(-1, 1), drawn[0]) and len(attention) == len(states) - 1
+    levels = text_to_image.noise_levels(parts, DrawConfig(**settings))
+    assert [t for t, _, _ in states] == levels.tolist()
+    assert torch.equal(states[-1][1].clamp(-1, 1), drawn[0])
     text = parts.text(parts.tokenizer.encode(APPLE, parts.length)[None])
-    with torch.no_grad(), watching(parts.mmdit, "words") as expected:
-        for t, x, _ in states[:-1]:
+    for (t, x, _), found in zip(states[:-1], attention, strict=True):
+        with torch.no_grad(), storing_attention(parts.mmdit):
             parts.mmdit(x[None], text, torch.tensor([t]), need="velocity")
-    for a, b in zip(attention, expected, strict=True):   # at the state, not at Heun's second point
-        assert torch.allclose(a.float(), b.float(), atol=1e-3)   # float16 has 2^-11 of 1
+            assert torch.equal(found, image_to_text(parts.mmdit))
 
 
 @pytest.mark.parametrize("order", ["confidence", "threshold", "random"])
 def test_a_texts_page_shows_steps_and_probabilities(parts, emoji_images, page_arguments, order):
     image = emoji_images[1][0]
     latents, ids = encode(parts, image[None]), canvas(parts, "What kind of thing is this?")
-    settings, states = dict(order=order, image_cache="off", steps=8, temperature=0.0), []
-    final = fill(parts, latents, ids[None], trajectory=states, **settings)[0]
-    trajectory.reading_page(parts, image, latents, ids, {}, **settings)
+    config, states = ReadConfig(8, 0.0, order, image_cache="off"), []
+    final = fill(parts, latents, ids[None], config, states=states)[0]
+    trajectory.reading_page(parts, trajectory.Reading(image, latents, states, config), {})
     (_, pieces, revealed, probability, attention, _, _), = page_arguments
     assert pieces == trajectory.pieces(parts, final.tolist())
     mask_id = parts.tokenizer.mask_id
@@ -76,7 +76,7 @@ def test_a_texts_page_shows_steps_and_probabilities(parts, emoji_images, page_ar
     ["--prompt", "snowman, noto style", "--steps", "2", "--out", "{folder}/a.png"]])
 def test_the_command_writes_the_page_and_prints_its_name(parts, apple, tmp_path, capsys, fast_score,
                                                          monkeypatch, flags):
-    monkeypatch.setattr(sample, "open_parts", lambda args, device: parts)
+    monkeypatch.setattr(sample, "open_parts", lambda config: parts)
     page = tmp_path / "page.HTML"
     flags = [flag.format(apple=apple, folder=tmp_path) for flag in flags]
     sample.main([*flags, "--trajectory", str(page)])

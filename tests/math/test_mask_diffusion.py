@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mask_diffusion
-from mask_diffusion import ReadConfig, at_positions, likelihood, sample
+from mask_diffusion import SampleConfig, at_positions, likelihood, sample
 
 
 def seeded(seed):
@@ -59,7 +59,7 @@ oracle_at = at_positions(oracle)
 
 def record(logits_fn, ids, mask_id, steps, generator=None, **settings):
     """Return all states (step, ids) of a walk."""
-    config = ReadConfig(steps, **settings)
+    config = SampleConfig(steps, **settings)
     return list(mask_diffusion.walk(at_positions(logits_fn), ids, mask_id, config, generator))
 
 
@@ -309,7 +309,7 @@ def test_new_order_is_one_function_and_one_row(monkeypatch):
 
 
 def test_each_token_is_equally_likely_to_come_first():
-    walk = mask_diffusion.walk(oracle_at, all_masked(6000), MASK, ReadConfig(10_000), seeded(0))
+    walk = mask_diffusion.walk(oracle_at, all_masked(6000), MASK, SampleConfig(10_000), seeded(0))
     step, start = next(walk)
     assert not step.any() and (start == MASK).all()
     _, state = next(walk)
@@ -369,7 +369,7 @@ def test_finished_rows_cost_nothing(order, expected):
         rows.append((at // 3).unique().tolist())
         tokens.append(len(at))
         return oracle_at(ids, at)
-    config = ReadConfig(1000, temperature=0, order=order)
+    config = SampleConfig(1000, temperature=0, order=order)
     out = mask_diffusion.sample_at(counted, ids, MASK, config, seeded(0))
     assert torch.equal(out, sample(oracle, ids, MASK, 1000, seeded(0), temperature=0, order=order))
     assert [len(live) for live in rows] == [300, 100, 100] and rows[1] == list(range(100))
@@ -397,14 +397,14 @@ def test_written_end_pads_the_rest_at_once():
             counts[name].append(len(at))
             return ending_oracle(ids).flatten(0, 1)[at]
         return logits_at
-    ending = ReadConfig(100, end_id=END, pad_id=PAD)
+    ending = SampleConfig(100, end_id=END, pad_id=PAD)
     out = mask_diffusion.sample_at(counted("end"), ids, MASK, ending, seeded(0))
     ended = [row for row in out.tolist() if END in row]
     assert len(ended) > 100
     for row in ended:
         at = row.index(END)
         assert row[at + 1:] == [PAD] * (6 - at)
-    mask_diffusion.sample_at(counted("plain"), ids, MASK, ReadConfig(100), seeded(0))
+    mask_diffusion.sample_at(counted("plain"), ids, MASK, SampleConfig(100), seeded(0))
     assert sum(counts["plain"]) == 200 * 7
     assert sum(counts["end"]) < 0.8 * sum(counts["plain"])         # padding is not evaluated
 
@@ -478,14 +478,10 @@ def test_likelihood_of_a_prompt_without_an_answer_is_zero():
 
 def test_text_guidance_is_a_power_of_two_likelihoods():
     """Guidance of scale s draws from p^s / q^(s - 1), normalised."""
-    text, null = torch.randn(2, 2, 3, 5, dtype=torch.float64, generator=seeded(0))
-    ids = torch.tensor([[MASK, MASK, MASK], [1, MASK, 2]])
-    at = torch.tensor([0, 4])
-    # unnormalised: a constant moves no probability
-    logits_at = lambda logits: lambda ids, at: 3 + logits.flatten(0, 1)[at]
-    guided = mask_diffusion.guide(logits_at(text), logits_at(null), 2.5, MASK)
-    p = mask_diffusion.forbid(text, MASK).softmax(-1).flatten(0, 1)[at]
-    q = mask_diffusion.forbid(null, MASK).softmax(-1).flatten(0, 1)[at]
+    text, null = torch.randn(2, 6, 5, dtype=torch.float64, generator=seeded(0))
+    guided = mask_diffusion.guide(3 + text, null, 2.5, MASK)     # a constant moves no probability
+    p = mask_diffusion.forbid(text, MASK).softmax(-1)
+    q = mask_diffusion.forbid(null, MASK).softmax(-1)
     expected = (p ** 2.5 / q ** 1.5).nan_to_num(0.0)             # [MASK]: 0 / 0
     expected = expected / expected.sum(-1, keepdim=True)
-    assert torch.allclose(guided(ids, at).softmax(-1), expected)
+    assert torch.allclose(guided.softmax(-1), expected)

@@ -271,8 +271,8 @@ def test_trained_null_image_is_kept_by_later_stages(text_run, tiny, small_tar, t
     name = "mmdit.null_image"
     first = load_file(text_run / "weights.safetensors")[name]
     assert torch.equal(load_file(out / "weights.safetensors")[name], first)
-    assert Parts(text_run).null_learnt and Parts(out).null_learnt
-    assert not Parts(tiny).null_learnt
+    assert Parts(text_run).null_trained and Parts(out).null_trained
+    assert not Parts(tiny).null_trained
 
 
 # --------------------------------------------------------------------------------- T5 and captions
