@@ -10,6 +10,7 @@
 
 The weights are those in assets/emoji, which train.py trained, or --checkpoint: any layout that
 checkpoint.py reads, such as the releases of D-DiT and SD3.  The same seed gives the same result.
+Defaults are in brackets; those of D-DiT's and SD3's published weights come second.
 """
 
 from common import cli
@@ -28,7 +29,7 @@ from torch import Tensor
 from common.cli import UserError, option, require
 from dataset.images import read_mask, read_picture
 from inference import image_folder, image_to_text
-from inference.image_to_text import ReadConfig, encode
+from inference.image_to_text import ReadConfig
 from inference.parts import ModelConfig, open_parts
 from inference.pipeline import Pipeline
 from inference.text_to_image import DrawConfig, Edit, Trace, chunks, drawings
@@ -47,37 +48,29 @@ READ = "caption answer questions fill chat"
 class Request:
     """What to do: the flags of sample.py beside DrawConfig, ReadConfig and ModelConfig.
 
-    `tasks`: those in which a flag works."""
-    prompt: str | None = option(None, "draw this", tasks="draw edit", group="tasks")
-    prompts: Path | None = option(None, "draw these, a line each, into the folder --out; files "
-                                  "that are there are skipped", tasks="folder")
-    image: list[Path] = option([], "caption these images, or do with them what follows",
-                               tasks=f"edit {READ} score choose")
-    strength: float | None = option(None, "with --prompt: draw over --image from this noise level; "
-                                    "0 returns it, 1 draws anew", low=0, high=1, tasks="edit")
-    mask: Path | None = option(None, "with --prompt: draw over --image where this is white",
+    tasks: those in which a flag works."""
+    prompt: str = option("", "draw this", tasks="draw edit", group="what to do")
+    prompts: Path | None = option(None, "draw these, a line each, into the folder --out",
+                                  tasks="folder")
+    image: list[Path] = option([], "caption these, or what follows", tasks=f"edit score choose {READ}")
+    strength: float | None = option(None, "draw --prompt over --image, from this noise level",
+                                    low=0, high=1, tasks="edit")
+    mask: Path | None = option(None, "draw --prompt over --image, where this is white",
                                tasks="edit")
-    question: str | None = option(None, "answer this", tasks="answer score choose")
+    question: str = option("", "answer this", tasks="answer score choose")
     questions: Path | None = option(None, "answer these, a line each", tasks="questions")
-    chat: bool = option(False, "answer questions in the terminal, until an empty line",
-                        tasks="chat")
-    text: str | None = option(None, "replace each [MASK] in this; also without --image",
-                              tasks="fill")
-    score: list[str] = option([], "how likely these captions, or answers, are", tasks="score")
-    choices: list[str] = option([], "which of these answers to --question is likeliest",
-                                tasks="choose")
-    out: Path | None = option(None, "the image that is written, at least 256 pixels wide "
-                              "(sample.png); of --prompts the folder (drawn)", tasks=DRAW,
-                              group="what is written")
-    trajectory: Path | None = option(None, "how the image or the text forms: FILE.gif, or FILE.html "
-                                     "with what the network attends to; no --out then",
+    chat: bool = option(False, "answer in the terminal, until an empty line", tasks="chat")
+    text: str = option("", "replace each [MASK] of this", tasks="fill")
+    score: list[str] = option([], "how likely these captions or answers are", tasks="score")
+    choices: list[str] = option([], "the likeliest of these answers", tasks="choose")
+    out: Path | None = option(None, "enlarged to 256 pixels (sample.png); with --prompts a folder "
+                              "of images as drawn (drawn)", tasks=DRAW, group="results, and their seed")
+    trajectory: Path | None = option(None, "how it forms: FILE.gif, or FILE.html with attention",
                                      tasks="draw edit caption answer fill")
     n: int = option(1, "images of a prompt, with this seed and the next ones", low=1, tasks=DRAW)
-    best: bool = option(False, "sort the --n images by how likely they make the prompt",
-                        tasks="draw edit")
-    seed: int = option(0, "of the noise, or of the tokens", low=0, high=2**63 - 1,
-                       tasks=f"{DRAW} {READ}")
-    steps: int | None = option(None, "evaluations: 28 to draw, 128 for a text, 32 to answer", low=1,
+    best: bool = option(False, "sort these by how likely they make the prompt", tasks="draw edit")
+    seed: int = option(0, "of noise and tokens", low=0, high=2**63 - 1, tasks=f"{DRAW} {READ}")
+    steps: int | None = option(None, "evaluations (to draw 28, to write 128, to answer 32)", low=1,
                                tasks=f"{DRAW} {READ}")
     drawing: DrawConfig = field(default_factory=DrawConfig)
     reading: ReadConfig = field(default_factory=ReadConfig)
@@ -99,11 +92,11 @@ def read_lines(path: Path) -> list[str]:
 
 def draw(pipeline: Pipeline, args: Request, edit: Edit | None = None) -> None:
     """Draw --n images of a prompt, as one grid."""
-    parts = pipeline.parts
     [prompt] = pipeline.read_prompts(args.prompt, args.drawing)
     seeds = range(args.seed, args.seed + args.n)
     trace = Trace(steps=[] if args.trajectory else None)
-    images = list(drawings(parts, [prompt] * args.n, seeds, args.drawing, edit, trace))
+    prompts = [prompt] * args.n
+    images = list(drawings(pipeline.parts, prompts, seeds, args.drawing, edit, trace))
     if args.best:
         images = sort_by_score(pipeline, images, prompt)
     evaluations = trace.evaluations // args.n
@@ -111,10 +104,10 @@ def draw(pipeline: Pipeline, args: Request, edit: Edit | None = None) -> None:
         grids.write_picture(args.out, grids.grid(images))
         print(f"{args.out}: {evaluations} evaluations an image")
     if args.trajectory:
-        config = parts.complete(args.drawing)
+        config = pipeline.parts.complete(args.drawing)
         about = dict(seed=args.seed, evaluations=evaluations, solver=config.solver,
                      guidance=config.guidance)
-        trajectory.write_drawing(args.trajectory, parts, prompt, trace, about)
+        trajectory.write_drawing(args.trajectory, pipeline.parts, prompt, trace, about)
         print(args.trajectory)
 
 
@@ -122,7 +115,7 @@ def sort_by_score(pipeline: Pipeline, images: list[Tensor], prompt: str) -> list
     """Sort images (3, H, W) by -log p(prompt | image), which is printed."""
     pipeline.parts.check_text_head()
     ids = pipeline.parts.tokenizer.encode(prompt, pipeline.parts.length)
-    latents = encode(pipeline.parts, torch.stack(images))
+    latents = image_to_text.encode(pipeline.parts, torch.stack(images))
     nats = [image_to_text.score(pipeline.parts, x[None], ids)[0] for x in latents]
     order = sorted(range(len(images)), key=nats.__getitem__)
     print("nats of the prompt: " + " ".join(f"{nats[i]:.2f}" for i in order))
@@ -133,13 +126,12 @@ def edit(pipeline: Pipeline, args: Request) -> None:
     """Draw over an image."""
     parts = pipeline.parts
     image = read_picture(args.image[0])
-    mask, strength = None, args.strength
-    if args.mask:
-        mask = read_mask(args.mask, image, parts.height, parts.width, parts.factor)
-    if strength is None:
-        strength = 1.0                                           # the mask keeps the rest
-    latents = encode(parts, pipeline.fit(image), torch.float32)
-    draw(pipeline, args, Edit(latents, strength, mask))
+    if not args.mask:
+        draw(pipeline, args, pipeline.start_edit(image, args.strength))
+        return
+    mask = read_mask(args.mask, image, parts.height, parts.width, parts.factor)
+    strength = 1.0 if args.strength is None else args.strength   # the mask keeps the rest
+    draw(pipeline, args, pipeline.start_edit(image, strength, mask))
 
 
 def draw_folder(pipeline: Pipeline, args: Request) -> None:
@@ -152,63 +144,64 @@ def draw_folder(pipeline: Pipeline, args: Request) -> None:
 
 def read(pipeline: Pipeline, args: Request) -> None:
     """Print a caption of each image, or the answer to each question about it."""
-    questions = [args.question]                                  # None: a caption
+    questions = [args.question or None]                          # None: a caption
     if args.questions:
         questions = read_lines(args.questions)
     for question in filter(None, questions):
         read_question(pipeline.parts, question)
     images = [read_picture(path) for path in args.image]
     latents = pipeline.encode(images)
-    asks = [(path, x, q) for path, x in zip(args.image, latents) for q in questions]
-    states = [] if args.trajectory else None
-    for batch in chunks(asks, 16):
+    rows = [(path, x, q) for path, x in zip(args.image, latents) for q in questions]
+    states = []
+    for batch in chunks(rows, 16):
         paths, batch_latents, asked = zip(*batch)
         texts = pipeline.write(torch.stack(batch_latents), asked, args.seed, args.reading, states)
         for path, question, text in zip(paths, asked, texts):
             columns = [text]
             if args.questions:
-                columns = [question, text]
-            if len(asks) > 1:
-                columns = [str(path), *columns]
+                columns.insert(0, question)
+            if len(rows) > 1:
+                columns.insert(0, str(path))
             print("\t".join(columns), flush=True)
     if args.trajectory:
-        show_reading(pipeline, args, images[0], states)
+        reading = trajectory.Reading(pipeline.fit(images)[0], latents, states, args.reading)
+        show_reading(pipeline, args, reading)
 
 
 def fill(pipeline: Pipeline, args: Request) -> None:
     """Print a text with its [MASK]s filled in."""
-    image = read_picture(args.image[0]) if args.image else None
+    image = pixels = latents = None
+    if args.image:
+        image = read_picture(args.image[0])
     states = []
     print(pipeline.fill(image, args.text, args.seed, states, **vars(args.reading)))
     if args.trajectory:
-        show_reading(pipeline, args, image, states)
+        if image:
+            pixels, latents = pipeline.fit(image)[0], pipeline.encode(image)
+        show_reading(pipeline, args, trajectory.Reading(pixels, latents, states, args.reading))
 
 
-def show_reading(pipeline: Pipeline, args: Request, image: Image.Image | None,
-                 states: list) -> None:
-    pixels = latents = None
-    if image:
-        pixels, latents = pipeline.fit(image)[0], pipeline.encode(image)
-    about = dict(question=args.question) if args.question else {}
-    about.update(seed=args.seed, order=pipeline.parts.complete(args.reading).order)
-    reading = trajectory.Reading(pixels, latents, states, args.reading)
+def show_reading(pipeline: Pipeline, args: Request, reading: trajectory.Reading) -> None:
+    about = dict(seed=args.seed, order=pipeline.parts.complete(args.reading).order)
+    if args.question:
+        about["question"] = args.question
     trajectory.write_reading(args.trajectory, pipeline.parts, reading, about)
     print(args.trajectory)
 
 
 def score(pipeline: Pipeline, args: Request) -> None:
     """Print how likely captions or answers are, the likeliest first."""
+    texts = args.score or args.choices
     for path in args.image:
-        ranking = pipeline.rank(read_picture(path), args.score or args.choices, args.question)
-        for row in ranking:
+        image = read_picture(path)
+        prefix = f"{path}\t" if len(args.image) > 1 else ""
+        for row in pipeline.rank(image, texts, args.question or None):
             tokens = len(pipeline.parts.tokenizer.pieces(row.text)) + 1           # with the end
             letters = max(1, len(row.text.encode()))
-            line = (f"{row.nats:.2f} +- {row.error:.2f} nats, {row.nats / tokens:.3f} a token, "
-                    f"{row.nats / math.log(2) / letters:.3f} bits a byte")
-            if args.choices:
-                line = f"{row.share:.1%}, {line}"
-            prefix = f"{path}\t" if len(args.image) > 1 else ""
-            print(f"{prefix}{row.text}: {line}", flush=True)
+            bits = row.nats / math.log(2)
+            share = f"{row.share:.1%}, " if args.choices else ""
+            print(f"{prefix}{row.text}: {share}{row.nats:.2f} +- {row.error:.2f} nats, "
+                  f"{row.nats / tokens:.3f} a token, {bits / letters:.3f} bits a byte", flush=True)
 
 
 def chat(pipeline: Pipeline, args: Request) -> None:
@@ -256,8 +249,8 @@ RENAMED = {"--refresh": "--image-cache", "--separate": "--prompts", "--tokens-pe
 
 def tasks_of_flags() -> dict[str, list[str]]:
     """Return the tasks in which each flag works."""
-    tasks_of = {}
     everywhere = " ".join(TASKS)
+    tasks_of = {}
     for config, tasks in ((Request, everywhere), (DrawConfig, DRAW), (ReadConfig, READ),
                           (ModelConfig, everywhere)):
         for flag in fields(config):
@@ -285,6 +278,8 @@ def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
             works_with = " or ".join(map(name_flags, tasks_of[flag]))
             parser.error(f"{cli.flag(flag)} changes nothing with {name_flags(task)}; it works with "
                          f"{works_with}")
+        if isinstance(given[flag], str) and not given[flag].strip() and flag != "negative_prompt":
+            parser.error(f"{cli.flag(flag)} is empty")
     args = cli.take(Request, given)
     try:
         args.drawing = cli.take(DrawConfig, given)
@@ -300,10 +295,6 @@ def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
 
 def check(parser: cli.Parser, task: str, args: Request) -> None:
     """Refuse values that do not fit each other, with status 2."""
-    for flag in ("prompt", "question", "text"):
-        value = getattr(args, flag)
-        if value is not None and not value.strip():
-            parser.error(f"--{flag} is empty")
     if task == "edit" and args.strength is None and not args.mask:
         parser.error("--prompt with --image draws over it: say from which noise level, "
                      "--strength 0.7, or where, --mask FILE")

@@ -131,7 +131,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse that names the closest flag for an unknown one, takes no abbreviation and ends in one line.
 
-    renamed: removed flags, and those that do now what they did."""
+    renamed: flags that somebody may try, and those that do it here."""
 
     def __init__(self, doc: str, renamed: dict[str, str] = {}, **more):
         self.renamed = renamed

@@ -20,31 +20,30 @@ from common.cli import UserError, option, require
 from common.progress import Progress
 from dataset.questions import question_prompt
 from inference.parts import Parts
+from mask_diffusion import SampleConfig
 from model import MMDiT
 
 STEPS = dict(text=128, answer=32)
+States = list[tuple[Tensor, Tensor]]            # (step (B,), ids (B, L)) of mask_diffusion.walk
 MAX_MASK_TOKENS = 3     # infill tries one to three tokens for a [MASK]
-ORDERS = mask_diffusion.ORDERS
 
 
 @dataclass
 class ReadConfig:
     """Settings of a text; each one is a flag of sample.py.  None: the checkpoint's default."""
-    steps: int | None = option(None, "evaluations of the network (128; for an answer 32)", low=1,
-                               group="reading")
-    temperature: float | None = option(None, "0 takes the likeliest token, 1 samples (0; published "
-                                       "weights: 1)", low=0, group="reading")
-    order: str | None = option(None, "of unmasking, see mask_diffusion.py (threshold; published "
-                               "weights: random)", choices=ORDERS)
-    level: float | None = option(None, "of the order (threshold 0.99, eb 0.05)", low=1e-9)
-    image_cache: str | None = option(None, "once: compute the image's keys and values once; off: "
-                                     "exact (once; published weights: off)",
+    steps: int | None = option(None, "evaluations of the network (128; to answer 32)", low=1)
+    temperature: float | None = option(None, "0: the likeliest token; 1: sampled (0; published 1)",
+                                       low=0, group="reading, with --image or --text")
+    order: str | None = option(None, "see mask_diffusion.py (threshold; published random)",
+                               choices=mask_diffusion.ORDERS)
+    level: float | None = option(None, "of that order (threshold 0.99, eb 0.05)", low=1e-9)
+    image_cache: str | None = option(None, "once is fast, off is exact (once; published off)",
                                      choices=["once", "off"])
-    text_guidance: float = option(1.0, "away from the text without the image; 1: none", low=0.001)
-    max_tokens: int | None = option(None, "most tokens of a caption or an answer; above --length "
-                                    "it is written in blocks", low=1, tasks="caption answer chat")
-    length_at: float | None = option(None, "end where the first evaluation gives the end this "
-                                     "probability (--length auto: 0.95)", low=0, high=1)
+    text_guidance: float = option(1.0, "away from the text without an image; 1: none", low=0.001)
+    max_tokens: int | None = option(None, "of a caption or an answer; it may exceed --length",
+                                    low=1, tasks="caption answer questions chat")
+    length_at: float | None = option(None, "end where the end is this likely at first", low=0,
+                                     high=1)
 
 
 # ------------------------------------------------------------------------------------- the network
@@ -94,19 +93,20 @@ class Reader:
         text = self.parts.text(ids[rows])                                         # (rows, L, E)
         if self.guidance == 1:
             return self.logits(text, rows, at)
-        null = self.plain_logits(None, text, at)
+        clean = torch.zeros(1, device=text.device)
+        _, null = self.parts.mmdit(None, text, clean, need="logits", at=at)
         mask_id = self.parts.tokenizer.mask_id
         return mask_diffusion.guide(self.logits(text, rows, at), null, self.guidance, mask_id)
 
     def logits(self, text: Tensor, rows: Tensor, at: Tensor) -> Tensor:
         if self.cache:
             return self.cache.logits(text, rows, at)
-        latents = None if self.latents is None else self.latents[rows]
-        return self.plain_logits(latents, text, at)
-
-    def plain_logits(self, latents: Tensor | None, text: Tensor, at: Tensor) -> Tensor:
+        latents = self.latents
+        if latents is not None:
+            latents = latents[rows]
         clean = torch.zeros(1, device=text.device)
-        return self.parts.mmdit(latents, text, clean, need="logits", at=at)[1]
+        _, logits = self.parts.mmdit(latents, text, clean, need="logits", at=at)
+        return logits
 
 
 @torch.no_grad()
@@ -121,37 +121,30 @@ def encode(parts: Parts, images: Tensor, dtype: torch.dtype | None = None) -> Te
 
 # ----------------------------------------------------------------------------------------- writing
 
-def sampler_config(parts: Parts, config: ReadConfig) -> mask_diffusion.SampleConfig:
-    """Return the sampler's settings.  Raises UserError for a level that the order can't have."""
-    tokenizer = parts.tokenizer
-    try:
-        return mask_diffusion.SampleConfig(config.steps or STEPS["text"], config.temperature,
-                                           config.order, config.level, tokenizer.end_id,
-                                           tokenizer.pad_id, config.length_at)
-    except ValueError as error:
-        raise UserError(f"--order {config.order}: {error}")
-
-
 @torch.no_grad()
 def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig = ReadConfig(),
-         seeds: Sequence[int] | None = None, states: list | None = None) -> Tensor:
+         seeds: Sequence[int] | None = None, states: States | None = None) -> Tensor:
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no image.
 
     Once an end token is revealed, all later [MASK]s become padding.  seeds: one for each row, whose
     text is then the same in any batch; 0 unless given.  states: a list that gets the states of
-    `mask_diffusion.walk`."""
-    config = parts.complete(config)
-    sampler = sampler_config(parts, config)
+    `mask_diffusion.walk`.  Raises UserError for a level that the order can't have."""
+    config, tokenizer = parts.complete(config), parts.tokenizer
+    try:
+        sampler = SampleConfig(config.steps or STEPS["text"], config.temperature, config.order,
+                               config.level, tokenizer.end_id, tokenizer.pad_id, config.length_at)
+    except ValueError as error:
+        raise UserError(f"--order {config.order}: {error}")
     parts.hold("text", "mmdit")
     reader = Reader(parts, latents, config.image_cache, config.text_guidance)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(ids)]
-    mask_id = parts.tokenizer.mask_id
-    evaluations = min(sampler.steps, int((ids == mask_id).sum(1).max()))
-    progress = Progress("reading, steps", 1 + evaluations, silent=parts.silent)
-    for state in mask_diffusion.walk(reader, ids.to(parts.device), mask_id, sampler, generators):
-        progress.update(progress.done + 1)
+    most_masks = int((ids == tokenizer.mask_id).sum(1).max())
+    progress = Progress("reading, steps", min(sampler.steps, most_masks), silent=parts.silent)
+    ids = ids.to(parts.device)
+    for state in mask_diffusion.walk(reader, ids, tokenizer.mask_id, sampler, generators):
         if states is not None:
             states.append(state)
+        progress.update(progress.done + 1)
     return state[1].cpu()
 
 
@@ -179,7 +172,7 @@ def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = N
 
 def write(parts: Parts, latents: Tensor, questions: Sequence[str | None],
           config: ReadConfig = ReadConfig(), seeds: Sequence[int] | None = None,
-          states: list | None = None) -> list[str]:
+          states: States | None = None) -> list[str]:
     """Write the answer to a question for each image, of latents (B, C, h, w); None: a caption.
 
     seeds, states: as for `fill`."""
@@ -187,14 +180,15 @@ def write(parts: Parts, latents: Tensor, questions: Sequence[str | None],
         kind = "answer" if any(questions) else "text"
         config = replace(config, steps=STEPS[kind])
     seeds = seeds or [0] * len(questions)
-    ids = torch.stack([canvas(parts, q, config.max_tokens) for q in questions])   # (B, L)
-    filled = fill(parts, latents, ids, config, seeds, states)
+    canvases = [canvas(parts, question, config.max_tokens) for question in questions]
+    filled = fill(parts, latents, torch.stack(canvases), config, seeds, states)   # (B, L)
     texts = []
     for i, question in enumerate(questions):
-        text = filled[i, len(prompt_ids(parts, question)):].tolist()
+        start = len(prompt_ids(parts, question))
+        ids = filled[i, start:].tolist()
         if config.max_tokens:
-            text = go_on(parts, latents[i:i + 1], question, text, config, seeds[i])
-        texts.append(parts.tokenizer.decode(text))
+            ids = go_on(parts, latents[i:i + 1], question, ids, config, seeds[i])
+        texts.append(parts.tokenizer.decode(ids))
     return texts
 
 
@@ -203,14 +197,14 @@ def go_on(parts: Parts, latents: Tensor, question: str | None, text: list[int],
     """Write a text without an end on in further blocks, until config.max_tokens.
 
     Each block reads the question, and the last tokens in half of the room that is left."""
-    start = len(prompt_ids(parts, question))
-    length = parts.length if question is None else parts.answer_length
     ends = {parts.tokenizer.end_id, parts.tokenizer.pad_id}
+    room = len(canvas(parts, question)) - len(prompt_ids(parts, question))
     while len(text) < config.max_tokens and ends.isdisjoint(text):
-        before = text[-max(1, (length - start) // 2):]
+        before = text[-max(1, room // 2):]
         ids = canvas(parts, question, config.max_tokens - len(text), before)
-        filled = fill(parts, latents, ids[None], config, [seed])
-        text = text + filled[0, start + len(before):].tolist()
+        is_new = ids == parts.tokenizer.mask_id
+        [filled] = fill(parts, latents, ids[None], config, [seed])
+        text = text + filled[is_new].tolist()
     return text
 
 
@@ -221,20 +215,20 @@ def cuts(parts: Parts, text: str) -> tuple[Tensor, list[tuple[int, ...]]]:
 
     More than two [MASK]s get one token each.  A [MASK] takes the space before it along, as GPT-2's
     tokens do.  Raises UserError for a text that is too long."""
+    tokenizer = parts.tokenizer
     first, *others = text.replace(" [MASK]", "[MASK]").split("[MASK]")
-    first = parts.tokenizer.pieces(first)
-    others = [parts.tokenizer.continuation(other) for other in others]
-    count = len(first) + sum(map(len, others)) + len(others)
-    require((count < parts.length, f"--text has {count} tokens, expected at most {parts.length - 1}"))
+    others = [tokenizer.continuation(other) for other in others]
     widest = MAX_MASK_TOKENS if len(others) <= 2 else 1
-    rows, cut_widths = [], []
+    rows, cut_widths, lengths = [], [], []
     for widths in itertools.product(range(1, widest + 1), repeat=len(others)):
-        ids = list(first)
+        ids = tokenizer.pieces(first)
         for width, piece in zip(widths, others):
-            ids += [parts.tokenizer.mask_id] * width + piece
+            ids = ids + [tokenizer.mask_id] * width + piece
+        lengths.append(len(ids))
         if len(ids) < parts.length:
-            rows.append(parts.tokenizer.fit(ids, parts.length))
+            rows.append(tokenizer.fit(ids, parts.length))
             cut_widths.append(widths)
+    require((bool(rows), f"text has {lengths[0]} tokens, expected at most {parts.length - 1}"))
     return torch.stack(rows), cut_widths
 
 
@@ -251,22 +245,32 @@ def insert_words(parts: Parts, text: str, words: list[Tensor]) -> str:
 
 @torch.no_grad()
 def infill(parts: Parts, latents: Tensor | None, text: str, config: ReadConfig = ReadConfig(),
-           seed: int = 0, states: list | None = None) -> str:
+           seed: int = 0, states: States | None = None) -> str:
     """Fill the [MASK]s of a text about one image, of latents (1, C, h, w), or about none.
 
     All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept.
     states: gets those of the likeliest row."""
     rows, widths = cuts(parts, parts.tokenizer.lowered(text))                     # (n, L)
-    copies = None if latents is None else latents.expand(len(rows), -1, -1, -1)
     batch_states = []
-    filled = fill(parts, copies, rows, config, [seed] * len(rows), batch_states)
+    seeds = [seed] * len(rows)
+    filled = fill(parts, repeat(latents, len(rows)), rows, config, seeds, batch_states)
     best = 0
     if len(filled) > 1:
-        best = min(range(len(filled)), key=lambda row: score(parts, latents, filled[row])[0])
+        nats = [score(parts, latents, row)[0] for row in filled]
+        best = nats.index(min(nats))
     if states is not None:
-        states += [(step[best:best + 1], ids[best:best + 1]) for step, ids in batch_states]
+        for step, ids in batch_states:
+            states.append((step[best:best + 1], ids[best:best + 1]))
     is_word = rows[best] == parts.tokenizer.mask_id
-    return insert_words(parts, text, filled[best][is_word].split(widths[best]))
+    words = filled[best][is_word].split(widths[best])
+    return insert_words(parts, text, words)
+
+
+def repeat(latents: Tensor | None, count: int) -> Tensor | None:
+    """Return copies of one image, (1, C, h, w) -> (count, C, h, w), without memory."""
+    if latents is None:
+        return None
+    return latents.expand(count, -1, -1, -1)
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -289,11 +293,12 @@ def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
     every call, so that texts compare, and the image is never cached."""
     parts.hold("text", "mmdit")
     levels = levels or (64 if parts.own else 16)
-    copies = None if latents is None else latents.expand(levels, -1, -1, -1)
+    reader = Reader(parts, repeat(latents, levels))
+    ids = ids.to(parts.device)
     frozen = torch.arange(len(ids)) < given
-    return mask_diffusion.likelihood(Reader(parts, copies), ids.to(parts.device),
-                                     parts.tokenizer.mask_id, frozen, levels,
-                                     torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    mask_id = parts.tokenizer.mask_id
+    return mask_diffusion.likelihood(reader, ids, mask_id, frozen, levels, generator)
 
 
 def rank(parts: Parts, latents: Tensor | None, texts: list[str],
@@ -302,7 +307,7 @@ def rank(parts: Parts, latents: Tensor | None, texts: list[str],
 
     Raises UserError for a text that is too long."""
     prompt = prompt_ids(parts, question)
-    length = parts.length if question is None else parts.answer_length
+    length = len(canvas(parts, question))
     rows = []
     for text in texts:
         ids = prompt + parts.tokenizer.pieces(text)
@@ -311,6 +316,7 @@ def rank(parts: Parts, latents: Tensor | None, texts: list[str],
         rows.append(parts.tokenizer.fit(ids, length))
     scores = [score(parts, latents, row, len(prompt)) for row in rows]
     log_p = torch.tensor([-nats for nats, _ in scores], dtype=torch.float64)
-    shares = log_p.softmax(0).tolist()
-    ranking = [Likelihood(text, share, *found) for text, share, found in zip(texts, shares, scores)]
+    ranking = []
+    for text, share, (nats, error) in zip(texts, log_p.softmax(0).tolist(), scores):
+        ranking.append(Likelihood(text, share, nats, error))
     return sorted(ranking, key=lambda row: row.nats)

@@ -39,10 +39,9 @@ class ModelConfig:
     device: str = option("auto", "where to compute", choices=DEVICES)
     dtype: str | None = option(None, "of transformer and T5 (bfloat16 where native)",
                                choices=["float32", "bfloat16"])
-    height: int | None = option(None, "pixels (as trained; published weights: 512)", low=1)
-    width: int | None = option(None, "pixels (as trained; published weights: 512)", low=1)
-    length: int | None = option(None, "tokens of a text (as trained; published weights: 256, of "
-                                "an answer 128); auto: as the first evaluation expects",
+    height: int | None = option(None, "pixels (as trained; published 512)", low=1)
+    width: int | None = option(None, "pixels (as trained; published 512)", low=1)
+    length: int | None = option(None, "tokens (as trained; published 256, to answer 128), or auto",
                                 low=2, word="auto")
     vae: Path | None = option(None, "the autoencoder, if --checkpoint has none")
     t5: Path | None = option(None, "the T5 encoder, if --checkpoint has none")

@@ -75,10 +75,13 @@ class Pipeline:
              mask: Tensor | None = None, seed: int = 0, **settings) -> list[Image.Image]:
         """Draw over an image, from noise level `strength`, as `draw` does.
 
-        mask: (1, 1, h, w) in latents, True where to draw; see `dataset.images.read_mask`."""
+        mask: (1, 1, h, w) of latents, True where to draw; see `dataset.images.read_mask`."""
+        return self.draw(prompts, seed, self.start_edit(image, strength, mask), **settings)
+
+    def start_edit(self, image: Image.Image, strength: float, mask: Tensor | None = None) -> Edit:
+        """Encode an image to draw over, in float32, so that its pixels come back."""
         latents = image_to_text.encode(self.parts, self.fit(image), torch.float32)
-        edit = Edit(latents, strength, mask)
-        return self.draw(prompts, seed, edit, **settings)
+        return Edit(latents, strength, mask)
 
     def caption(self, images: Images, seed: int = 0, **settings) -> list[str]:
         """Return a caption for each image.  settings: fields of ReadConfig, such as steps=16."""

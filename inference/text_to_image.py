@@ -26,24 +26,21 @@ from model import T_FLOOR
 @dataclass
 class DrawConfig:
     """Settings of a drawing; each one is a flag of sample.py.  None: the checkpoint's default."""
-    steps: int = option(28, "evaluations of the velocity", low=1, group="drawing")
+    steps: int = option(28, "evaluations of the velocity", low=1)
     solver: str = option("euler", "heun: two evaluations a step", choices=flow.SOLVERS,
-                         group="drawing")
+                         group="drawing, with --prompt or --prompts")
     guidance_interval: tuple[float, float] = option((0.0, 1.0), "noise levels with guidance",
                                                     low=0, high=1)
     negative_prompt: str = option("", "guide away from this, not from the empty prompt")
-    guidance: float | None = option(None, "classifier-free guidance; 1: none (1.5; published "
-                                    "weights: 7)", low=0.001)
-    shift: float | None = option(None, "spend more steps at high noise (1; published weights: 3)",
-                                 low=0.001)
-    batch: int | None = option(None, "images drawn at once (16; large models 4)", low=1)
+    guidance: float | None = option(None, "classifier-free; 1: none (1.5; published 7)", low=0.001)
+    shift: float | None = option(None, "towards high noise (1; published 3)", low=0.001)
+    batch: int | None = option(None, "images drawn at once (16; published 4)", low=1)
     compile: bool = option(False, "compile the blocks; on a GPU capture a CUDA graph")
 
     def __post_init__(self):
         low, high = self.guidance_interval
         if low > high:
-            raise ValueError(f"--guidance-interval {low:g} {high:g}: expected the lower noise "
-                             f"level first")
+            raise ValueError(f"--guidance-interval {low:g} {high:g}: expected the lower one first")
 
 
 @dataclass

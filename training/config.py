@@ -135,7 +135,7 @@ class TrainConfig:
 INTERVALS = {"eval_every": (20, 1000), "save_every": (10, 1000), "sample_every": (10, 5000)}
 
 # Removed flags, and the one that replaces each.
-REMOVED = {"--schedule": "--decay-steps", "--min-side": "--filtered"}
+RENAMED = {"--schedule": "--decay-steps", "--min-side": "--filtered", "--learning-rate": "--lr"}
 
 ONLY_FROM_SCRATCH = ["preset", "vocabulary", "predicts"]
 ONLY_WITH_IMAGES = ["image_data", "image_batch", "image_weight", "times", "time_shift",
@@ -211,7 +211,7 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
 
     Raises UserError for weights that can't be read; a wrong flag ends the program with status 2."""
     defaults = read_stage_defaults(argv)
-    parser = cli.Parser(doc, REMOVED)
+    parser = cli.Parser(doc, RENAMED)
     parser.add_fields(TrainConfig, defaults)
     given = vars(parser.parse_args(argv))
     config = TrainConfig(**(defaults | given))

@@ -4,7 +4,7 @@
         mmdit(latents, text, t, need="velocity")
         maps = image_to_text(mmdit)
 
-Shapes: K blocks kept, N image tokens, L text tokens.
+Shapes: K blocks, N image tokens, L text tokens.
 """
 
 from contextlib import contextmanager
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from model import MMDiT
-
-NUMBERS = 4_000_000     # K N L that are kept of an evaluation
 
 
 @contextmanager
@@ -37,10 +35,11 @@ def storing_attention(mmdit: MMDiT) -> Iterator[None]:
 def image_to_text(mmdit: MMDiT) -> Tensor:
     """Return how much each image token attended to each text token, (K, N, L), float16, on the CPU.
 
-    The last evaluation was one with need="velocity" or "both".  Heads are averaged; blocks too,
-    K = 1, where K N L is over 4 million."""
-    return stack([block.stored_attention[:block.image_tokens, block.image_tokens:]
-                  for block in mmdit.blocks])
+    The last evaluation was one with need="velocity" or "both".  Heads are averaged."""
+    maps = []
+    for block in mmdit.blocks:
+        maps.append(block.stored_attention[:block.image_tokens, block.image_tokens:])
+    return torch.stack(maps).cpu()
 
 
 def text_to_image(mmdit: MMDiT) -> Tensor:
@@ -51,11 +50,4 @@ def text_to_image(mmdit: MMDiT) -> Tensor:
     for block in mmdit.blocks:
         text_tokens = block.stored_attention.shape[1] - block.image_tokens
         maps.append(block.stored_attention[-text_tokens:, :block.image_tokens])
-    return stack(maps)
-
-
-def stack(maps: list[Tensor]) -> Tensor:
-    stacked = torch.stack(maps)
-    if stacked.numel() > NUMBERS:
-        stacked = stacked.float().mean(0, True).half()
-    return stacked.cpu()
+    return torch.stack(maps).cpu()

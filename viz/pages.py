@@ -1,9 +1,10 @@
 """Write pages that show an image being drawn, or a text being written, step by step, with what the
 network attended to.  A page needs no other file and no network; walk.html is its template.
 
-    with watching(mmdit, "words") as attention: ...   # viz/attention.py: (K, N, L) per evaluation
-    Path("walk.html").write_text(drawing(prompt, words, steps, attention, (8, 8), dict(seed=0)),
-                                 encoding="utf-8")
+    text = drawing(prompt, words, steps, attention, (8, 8), dict(seed=0))
+    Path("walk.html").write_text(text, encoding="utf-8")
+
+trajectory.py gathers what they show.
 
 Shapes: K blocks, N image tokens (rows x columns patches), L text tokens, W maps in one tensor;
 images (3, height, width) in [-1, 1].
@@ -90,7 +91,7 @@ def drawing(prompt: str, words: list[str], steps: list[tuple[float, Tensor, Tens
 
     words: the prompt's L tokens as text with their spaces; "" for an end token or padding, which
     is not shown.  steps: (t, x_t, the clean image predicted there) of each evaluation, then
-    (0.0, x, x), the result.  attention: (K, N, L) of each evaluation, as `watching` reads words.
+    (0.0, x, x), the result.  attention: (K, N, L) of each evaluation, of viz/attention.py.
     grid: (rows, columns) of patches.  about: settings, for one line."""
     shown = [i for i, word in enumerate(words) if word]
     maps = []
@@ -125,7 +126,7 @@ def writing(picture: Tensor | None, pieces: list[str], revealed: list[int],
     picture: the image that the text describes, or None.  pieces: the final L tokens as text with
     their spaces; "" for an end token or padding.  revealed: the step that wrote each token; 0 for
     a given one.  probability: of each token at that step, or None.  attention: (K, N) of each
-    token, its row as `watching` reads patches, or None.  grid, about: as in `drawing`."""
+    token to the patches, or None.  grid, about: as in `drawing`."""
     maps = []
     for p in attention:
         if p is not None:

@@ -119,7 +119,7 @@ def reading_page(parts: Parts, reading: Reading, about: dict) -> str:
                 if after[0, i] != mask_id:
                     revealed[i] = int(step[0])
                     probability[i] = float(p[final[i]])
-                    maps[i] = looks[:, i]
+                    maps[i] = looks[:, i].clone()                # without the other tokens
     if reading.latents is None:
         maps = [None] * len(final)
     return pages.writing(reading.image, pieces(parts, final), revealed, probability, maps,

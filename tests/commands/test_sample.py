@@ -273,7 +273,7 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     ([*ONE_IMAGE, "--length", "long"], 2, "--length: .*whole .*2"),
     # filling, asking and scoring
     ([*ONE_IMAGE, "--text", "no gap"], 1, r"text 'no gap'.*\[MASK\]"),
-    ([*ONE_IMAGE, "--text", "very " * 40 + "[MASK]"], 1, "--text .*27"),
+    ([*ONE_IMAGE, "--text", "very " * 40 + "[MASK]"], 1, "text has .*27"),
     (["--image", "APPLE", "APPLE", "--text", "a [MASK]"], 2, "one image with --text"),
     ([*ONE_IMAGE, "--text", "a [MASK]", "--question", "b"], 2, "--question .*--text"),
     ([*ONE_IMAGE, "--question", "why " * 40], 1, "question.*no room"),

@@ -100,13 +100,6 @@ def test_an_exception_ends_the_storing(mmdit):
     assert all(block.stored_attention is None for block in mmdit.blocks)
 
 
-def test_too_many_numbers_are_averaged_over_blocks(mmdit, monkeypatch):
-    monkeypatch.setattr(attention, "NUMBERS", K * N * L - 1)
-    with attention.storing_attention(mmdit):
-        mmdit(torch.cat([LATENTS, LATENTS]), torch.cat([TEXT, TEXT]), T)  # as under guidance
-        assert attention.image_to_text(mmdit).shape == (1, N, L)
-
-
 def test_a_block_with_an_extra_image_token_stores_it_too(mmdit, monkeypatch):
     """As when somebody adds a register token behind the patches, and drops it at the head."""
     embed, head = mmdit.embed, mmdit.velocity_head
