@@ -24,6 +24,7 @@ import argparse
 import shlex
 import sys
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 
 from common import processes
@@ -39,11 +40,13 @@ from inference.image_folder import ImageFolder
 from inference.image_to_text import ReadConfig
 from inference.parts import ModelConfig, Parts, open_parts
 from inference.text_to_image import DrawConfig
+from inference.texts import read_prompt
 from metrics import answers, benchmarks, captions, comparisons, emojis
 from metrics.tables import about, left_out, table, tell
 from viz import grids
 
 ANSWERED = [*answers.READ, "captions"]
+SEEDS = 2**50           # the largest; those of drawings follow from it
 ANSWER_ROOM = 32        # tokens of an answer behind the longest prompt with --shots
 
 
@@ -65,10 +68,12 @@ def draw(args: argparse.Namespace) -> None:
     """A benchmark's pictures, shared among the processes of torchrun."""
     rank, world, device = processes.start(args.device)
     with processes.one_voice():
+        config = cli.take(DrawConfig, vars(args))
         asked = benchmarks.read(args.benchmark, args.prompts, args.n, args.seed, args.limit)
         parts = open_parts(cli.take(ModelConfig, vars(args)), device)
         parts.silent = True
-        config = cli.take(DrawConfig, vars(args))
+        negative = config.negative_prompt
+        config.negative_prompt = read_prompt(parts, negative, "negative prompt")
         jobs = [(parts.tokenizer.lowered(prompt), seed) for prompt, seed in asked.jobs]
         shared = processes.first(lambda: image_folder.settings(parts, config))  # reads the weights
         folder = ImageFolder(args.out, jobs, asked.names, shared, asked.each)
@@ -127,17 +132,19 @@ def answer(args: argparse.Namespace) -> None:
     """Answers to a benchmark's questions, or captions, shared among the processes of torchrun."""
     rank, world, device = processes.start(args.device)
     with processes.one_voice():
+        require((args.pictures.is_dir(), f"{args.pictures}: no such folder; expected that of the "
+                 "benchmark's pictures"))
+        config = cli.take(ReadConfig, vars(args))
         asks, bad = read_questions(args)
         parts = open_parts(cli.take(ModelConfig, vars(args)), device)
         parts.check_text_head()
         parts.silent = True
         if args.shots:
             make_room(parts, asks, args)
-        config = cli.take(ReadConfig, vars(args))
         note = {name: getattr(args, name) for name in
                 ("benchmark", "questions", "limit", "shots", "examples", "suffix", "choices",
                  "seed")}
-        note |= dict(made_by=args.command_line, asked=len(asks),
+        note |= dict(made_by=args.command_line, asked=len(asks), pictures=str(args.pictures),
                      checkpoint=processes.first(parts.digest),
                      length=parts.answer_length, dtype=str(parts.dtype).removeprefix("torch."),
                      settings=vars(parts.complete(config)))
@@ -181,11 +188,11 @@ def score(args: argparse.Namespace) -> None:
 
 def measure_emoji(args: argparse.Namespace) -> None:
     """The emoji set, as the paper's tables: drawings, reading, POPE."""
+    drawing = cli.take(DrawConfig, vars(args))
+    reading = cli.take(ReadConfig, vars(args))
     parts = open_parts(cli.take(ModelConfig, vars(args)))
     records, pictures = emoji.load(emoji.TAR, parts.height)
     pictures = pictures.float() / 127.5 - 1
-    drawing = cli.take(DrawConfig, vars(args))
-    reading = cli.take(ReadConfig, vars(args))
     if args.page:
         grids.write_picture(args.page, emojis.page(parts, records, pictures, drawing, reading))
         return
@@ -218,7 +225,7 @@ def count(low: int, default: int | None = None, high: int | None = None) -> dict
 def emoji_flags(parser: cli.Parser) -> None:
     add = parser.add_argument
     add("--splits", nargs="+", choices=emoji.SPLITS, default=emoji.SPLITS)
-    add("--seeds", nargs="+", type=cli.number(int, 0, 2**50), default=[0],
+    add("--seeds", nargs="+", type=cli.number(int, 0, SEEDS), default=[0],
         help="of the drawings, and of reading where that is random (0)")
     add("--limit", **count(0, 200), help="pictures a split that are read (200)")
     add("--prompts", **count(0, 200), help="prompts a split that are drawn (200)")
@@ -306,7 +313,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name in ("draw", "answer"):
             command.add_argument("--limit", **count(1),
                                  help="the first N prompts or questions (all)")
-            command.add_argument("--seed", **count(0, 0),
+            command.add_argument("--seed", **count(0, 0, SEEDS),
                                  help="each one's own seed follows from it (0)")
         if name in ("fid", "statistics", "coco", "mjhq"):
             command.add_argument("--inception", type=Path, required=True,
@@ -328,6 +335,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error("--by likelihood and --choices go together")
         if bool(args.shots) != bool(args.examples):
             parser.error("--shots and --examples go together")
+        if args.benchmark == "captions" and (args.suffix or args.shots or len(args.questions) > 1):
+            parser.error("captions: expected one file, and no --suffix and no --shots")
+        unused = {flag.name for flag in fields(ReadConfig)} & vars(args).keys()
+        if args.choices and unused:
+            parser.error(f"{cli.flag(min(unused))} changes nothing with --by likelihood")
+    if getattr(args, "page", None):
+        parser.check_path("--page", args.page, grids.SUFFIXES)
+        if args.json:
+            parser.error("--json changes nothing with --page, which measures nothing")
+    elif args.command == "emoji" and not args.limit and not args.prompts:
+        parser.error("--limit 0 and --prompts 0 leave nothing to measure")
+    if args.command == "draw" and vars(args).get("length") == "auto":
+        parser.error("--length auto changes nothing with draw")
     args.command_line = shlex.join(["python", "evaluate.py", *argv])
     return args
 

@@ -210,7 +210,7 @@ class SampleConfig:
         if self.level is None:
             self.level = default
         elif default is None:
-            raise ValueError(f"order {self.order} has no level")
+            raise ValueError(f"order {self.order} has no level, got {self.level}")
         elif self.level <= 0:
             raise ValueError(f"level of order {self.order} must be above 0, got {self.level}")
         elif self.order == "threshold" and self.level > 1:

@@ -219,7 +219,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
-    """Return softmax(q k' / sqrt(d)) of the batch's first row, (T, T) float16, its heads' mean."""
+    """Return softmax(q k' / sqrt(d)) of the batch's first row, the mean over heads, in float16.
+
+    q (B, H, queries, d), k (B, H, keys, d) -> (queries, keys)."""
     total = 0.0
     with torch.autocast(q.device.type, enabled=False):
         for q_head, k_head in zip(q[0], k[0]):           # one by one, for less memory
@@ -247,9 +249,9 @@ class Block(nn.Module):
     """Joint attention: both streams' queries see both streams' keys under one unmasked softmax."""
 
     attention = staticmethod(attention)         # an attribute: plan.py replaces it in a block
-    stores_attention = False                    # True: keep what viz/attention.py reads
-    stored_attention: Tensor | None = None      # (T, N + L) of the last evaluation
-    image_tokens = 0                            # N, the first of these N + L keys
+    stores_attention = False                    # True: `attend` keeps its attention map
+    stored_attention: Tensor | None = None      # of the last call, (queries, keys)
+    image_tokens = 0                            # the first N of these keys are the image's
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()

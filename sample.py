@@ -17,7 +17,6 @@ from common import cli
 cli.interruptible(__name__)
 
 import math
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -27,19 +26,20 @@ from PIL import Image
 from torch import Tensor
 
 from common.cli import UserError, option, require
+from common.files import read_text
 from dataset.images import read_mask, read_picture
 from inference import image_folder, image_to_text
 from inference.image_to_text import ReadConfig
 from inference.parts import ModelConfig, open_parts
 from inference.pipeline import Pipeline
 from inference.text_to_image import DrawConfig, Edit, Trace, chunks, drawings
-from inference.texts import read_question
+from inference.texts import check_question
 from viz import grids, trajectory
 
 
 # ------------------------------------------------------------------------------------- the request
 
-# names of rows of TASKS, below
+# names of rows of TASKS, below: what DrawConfig's and ReadConfig's settings work in
 DRAW = "draw folder edit"
 READ = "caption answer questions fill chat"
 
@@ -50,28 +50,31 @@ class Request:
 
     tasks: those in which a flag works."""
     prompt: str = option("", "draw this", tasks="draw edit", group="what to do")
-    prompts: Path | None = option(None, "draw these, a line each, into the folder --out",
-                                  tasks="folder")
-    image: list[Path] = option([], "caption these, or what follows", tasks=f"edit score choose {READ}")
-    strength: float | None = option(None, "draw --prompt over --image, from this noise level",
+    prompts: Path | None = option(None, "draw these, a line each, into a folder", tasks="folder")
+    image: list[Path] = option([], "write a caption of each, or what follows",
+                               tasks=f"edit score choose {READ}")
+    strength: float | None = option(None, "draw --prompt over --image: 0 keeps it, 1 draws anew",
                                     low=0, high=1, tasks="edit")
-    mask: Path | None = option(None, "draw --prompt over --image, where this is white",
+    mask: Path | None = option(None, "draw --prompt over --image where this image is white",
                                tasks="edit")
     question: str = option("", "answer this", tasks="answer score choose")
     questions: Path | None = option(None, "answer these, a line each", tasks="questions")
     chat: bool = option(False, "answer in the terminal, until an empty line", tasks="chat")
-    text: str = option("", "replace each [MASK] of this", tasks="fill")
-    score: list[str] = option([], "how likely these captions or answers are", tasks="score")
-    choices: list[str] = option([], "the likeliest of these answers", tasks="choose")
-    out: Path | None = option(None, "enlarged to 256 pixels (sample.png); with --prompts a folder "
-                              "of images as drawn (drawn)", tasks=DRAW, group="results, and their seed")
+    text: str = option("", "replace each [MASK] of this; --image is optional", tasks="fill")
+    score: list[str] = option([], "how likely these captions, or answers, are", tasks="score")
+    choices: list[str] = option([], "rank these answers to --question", tasks="choose")
+    out: Path | None = option(None, "enlarged to 256 pixels (sample.png, without --trajectory); of "
+                              "--prompts a folder of images as drawn (drawn)", tasks=DRAW,
+                              group="results")
     trajectory: Path | None = option(None, "how it forms: FILE.gif, or FILE.html with attention",
                                      tasks="draw edit caption answer fill")
-    n: int = option(1, "images of a prompt, with this seed and the next ones", low=1, tasks=DRAW)
-    best: bool = option(False, "sort these by how likely they make the prompt", tasks="draw edit")
+    n: int = option(1, "images of a prompt, of seeds SEED, SEED + 1, ...", low=1, tasks=DRAW)
+    best: bool = option(False, "sort the --n images by how likely they make the prompt",
+                        tasks="draw edit")
     seed: int = option(0, "of noise and tokens", low=0, high=2**63 - 1, tasks=f"{DRAW} {READ}")
-    steps: int | None = option(None, "evaluations (to draw 28, to write 128, to answer 32)", low=1,
-                               tasks=f"{DRAW} {READ}")
+    # used in drawing and reading; it stands here for --help
+    steps: int | None = option(None, "to draw (28); in the orders random and confidence, to write "
+                               "(128) or answer (32)", low=1, tasks=f"{DRAW} {READ}")
     drawing: DrawConfig = field(default_factory=DrawConfig)
     reading: ReadConfig = field(default_factory=ReadConfig)
     models: ModelConfig = field(default_factory=ModelConfig)
@@ -79,26 +82,28 @@ class Request:
 
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a file that are not empty.  Raises UserError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})")
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     require((bool(lines), f"{path}: is empty; write one prompt or question a line"))
     return lines
 
 
 # --------------------------------------------------------------------------------------- the tasks
 
-def draw(pipeline: Pipeline, args: Request, edit: Edit | None = None) -> None:
-    """Draw --n images of a prompt, as one grid."""
+def draw(pipeline: Pipeline, args: Request, start: Edit | None = None) -> None:
+    """Draw --n images of a prompt, as one grid; start: over this image."""
+    if args.best:
+        pipeline.parts.check_text_head()
     [prompt] = pipeline.read_prompts(args.prompt, args.drawing)
     seeds = range(args.seed, args.seed + args.n)
     trace = Trace(steps=[] if args.trajectory else None)
     prompts = [prompt] * args.n
-    images = list(drawings(pipeline.parts, prompts, seeds, args.drawing, edit, trace))
+    images = list(drawings(pipeline.parts, prompts, seeds, args.drawing, start, trace))
     if args.best:
-        images = sort_by_score(pipeline, images, prompt)
+        nats = score_images(pipeline, images, prompt)
+        order = sorted(range(args.n), key=nats.__getitem__)
+        images = [images[i] for i in order]
+        print("seeds: " + " ".join(str(args.seed + i) for i in order))
+        print("nats of the prompt: " + " ".join(f"{nats[i]:.2f}" for i in order))
     evaluations = trace.evaluations // args.n
     if args.out:
         grids.write_picture(args.out, grids.grid(images))
@@ -111,27 +116,21 @@ def draw(pipeline: Pipeline, args: Request, edit: Edit | None = None) -> None:
         print(args.trajectory)
 
 
-def sort_by_score(pipeline: Pipeline, images: list[Tensor], prompt: str) -> list[Tensor]:
-    """Sort images (3, H, W) by -log p(prompt | image), which is printed."""
-    pipeline.parts.check_text_head()
+def score_images(pipeline: Pipeline, images: list[Tensor], prompt: str) -> list[float]:
+    """Estimate a bound of -log p(prompt | image) of each image (3, H, W), in nats."""
     ids = pipeline.parts.tokenizer.encode(prompt, pipeline.parts.length)
     latents = image_to_text.encode(pipeline.parts, torch.stack(images))
-    nats = [image_to_text.score(pipeline.parts, x[None], ids)[0] for x in latents]
-    order = sorted(range(len(images)), key=nats.__getitem__)
-    print("nats of the prompt: " + " ".join(f"{nats[i]:.2f}" for i in order))
-    return [images[i] for i in order]
+    return [image_to_text.score(pipeline.parts, x[None], ids)[0] for x in latents]
 
 
 def edit(pipeline: Pipeline, args: Request) -> None:
     """Draw over an image."""
     parts = pipeline.parts
     image = read_picture(args.image[0])
-    if not args.mask:
-        draw(pipeline, args, pipeline.start_edit(image, args.strength))
-        return
-    mask = read_mask(args.mask, image, parts.height, parts.width, parts.factor)
-    strength = 1.0 if args.strength is None else args.strength   # the mask keeps the rest
-    draw(pipeline, args, pipeline.start_edit(image, strength, mask))
+    mask = None
+    if args.mask:
+        mask = read_mask(args.mask, image, parts.height, parts.width, parts.factor)
+    draw(pipeline, args, pipeline.start_edit(image, args.strength, mask))
 
 
 def draw_folder(pipeline: Pipeline, args: Request) -> None:
@@ -139,7 +138,7 @@ def draw_folder(pipeline: Pipeline, args: Request) -> None:
     prompts = pipeline.read_prompts(read_lines(args.prompts), args.drawing)
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     skipped = image_folder.fill(pipeline.parts, jobs, args.out, args.drawing)
-    print(f"{args.out}: {len(jobs)} images, {skipped} of which were there")
+    print(f"{args.out}: {len(jobs) - skipped} images drawn, {skipped} were there")
 
 
 def read(pipeline: Pipeline, args: Request) -> None:
@@ -147,8 +146,8 @@ def read(pipeline: Pipeline, args: Request) -> None:
     questions = [args.question or None]                          # None: a caption
     if args.questions:
         questions = read_lines(args.questions)
-    for question in filter(None, questions):
-        read_question(pipeline.parts, question)
+    for question in filter(None, questions):                     # warns before images are read
+        check_question(pipeline.parts, question)
     images = [read_picture(path) for path in args.image]
     latents = pipeline.encode(images)
     rows = [(path, x, q) for path, x in zip(args.image, latents) for q in questions]
@@ -176,12 +175,13 @@ def fill(pipeline: Pipeline, args: Request) -> None:
     states = []
     print(pipeline.fill(image, args.text, args.seed, states, **vars(args.reading)))
     if args.trajectory:
-        if image:
+        if args.image:
             pixels, latents = pipeline.fit(image)[0], pipeline.encode(image)
         show_reading(pipeline, args, trajectory.Reading(pixels, latents, states, args.reading))
 
 
 def show_reading(pipeline: Pipeline, args: Request, reading: trajectory.Reading) -> None:
+    """Write --trajectory of a text."""
     about = dict(seed=args.seed, order=pipeline.parts.complete(args.reading).order)
     if args.question:
         about["question"] = args.question
@@ -197,11 +197,11 @@ def score(pipeline: Pipeline, args: Request) -> None:
         prefix = f"{path}\t" if len(args.image) > 1 else ""
         for row in pipeline.rank(image, texts, args.question or None):
             tokens = len(pipeline.parts.tokenizer.pieces(row.text)) + 1           # with the end
-            letters = max(1, len(row.text.encode()))
+            count_bytes = max(1, len(row.text.encode()))
             bits = row.nats / math.log(2)
             share = f"{row.share:.1%}, " if args.choices else ""
             print(f"{prefix}{row.text}: {share}{row.nats:.2f} +- {row.error:.2f} nats, "
-                  f"{row.nats / tokens:.3f} a token, {bits / letters:.3f} bits a byte", flush=True)
+                  f"{row.nats / tokens:.3f} a token, {bits / count_bytes:.3f} bits a byte", flush=True)
 
 
 def chat(pipeline: Pipeline, args: Request) -> None:
@@ -210,13 +210,14 @@ def chat(pipeline: Pipeline, args: Request) -> None:
     while True:
         try:
             question = input("> ").strip()
-        except EOFError:
+        except (EOFError, RuntimeError):                         # RuntimeError: stdin is closed
             return
         if not question:
             return
+        check_question(pipeline.parts, question)
         try:
             print(pipeline.write(latents, [question], args.seed, args.reading)[0], flush=True)
-        except UserError as error:                               # the question is too long
+        except UserError as error:                               # such as too long a question
             print(error, flush=True)
 
 
@@ -243,6 +244,7 @@ TASKS = {
 
 # ------------------------------------------------------------------------------------- the command
 
+# flags of older versions, and what does it now
 RENAMED = {"--refresh": "--image-cache", "--separate": "--prompts", "--tokens-per-step": "--steps",
            "--top-p": "--temperature", "--vary": "--strength"}
 
@@ -265,30 +267,34 @@ def name_flags(task: str) -> str:
 
 def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
     """Read the flags; return the task that they ask for.  A mistake ends the program."""
-    parser = cli.Parser(__doc__, RENAMED, usage="sample.py --prompt TEXT | --image FILE ... [FLAGS]")
+    parser = cli.Parser(__doc__, RENAMED,
+                        usage="sample.py --prompt TEXT | --image FILE ... | --text TEXT  [FLAGS]")
     for config in (Request, DrawConfig, ReadConfig, ModelConfig):
         parser.add_fields(config)
     given = vars(parser.parse_args(argv))
     task = next((name for name in TASKS if TASKS[name].flags <= given.keys()), None)
     if task is None:
-        parser.error("give --prompt TEXT to draw, or --image FILE to read an image")
+        parser.error("give --prompt TEXT or --prompts FILE to draw, --image FILE to read an image, "
+                     "--text TEXT to fill its [MASK]s")
     tasks_of = tasks_of_flags()
     for flag in given:
         if task not in tasks_of[flag]:
             works_with = " or ".join(map(name_flags, tasks_of[flag]))
             parser.error(f"{cli.flag(flag)} changes nothing with {name_flags(task)}; it works with "
                          f"{works_with}")
-        if isinstance(given[flag], str) and not given[flag].strip() and flag != "negative_prompt":
-            parser.error(f"{cli.flag(flag)} is empty")
     args = cli.take(Request, given)
-    try:
-        args.drawing = cli.take(DrawConfig, given)
-    except ValueError as error:
-        parser.error(str(error))
+    args.drawing = cli.take(DrawConfig, given)
     args.reading = cli.take(ReadConfig, given)
     args.models = cli.take(ModelConfig, given)
-    if not args.out and not args.trajectory:
+    if not args.steps:
+        kind = "answer" if task in ("answer", "questions", "chat") else "text"
+        args.reading.steps = image_to_text.STEPS[kind]
+    if task in DRAW.split() and not args.out and not args.trajectory:
         args.out = Path("drawn" if task == "folder" else "sample.png")
+    for flag in {"prompt", "question", "text", "score", "choices"} & given.keys():
+        texts = given[flag] if isinstance(given[flag], list) else [given[flag]]
+        if not all(text.strip() for text in texts):
+            parser.error(f"{cli.flag(flag)} is empty; write a text behind it")
     check(parser, task, args)
     return TASKS[task], args
 
@@ -298,31 +304,38 @@ def check(parser: cli.Parser, task: str, args: Request) -> None:
     if task == "edit" and args.strength is None and not args.mask:
         parser.error("--prompt with --image draws over it: say from which noise level, "
                      "--strength 0.7, or where, --mask FILE")
-    if len(args.image) > 1 and (TASKS[task].one_image or args.trajectory):
-        parser.error(f"--image: expected one image with {name_flags(task)}, or with --trajectory")
-    if task == "fill" and args.models.length == "auto":
-        parser.error("--length auto changes nothing with --text")
+    if len(args.image) > 1 and TASKS[task].one_image:
+        parser.error(f"--image: expected one with {name_flags(task)}, got {len(args.image)}")
+    if len(args.image) > 1 and args.trajectory:
+        parser.error(f"--trajectory shows one --image, got {len(args.image)}")
+    if args.models.length == "auto" and task not in ("caption", "answer", "questions", "chat"):
+        parser.error(f"--length auto changes nothing with {name_flags(task)}")
+    if not args.image and (args.reading.text_guidance != 1 or args.reading.image_cache):
+        parser.error("--text-guidance and --image-cache change nothing without --image")
+    if len(set(args.choices)) < len(args.choices):
+        parser.error("--choices: the same answer stands twice; remove one")
     if args.best and args.n == 1:
         parser.error("--best sorts the images of --n; give --n 2 or more")
+    check_paths(parser, task, args)
+
+
+def check_paths(parser: cli.Parser, task: str, args: Request) -> None:
+    """Refuse files that can't be written, before minutes of work."""
     if args.trajectory:
         if args.trajectory == args.out:
-            parser.error(f"--out and --trajectory are both {args.out}")
+            parser.error(f"--out and --trajectory are both {args.out}; name two files")
         if trajectory.is_page(args.trajectory) and args.n > 1:
             parser.error("--trajectory FILE.html shows one image; leave out --n")
-        check_path(parser, "--trajectory", args.trajectory, trajectory.SUFFIXES)
+        if args.best:
+            parser.error("--trajectory shows images in the order of their seeds; leave out --best")
+        parser.check_path("--trajectory", args.trajectory, trajectory.SUFFIXES)
     if args.out and task == "folder":
-        check_path(parser, "--out", args.out, [args.out.suffix])
+        if args.out.is_file():
+            parser.error(f"--out {args.out}: is a file, expected a folder; name another one")
+        if not args.out.parent.is_dir():
+            parser.error(f"--out {args.out}: the folder {args.out.parent} does not exist")
     elif args.out:
-        extensions = Image.registered_extensions().items()
-        check_path(parser, "--out", args.out, [name for name, kind in extensions if kind in Image.SAVE])
-
-
-def check_path(parser: cli.Parser, flag: str, path: Path, suffixes: list[str]) -> None:
-    """Refuse a path that can't be written, before minutes of work."""
-    if not path.parent.is_dir():
-        parser.error(f"{flag} {path}: the folder {path.parent} does not exist")
-    if path.suffix.lower() not in map(str.lower, suffixes):
-        parser.error(f"{flag} {path}: expected a name such as {path.stem or 'a'}{suffixes[0]}")
+        parser.check_path("--out", args.out, grids.SUFFIXES)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import signal
 import sys
 import types
 from pathlib import Path
-from typing import Any, Callable, get_args, get_origin, get_type_hints
+from typing import Any, Callable, Iterable, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).parents[1]                # of the project
 METAVARS = {str: "TEXT", Path: "FILE"}
@@ -58,6 +58,8 @@ def number(kind: type, low: float | None = None, high: float | None = None,
             wanted += f" from {low} to {high}"
         elif low is not None:
             wanted += f", at least {low}"
+        if word:
+            wanted += f", or {word}"
         try:
             value = kind(text)
         except (ValueError, OverflowError):
@@ -83,7 +85,7 @@ def own_default(field: dataclasses.Field) -> Any:
 def help_text(field: dataclasses.Field, default: Any) -> str:
     """Return a field's help, with its default behind it unless that is empty."""
     text = field.metadata.get("help", "").replace("%", "%%")
-    if default in ("", False, None, []):
+    if default is None or default is False or default in ("", []):
         return text
     values = default if isinstance(default, (list, tuple)) else [default]
     shown = " ".join(map(str, values)).replace(f"{ROOT}{os.sep}", "")
@@ -97,7 +99,7 @@ def reader(field: dataclasses.Field, kind: type) -> dict:
         return dict(action="store_true")
     arguments = {}
     if isinstance(kind, types.UnionType):                        # int | None is read as int
-        [kind] = {*get_args(kind)} - {types.NoneType}
+        kind = get_args(kind)[0]
     if get_origin(kind) is list:
         arguments["nargs"] = "+"
         [kind] = get_args(kind)
@@ -116,9 +118,12 @@ def reader(field: dataclasses.Field, kind: type) -> dict:
 
 
 def take(config: type, values: dict) -> Any:
-    """Make a dataclass of those values that are its fields."""
+    """Make a dataclass of those values that are its fields.  Its ValueErrors become UserErrors."""
     names = {field.name for field in dataclasses.fields(config)}
-    return config(**{name: value for name, value in values.items() if name in names})
+    try:
+        return config(**{name: value for name, value in values.items() if name in names})
+    except ValueError as error:
+        raise UserError(str(error))
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -161,14 +166,23 @@ class Parser(argparse.ArgumentParser):
             for action in self._subparsers._group_actions if self._subparsers else []:
                 known += [flag for each in action.choices.values() for flag in each._option_string_actions]
             if not name.startswith("-"):
-                self.error(f"unknown argument {name}; see --help")
+                self.error(f"unknown argument {name}; see --help, and put quotes around a text")
             nearest = self.renamed.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            if nearest == name:
+                self.error(f"{name} is no flag of this command; see its --help")
             self.error(f"unknown argument {name}; did you mean {nearest}?")
         for name, text in vars(parsed).items():
             for part in text if isinstance(text, list) else [text]:
                 if isinstance(part, str) and any("\ud800" <= c <= "\udfff" for c in part):
                     self.error(f"{flag(name)} is no text in this terminal's encoding: {ascii(part)}")
         return parsed
+
+    def check_path(self, flag: str, path: Path, suffixes: Iterable[str]) -> None:
+        """Refuse a path in no folder, or of another kind of file, before minutes of work."""
+        if not path.parent.is_dir():
+            self.error(f"{flag} {path}: the folder {path.parent} does not exist")
+        if path.suffix.lower() not in suffixes or path.is_dir():
+            self.error(f"{flag} {path}: expected a file name that ends in {', '.join(suffixes)}")
 
     def error(self, message: str):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
@@ -183,12 +197,12 @@ def interruptible(name: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """Call a program and end as it should: a mistake, a file that can't be opened and Ctrl-C (status 130) in
     one line, a closed pipe in silence.  What the terminal's encoding lacks is printed as \\N{SNOWMAN}."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):        # a closed one is None
         stream.reconfigure(errors="namereplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -198,6 +212,8 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+        if error.filename is None:                             # stdout, as when a disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")

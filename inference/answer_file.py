@@ -1,11 +1,12 @@
-"""Write answers to questions, or captions, into a file: a line each, in the order of the questions.
+"""Write answers to questions, or captions, into a file, a line each, in the order of the questions.
 
     answers = AnswerFile(Path("answers.jsonl"), asks, Path("val2014"), note)
     answers.fill(parts)             # writes {"question_id": "42", "answer": "a cat"}
 
 The questions are cut into blocks, always the same ones.  A finished block is a file beside the
 answers.  So an interrupted run resumes, several processes share the missing blocks, and the lines
-are the same either way.  The last process joins the blocks.
+are the same either way.  The last process joins the blocks.  A question that can't be answered has
+no line; OUT.json, the settings of the answers, says why.
 """
 
 import json
@@ -43,6 +44,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 @dataclass
 class AnswerFile:
+    """The questions of a file, and how they are answered."""
     out: Path
     asks: list[Ask]
     folder: Path                # of the images
@@ -55,22 +57,25 @@ class AnswerFile:
         return Path(f"{self.out}.blocks") / f"{at // BLOCK:06}.jsonl"
 
     def start(self) -> list[int] | None:
-        """Return where the blocks begin that are not finished; None if all answers are there.
+        """Return where the unfinished blocks begin; None if all answers are there.
 
         Raises UserError for answers that were made with another note."""
-        note_path = Path(f"{self.out}.json")
+        note_path, blocks = Path(f"{self.out}.json"), Path(f"{self.out}.blocks")
         if note_path.exists():
             old = read_json(note_path)
-            different = [name for name in self.note | old
-                         if name != "made_by" and old.get(name) != self.note.get(name)]
+            different = []
+            for name in (self.note | old).keys() - {"made_by", "left_out"}:       # not settings
+                if old.get(name) != self.note.get(name):
+                    different.append(name)
             require((not different, f"{self.out}: was made otherwise ({', '.join(different)}); name "
                      f"another file, or remove it and {note_path.name}"))
         else:
             require((not self.out.exists(),
                      f"{self.out}: is there, and no {note_path.name}; name another file"))
+            shutil.rmtree(blocks, ignore_errors=True)            # of settings that are not known
         if self.out.exists():
             return None
-        Path(f"{self.out}.blocks").mkdir(parents=True, exist_ok=True)
+        blocks.mkdir(parents=True, exist_ok=True)
         write_json(note_path, self.note)
         return [at for at in range(0, len(self.asks), BLOCK) if not self.block_path(at).exists()]
 
@@ -79,7 +84,9 @@ class AnswerFile:
         images, left_out = {}, {}
         for ask in asks:
             try:
-                canvas(parts, ask.question)
+                canvas(parts, ask.question)                      # raises if it is too long
+                if self.choices:
+                    image_to_text.rows_to_rank(parts, self.choices, ask.question)
                 if ask.image not in images:
                     image = read_picture(self.folder / ask.image)
                     images[ask.image] = to_tensor(fit_picture(image, parts.height, parts.width))
@@ -119,10 +126,12 @@ class AnswerFile:
              tell: Callable[[int, int], None] = lambda done, total: None) -> list[str] | None:
         """Write the file; return a line for each question that had to be left out.
 
-        All processes but the last one return None.  tell: gets how many are done, of how many."""
+        All processes but the last one return None.  tell(done, total): the questions of this
+        process's share, in whole blocks."""
         missing = processes.first(self.start)
         if missing is None:
-            return []
+            left_out = read_json(Path(f"{self.out}.json")).get("left_out", [])
+            return left_out if processes.last() else None
         share = missing[rank::world]
         for done, at in enumerate(share, 1):
             write_lines(self.block_path(at), self.block(parts, self.asks[at:at + BLOCK]))
@@ -140,6 +149,7 @@ class AnswerFile:
                     left_out.append(f"{row['id']}: {row['left_out']}")
                 else:
                     answered.append(row)
+        write_json(Path(f"{self.out}.json"), self.note | dict(left_out=left_out))
         write_lines(self.out, answered)
         shutil.rmtree(f"{self.out}.blocks")
         return left_out

@@ -1,4 +1,4 @@
-"""A network that draws faster: its blocks compiled, and on a GPU its kernels in a CUDA graph.
+"""Make a network draw faster: compile its blocks, and on a GPU capture its kernels in a CUDA graph.
 
 Results then differ in rounding.  The first evaluation of each shape takes a minute.
 
@@ -13,13 +13,14 @@ from model import MMDiT
 
 def compile_blocks(mmdit: MMDiT) -> None:
     """Compile each block, for each shape that it meets."""
-    torch._dynamo.config.recompile_limit = 64                    # the last block, guided or not
+    # a block is compiled again for each shape, for each `need`, and as the last one
+    torch._dynamo.config.recompile_limit = 64
     for block in mmdit.blocks:
         block.compile(dynamic=False)
 
 
 def fast_network(mmdit: MMDiT) -> "MMDiT | CapturedNetwork":
-    """Return the network with compiled blocks, for `need="velocity"`."""
+    """Compile the network's blocks, in place; on a GPU return it as a CUDA graph for velocities."""
     compile_blocks(mmdit)
     if next(mmdit.parameters()).is_cuda:
         return CapturedNetwork(mmdit)
@@ -27,7 +28,7 @@ def fast_network(mmdit: MMDiT) -> "MMDiT | CapturedNetwork":
 
 
 class CapturedNetwork:
-    """The network as one CUDA graph for each shape: its kernels are launched once, not each by one.
+    """The network as one CUDA graph for each shape: one launch replays all of its kernels.
 
     A graph belongs to the weights in memory: weights that are loaded again need a new one."""
 
@@ -36,27 +37,28 @@ class CapturedNetwork:
         self.graphs = {}
 
     def __call__(self, latents: Tensor, text: Tensor, t: Tensor, need: str) -> tuple[Tensor, None]:
-        """Return (the velocity (B, C, h, w), None), as `MMDiT.forward` does."""
+        """Return (the velocity (B, C, h, w), None), as `MMDiT.forward` does.  need: "velocity"."""
+        assert need == "velocity"
         inputs = [latents, text, t]
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self.graphs:
-            self.graphs[shapes] = self.capture(inputs, need)
+            self.graphs[shapes] = self.capture(inputs)
         graph, static_inputs, velocity = self.graphs[shapes]
         for static, tensor in zip(static_inputs, inputs):
             static.copy_(tensor)
         graph.replay()
         return velocity.clone(), None
 
-    def capture(self, inputs: list[Tensor], need: str) -> tuple:
+    def capture(self, inputs: list[Tensor]) -> tuple:
         """Return (graph, the tensors that it reads, the velocity that it writes)."""
         static_inputs = [tensor.clone() for tensor in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):         # compiles, and allocates what is allocated once
+        with torch.cuda.stream(stream):         # compiling and lazy allocations can't be captured
             for _ in range(3):
-                self.mmdit(*static_inputs, need=need)
+                self.mmdit(*static_inputs, need="velocity")
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            velocity, _ = self.mmdit(*static_inputs, need=need)
+            velocity, _ = self.mmdit(*static_inputs, need="velocity")
         return graph, static_inputs, velocity

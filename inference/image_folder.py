@@ -4,7 +4,8 @@
     fill(parts, jobs, Path("drawn"), DrawConfig())      # drawn/00000.png, drawn/00001.png
 
 A file is written whole or not at all, and one that is there is skipped, so an interrupted run
-resumes.  Several processes share the work: each looks for files that are `missing` among its part.
+resumes.  Its text fields are compared first: they name the transformer, but not --length, nor the
+other parts.  Several processes can share the work, as those of evaluate.py do.
 """
 
 import hashlib
@@ -39,6 +40,7 @@ def settings(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> dict
 
 @dataclass
 class ImageFolder:
+    """The files of a folder, and what each one shows."""
     path: Path
     jobs: list[tuple[str, int]]     # (prompt, seed of a file's first drawing)
     names: list[str]                # of the files
@@ -55,18 +57,18 @@ class ImageFolder:
         """Return those `among` the jobs that have no file.
 
         Raises UserError for a file that shows another drawing than it should."""
-        missing = []
+        lacking = []
         for i in among:
             path = self.path / self.names[i]
             if not path.exists():
-                missing.append(i)
+                lacking.append(i)
                 continue
             written, expected = text_fields(path), self.fields(i)
             for name in expected | written:
                 old, new = written.get(name), expected.get(name)
                 require((old == new, f"{path}: was drawn with {name} {old!r}, asked for is {new!r}; "
-                         f"name another folder, or remove it"))
-        return missing
+                         f"name another folder, or remove this file"))
+        return lacking
 
     def draw(self, parts: Parts, which: list[int], config: DrawConfig,
              edit: Edit | None = None) -> Iterator[int]:

@@ -31,25 +31,29 @@ MAX_MASK_TOKENS = 3     # infill tries one to three tokens for a [MASK]
 @dataclass
 class ReadConfig:
     """Settings of a text; each one is a flag of sample.py.  None: the checkpoint's default."""
-    steps: int | None = option(None, "evaluations of the network (128; to answer 32)", low=1)
+    steps: int | None = option(None, "of the orders random and confidence (128; to answer 32)", low=1)
     temperature: float | None = option(None, "0: the likeliest token; 1: sampled (0; published 1)",
                                        low=0, group="reading, with --image or --text")
-    order: str | None = option(None, "see mask_diffusion.py (threshold; published random)",
+    order: str | None = option(None, "of revealing [MASK]s (threshold; published random)",
                                choices=mask_diffusion.ORDERS)
-    level: float | None = option(None, "of that order (threshold 0.99, eb 0.05)", low=1e-9)
+    level: float | None = option(None, "threshold: a probability (0.99); eb: an entropy (0.05)", low=1e-9)
     image_cache: str | None = option(None, "once is fast, off is exact (once; published off)",
                                      choices=["once", "off"])
-    text_guidance: float = option(1.0, "away from the text without an image; 1: none", low=0.001)
+    text_guidance: float = option(1.0, "away from what is likely without the image", low=0.001)
     max_tokens: int | None = option(None, "of a caption or an answer; it may exceed --length",
                                     low=1, tasks="caption answer questions chat")
-    length_at: float | None = option(None, "end where the end is this likely at first", low=0,
-                                     high=1)
+    length_at: float | None = option(None, "first, end where an end has this probability", low=0,
+                                     high=1, tasks="caption answer questions chat")
+
+    def __post_init__(self):
+        if self.order:
+            SampleConfig(order=self.order, level=self.level)     # checks them
 
 
 # ------------------------------------------------------------------------------------- the network
 
 class ImageCache:
-    """An image's keys and values, computed with the first text that is read beside it.
+    """The keys and values of a batch of images, computed beside the first texts that are read.
 
     That is an approximation, because the image's stream sees the text."""
 
@@ -58,9 +62,10 @@ class ImageCache:
         self.blocks = self.rows = None
 
     def logits(self, text: Tensor, rows: Tensor, at: Tensor) -> Tensor:
-        """Return the logits (n, V) at positions `at` of text (rows, L, E), which lie in these rows.
+        """Return the logits (n, V) at positions `at` of text (R, L, E).
 
-        Rows that are missing are done, and are dropped from the cache."""
+        rows (R,): the rows of the batch that the text holds, ascending.  A row that is absent is
+        finished, and leaves the cache."""
         if self.blocks is None:
             clean = torch.zeros(1, device=text.device)
             logits, self.blocks = self.mmdit.read_and_cache(self.latents[rows], text, clean, at)
@@ -90,9 +95,10 @@ class Reader:
         L = ids.shape[1]
         rows, row_of = torch.unique_consecutive(at // L, return_inverse=True)
         at = row_of * L + at % L                                 # in the rows that have positions
-        text = self.parts.text(ids[rows])                                         # (rows, L, E)
+        text = self.parts.text(ids[rows])                                         # (R, L, E)
         if self.guidance == 1:
             return self.logits(text, rows, at)
+        # without the image first, so that the blocks store the attention of the pass with it
         clean = torch.zeros(1, device=text.device)
         _, null = self.parts.mmdit(None, text, clean, need="logits", at=at)
         mask_id = self.parts.tokenizer.mask_id
@@ -126,7 +132,7 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig =
          seeds: Sequence[int] | None = None, states: States | None = None) -> Tensor:
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no image.
 
-    Once an end token is revealed, all later [MASK]s become padding.  seeds: one for each row, whose
+    What was written behind the first end token becomes padding.  seeds: one for each row, whose
     text is then the same in any batch; 0 unless given.  states: a list that gets the states of
     `mask_diffusion.walk`.  Raises UserError for a level that the order can't have."""
     config, tokenizer = parts.complete(config), parts.tokenizer
@@ -134,18 +140,18 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig =
         sampler = SampleConfig(config.steps or STEPS["text"], config.temperature, config.order,
                                config.level, tokenizer.end_id, tokenizer.pad_id, config.length_at)
     except ValueError as error:
-        raise UserError(f"--order {config.order}: {error}")
+        raise UserError(str(error))
     parts.hold("text", "mmdit")
     reader = Reader(parts, latents, config.image_cache, config.text_guidance)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(ids)]
-    most_masks = int((ids == tokenizer.mask_id).sum(1).max())
-    progress = Progress("reading, steps", min(sampler.steps, most_masks), silent=parts.silent)
-    ids = ids.to(parts.device)
-    for state in mask_diffusion.walk(reader, ids, tokenizer.mask_id, sampler, generators):
+    most_masks = int((ids == tokenizer.mask_id).sum(1).max())    # each evaluation reveals one or more
+    progress = Progress("reading, evaluations", most_masks, silent=parts.silent)
+    walk = mask_diffusion.walk(reader, ids.to(parts.device), tokenizer.mask_id, sampler, generators)
+    for evaluations, (step, ids) in enumerate(walk):
         if states is not None:
-            states.append(state)
-        progress.update(progress.done + 1)
-    return state[1].cpu()
+            states.append((step, ids))
+        progress.update(evaluations)
+    return ids.cpu()
 
 
 def prompt_ids(parts: Parts, question: str | None) -> list[int]:
@@ -164,7 +170,7 @@ def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = N
     length = parts.length if question is None else parts.answer_length
     room = length - len(given)
     require((room > 0, f"the question has {len(given)} tokens and leaves no room for an answer: "
-             f"this model reads {length}"))
+             f"this model reads {length} tokens; ask a shorter one"))
     masks = room if max_tokens is None else min(room, max_tokens)
     padding = [tokenizer.pad_id] * (room - masks)
     return torch.tensor(given + [tokenizer.mask_id] * masks + padding)
@@ -173,11 +179,12 @@ def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = N
 def write(parts: Parts, latents: Tensor, questions: Sequence[str | None],
           config: ReadConfig = ReadConfig(), seeds: Sequence[int] | None = None,
           states: States | None = None) -> list[str]:
-    """Write the answer to a question for each image, of latents (B, C, h, w); None: a caption.
+    """Write the answer to a question for each image, of latents (B, C, h, w), or captions.
 
-    seeds, states: as for `fill`."""
+    questions: all None for captions.  seeds: as for `fill`.  states: gets those of the first block
+    of each text, if max_tokens is above the model's length."""
     if config.steps is None:
-        kind = "answer" if any(questions) else "text"
+        kind = "text" if questions[0] is None else "answer"
         config = replace(config, steps=STEPS[kind])
     seeds = seeds or [0] * len(questions)
     canvases = [canvas(parts, question, config.max_tokens) for question in questions]
@@ -194,13 +201,13 @@ def write(parts: Parts, latents: Tensor, questions: Sequence[str | None],
 
 def go_on(parts: Parts, latents: Tensor, question: str | None, text: list[int],
           config: ReadConfig, seed: int) -> list[int]:
-    """Write a text without an end on in further blocks, until config.max_tokens.
+    """Continue a text that has no end token yet, block by block, up to config.max_tokens.
 
-    Each block reads the question, and the last tokens in half of the room that is left."""
+    Each block sees the question, and the last tokens of the text in half of the room."""
     ends = {parts.tokenizer.end_id, parts.tokenizer.pad_id}
     room = len(canvas(parts, question)) - len(prompt_ids(parts, question))
     while len(text) < config.max_tokens and ends.isdisjoint(text):
-        before = text[-max(1, room // 2):]
+        before = text[len(text) - room // 2:]
         ids = canvas(parts, question, config.max_tokens - len(text), before)
         is_new = ids == parts.tokenizer.mask_id
         [filled] = fill(parts, latents, ids[None], config, [seed])
@@ -211,24 +218,25 @@ def go_on(parts: Parts, latents: Tensor, question: str | None, text: list[int],
 # -------------------------------------------------------------------------------- filling in masks
 
 def cuts(parts: Parts, text: str) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """Tokenize a text in all ways to give each [MASK] 1 to 3 tokens; return (n, L) and the numbers.
+    """Tokenize a text in all ways to give each [MASK] 1 to 3 tokens.
 
+    Return the ids (n, L), and how many tokens each [MASK] got.
     More than two [MASK]s get one token each.  A [MASK] takes the space before it along, as GPT-2's
     tokens do.  Raises UserError for a text that is too long."""
     tokenizer = parts.tokenizer
     first, *others = text.replace(" [MASK]", "[MASK]").split("[MASK]")
-    others = [tokenizer.continuation(other) for other in others]
+    pieces_after = [tokenizer.continuation(other) for other in others]
     widest = MAX_MASK_TOKENS if len(others) <= 2 else 1
     rows, cut_widths, lengths = [], [], []
     for widths in itertools.product(range(1, widest + 1), repeat=len(others)):
         ids = tokenizer.pieces(first)
-        for width, piece in zip(widths, others):
+        for width, piece in zip(widths, pieces_after):
             ids = ids + [tokenizer.mask_id] * width + piece
         lengths.append(len(ids))
         if len(ids) < parts.length:
             rows.append(tokenizer.fit(ids, parts.length))
             cut_widths.append(widths)
-    require((bool(rows), f"text has {lengths[0]} tokens, expected at most {parts.length - 1}"))
+    require((bool(rows), f"text has {lengths[0]} tokens, expected at most {parts.length - 1}; cut it"))
     return torch.stack(rows), cut_widths
 
 
@@ -286,11 +294,12 @@ class Likelihood(NamedTuple):
 @torch.no_grad()
 def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
           levels: int | None = None) -> tuple[float, float]:
-    """Return a bound of -log p(text | image) in nats, and its standard error.
+    """Estimate an upper bound of -log p(text | image) in nats; return it and its standard error.
 
-    It is `mask_diffusion.likelihood` of ids (L,), padding included, without the first `given`
-    tokens.  levels: of masking, 64 unless given, 16 for large models.  The masks are the same in
-    every call, so that texts compare, and the image is never cached."""
+    latents: (1, C, h, w) or None.  It is `mask_diffusion.likelihood` of ids (L,), padding included,
+    without the first `given` tokens.  levels: the numbers of masks that are tried, by default 64,
+    or 16 beside T5.  Texts of one length meet the same random numbers, so that they compare; the
+    image is never cached."""
     parts.hold("text", "mmdit")
     levels = levels or (64 if parts.own else 16)
     reader = Reader(parts, repeat(latents, levels))
@@ -301,19 +310,25 @@ def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
     return mask_diffusion.likelihood(reader, ids, mask_id, frozen, levels, generator)
 
 
+def rows_to_rank(parts: Parts, texts: list[str], question: str | None) -> list[Tensor]:
+    """Return the ids (L,) of each text behind the question.  Raises UserError if one is too long."""
+    length = len(canvas(parts, question))
+    rows = []
+    for text in texts:
+        ids = prompt_ids(parts, question) + parts.tokenizer.pieces(text)
+        require((len(ids) < length, f"{text[:40]!r}: {len(ids)} tokens, the question's included, "
+                 f"expected at most {length - 1}; cut it"))
+        rows.append(parts.tokenizer.fit(ids, length))
+    return rows
+
+
 def rank(parts: Parts, latents: Tensor | None, texts: list[str],
          question: str | None = None) -> list[Likelihood]:
     """Score captions of an image, of latents (1, C, h, w), or answers; the likeliest comes first.
 
     Raises UserError for a text that is too long."""
     prompt = prompt_ids(parts, question)
-    length = len(canvas(parts, question))
-    rows = []
-    for text in texts:
-        ids = prompt + parts.tokenizer.pieces(text)
-        require((len(ids) < length, f"{text!r}: {len(ids)} tokens, the question's included, "
-                 f"expected at most {length - 1}"))
-        rows.append(parts.tokenizer.fit(ids, length))
+    rows = rows_to_rank(parts, texts, question)
     scores = [score(parts, latents, row, len(prompt)) for row in rows]
     log_p = torch.tensor([-nats for nats, _ in scores], dtype=torch.float64)
     ranking = []

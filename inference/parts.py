@@ -25,7 +25,8 @@ from pretrained.vae import Pixels
 
 EMOJI = ROOT / "assets" / "emoji"               # the shipped weights
 
-# the settings of DrawConfig and ReadConfig that differ; the published ones are as published
+# What None means in a DrawConfig or ReadConfig.  OWN: for models with a token embedding of their
+# own; PUBLISHED: for models that read T5, as D-DiT and SD3 are sampled (the batch is ours).
 OWN = dict(guidance=1.5, shift=1.0, batch=16,
            temperature=0.0, order="threshold", image_cache="once")
 PUBLISHED = dict(guidance=7.0, shift=3.0, batch=4,
@@ -35,18 +36,18 @@ PUBLISHED = dict(guidance=7.0, shift=3.0, batch=4,
 @dataclass
 class ModelConfig:
     """Which weights are used, and how; each field is a flag of sample.py and evaluate.py."""
-    checkpoint: Path = option(EMOJI, "weights, in any layout", group="models")
+    checkpoint: Path = option(EMOJI, "a file or a folder, in any layout", group="models")
     device: str = option("auto", "where to compute", choices=DEVICES)
-    dtype: str | None = option(None, "of transformer and T5 (bfloat16 where native)",
+    dtype: str | None = option(None, "(bfloat16; the shipped weights: where native)",
                                choices=["float32", "bfloat16"])
     height: int | None = option(None, "pixels (as trained; published 512)", low=1)
     width: int | None = option(None, "pixels (as trained; published 512)", low=1)
-    length: int | None = option(None, "tokens (as trained; published 256, to answer 128), or auto",
-                                low=2, word="auto")
-    vae: Path | None = option(None, "the autoencoder, if --checkpoint has none")
-    t5: Path | None = option(None, "the T5 encoder, if --checkpoint has none")
-    tokenizer: Path | None = option(None, "T5's tokenizer.json, if --checkpoint has none")
-    mask_embedding: Path | None = option(None, "the aligned [MASK] vector of T5")
+    length: int | str | None = option(None, "tokens (as trained; published 256, to answer 128); "
+                                      "auto: --length-at 0.95", low=2, word="auto")
+    vae: Path | None = option(None, "autoencoder, in place of the checkpoint's")
+    t5: Path | None = option(None, "T5 encoder, in place of the checkpoint's")
+    tokenizer: Path | None = option(None, "T5's tokenizer.json, in place of the checkpoint's")
+    mask_embedding: Path | None = option(None, "file of T5's trained [MASK] vector")
 
 
 def available(device: torch.device) -> int:
@@ -57,25 +58,25 @@ def available(device: torch.device) -> int:
         meminfo = Path("/proc/meminfo").read_text()
         kilobytes = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
         return int(kilobytes[1]) * 1024
-    except (OSError, TypeError):
+    except (OSError, TypeError):                                 # no such file, or no such line
         if not hasattr(os, "sysconf"):                           # Windows has none
             return 0
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class Parts:
-    """The parts of a checkpoint: text (encoder or embedding), mmdit, vae; each loaded when needed.
+    """The parts of a checkpoint: text (T5 or an embedding), mmdit, vae; `hold` loads them.
 
     keep: all parts stay in memory once loaded, by default where they take up at most two thirds of
-    what is free.  Otherwise `hold` frees what is not needed, and drawing takes the memory of the
-    largest part."""
+    what is free.  Otherwise `hold` frees the others, and drawing takes the memory of the largest
+    part."""
 
     def __init__(self, path: str | Path = EMOJI, device: str | torch.device = "cpu",
                  dtype: str | torch.dtype | None = None, keep: bool | None = None, **more):
         """more: the other fields of ModelConfig.  Raises UserError where parts don't fit."""
         config = ModelConfig(path, **more)
         self.family, self.sizes = checkpoint.read_sizes(path)
-        saved = {"null_image": True}
+        saved = {"null_image": True}                             # D-DiT's joint training has it
         if self.family == "ours":
             saved = checkpoint.read_config(path)
         self.own = self.sizes.text_length > 0                    # the end-to-end variant's embedding
@@ -94,7 +95,7 @@ class Parts:
         self.check_text(config)
         self.choose_size(config, saved.get("pixels"), bool(saved.get("buckets")))
         self.keep = 1.5 * self.weight() < available(self.device) if keep is None else keep
-        if keep or self.own and self.keep:
+        if keep or (self.own and self.keep):                     # small, or asked for
             self.hold("text", "mmdit", "vae")
 
     def choose_length(self, config: ModelConfig) -> None:
@@ -131,8 +132,8 @@ class Parts:
         if self.own:
             require((not config.mask_embedding, "--mask-embedding is a row of T5's table; this "
                      "checkpoint has an embedding of its own"),
-                    (self.length <= self.sizes.text_length, f"{path}: texts of {self.length} tokens, "
-                     f"its embedding has {self.sizes.text_length} positions"))
+                    (self.length <= self.sizes.text_length, f"--length {self.length}: {path} reads at "
+                     f"most {self.sizes.text_length} tokens"))
         else:
             checkpoint.check_text_encoder(self.paths["text"], self.tokenizer, width)
             vector = config.mask_embedding or Path(path) / checkpoint.MASK_EMBEDDING
@@ -154,7 +155,7 @@ class Parts:
         parts.height = parts.width = pixels
         parts.factor = models.vae.factor
         parts.length = parts.answer_length = length
-        parts.keep = parts.silent = True
+        parts.keep = parts.silent = parts.null_trained = True
         # FSDP gathers its shards in `forward`, which a cached image does not call
         parts.defaults = (OWN if own else PUBLISHED) | dict(image_cache="off")
         return parts
@@ -230,8 +231,8 @@ def open_parts(config: ModelConfig, device: str | torch.device | None = None) ->
     path, name = settings.pop("checkpoint"), settings.pop("device")
     parts = Parts(path, device or choose_device(name), **settings)
     if parts.dtype == torch.bfloat16 and not config.dtype and not has_bfloat16(parts.device):
-        print("note: this device has no native bfloat16, which fits in half the memory; "
-              "--dtype float32 is faster if memory allows it", file=sys.stderr)
+        print("note: bfloat16 takes half the memory of float32, but this device does not compute in "
+              "it natively; if memory allows, --dtype float32 is faster", file=sys.stderr)
     if parts.trained and (parts.height, parts.width) not in parts.trained:
         height, width = parts.trained[0]
         print(f"warning: a height of {parts.height} and a width of {parts.width}; these weights "

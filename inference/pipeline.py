@@ -1,7 +1,7 @@
 """A checkpoint for notebooks and sample.py: PIL images and strings in, PIL images and strings out.
 
     from inference.pipeline import Pipeline
-    pipeline = Pipeline("assets/emoji")                            # any layout; see checkpoint.py
+    pipeline = Pipeline()                   # the shipped weights; or a path, in any layout
     images = pipeline.draw(["red apple, noto style"], seed=0)      # a list of PIL images
     images = pipeline.edit(images[0], ["green apple, noto style"], strength=0.6)
     captions = pipeline.caption(images)                            # a list of str
@@ -21,12 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from common.cli import require
+from common.devices import choose_device
 from dataset.images import fit_picture, to_picture, to_tensor
 from inference import image_to_text, text_to_image
 from inference.image_to_text import Likelihood, ReadConfig
 from inference.parts import EMOJI, Parts
 from inference.text_to_image import DrawConfig, Edit, Trace
-from inference.texts import read_prompt, read_question, read_text
+from inference.texts import check_question, read_prompt, read_text
 
 Images = Image.Image | Sequence[Image.Image]
 
@@ -39,12 +40,12 @@ def as_list(value) -> list:
 class Pipeline:
     """The models of one checkpoint (`parts`), and what they can do."""
 
-    def __init__(self, checkpoint: str | Path = EMOJI, device: str = "cpu",
-                 dtype: torch.dtype | None = None, **more):
+    def __init__(self, checkpoint: str | Path = EMOJI, device: str = "auto",
+                 dtype: str | torch.dtype | None = None, **more):
         """more: the other fields of `parts.ModelConfig`, such as height=512 or vae=PATH.
 
         Raises UserError for a checkpoint that can't be read, or parts that don't fit."""
-        self.parts = Parts(checkpoint, device, dtype, **more)
+        self.parts = Parts(checkpoint, choose_device(device), dtype, **more)
         self.parts.silent = True
 
     @classmethod
@@ -55,7 +56,7 @@ class Pipeline:
         return pipeline
 
     def read_prompts(self, prompts: str | Sequence[str], config: DrawConfig) -> list[str]:
-        """Check prompts and lower their case; the same for config's negative prompt."""
+        """Return prompts as `texts.read_prompt` does; that of `config` is replaced likewise."""
         negative = config.negative_prompt
         config.negative_prompt = read_prompt(self.parts, negative, "negative prompt")
         return [read_prompt(self.parts, prompt) for prompt in as_list(prompts)]
@@ -71,15 +72,18 @@ class Pipeline:
         images = text_to_image.drawings(self.parts, prompts, seeds, config, edit, trace)
         return [to_picture(image) for image in images]
 
-    def edit(self, image: Image.Image, prompts: str | Sequence[str], strength: float = 0.7,
+    def edit(self, image: Image.Image, prompts: str | Sequence[str], strength: float | None = None,
              mask: Tensor | None = None, seed: int = 0, **settings) -> list[Image.Image]:
-        """Draw over an image, from noise level `strength`, as `draw` does.
+        """Draw over an image, as `draw` does.
 
-        mask: (1, 1, h, w) of latents, True where to draw; see `dataset.images.read_mask`."""
+        strength: the noise level to begin at, by default 0.7, with a mask 1.  mask: (1, 1, h, w) of
+        latents, True where to draw; see `dataset.images.read_mask`."""
         return self.draw(prompts, seed, self.start_edit(image, strength, mask), **settings)
 
-    def start_edit(self, image: Image.Image, strength: float, mask: Tensor | None = None) -> Edit:
-        """Encode an image to draw over, in float32, so that its pixels come back."""
+    def start_edit(self, image: Image.Image, strength: float | None, mask: Tensor | None) -> Edit:
+        """Encode an image to draw over, in float32: what is not drawn keeps its exact pixels."""
+        if strength is None:
+            strength = 0.7 if mask is None else 1.0
         latents = image_to_text.encode(self.parts, self.fit(image), torch.float32)
         return Edit(latents, strength, mask)
 
@@ -90,13 +94,15 @@ class Pipeline:
 
     def answer(self, images: Images, question: str, seed: int = 0, **settings) -> list[str]:
         """Return the answer to a question about each image.  settings: fields of ReadConfig."""
-        question = read_question(self.parts, question)
+        check_question(self.parts, question)
         latents = self.encode(images)
         return self.write(latents, [question] * len(latents), seed, ReadConfig(**settings))
 
     def write(self, latents: Tensor, questions: Sequence[str | None], seed: int,
               config: ReadConfig, states: list | None = None) -> list[str]:
         """Write the answers to questions about latents (B, C, h, w); None asks for a caption."""
+        if config.text_guidance != 1:
+            self.warn_of_null_image()
         seeds = [seed] * len(questions)
         return image_to_text.write(self.parts, latents, questions, config, seeds, states)
 
@@ -107,18 +113,23 @@ class Pipeline:
         The rest stays to the letter.  settings: fields of ReadConfig."""
         require(("[MASK]" in text,
                  f"text {text[:40]!r} holds no [MASK]; write [MASK] where words are missing"))
-        read_text(self.parts, text, "text")
+        read_text(self.parts, text, "text")                      # for its warnings
         config = ReadConfig(**settings)
-        if image is None:
+        latents = None
+        if image is not None:
+            latents = self.encode(image)
+        if image is None or config.text_guidance != 1:
             self.parts.check_text_head()
-            if not self.parts.null_trained:
-                print("warning: these weights were never trained on text without an image",
-                      file=sys.stderr)
-            return image_to_text.infill(self.parts, None, text, config, seed, states)
-        return image_to_text.infill(self.parts, self.encode(image), text, config, seed, states)
+            self.warn_of_null_image()
+        return image_to_text.infill(self.parts, latents, text, config, seed, states)
+
+    def warn_of_null_image(self) -> None:
+        if not self.parts.null_trained:
+            print("warning: these weights were never trained on text without an image",
+                  file=sys.stderr)
 
     def score(self, image: Image.Image, text: str) -> float:
-        """Return a bound of -log p(text | image) in nats."""
+        """Estimate an upper bound of -log p(text | image), in nats."""
         return self.rank(image, [text])[0].nats
 
     def rank(self, image: Image.Image, texts: Sequence[str],
@@ -126,16 +137,16 @@ class Pipeline:
         """Score captions of an image, or answers to a question; the likeliest comes first."""
         texts = [read_text(self.parts, text, "text") for text in texts]
         if question is not None:
-            question = read_question(self.parts, question)
+            check_question(self.parts, question)
         return image_to_text.rank(self.parts, self.encode(image), texts, question)
 
-    def encode(self, images: Images, dtype: torch.dtype | None = None) -> Tensor:
-        """Return clean latents (B, C, h, w) of images; their middle is cut to the model's size."""
+    def encode(self, images: Images) -> Tensor:
+        """Return clean latents (B, C, h, w) of images."""
         self.parts.check_text_head()
-        return image_to_text.encode(self.parts, self.fit(images), dtype)
+        return image_to_text.encode(self.parts, self.fit(images))
 
     def fit(self, images: Images) -> Tensor:
-        """Return images as the model reads them, (B, 3, H, W) in [-1, 1]."""
+        """Return images (B, 3, H, W) in [-1, 1], cropped around the middle and resized."""
         height, width = self.parts.height, self.parts.width
         tensors = []
         for image in as_list(images):

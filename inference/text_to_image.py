@@ -26,8 +26,8 @@ from model import T_FLOOR
 @dataclass
 class DrawConfig:
     """Settings of a drawing; each one is a flag of sample.py.  None: the checkpoint's default."""
-    steps: int = option(28, "evaluations of the velocity", low=1)
-    solver: str = option("euler", "heun: two evaluations a step", choices=flow.SOLVERS,
+    steps: int = option(28, "evaluations of the velocity at most", low=1)
+    solver: str = option("euler", "heun: up to two evaluations a step", choices=flow.SOLVERS,
                          group="drawing, with --prompt or --prompts")
     guidance_interval: tuple[float, float] = option((0.0, 1.0), "noise levels with guidance",
                                                     low=0, high=1)
@@ -40,7 +40,9 @@ class DrawConfig:
     def __post_init__(self):
         low, high = self.guidance_interval
         if low > high:
-            raise ValueError(f"--guidance-interval {low:g} {high:g}: expected the lower one first")
+            raise ValueError(f"guidance interval {low:g} {high:g}: expected the lower level first")
+        if self.guidance == 1 and (self.negative_prompt or self.guidance_interval != (0, 1)):
+            raise ValueError("guidance 1 is none: a negative prompt or an interval changes nothing")
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Edit:
 
 @dataclass
 class Step:
-    """A state of a sampling run, of every image, (C, h, w) each."""
+    """All images of a sampling run at one noise level, (C, h, w) each."""
     t: float
     x: list[Tensor] = field(default_factory=list)
     clean: list[Tensor] = field(default_factory=list)       # the image predicted there
@@ -71,26 +73,26 @@ class Step:
 
 @dataclass
 class Trace:
-    """What `drawings` notes about a sampling run."""
+    """What `drawings` records about a sampling run."""
     evaluations: int = 0                # of the network, over all images
     steps: list[Step] | None = None     # a list is filled, with the result as its last step
 
-    def add(self, i: int, state: tuple[Tensor, Tensor, Tensor], count: int) -> None:
-        """Add step i of `count` images."""
+    def add(self, i: int, t: Tensor, x: Tensor, clean: Tensor) -> None:
+        """Add step i of a batch, (B, C, h, w) each."""
         if self.steps is None:
             return
-        t, x, clean = state
         if i == len(self.steps):
             self.steps.append(Step(float(t)))
-        self.steps[i].x += x[:count]
-        self.steps[i].clean += clean[:count]
+        self.steps[i].x += x
+        self.steps[i].clean += clean
 
 
 def noise_levels(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> Tensor:
     """Return the noise levels, from 1, or the edit's strength, down to 0.
 
-    `steps` counts evaluations, of which a step of Heun's solver takes two.  A network that predicts
-    the clean image is not evaluated below the least t of its training."""
+    `steps` is the most evaluations: a step of Heun's solver takes up to two, and an edit leaves out
+    the levels above its strength.  For a network that predicts the clean image, the lowest level
+    above 0 is the floor of its training's division: below it the prediction was hardly trained."""
     config = parts.complete(config)
     least = T_FLOOR["train"] if parts.sizes.predicts == "data" else 1e-3
     steps = math.ceil(config.steps / flow.SOLVERS[config.solver].evaluations)
@@ -120,9 +122,10 @@ def draw_noise(parts: Parts, seeds: Sequence[int]) -> Tensor:
 
 
 def text_velocity(network: Callable, text: Tensor, count: int, trace: Trace) -> flow.Velocity:
-    """Return the velocity of x (B or 2B, C, h, w) under the first texts of (2B, L, E).
+    """Return the velocity as a function of (x, t).
 
-    count: images of the batch that are wanted; a batch may be filled up beyond them."""
+    text: (2B, L, E), B prompts and then B negative prompts.  x of 2B images meets all of them, x of
+    B images only the prompts.  count: the images of the batch that are wanted, at most B."""
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         passes = 2 * len(x) // len(text)                         # 2 with guidance
         trace.evaluations += passes * count
@@ -136,17 +139,36 @@ def decode(parts: Parts, latents: Tensor) -> Tensor:
     return parts.vae.decode(latents[None])[0].float().cpu()
 
 
+def choose_network(parts: Parts, config: DrawConfig) -> Callable:
+    if config.compile:
+        return compiled.fast_network(parts.mmdit)
+    return parts.mmdit
+
+
+
+def make_batch(parts: Parts, jobs: list[tuple[str, int]], size: int, states: dict[str, Tensor],
+               config: DrawConfig) -> tuple[Tensor, Tensor]:
+    """Return the text states (2B, L, E) of B prompts and B negative prompts, and noise (B, C, h, w).
+
+    B is the number of jobs; a compiled network always sees `size`."""
+    if config.compile:
+        jobs = jobs + jobs[-1:] * (size - len(jobs))
+    prompts = [prompt for prompt, _ in jobs] + [config.negative_prompt] * len(jobs)
+    text = torch.cat([states[prompt] for prompt in prompts])
+    return text, draw_noise(parts, [seed for _, seed in jobs])
+
+
 def chunks(items: list, size: int) -> list[list]:
+    """Cut a list into lists of this size; the last one may be shorter."""
     return [items[at:at + size] for at in range(0, len(items), size)]
 
 
-def walk(parts: Parts, velocity: flow.Velocity, seeds: Sequence[int], config: DrawConfig,
+def walk(parts: Parts, velocity: flow.Velocity, noise: Tensor, config: DrawConfig,
          edit: Edit | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Return flow.walk from these seeds' noise, or from the edited image, with guidance."""
+    """Return flow.walk from the noise (B, C, h, w), or from the edited image, with guidance."""
     levels = noise_levels(parts, config, edit)
     if config.guidance != 1:
         velocity = flow.guide(velocity, config.guidance, config.guidance_interval)
-    noise = draw_noise(parts, seeds)                                              # (B, C, h, w)
     if edit is None:
         return flow.walk(velocity, noise, levels, config.solver)
     start = edit.noised(noise, levels[0].to(noise))
@@ -163,28 +185,25 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
     config = parts.complete(config)
     trace = trace or Trace()
     jobs = list(zip(prompts, seeds, strict=True))
-    batch_size = min(config.batch, len(jobs))
+    batch_size = min(config.batch, len(jobs) or 1)
     chunk_size = batch_size if parts.keep else 16 * batch_size
-    states_to_come = len(noise_levels(parts, config, edit)) * math.ceil(len(jobs) / batch_size)
-    progress = Progress("drawing, steps", states_to_come, silent=parts.silent)
+    steps = len(noise_levels(parts, config, edit)) * math.ceil(len(jobs) / batch_size)
+    progress = Progress("drawing, steps", steps, silent=parts.silent)
     network = None
     for chunk in chunks(jobs, chunk_size):
         states = encode_prompts(parts, [config.negative_prompt] + [prompt for prompt, _ in chunk])
         parts.hold("mmdit")
-        if network is None or not parts.keep:
-            network = compiled.fast_network(parts.mmdit) if config.compile else parts.mmdit
+        network = network or choose_network(parts, config)
         finished = []
         for batch in chunks(chunk, batch_size):
-            count = len(batch)
-            if config.compile:                                   # all batches have one shape
-                batch = batch + batch[-1:] * (batch_size - count)
-            prompts, seeds = zip(*batch)
-            text = [states[prompt] for prompt in prompts + (config.negative_prompt,) * len(batch)]
-            velocity = text_velocity(network, torch.cat(text), count, trace)      # (2B, L, E)
-            for i, state in enumerate(walk(parts, velocity, seeds, config, edit)):
-                trace.add(i, state, count)
+            text, noise = make_batch(parts, batch, batch_size, states, config)
+            velocity = text_velocity(network, text, len(batch), trace)
+            for i, (t, x, clean) in enumerate(walk(parts, velocity, noise, config, edit)):
+                trace.add(i, t, x[:len(batch)], clean[:len(batch)])
                 progress.update(progress.done + 1)
-            finished += state[1][:count]
+            finished += x[:len(batch)]
+        if not parts.keep:                                       # the next parts need its memory
+            network = velocity = None
         parts.hold("vae")
         for latents in finished:
             yield decode(parts, latents).clamp(-1, 1)

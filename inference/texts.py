@@ -10,11 +10,13 @@ from inference.parts import Parts
 def read_text(parts: Parts, text: str, name: str) -> str:
     """Lower the case of words that no training caption capitalises, with a note on stderr.
 
-    Words that no training text had trigger a warning.  name: how messages call the text."""
+    Warn of words that no training text had or, where that is unknown, that the tokenizer has no
+    piece for.  name: how messages call the text."""
     lowered = parts.tokenizer.lowered(text)
     if lowered != text:
         print(f"note: {name} is read as {lowered!r}, as captions were written in training",
               file=sys.stderr)
+    # a [MASK] takes the space before it along
     warn_of_words(parts, lowered.replace(" [MASK]", "[MASK]").split("[MASK]"), name)
     return lowered
 
@@ -27,13 +29,13 @@ def read_prompt(parts: Parts, prompt: str, name: str = "prompt") -> str:
     return read_text(parts, prompt, name)
 
 
-def read_question(parts: Parts, question: str) -> str:
+def check_question(parts: Parts, question: str) -> None:
     """Warn of unknown words; a question keeps its capitals."""
     warn_of_words(parts, [question_prompt(question)], "question")
-    return question
 
 
 def warn_of_words(parts: Parts, texts: list[str], name: str) -> None:
+    """Print one warning that names the unknown words of these texts."""
     words = [word for text in texts for word in parts.tokenizer.strange(text)]
     if words:
         reason = "the tokenizer has no piece for"

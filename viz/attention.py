@@ -2,7 +2,7 @@
 
     with storing_attention(mmdit):
         mmdit(latents, text, t, need="velocity")
-        maps = image_to_text(mmdit)
+        maps = patches_to_words(mmdit)
 
 Shapes: K blocks, N image tokens, L text tokens.
 """
@@ -20,7 +20,7 @@ from model import MMDiT
 def storing_attention(mmdit: MMDiT) -> Iterator[None]:
     """While this lasts, each block stores who attends to whom in the batch's first row.
 
-    Compiled blocks run uncompiled; what the network computes stays the same."""
+    Compiled blocks run uncompiled, so results can differ from theirs in rounding."""
     for block in mmdit.blocks:
         block.stores_attention = True
     try:
@@ -32,20 +32,20 @@ def storing_attention(mmdit: MMDiT) -> Iterator[None]:
             block.stored_attention = None
 
 
-def image_to_text(mmdit: MMDiT) -> Tensor:
+def patches_to_words(mmdit: MMDiT) -> Tensor:
     """Return how much each image token attended to each text token, (K, N, L), float16, on the CPU.
 
-    The last evaluation was one with need="velocity" or "both".  Heads are averaged."""
+    Call it after an evaluation with need="velocity" or "both".  Heads are averaged."""
     maps = []
     for block in mmdit.blocks:
         maps.append(block.stored_attention[:block.image_tokens, block.image_tokens:])
     return torch.stack(maps).cpu()
 
 
-def text_to_image(mmdit: MMDiT) -> Tensor:
-    """Return how much each text token attended to each image token, (K, L, N), as `image_to_text`.
+def words_to_patches(mmdit: MMDiT) -> Tensor:
+    """Return how much each text token attended to each image token, (K, L, N), as `patches_to_words`.
 
-    The last evaluation was one with need="logits" or "both"."""
+    Call it after an evaluation with need="logits" or "both", or with a cached image."""
     maps = []
     for block in mmdit.blocks:
         text_tokens = block.stored_attention.shape[1] - block.image_tokens

@@ -16,6 +16,7 @@ from common.cli import UserError
 from dataset.images import to_picture
 from pretrained.tokenizer import Tokenizer
 
+SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 GAP = 8                 # pixels between images
 
 

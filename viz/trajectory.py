@@ -28,7 +28,9 @@ def is_page(path: Path) -> bool:
 
 
 def patch_grid(parts: Parts) -> tuple[int, int]:
-    """Return (rows, columns) of patches; they are the first of the network's image tokens."""
+    """Return (rows, columns) of patches.
+
+    Row by row they are the network's image tokens; a modified network has its other ones behind."""
     unit = parts.factor * parts.sizes.patch
     return parts.height // unit, parts.width // unit
 
@@ -42,10 +44,10 @@ def pieces(parts: Parts, ids: list[int]) -> list[str]:
 
 def write_drawing(path: Path, parts: Parts, prompt: str, trace: Trace, about: dict) -> None:
     """Show x_t beside the clean image that is predicted there; a page shows the first image."""
-    parts.hold("vae")
     if is_page(path):
         write_text(path, drawing_page(parts, prompt, trace, about))
         return
+    parts.hold("vae")
     frames = []
     for step in trace.steps:
         x = grids.grid([decode(parts, latents) for latents in step.x])
@@ -57,6 +59,7 @@ def write_drawing(path: Path, parts: Parts, prompt: str, trace: Trace, about: di
 @torch.no_grad()
 def drawing_page(parts: Parts, prompt: str, trace: Trace, about: dict) -> str:
     """Return the page of the first image, with each patch's attention to the prompt."""
+    parts.hold("vae")
     shown = [(step.t, decode(parts, step.x[0]), decode(parts, step.clean[0]))
              for step in trace.steps]
     text = text_to_image.encode_prompts(parts, [prompt])[prompt]                  # (1, L, E)
@@ -67,7 +70,7 @@ def drawing_page(parts: Parts, prompt: str, trace: Trace, about: dict) -> str:
         for step in trace.steps[:-1]:                            # the last one is the result
             t = torch.tensor([step.t], device=parts.device)
             parts.mmdit(step.x[0][None], text, t, need="velocity")
-            maps.append(attention.image_to_text(parts.mmdit)[:, :rows * columns])
+            maps.append(attention.patches_to_words(parts.mmdit)[:, :rows * columns])
     words = pieces(parts, parts.tokenizer.encode(prompt, parts.length).tolist())
     return pages.drawing(prompt, words, shown, maps, (rows, columns), about)
 
@@ -88,7 +91,7 @@ def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> No
         return
     states = reading.states
     steps = int(states[-1][0][0])
-    if parts.complete(reading.config).order == "random":         # whose last steps may be idle
+    if parts.complete(reading.config).order == "random":         # its last steps may reveal nothing
         steps = reading.config.steps or steps
     frames = [grids.text_frame(parts.tokenizer, ids[0], int(step[0]), steps)
               for step, ids in states]
@@ -99,7 +102,8 @@ def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> No
 def reading_page(parts: Parts, reading: Reading, about: dict) -> str:
     """Return the page of a text, with the attention of each token when it was revealed.
 
-    A token that was given shows its attention in the first evaluation."""
+    A token that was given shows its attention in the first evaluation.  With --length auto the
+    image cache is that of a shorter text than in the run, which moves probabilities by 1e-3."""
     parts.hold("text", "mmdit")
     config = parts.complete(reading.config)
     reader = Reader(parts, reading.latents, config.image_cache, config.text_guidance)
@@ -113,7 +117,7 @@ def reading_page(parts: Parts, reading: Reading, about: dict) -> str:
             if not len(masked):                                  # other rows of the batch went on
                 break
             logits = mask_diffusion.forbid(reader(ids, masked).cpu().double(), mask_id)
-            looks = attention.text_to_image(parts.mmdit)[..., :rows * columns]    # (K, L, N)
+            looks = attention.words_to_patches(parts.mmdit)[..., :rows * columns]    # (K, L, N)
             maps = maps or list(looks.unbind(1))                 # of the tokens that were given
             for i, p in zip(masked.tolist(), logits.softmax(-1)):
                 if after[0, i] != mask_id:

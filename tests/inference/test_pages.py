@@ -50,8 +50,8 @@ def attention_by_hand(block, img, txt, vec):
 
 
 @pytest.mark.parametrize("need, read, image_rows", [
-    ("both", attention.image_to_text, True), ("velocity", attention.image_to_text, True),
-    ("both", attention.text_to_image, False), ("logits", attention.text_to_image, False)])
+    ("both", attention.patches_to_words, True), ("velocity", attention.patches_to_words, True),
+    ("both", attention.words_to_patches, False), ("logits", attention.words_to_patches, False)])
 def test_stored_attention_is_the_softmax_by_hand(mmdit, need, read, image_rows):
     """The mean over heads is stored, and the network's result stays the same bit for bit."""
     inputs, hooks = [], []
@@ -78,9 +78,9 @@ def test_attention_to_cached_keys_is_stored(mmdit):
     expected = mmdit.read_cached(TEXT.flip(1), plain_cache)
     with attention.storing_attention(mmdit):
         _, cache = mmdit.read_and_cache(LATENTS, TEXT, T)
-        first = attention.text_to_image(mmdit)
+        first = attention.words_to_patches(mmdit)
         logits = mmdit.read_cached(TEXT.flip(1), cache)
-        second = attention.text_to_image(mmdit)
+        second = attention.words_to_patches(mmdit)
     assert torch.equal(logits, expected)
     assert first.shape == second.shape == (K, L, N) and not torch.equal(first, second)
     txt = mmdit.blocks[0].read(mmdit.txt_in(TEXT.flip(1)), cache[0])
@@ -111,8 +111,8 @@ def test_a_block_with_an_extra_image_token_stores_it_too(mmdit, monkeypatch):
     monkeypatch.setattr(mmdit, "velocity_head", lambda img, *more: head(img[:, :N], *more))
     with attention.storing_attention(mmdit):
         mmdit(LATENTS, TEXT, T)
-        assert attention.image_to_text(mmdit).shape == (K, N + 1, L)
-        assert attention.text_to_image(mmdit).shape == (K, L, N + 1)
+        assert attention.patches_to_words(mmdit).shape == (K, N + 1, L)
+        assert attention.words_to_patches(mmdit).shape == (K, L, N + 1)
 
 
 # -------------------------------------------------------------------------------------- the pages

@@ -95,7 +95,7 @@ def test_parts_stay_in_memory_where_there_is_room(free, loads, monkeypatch):
         latents = image_to_text.encode(parts, torch.zeros(1, 3, 32, 32))
         image_to_text.write(parts, latents, [None], ReadConfig(steps=1))
     assert counts() == {loads}
-    sample.sort_by_score(Pipeline.of(parts), [torch.zeros(3, 32, 32)] * 3, "a cat")
+    sample.score_images(Pipeline.of(parts), [torch.zeros(3, 32, 32)] * 3, "a cat")
     assert counts() == {1 if loads == 1 else 5}                  # once, not for each image
 
 

@@ -9,7 +9,7 @@ from inference import text_to_image
 from inference.image_to_text import ReadConfig, canvas, encode, fill
 from inference.text_to_image import DrawConfig, Trace
 from viz import grids, pages, trajectory
-from viz.attention import image_to_text, storing_attention
+from viz.attention import patches_to_words, storing_attention
 
 APPLE = "red apple, noto style"
 
@@ -44,7 +44,7 @@ def test_a_drawings_page_shows_each_state_with_its_attention(parts, page_argumen
     for (t, x, _), found in zip(states[:-1], attention, strict=True):
         with torch.no_grad(), storing_attention(parts.mmdit):
             parts.mmdit(x[None], text, torch.tensor([t]), need="velocity")
-            assert torch.equal(found, image_to_text(parts.mmdit))
+            assert torch.equal(found, patches_to_words(parts.mmdit))
 
 
 @pytest.mark.parametrize("order", ["confidence", "threshold", "random"])
