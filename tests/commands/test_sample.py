@@ -58,6 +58,19 @@ def test_several_samples_form_a_grid_with_gaps(tmp_path):
     assert draw_file(tmp_path / "a.png", "--n", 3, "--steps", 1).size == (520, 520)
 
 
+def test_a_trajectory_without_out_writes_no_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--prompt", PROMPT, "--steps", "1", "--trajectory", "a.gif"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_several_captions_are_scored_at_once(read_apple, monkeypatch):
+    few_levels = functools.partial(image_to_text.score, levels=8)
+    monkeypatch.setattr(image_to_text, "score", few_levels)
+    first, second = read_apple("--score", "dog face, noto style", PROMPT).splitlines()
+    assert first.startswith(f"{PROMPT}: ") and second.startswith("dog face, noto style: ")
+
+
 def test_a_gif_shows_each_step_beside_its_prediction(tmp_path):
     draw_file(tmp_path / "a.png", "--steps", 3, "--trajectory", tmp_path / "a.gif")
     gif = Image.open(tmp_path / "a.gif")
@@ -239,6 +252,10 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     (["--prompt", "a", "--guidance-interval", "0.9", "0.2"], 1, "guidance interval 0.9 0.2"),
     (["--prompt", "a", "--guidance-interval", "0", "2"], 2, "--guidance-interval: .*'2'"),
     (["--prompt", "a", "--best"], 2, "--best .*--n"),
+    (["--prompt", "a", "--n", "2", "--best", "--trajectory", "a.gif"], 2, "--trajectory .*--best"),
+    (["--prompt", "a", "--guidance", "1", "--negative-prompt", "b"], 1, "guidance 1 .*negative"),
+    (["--prompt", "a", "--length", "auto"], 2, "--length auto .*--prompt"),
+    (["--prompt", "a", "b"], 2, "argument b; .*quotes"),
     (["--prompt", "a", "--question", "b"], 2, "--question .*--image"),
     (["--prompt", "a", "--checkpoint", "nowhere"], 1, "nowhere: .*nothing"),
     # files of drawing
@@ -250,6 +267,7 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     # a file of prompts
     (["--prompts", "LICENSE", "--prompt", "a"], 2, "--prompt .*--prompts"),
     (["--prompts", "nowhere.txt"], 1, "nowhere.txt: .*No such file"),
+    (["--prompts", "LICENSE", "--out", "README.md"], 2, "--out README.md: .*folder"),
     (["--prompts", os.devnull], 1, f"{os.devnull}: is empty"),
     (["--prompts", "README.md"], 1, "prompt .* tokens.*27"),
     # drawing over an image
@@ -279,6 +297,11 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     ([*ONE_IMAGE, "--question", "why " * 40], 1, "question.*no room"),
     ([*ONE_IMAGE, "--questions", "nowhere.txt"], 1, "nowhere.txt: .*No such file"),
     ([*ONE_IMAGE, "--choices", "yes", "no"], 2, "--choices .*--question"),
+    ([*ONE_IMAGE, "--question", "a", "--choices", "yes", "yes"], 2, "--choices: .*twice"),
+    (["--question", "a"], 2, "--image"),
+    ([*ONE_IMAGE, "--score", " "], 2, "--score is empty"),
+    (["--text", "a [MASK]", "--text-guidance", "2"], 2, "--text-guidance .*--image"),
+    (["--image", "APPLE", "APPLE", "--trajectory", "a.gif"], 2, "--trajectory .*one --image"),
     ([*ONE_IMAGE, "--question", "a", "--choices", "very " * 40], 1, "'very very .*27"),
     ([*ONE_IMAGE, "--score", "a", "--order", "eb"], 2, "--order changes nothing"),
 ])

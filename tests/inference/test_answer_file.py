@@ -10,6 +10,7 @@ import torch
 import evaluate
 from common.cli import UserError
 from dataset.images import fit_picture, read_picture, to_picture, to_tensor
+from dataset.questions import question_prompt
 from helpers import Forked, kill_when, to_the_end
 from inference import answer_file
 from inference.answer_file import AnswerFile, Ask
@@ -129,6 +130,37 @@ def test_questions_that_cannot_be_answered_are_left_out(tiny_parts, photos, tmp_
     assert [row["question_id"] for row in read_rows(tmp_path / "a.jsonl")] == ["a"]
     assert long.startswith("b: ") and "tokens" in long
     assert missing.startswith("c: ") and "none.png" in missing
+
+
+def test_left_out_questions_are_remembered(tiny_parts, photos, tmp_path):
+    asks = [Ask("a", "0.png", QUESTIONS[0]), Ask("c", "none.png", "Is?")]
+    file = AnswerFile(tmp_path / "a.jsonl", asks, photos, {}, ReadConfig(steps=1))
+    [first] = file.fill(tiny_parts)
+    assert "none.png" in first and file.fill(tiny_parts) == [first]
+
+
+def test_a_question_without_room_for_a_choice_is_left_out(tiny_parts, photos, tmp_path):
+    """It has room for one token, which a choice with its end does not fit into."""
+    tokenizer = tiny_parts.tokenizer
+    question = "Is it food?"
+    while len(tokenizer.pieces(question_prompt(question))) < tiny_parts.length - 1:
+        question = "Is " + question
+    asks = [Ask("a", "0.png", question), Ask("b", "0.png", QUESTIONS[0])]
+    file = AnswerFile(tmp_path / "a.jsonl", asks, photos, {}, choices=["yes", "no"])
+    [left_out] = file.fill(tiny_parts)
+    assert left_out.startswith("a: ") and len(read_rows(tmp_path / "a.jsonl")) == 1
+
+
+def test_blocks_of_unknown_settings_are_not_used(tiny_parts, photos, tmp_path):
+    out, asks = tmp_path / "a.jsonl", [Ask("a", "0.png", QUESTIONS[0])]
+    AnswerFile(out, asks, photos, {}, choices=["no"]).fill(tiny_parts)
+    out.unlink()
+    (tmp_path / "a.jsonl.json").unlink()
+    stale = tmp_path / "a.jsonl.blocks" / "000000.jsonl"
+    stale.parent.mkdir()
+    write_rows(stale, [dict(question_id="a", answer="stale")])
+    AnswerFile(out, asks, photos, {}, choices=["yes"]).fill(tiny_parts)
+    assert [row["answer"] for row in read_rows(out)] == ["yes"]
 
 
 def test_a_line_separator_in_an_answer_does_not_split_its_line(tiny_parts, photos, tmp_path,
@@ -254,7 +286,9 @@ def test_captions_are_written_and_scored(tiny_parts, tiny, photos, tmp_path, cap
 
 
 @pytest.mark.parametrize("flags, missing", [(["--by", "likelihood"], "--choices"),
-                                            (["--shots", "2"], "--examples")])
+                                            (["--shots", "2"], "--examples"),
+                                            (["--by", "likelihood", "--choices", "a", "b", "--level",
+                                              "0.5"], "--level")])
 def test_a_flag_without_its_partner_is_refused(flags, missing, mistake):
     status, error = mistake(evaluate.main,
                             ["answer", "pope", "a.json", "photos", "out.jsonl", *flags])

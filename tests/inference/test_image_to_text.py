@@ -254,7 +254,9 @@ def test_a_true_caption_scores_fewer_nats(run_sample, apple, fast_score):
 
 def test_best_sorts_images_by_the_prompts_score(run_sample, fast_score, tmp_path):
     out = tmp_path / "out.png"
-    seeds, scores, written = run_sample("--prompt", APPLE, "--n", 3, "--best", "--steps", 6, "--out", out)
+    seeds, scores, written = run_sample("--prompt", APPLE, "--n", 3, "--best", "--steps", 6,
+                                        "--out", out)
+    assert sorted(seeds.removeprefix("seeds: ").split()) == ["0", "1", "2"]
     nats = [float(x) for x in scores.removeprefix("nats of the prompt: ").split()]
     assert nats == sorted(nats) and len(nats) == 3
     assert written.startswith(f"{out}: 12 ")                     # 6 steps of two evaluations

@@ -1,5 +1,6 @@
 """inference/parts.py: the models of a checkpoint fit together and are loaded when needed."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,27 @@ def test_parts_are_freed_when_they_are_not_needed():
     watch_loads(parts, note_others)
     text_to_image.draw(parts, ["a red cat"], steps=2)
     assert list(in_memory.items()) == [("text", set()), ("mmdit", set()), ("vae", set())]
+
+
+def test_one_network_is_in_memory_at_a_time():
+    """17 images of batch 1 are two chunks: the network is loaded again after the decoder was."""
+    parts, networks, alive = release_parts(keep=False), [], []
+
+    def note_network(name):
+        if "mmdit" in vars(parts):
+            networks.append(weakref.ref(parts.mmdit))
+        alive.append((name, sum(network() is not None for network in networks)))
+    watch_loads(parts, note_network)
+    hold = parts.hold
+
+    def hold_and_collect(*names):
+        if "mmdit" in vars(parts):
+            networks.append(weakref.ref(parts.mmdit))
+        hold(*names)
+    parts.hold = hold_and_collect
+    text_to_image.draw(parts, ["a red cat"] * 17, steps=1, batch=1)
+    assert [name for name, _ in alive] == ["text", "mmdit", "vae"] * 2
+    assert not any(count for _, count in alive)
 
 
 @pytest.mark.parametrize("free, loads", [(10**12, 1), (1000, 4)])

@@ -44,6 +44,21 @@ def test_a_drawn_image_is_read_back(pipeline, image):
     assert pipeline.answer([image], "Which style is it drawn in?") == ["noto"]
 
 
+def test_edit_begins_with_the_image(pipeline, image):
+    same, = pipeline.edit(image, "green apple, noto style", strength=0.0)
+    assert same.tobytes() == image.tobytes()
+    mask = torch.zeros(1, 1, pipeline.parts.height, pipeline.parts.width, dtype=torch.bool)
+    mask[..., :8] = True
+    edited, = pipeline.edit(image, "green apple, noto style", mask=mask, steps=2)
+    right = (8, 0, pipeline.parts.width, pipeline.parts.height)
+    assert edited.crop(right).tobytes() == image.crop(right).tobytes()
+    assert edited.tobytes() != image.tobytes()
+
+
+def test_no_prompts_draw_no_images(pipeline):
+    assert pipeline.draw([]) == []
+
+
 def test_fill_replaces_the_mask(pipeline, image, fast_score):
     assert pipeline.fill(image, "red [MASK], noto style") == PROMPT
 
