@@ -25,15 +25,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common import files
 from common.cli import UserError, option, require
-from common.files import read_text
 from dataset.images import read_mask, read_picture
 from inference import image_folder, image_to_text
 from inference.image_to_text import ReadConfig
 from inference.parts import ModelConfig, open_parts
 from inference.pipeline import Pipeline
 from inference.text_to_image import DrawConfig, Edit, Trace, chunks, drawings
-from inference.texts import check_question
+from inference.texts import check_question, read_text
 from viz import grids, trajectory
 
 
@@ -82,7 +82,7 @@ class Request:
 
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a file that are not empty.  Raises UserError."""
-    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    lines = [line.strip() for line in files.read_text(path).split("\n") if line.strip()]
     require((bool(lines), f"{path}: is empty; write one prompt or question a line"))
     return lines
 
@@ -151,11 +151,11 @@ def read(pipeline: Pipeline, args: Request) -> None:
     images = [read_picture(path) for path in args.image]
     latents = pipeline.encode(images)
     rows = [(path, x, q) for path, x in zip(args.image, latents) for q in questions]
-    states = []
+    states = [] if args.trajectory else None
     for batch in chunks(rows, 16):
-        paths, batch_latents, asked = zip(*batch)
-        texts = pipeline.write(torch.stack(batch_latents), asked, args.seed, args.reading, states)
-        for path, question, text in zip(paths, asked, texts):
+        paths, x, batch_questions = zip(*batch)
+        texts = pipeline.write(torch.stack(x), batch_questions, args.seed, args.reading, states)
+        for path, question, text in zip(paths, batch_questions, texts):
             columns = [text]
             if args.questions:
                 columns.insert(0, question)
@@ -191,12 +191,15 @@ def show_reading(pipeline: Pipeline, args: Request, reading: trajectory.Reading)
 
 def score(pipeline: Pipeline, args: Request) -> None:
     """Print how likely captions or answers are, the likeliest first."""
-    texts = args.score or args.choices
-    for path in args.image:
-        image = read_picture(path)
+    parts, question = pipeline.parts, args.question or None
+    if question:
+        check_question(parts, question)
+    texts = [read_text(parts, text, "text") for text in args.score or args.choices]
+    latents = pipeline.encode([read_picture(path) for path in args.image])
+    for path, x in zip(args.image, latents):
         prefix = f"{path}\t" if len(args.image) > 1 else ""
-        for row in pipeline.rank(image, texts, args.question or None):
-            tokens = len(pipeline.parts.tokenizer.pieces(row.text)) + 1           # with the end
+        for row in image_to_text.rank(parts, x[None], texts, question):
+            tokens = len(parts.tokenizer.pieces(row.text)) + 1                    # with the end
             count_bytes = max(1, len(row.text.encode()))
             bits = row.nats / math.log(2)
             share = f"{row.share:.1%}, " if args.choices else ""
