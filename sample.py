@@ -46,7 +46,7 @@ READ = "caption answer questions fill chat"
 
 @dataclass
 class Request:
-    """What to do: the flags of sample.py beside DrawConfig, ReadConfig and ModelConfig.
+    """The flags of sample.py beside DrawConfig, ReadConfig and ModelConfig.
 
     tasks: those in which a flag works."""
     prompt: str = option("", "draw this", tasks="draw edit", group="what to do")

@@ -1,4 +1,4 @@
-"""What every part of the project uses: the command line, files, progress, devices, seeds.
+"""Parts that the whole project uses: the command line, files, progress, devices, seeds.
 
 Imports torch and the standard library only; anything may import it.
 """

@@ -189,7 +189,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def interruptible(name: str) -> None:
-    """For a program's first lines, with its __name__: Ctrl-C while it imports is one line, status 130."""
+    """Make Ctrl-C during the imports end in one line, with status 130; call it first, with __name__."""
     if name == "__main__":
         signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped\n"), os._exit(130)))
 

@@ -132,7 +132,7 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig =
          seeds: Sequence[int] | None = None, states: States | None = None) -> Tensor:
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no image.
 
-    What was written behind the first end token becomes padding.  seeds: one for each row, whose
+    Text behind the first end token becomes padding.  seeds: one for each row, whose
     text is then the same in any batch; 0 unless given.  states: a list that gets the states of
     `mask_diffusion.walk`.  Raises UserError for a level that the order can't have."""
     config, tokenizer = parts.complete(config), parts.tokenizer
@@ -284,7 +284,7 @@ def repeat(latents: Tensor | None, count: int) -> Tensor | None:
 # ----------------------------------------------------------------------------------------- scoring
 
 class Likelihood(NamedTuple):
-    """How likely a text is beside an image."""
+    """The probability of a text beside an image."""
     text: str
     share: float                # its probability among the texts that are compared
     nats: float                 # a bound of -log p(text | image)

@@ -73,7 +73,7 @@ class Step:
 
 @dataclass
 class Trace:
-    """What `drawings` records about a sampling run."""
+    """A record of a sampling run, which `drawings` fills in."""
     evaluations: int = 0                # of the network, over all images
     steps: list[Step] | None = None     # a list is filled, with the result as its last step
 

@@ -1,4 +1,4 @@
-"""The batches of both losses, each a function of the run and the step alone.
+"""The batches of both losses, each a function of nothing but the run and the step.
 
 Shapes: B rows of this process, L tokens, C latent channels, h and w latent height and width.
 """
@@ -116,7 +116,7 @@ class BatchMaker:
     buckets: dict[str, Buckets] = field(default_factory=dict)   # of each mix; {} without --buckets
 
     def make_buckets(self, patch: int) -> None:
-        """With --buckets, group images by shape.  patch: latents per side of an image token."""
+        """Group images by shape, for --buckets.  patch: latents per side of an image token."""
         if self.config.buckets:
             unit = patch * self.factor
             self.buckets = {name: mix.buckets(name, unit) for name, mix in self.mixes.items()}

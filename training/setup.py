@@ -95,7 +95,7 @@ def find_base(config: TrainConfig) -> Base:
 
 
 def open_data(config: TrainConfig, base: Base, key: str) -> tuple[dict[str, data.Mix], str | None]:
-    """Open the data of each loss; also return whose latents they are: "pixels", or an
+    """Open the data of each loss; also return the stamp of the latents: "pixels", or an
     autoencoder's digest."""
     mixes = mixtures(config, key)
     digest = base.vae and checkpoint.digest(base.vae)

@@ -118,12 +118,12 @@ def tint(step: float, last: int) -> str:
     return f"hsl({hue:.0f} 80% 55% / 0.38)"
 
 
-def writing(picture: Tensor | None, pieces: list[str], revealed: list[int],
+def writing(image: Tensor | None, pieces: list[str], revealed: list[int],
             probability: list[float | None], attention: list[Tensor | None],
             grid: Grid, about: dict) -> str:
     """Return the page of a text being unmasked, as in the paper's Figure 2.
 
-    picture: the image that the text describes, or None.  pieces: the final L tokens as text with
+    image: the one that the text describes, or None.  pieces: the final L tokens as text with
     their spaces; "" for an end token or padding.  revealed: the step that wrote each token; 0 for
     a given one.  probability: of each token at that step, or None.  attention: (K, N) of each
     token to the patches, or None.  grid, about: as in `drawing`."""
@@ -135,8 +135,8 @@ def writing(picture: Tensor | None, pieces: list[str], revealed: list[int],
     maps, grid, note = packed(maps, grid, "word")
     last = max(2, *revealed)
     view = ""
-    if picture is not None:
-        view = VIEW.format(f'src="{inline(picture)}"', "the image")
+    if image is not None:
+        view = VIEW.format(f'src="{inline(image)}"', "the image")
     middle = (1 + last) / 2
     view += ('<p id="legend" class="small">Written at step 1 <i style="background: linear-gradient('
              f'90deg, {tint(1, last)}, {tint(middle, last)}, {tint(last, last)})"></i> {last};'

@@ -187,7 +187,7 @@ def test_a_large_drawing_is_reduced():
 
 
 def test_a_texts_page_unmasks_tokens_in_the_order_of_writing():
-    arguments = dict(picture=LATENTS[0], pieces=["Q:", " a", " <b>", ""], revealed=[0, 3, 1, 1],
+    arguments = dict(image=LATENTS[0], pieces=["Q:", " a", " <b>", ""], revealed=[0, 3, 1, 1],
                      grid=(2, 3), about={}, probability=[None, 0.5, 0.25, 1.0],
                      attention=[None, torch.rand(2, 6), None, None])
     text = pages.writing(**arguments)
@@ -198,4 +198,4 @@ def test_a_texts_page_unmasks_tokens_in_the_order_of_writing():
     assert data["known"][:2] == ["given", "step 3, probability 0.500"] and data["tints"][0] == ""
     assert data["words"] == ["Q:", "a", "<b>", ""] and "<b>" not in text
     assert [entry is None for entry in data["maps"]] == [True, False, True, True]
-    assert "<img" not in pages.writing(**arguments | dict(picture=None, attention=[None] * 4))
+    assert "<img" not in pages.writing(**arguments | dict(image=None, attention=[None] * 4))
