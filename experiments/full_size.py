@@ -111,7 +111,7 @@ def load(folder: Path, repeats: int = 5) -> None:
     """Reading is of the bytes that loading needs: all that the file holds of the transformer."""
     import checkpoint
     for path, what in ((folder / "sd3_medium.safetensors", "SD3, one file"), (folder, "D-DiT release")):
-        tensors = checkpoint.find(path, "transformer")[0]
+        tensors = checkpoint.find(path, "transformer").tensors
         size, file = 2 * sum(map(math.prod, tensors.shape.values())), tensors.files[0]
 
         def read() -> None:

@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant("NaN in a file is loaded", "checkpoint.py", "if not finite(piece):", "if False:",
            "tests/weights/test_checkpoint.py tests/weights/test_layouts.py"),
     Mutant("a null shift_factor is SD3's", "pretrained/layouts.py",
-           'if c.found.get("shift_factor", 0) is not None:', 'c.found = {k: x for k, x in c.found.items() if x is not None}\n'
+           'if c.values.get("shift_factor", 0) is not None:', 'c.values = {k: x for k, x in c.values.items() if x is not None}\n'
            '    if True:', "tests/weights/test_layouts.py tests/weights/test_checkpoint.py"),
     Mutant("a data model walks to 1e-3", "inference/text_to_image.py",
            'least = T_FLOOR["train"] if parts.sizes.predicts == "data" else 1e-3', "least = 1e-3",

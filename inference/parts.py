@@ -177,8 +177,8 @@ class Parts:
         """Open the transformer's tensors on disk."""
         path = self.paths["mmdit"]
         if self.family == "ours":
-            return Tensors([checkpoint.own_weights(path, False)])
-        return checkpoint.find(path, "transformer")[0]
+            return Tensors([checkpoint.weights_file(path, False)])
+        return checkpoint.find(path, "transformer").tensors
 
     def digest(self) -> str:
         """Hash the files that the transformer is read from."""
@@ -189,10 +189,11 @@ class Parts:
         """Return the bytes of all parts in memory, from the headers of their files."""
         values = self.transformer().values()
         if not self.own:
-            values += checkpoint.find(self.paths["text"], "t5")[0].values()
+            values += checkpoint.find(self.paths["text"], "t5").tensors.values()
         size = values * self.dtype.itemsize
         if self.sizes.channels != 3:
-            size += 4 * checkpoint.find(self.paths["vae"], "vae")[0].values()     # in float32
+            vae = checkpoint.find(self.paths["vae"], "vae")
+            size += 4 * vae.tensors.values()                     # in float32
         return size
 
     def load_text(self):

@@ -36,19 +36,26 @@ from pretrained.layouts import Config, Entry, rename
 from pretrained.safetensors_io import Tensors
 
 # our names in Hugging Face's files; {q,k,v} are three tensors stacked, as in pretrained/layouts.py
-HUGGING_FACE = [
-    ("txt.positions", "text_model.embeddings.position_embedding.weight"),
-    ("img.positions", "vision_model.embeddings.position_embedding.weight"),
-    ("txt.proj.", "text_projection."), ("img.proj.", "visual_projection."),
-    ("txt.norm.", "text_model.final_layer_norm."), ("img.norm.", "vision_model.post_layernorm."),
-    ("embed.", "text_model.embeddings.token_embedding."),
-    ("patches.", "vision_model.embeddings.patch_embedding."),
-    ("cls", "vision_model.embeddings.class_embedding"), ("pre_norm.", "vision_model.pre_layrnorm."),
-    ("txt.blocks.", "text_model.encoder.layers."), ("img.blocks.", "vision_model.encoder.layers."),
-    (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."),
-    (".qkv.", ".self_attn.{q,k,v}_proj."),
-    (".out.", ".self_attn.out_proj."), (".fc1.", ".mlp.fc1."), (".fc2.", ".mlp.fc2."),
-]
+HUGGING_FACE = {
+    "txt.positions": "text_model.embeddings.position_embedding.weight",
+    "img.positions": "vision_model.embeddings.position_embedding.weight",
+    "txt.proj.": "text_projection.",
+    "img.proj.": "visual_projection.",
+    "txt.norm.": "text_model.final_layer_norm.",
+    "img.norm.": "vision_model.post_layernorm.",
+    "embed.": "text_model.embeddings.token_embedding.",
+    "patches.": "vision_model.embeddings.patch_embedding.",
+    "cls": "vision_model.embeddings.class_embedding",
+    "pre_norm.": "vision_model.pre_layrnorm.",
+    "txt.blocks.": "text_model.encoder.layers.",
+    "img.blocks.": "vision_model.encoder.layers.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".qkv.": ".self_attn.{q,k,v}_proj.",
+    ".out.": ".self_attn.out_proj.",
+    ".fc1.": ".mlp.fc1.",
+    ".fc2.": ".mlp.fc2.",
+}
 # in the files, and not a part of the towers: the temperature, 0 1 2 3 ...
 BESIDE = ("logit_scale", "text_model.embeddings.position_ids",
           "vision_model.embeddings.position_ids")
@@ -149,7 +156,7 @@ class CLIP(nn.Module):
 
 def key_of(name: str) -> str:
     """Return the published name of a parameter of ours; of "qkv", the name of "q"."""
-    return rename(name, HUGGING_FACE)[0][0]
+    return rename(name, HUGGING_FACE)[0]
 
 
 def tower_config(tensors: Tensors, part: str, config: dict) -> TowerConfig:
@@ -186,10 +193,10 @@ def load(folder: Path, device: str = "cpu") -> CLIP:
     patch = tensors.size(key_of("patches.weight"), 2)
     txt = tower_config(tensors, "txt", config)
     img = tower_config(tensors, "img", config)
-    clip = build(lambda: CLIP(txt, img, vocab_size, patch, joint), folder)
+    clip = build(CLIP, folder, txt, img, vocab_size, patch, joint)
     entries = {}
     for name, parameter in clip.named_parameters():
-        keys, _ = rename(name, HUGGING_FACE)
+        keys = rename(name, HUGGING_FACE)
         rows, *columns = parameter.shape
         entries[name] = Entry(keys, (rows // len(keys), *columns))
     fill(clip, tensors, entries, torch.float32, BESIDE)

@@ -167,8 +167,7 @@ def load(path: Path, device: str = "cpu") -> Inception:
     Raises UserError with the tensors that are missing, misshapen or not finite."""
     require((path.exists(),
              f"{path}: no such file; it is {FILE} of github.com/mseitzer/pytorch-fid"))
-    tensors = read_any(path, lambda error: f"not a whole .pth, or one of more than tensors, which "
-                                           f"could run code ({type(error).__name__}); fetch {FILE}")
+    tensors = read_any(path, f"a whole .pth of tensors only (others could run code); fetch {FILE}")
     network = build(Inception, path)
     require((isinstance(tensors, dict),
              f"{path}: found {type(tensors).__name__}, expected tensors by name"))

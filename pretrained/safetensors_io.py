@@ -1,4 +1,4 @@
-"""Safetensors files: read strictly, one tensor at a time, and written so; and any file replaced whole."""
+"""Safetensors files: read strictly and write, one tensor at a time."""
 
 import json
 import math
@@ -13,51 +13,60 @@ from common.cli import UserError, require
 from common.files import replacing
 
 SUFFIXES = (".safetensors", ".sft")
-# how other files begin that lie in a safetensors' place
-OTHERS = {b"GGUF": "GGUF, quantised weights, which are not read here; fetch the same ones as safetensors",
-          b"PK\3\4": "a pickle, which can run code; convert it to safetensors first",
-          b"\x80\2\x8a\n": "a pickle, which can run code; convert it to safetensors first",
-          b"vers": "a pointer of Git LFS, not the file itself; git lfs pull fetches it",
-          **dict.fromkeys([b"<htm", b"<!DO", b"<!do"], "a web page, not the file; fetch it again")}
+PICKLE = "a pickle, which can run code; convert it to safetensors first"
+WEB_PAGE = "a web page, not the file; fetch it again"
+# the first bytes of files that people have in place of safetensors
+OTHERS = {
+    b"GGUF": "GGUF, quantised weights, which are not read here; fetch the same ones as safetensors",
+    b"PK\3\4": PICKLE,
+    b"\x80\2\x8a\n": PICKLE,
+    b"vers": "a pointer of Git LFS, not the file itself; git lfs pull fetches it",
+    b"<htm": WEB_PAGE,
+    b"<!DO": WEB_PAGE,
+    b"<!do": WEB_PAGE,
+}
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}       # of types in safetensors
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}     # in safetensors
 
 
 def is_safetensors(path: Path) -> bool:
-    """By its name."""
+    """Return True for a file name that ends as safetensors do."""
     return path.suffix.lower() in SUFFIXES
 
 
 class Tensors:
-    """The tensors of one part: those under a prefix in one or several safetensors files, read one at a time.
-    Raises UserError for a file that is missing, no safetensors, or cut off."""
+    """The tensors under a prefix in one or several safetensors files; only headers are in memory.
+
+    file, shape, dtype: of each tensor, by its name without the prefix.  Raises UserError for a file
+    that is missing, no safetensors, or cut off."""
 
     def __init__(self, files: list[Path], prefix: str = ""):
         self.files = files
         self.prefix = prefix
-        self.opened = self.handle = None        # the file that is open, and its tensors
+        self.opened = None                      # the file that is read
+        self.handle = None
         self.converted = 0                      # bytes since it was opened
         self.file, self.shape, self.dtype = {}, {}, {}
         for file in files:
-            with self.open(file) as tensors:
-                for key in tensors.keys():
+            with self.open(file) as handle:
+                for key in handle.keys():
                     if key.startswith(prefix):
                         name = key.removeprefix(prefix)
-                        part = tensors.get_slice(key)
+                        header = handle.get_slice(key)
                         self.file[name] = file
-                        self.shape[name] = tuple(part.get_shape())
-                        self.dtype[name] = part.get_dtype()
+                        self.shape[name] = tuple(header.get_shape())
+                        self.dtype[name] = header.get_dtype()
 
     @staticmethod
     def open(file: Path):
         try:
-            with open(file, "rb") as opened:
-                begins = opened.read(4)
+            with open(file, "rb") as stream:
+                first_bytes = stream.read(4)
         except OSError as error:
             raise UserError(f"{file}: can't be read ({error.strerror})")
-        require((begins not in OTHERS, f"{file}: is {OTHERS.get(begins)}"),
-                (is_safetensors(file), f"{file}: expected .safetensors; a {file.suffix} may be a pickle, "
-                 f"which can run code; convert it first"))
+        require((first_bytes not in OTHERS, f"{file}: is {OTHERS.get(first_bytes)}"),
+                (is_safetensors(file), f"{file}: expected .safetensors; a {file.suffix} may be a "
+                 f"pickle, which can run code; convert it first"))
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -66,32 +75,33 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self.file
 
+    def where(self, name: str) -> str:
+        """Return the file and the full name of a tensor, for a message."""
+        file = self.file.get(name, self.files[0])
+        return f"{file}: {self.prefix}{name}"
+
     def size(self, name: str, axis: int) -> int:
-        """Raises UserError when the tensor isn't there or has fewer axes."""
-        require((len(self.shape.get(name, ())) > axis, f"{self.files[0]}: {self.prefix}{name} is missing, so "
-                 f"the sizes can't be read"))
-        return self.shape[name][axis]
+        """Return one side of a tensor.  Raises UserError where it has none."""
+        shape = self.shape.get(name, ())
+        require((len(shape) > axis and shape[axis] > 0,
+                 f"{self.where(name)} is missing or empty, so the sizes can't be read"))
+        return shape[axis]
 
     def values(self) -> int:
-        """Count the numbers in all tensors, from the headers."""
+        """Count the numbers in all tensors."""
         return sum(map(math.prod, self.shape.values()))
 
-    def refuse(self, problems: dict[str, str]) -> None:
-        """Raise UserError with the problems, by tensor name, if there are any."""
-        lines = [f"{self.file.get(name, self.files[0]).name}: {self.prefix}{name} {problem}"
-                 for name, problem in sorted(problems.items())]
-        if lines:
-            more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
-            raise UserError(f"{self.files[0].parent}/{'; '.join(lines[:4])}{more}")
-
     def count(self, stem: str) -> int:
-        """How many numbers stand behind a stem: 24 of "blocks." for blocks.0.a, blocks.0.b, ..., 23.b."""
-        return len({name[len(stem):].split(".")[0] for name in self.file if name.startswith(stem)})
+        """Count the items of a list: with the stem "blocks.", 24 for blocks.0.a to blocks.23.b."""
+        items = [name.removeprefix(stem) for name in self.file if name.startswith(stem)]
+        return len({item.split(".")[0] for item in items})
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """In the stored dtype (then mapped, not copied), or converted.  The pages of a mapped file that were
-        touched count as this process's memory until it is unmapped: after each gigabyte that was converted
-        the file is opened anew, so that a conversion needs no memory for both."""
+        """Read a tensor in its stored dtype, mapped to the file, or converted to another one.
+
+        The pages of a mapped file that were touched count as this process's memory until it is
+        unmapped.  So the file is opened anew after each gigabyte that was converted: a conversion
+        takes no memory for both."""
         if self.opened != self.file[name] or self.converted > 2**30:
             self.handle = None                  # unmap before the file is mapped again
             self.converted = 0
@@ -104,41 +114,48 @@ class Tensors:
         return tensor.to(dtype)
 
 
-def read_any(path: Path, wrong: Callable[[Exception], str]):
-    """What a safetensors file holds, as tensors by name, or a .pth, unpickled with weights_only.
+def read_any(path: Path, expected: str):
+    """Read a safetensors file as tensors by name, or unpickle a .pth with weights_only.
 
-    Raises UserError, of what torch could not read with what `wrong` says of it."""
+    expected: what the message of a .pth that torch can't read names.  Raises UserError."""
     if is_safetensors(path):
         tensors = Tensors([path])
         return {name: tensors.read(name) for name in tensors.file}
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # torch raises whatever the missing, damaged or refused file led to
-        raise UserError(f"{path}: {wrong(error)}")
+    except Exception as error:      # torch raises many types for missing, damaged or refused files
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: not {expected} ({reason})")
 
 
 def finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity, in one pass: both survive a minimum and a maximum."""
+    """Return True if no value is NaN or infinite, in one pass: both survive a minimum and a
+    maximum."""
     return tensor.numel() == 0 or all(map(math.isfinite, tensor.detach().aminmax()))
+
+
+def make_header(tensors: dict[str, Tensor], dtype: torch.dtype) -> bytes:
+    """Return the bytes that a safetensors file of these tensors begins with."""
+    header = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.numel() * dtype.itemsize
+        header[name] = dict(dtype=NAMES[dtype], shape=list(tensor.shape), data_offsets=[start, end])
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,
                   gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
-    """A safetensors file, one tensor after the other: `gather` makes each a whole one when its turn comes.
+    """Write a safetensors file; `gather` makes a sharded tensor whole when its turn comes.
 
-    Raises UserError for one that is not finite in `dtype`: it would be refused when it is read."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        end = at + tensor.numel() * dtype.itemsize
-        header[name] = dict(dtype=NAMES[dtype], shape=list(tensor.shape), data_offsets=[at, end])
-        at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    Raises UserError for one that is not finite in `dtype`: reading it would fail."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(make_header(tensors, dtype))
         for name, tensor in tensors.items():
             values = gather(tensor).detach().to("cpu", dtype).contiguous()
-            if not finite(values):
-                raise UserError(f"{path}: {name} is not finite in {NAMES[dtype]} (BF16 has F32's range); "
-                                f"nothing was written")
+            require((finite(values), f"{path}: {name} is not finite in {NAMES[dtype]} (BF16 has "
+                     f"F32's range); nothing was written"))
             file.write(values.reshape(-1).view(torch.uint8).numpy())

@@ -1,8 +1,9 @@
 """The T5 v1.1 encoder (arXiv 1910.10683, 2002.05202), which gives D-DiT its text embeddings.
 
-What differs from the usual transformer: RMSNorm without a mean or a bias, no bias anywhere, no 1/sqrt(head)
-in attention, a gated tanh-GELU, and positions as one learned bias a head on the attention logits, shared by
-all blocks, by bucketed distance.  No attention mask: D-DiT was trained with padding read like any token.
+It differs from the usual transformer: RMSNorm without a mean, no bias in any layer, no 1/sqrt(head)
+in attention, and a gated tanh-GELU.  Positions enter as a learned bias of each head on the
+attention logits, by bucketed distance, shared by all blocks.  There is no attention mask: D-DiT was
+trained with padding that is read like any token.
 
 Shapes: B batch, L tokens, E width, H heads, K size of a head.
 """
@@ -30,20 +31,22 @@ class T5Config:
 
 
 def buckets(length: int, number: int, distance: int) -> Tensor:
-    """The bucket of key minus query, (L, L) int64: exact up to a quarter of the number, then logarithmic.
-
-    Keys behind the query (positive) take the upper half."""
-    at = torch.arange(length)
-    offset = at[None] - at[:, None]                                               # (L, L), key - query
-    half, exact, far = number // 2, number // 4, offset.abs()
+    """Return the bucket of key minus query, (L, L) int64: exact up to a quarter of the number, then
+    logarithmic.  Keys after the query take the upper half."""
+    positions = torch.arange(length)
+    offset = positions[None] - positions[:, None]                                 # (L, L)
+    half = number // 2
+    exact = number // 4
+    far = offset.abs()
     # float32, as published: on the border of two buckets float64 may round to the other one
-    scaled = torch.log(far.clamp(min=1).float() / exact) / math.log(distance / exact) * (half - exact)
-    bucket = torch.where(far < exact, far, (exact + scaled.long()).clamp(max=half - 1))
+    scaled = torch.log(far.clamp(min=1).float() / exact) / math.log(distance / exact)
+    logarithmic = exact + (scaled * (half - exact)).long()
+    bucket = torch.where(far < exact, far, logarithmic.clamp(max=half - 1))
     return bucket + half * (offset > 0)
 
 
 class RMSNorm(nn.Module):
-    """float32 in, weight's dtype out: the residual stream stays float32 whatever the weights are."""
+    """Normalise float32 x, and return the weight's dtype: the residual stream stays float32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -51,7 +54,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(self.weight.dtype) * self.weight
+        x = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return x.to(self.weight.dtype) * self.weight
 
 
 class T5Block(nn.Module):
@@ -60,31 +64,40 @@ class T5Block(nn.Module):
         inner = config.heads * config.head
         self.heads = config.heads
         self.attention_norm = RMSNorm(config.width, config.eps)
-        self.q, self.k, self.v = (nn.Linear(config.width, inner, bias=False) for _ in range(3))
+        self.q = nn.Linear(config.width, inner, bias=False)
+        self.k = nn.Linear(config.width, inner, bias=False)
+        self.v = nn.Linear(config.width, inner, bias=False)
         self.o = nn.Linear(inner, config.width, bias=False)
         self.mlp_norm = RMSNorm(config.width, config.eps)
         self.wi_0 = nn.Linear(config.width, config.hidden, bias=False)
         self.wi_1 = nn.Linear(config.width, config.hidden, bias=False)
         self.wo = nn.Linear(config.hidden, config.width, bias=False)
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                  # (B, H, L, K)
+
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, L, E) float32, bias (1, H, L, L) -> (B, L, E) float32."""
         y = self.attention_norm(x)
-        q, k, v = (project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, H, L, K)
-                   for project in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)     # (B, H, L, K)
-        x = x + self.o(y.transpose(1, 2).flatten(2)).float()
+        q = self.split_heads(self.q(y))
+        k = self.split_heads(self.k(y))
+        v = self.split_heads(self.v(y))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        y = y.transpose(1, 2).flatten(2)                                          # (B, L, H K)
+        x = x + self.o(y).float()
         y = self.mlp_norm(x)
         gate = F.gelu(self.wi_0(y), approximate="tanh")                           # (B, L, hidden)
         value = self.wi_1(y)                                                      # (B, L, hidden)
-        if gate.dtype == torch.float16:    # T5-XXL's MLP goes over 65504, float16's largest number
+        if gate.dtype == torch.float16:    # T5-XXL's MLP exceeds 65504, float16's largest number
             return x + F.linear(gate.float() * value.float(), self.wo.weight.float())
         return x + self.wo(gate * value).float()
 
 
 class MaskEmbedding(nn.Module):
-    """T5's [MASK] row, the one part of T5 that D-DiT trains: put wherever ids (B, L) are [MASK] into their
-    embeddings (B, L, E), so that its gradient comes through the frozen blocks."""
+    """T5's [MASK] row, the one part of T5 that D-DiT trains.
+
+    It replaces the embeddings (B, L, E) of ids (B, L) that are [MASK], so that its gradient comes
+    through the frozen blocks."""
 
     def __init__(self, vector: Tensor, mask_id: int):
         super().__init__()
@@ -92,11 +105,12 @@ class MaskEmbedding(nn.Module):
         self.mask_id = mask_id
 
     def forward(self, ids: Tensor, x: Tensor) -> Tensor:
-        return torch.where((ids == self.mask_id)[..., None], self.vector, x)
+        masked = (ids == self.mask_id)[..., None]                                 # (B, L, 1)
+        return torch.where(masked, self.vector, x)
 
 
 class T5Encoder(nn.Module):
-    """ids (B, L) int64 -> states (B, L, E) in the weights' dtype."""
+    """Encode ids (B, L) int64 as states (B, L, E) in the weights' dtype."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -108,13 +122,14 @@ class T5Encoder(nn.Module):
 
     @torch.no_grad()
     def set_embedding(self, token: int, vector: Tensor) -> None:
-        """Replace a row of the table by a vector (E,): [MASK], the only part of T5 that D-DiT trains."""
+        """Replace a row of the table by a vector (E,)."""
         self.embed.weight[token] = vector.to(self.embed.weight)
 
     def forward(self, ids: Tensor, mask: MaskEmbedding | None = None) -> Tensor:
-        """mask: what stands at the [MASK]s in place of the table's row, while it is learnt."""
-        bucket = buckets(ids.shape[1], self.config.buckets, self.config.distance).to(ids.device)
-        bias = self.position_bias(bucket).permute(2, 0, 1)[None]                  # (1, H, L, L)
+        """mask: replaces the table's [MASK] row while that is trained."""
+        bucket = buckets(ids.shape[1], self.config.buckets, self.config.distance)
+        bias = self.position_bias(bucket.to(ids.device))                          # (L, L, H)
+        bias = bias.permute(2, 0, 1)[None]                                        # (1, H, L, L)
         x = self.embed(ids).float()                                               # (B, L, E)
         if mask is not None:
             x = mask(ids, x)

@@ -1,4 +1,4 @@
-"""Text <-> ids: GPT-2's byte-level BPE, whole or cut to a small vocabulary, and T5's, each with [MASK].
+"""Text <-> ids: GPT-2's byte-level BPE, whole or cut to a small vocabulary, and T5's, with [MASK].
 
 Shapes: L tokens.
 """
@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterable
 
@@ -21,27 +22,24 @@ from common.files import read_json_object, read_text
 MERGES = Path(__file__).parents[1] / "assets" / "gpt2" / "merges.txt"
 
 
+@dataclass(eq=False)
 class Tokenizer:
     """Text <-> ids, with an end token, a padding token and [MASK].
 
-    Special tokens are never read out of text: "[MASK]" in a caption is six characters like any others.
-    specials: a pattern of T5's, which its vocabulary holds like any word.  seen: the ids of training texts,
-    and capitals, the words that their captions capitalise, where these are known.  warns: about the first
-    text that is cut; cut: counts them, and lost describes the first."""
-
-    def __init__(self, bpe: BPE, end_id: int, pad_id: int, mask_id: int, vocab_size: int, specials: str = "",
-                 keep: list[int] | None = None, seen: Iterable[int] | None = None,
-                 capitals: Iterable[str] = ()):
-        self.bpe = bpe
-        self.end_id = end_id
-        self.pad_id = pad_id
-        self.mask_id = mask_id
-        self.vocab_size = vocab_size
-        self.specials = specials
-        self.keep = keep
-        self.seen = None if seen is None else set(seen)
-        self.capitals = set(capitals)
-        self.cut, self.lost, self.warns = 0, "", True
+    Special tokens are never read out of text: "[MASK]" in a caption is six characters like any
+    others."""
+    bpe: BPE
+    end_id: int
+    pad_id: int
+    mask_id: int
+    vocab_size: int
+    specials: str = ""                  # a pattern of T5's, which are in its vocabulary
+    keep: list[int] | None = None       # the GPT-2 ids of a small vocabulary
+    seen: set[int] | None = None        # the ids of the training texts
+    capitals: set[str] = field(default_factory=set)     # words that training captions capitalise
+    warns: bool = True                  # about the first text that is cut
+    cut: int = 0                        # counts the texts that are cut
+    lost: str = ""                      # describes the first of them
 
     def plain(self, text: str) -> str:
         """Pry special tokens apart: "</s>" becomes "< /s>"."""
@@ -53,27 +51,28 @@ class Tokenizer:
 
     def many(self, texts: list[str]) -> list[list[int]]:
         """Return the bare ids of many texts, on all cores."""
-        encodings = self.bpe.encode_batch(list(map(self.plain, texts)), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        plain = [self.plain(text) for text in texts]
+        return [encoding.ids for encoding in self.bpe.encode_batch(plain, add_special_tokens=False)]
 
     def digest(self) -> str:
         """Hash the vocabulary and the special ids."""
-        identity = sorted(self.bpe.get_vocab().items()), self.end_id, self.pad_id, self.mask_id
+        vocabulary = sorted(self.bpe.get_vocab().items())
+        identity = vocabulary, self.end_id, self.pad_id, self.mask_id
         return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
     def files(self) -> dict[str, str]:
-        """Return what a checkpoint's folder holds of it, by file name."""
+        """Return the contents of a checkpoint's tokenizer files, by file name."""
         if self.specials:
-            padding = {"pad_token": self.bpe.id_to_token(self.pad_id)}
-            return {"tokenizer.json": self.bpe.to_str(),
-                    "special_tokens_map.json": json.dumps(padding) + "\n"}
-        content = {"tokenizer": "gpt2", "keep": self.keep}
+            padding = json.dumps({"pad_token": self.bpe.id_to_token(self.pad_id)})
+            return {"tokenizer.json": self.bpe.to_str(), "special_tokens_map.json": padding + "\n"}
+        content = dict(tokenizer="gpt2", keep=self.keep)
         if self.seen is not None:
             content.update(seen=sorted(self.seen), capitals=sorted(self.capitals))
         return {"tokenizer.json": json.dumps(content) + "\n"}
 
     def continuation(self, text: str) -> list[int]:
-        """Return the ids of a text that goes on where a token ended: T5's would put a space there."""
+        """Return the ids of a text that continues at the end of a token, where T5's would put a
+        space."""
         ids = self.pieces(text)
         first = self.bpe.id_to_token(ids[0]) if ids else ""
         if text.startswith(" ") or not first.startswith("\u2581"):
@@ -81,36 +80,46 @@ class Tokenizer:
         if first == "\u2581":
             return ids[1:]
         bare = self.bpe.token_to_id(first[1:])
-        return ids if bare is None else [bare] + ids[1:]
+        return ids if bare is None else [bare, *ids[1:]]
 
     def behind(self, ids: Tensor | list[int]) -> str:
-        """Decode tokens that stand behind a text: T5's would lose the space that they begin with."""
+        """Decode tokens that follow a text: T5's would lose the space that they begin with."""
         return self.decode([*self.pieces("a"), *ids])[1:]
 
     def meet(self, texts: list[str] | None) -> None:
-        """Remember the ids and capitals of training texts; None: they are not known any more."""
+        """Remember the ids and capitals of training texts; None: forget them all."""
         if texts is None:
-            self.seen, self.capitals = None, set()
+            self.seen = None
+            self.capitals = set()
             return
         texts = sorted(set(texts))
         self.seen = (self.seen or set()).union(*self.many(texts))
         for text in texts:
-            if not text.startswith("Q: "):
-                self.capitals.update(word for word in re.findall(r"\w+", text) if word != word.lower())
+            if text.startswith("Q: "):
+                continue
+            words = re.findall(r"\w+", text)
+            self.capitals.update(word for word in words if word != word.lower())
 
     def lowered(self, text: str) -> str:
         """Lower the case of words that no training caption capitalises; [MASK] stays."""
         if self.seen is None:
             return text
         kept = self.capitals | {"[MASK]"}
-        return re.sub(r"\[MASK\]|\w+", lambda word: word[0] if word[0] in kept else word[0].lower(), text)
+
+        def lower(match: re.Match) -> str:
+            return match[0] if match[0] in kept else match[0].lower()
+        return re.sub(r"\[MASK\]|\w+", lower, text)
 
     def strange(self, text: str) -> list[str]:
-        """Return the words with a piece that no training text had, or for which there is none."""
+        """Return the words with a piece that is unknown, or that no training text had."""
         text = self.plain(text)
-        encoding, unknown = self.bpe.encode(text, add_special_tokens=False), self.bpe.token_to_id("<unk>")
-        spans = [span for i, span in zip(encoding.ids, encoding.offsets)
-                 if i == unknown or self.seen is not None and i not in self.seen]
+        encoding = self.bpe.encode(text, add_special_tokens=False)
+        unknown = self.bpe.token_to_id("<unk>")
+        spans = []
+        for i, span in zip(encoding.ids, encoding.offsets):
+            unseen = self.seen is not None and i not in self.seen
+            if unseen or i == unknown:
+                spans.append(span)
         words = []
         for word in re.finditer(r"\S+|\s\s+", text):
             if any(start < word.end() and end > word.start() for start, end in spans):
@@ -118,26 +127,33 @@ class Tokenizer:
         return list(dict.fromkeys(words))
 
     def encode(self, text: str, length: int) -> Tensor:
-        """Return (length,) int64: the text, the end token, padding.  Longer texts are cut, with a warning."""
+        """Return ids (length,) int64: the text, the end token, padding.  See `fit`."""
         return self.fit(self.pieces(text), length)
 
     def fit(self, ids: list[int], length: int) -> Tensor:
-        """Cut or pad ids to (length,), with the end token; the first cut prints a warning to stderr."""
+        """Cut or pad ids to (length,), with the end token; the first cut prints a warning on
+        stderr."""
         room = length - 1
         if len(ids) > room:
             self.cut += 1
             if not self.lost:
-                kept, cut = self.decode(ids[:room]), self.decode(ids[room:])
-                self.lost = (f"{len(ids)} tokens, room for {room}: kept up to {kept[-20:]!r}, cut off "
-                             f"{cut[:60]!r}")
-                if self.warns:
-                    print(f"warning: {self.lost}; others are counted", file=sys.stderr)
+                self.describe_cut(ids, room)
         ids = ids[:room] + [self.end_id]
         return torch.tensor(ids + [self.pad_id] * (length - len(ids)))
 
+    def describe_cut(self, ids: list[int], room: int) -> None:
+        """Describe the first cut, of ids longer than `room`, in `lost` and in a warning."""
+        kept = self.decode(ids[:room])
+        cut = self.decode(ids[room:])
+        self.lost = (f"{len(ids)} tokens, room for {room}: kept up to {kept[-20:]!r}, cut off "
+                     f"{cut[:60]!r}")
+        if self.warns:
+            print(f"warning: {self.lost}; others are counted", file=sys.stderr)
+
     def decode(self, ids: Tensor | list[int]) -> str:
         """Return the text up to the first end token; a [MASK] that is left reads "[MASK]"."""
-        text, run = "", []
+        text = ""
+        run = []
         for i in [*map(int, ids), self.end_id]:
             if i not in (self.end_id, self.pad_id, self.mask_id):
                 run.append(i)
@@ -152,44 +168,51 @@ class Tokenizer:
 def read_merges() -> list[tuple[str, ...]]:
     """Read GPT-2's pairs of pieces, in the order in which they are merged.  Raises UserError."""
     lines = read_text(MERGES).splitlines()[1:]
-    require((len(lines) == 50000, f"{MERGES}: {len(lines)} merges, expected 50000; restore the file from git"))
+    require((len(lines) == 50000,
+             f"{MERGES}: {len(lines)} merges, expected 50000; restore the file from git"))
     return [tuple(line.split(" ")) for line in lines]
 
 
-def gpt2_tokenizer(keep: list[int] | None = None, **known) -> Tokenizer:
-    """Make GPT-2's byte-level BPE, <|endoftext|> as end and padding, and [MASK] as one id more (50257).
+def gpt2_tokenizer(keep: list[int] | None = None, seen: list[int] | None = None,
+                   capitals: Iterable[str] = ()) -> Tokenizer:
+    """Make GPT-2's byte-level BPE, <|endoftext|> as end and padding, [MASK] as one more id (50257).
 
-    keep: GPT-2 ids to keep, renumbered in their order, for a small model's small head; it must hold the 256
-    bytes and, for each id, the two ids it is merged from (`gpt2_subset` makes such a list).  Text made of
-    kept tokens is cut up exactly as GPT-2 does; any other text falls into smaller pieces, down to bytes.
-    known: `seen` and `capitals`."""
+    keep: GPT-2 ids, renumbered in their order, for a small model's small head.  It must hold the
+    256 bytes and, for each id, the two ids it is merged from (`gpt2_subset` makes this list).  Text
+    made of kept tokens is cut up exactly as GPT-2 does; other text falls into smaller pieces, down
+    to bytes.  seen, capitals: see `Tokenizer`.  Raises UserError for a wrong `keep`."""
     pairs = read_merges()
-    # GPT-2's order: printable bytes first, then the rest moved up to 256 and on
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = letters + ["".join(pair) for pair in pairs]
+    # GPT-2's order: 188 printable bytes first, then the other 68 moved up to 256 and on
+    codes = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]
+    tokens = [chr(code) for code in codes]
+    tokens += ["".join(pair) for pair in pairs]
     if keep is not None:
-        if keep != sorted(set(keep)) or keep[:256] != list(range(256)) or keep[-1] >= len(tokens):
-            raise UserError("a tokenizer's keep list must be ascending GPT-2 ids that start with 256 bytes")
+        ascending = keep == sorted(set(keep)) and keep[-1] < len(tokens)
+        require((ascending and keep[:256] == list(range(256)),
+                 "a tokenizer's keep list must be ascending GPT-2 ids that start with 256 bytes"))
         tokens = [tokens[i] for i in keep]
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [pair for pair in pairs if "".join(pair) in vocab]
-    if any(part not in vocab for pair in pairs for part in pair):
-        raise UserError("a tokenizer's keep list holds a token without the two it is merged from")
+    require((vocab.keys() >= set().union(*pairs),
+             "a tokenizer's keep list holds a token without the two it is merged from"))
     bpe = BPE(models.BPE(vocab=vocab, merges=pairs))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     end = len(tokens)
-    return Tokenizer(bpe, end_id=end, pad_id=end, mask_id=end + 1, vocab_size=end + 2, keep=keep, **known)
+    return Tokenizer(bpe, end, end, mask_id=end + 1, vocab_size=end + 2, keep=keep,
+                     seen=None if seen is None else set(seen), capitals=set(capitals))
 
 
 def t5_tokenizer(file: Path) -> Tokenizer:
-    """Read T5's tokenizer.json: </s> as end, <extra_id_0> as [MASK], as padding what special_tokens_map.json
-    or tokenizer_config.json beside it names (D-DiT pads with </s>), otherwise <pad>.  Raises UserError."""
+    """Read T5's tokenizer.json: </s> as end, <extra_id_0> as [MASK].
+
+    Padding is the pad_token of special_tokens_map.json or tokenizer_config.json beside it (D-DiT
+    pads with </s>), otherwise <pad>.  Raises UserError."""
     try:
         bpe = BPE.from_file(str(file))
     except Exception as error:      # tokenizers raises a bare Exception
-        raise UserError(f"{file}: not a tokenizer that can be read ({str(error).splitlines()[0]})")
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: not a tokenizer that can be read ({reason})")
     bpe.no_padding()
     bpe.no_truncation()
     pad = "<pad>"
@@ -197,21 +220,25 @@ def t5_tokenizer(file: Path) -> Tokenizer:
         if (file.parent / name).exists():
             token = read_json_object(file.parent / name).get("pad_token") or pad
             pad = token.get("content", pad) if isinstance(token, dict) else token
-    ids = {token: bpe.token_to_id(token) for token in ("</s>", pad, "<extra_id_0>")}
-    absent = [token for token, i in ids.items() if i is None]
-    require((not absent, f"{file}: has no {' and no '.join(absent)}, expected T5 v1.1's tokenizer"))
-    return Tokenizer(bpe, ids["</s>"], ids[pad], ids["<extra_id_0>"],
-                     bpe.get_vocab_size(with_added_tokens=True), r"<(/s|pad|unk|extra_id_\d+)>")
+    ids = []
+    for token in ("</s>", pad, "<extra_id_0>"):
+        ids.append(bpe.token_to_id(token))
+        require((ids[-1] is not None, f"{file}: has no {token}, expected T5 v1.1's tokenizer"))
+    return Tokenizer(bpe, *ids, bpe.get_vocab_size(), specials=r"<(/s|pad|unk|extra_id_\d+)>")
 
 
 def gpt2_subset(texts: list[str]) -> list[int]:
-    """Return the GPT-2 ids that the texts use, those they are merged from, and the 256 bytes, ascending."""
+    """Return the GPT-2 ids that the texts use, those they are merged from, and the 256 bytes,
+    ascending."""
     full = gpt2_tokenizer()
-    number = full.bpe.token_to_id
-    halves = {number(left + right): {number(left), number(right)} for left, right in read_merges()}
-    wanted, todo = set(range(256)), set().union(*full.many(list(set(texts))))
-    while todo:
-        i = todo.pop()
+    id_of = full.bpe.get_vocab()
+    halves = {}
+    for left, right in read_merges():
+        halves[id_of[left + right]] = {id_of[left], id_of[right]}
+    wanted = set(range(256))
+    pending = set().union(*full.many(list(set(texts))))
+    while pending:
+        i = pending.pop()
         wanted.add(i)
-        todo |= halves.get(i, set()) - wanted
+        pending |= halves.get(i, set()) - wanted
     return sorted(wanted)

@@ -1,10 +1,11 @@
-"""The latent interface: pictures in [-1, 1] on one side, what the transformer diffuses on the other.
+"""Images in [-1, 1] to the latents that the transformer diffuses, and back.
 
-`AutoencoderKL` is Stable Diffusion 3's autoencoder (arXiv 2403.03206): 8 pixels a side become one latent of
-16 channels.  Its shift and scale, z = (mean - 0.0609) * 1.5305, are applied here and nowhere else.  `Pixels`
-is the identity behind the same two calls, for models small enough to work on pixels.
+`AutoencoderKL` is Stable Diffusion 3's autoencoder (arXiv 2403.03206): 8 pixels a side become one
+latent of 16 channels.  Its shift and scale, z = (mean - 0.0609) * 1.5305, are applied here and
+nowhere else.  `Pixels` is the identity behind the same two calls, for models small enough to work
+on pixels.
 
-Shapes: B batch, H and W picture height and width, C channels inside, h = H/8, w = W/8.
+Shapes: B batch, H and W image height and width, C channels inside, h = H/8, w = W/8.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Pixels:
     channels = 3
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The images themselves; there is no posterior to draw from, so `generator` changes nothing."""
+        """Return the images; without a posterior to draw from, `generator` changes nothing."""
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -33,12 +34,12 @@ class Pixels:
 
 @dataclass
 class VAEConfig:
-    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of a level; each but the last halves the side
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # each level but the last halves the side
     blocks: int = 2             # residual blocks a level in the encoder; the decoder has one more
     latent: int = 16            # channels of a latent
     groups: int = 32            # of GroupNorm
-    scale: float = 1.5305       # of latents, after
-    shift: float = 0.0609       # the shift
+    scale: float = 1.5305       # of latents, after the shift
+    shift: float = 0.0609
 
     @property
     def factor(self) -> int:
@@ -46,11 +47,12 @@ class VAEConfig:
         return 2 ** (len(self.widths) - 1)
 
 
-GroupNorm = partial(nn.GroupNorm, eps=1e-6)     # as in every Stable Diffusion autoencoder; torch has 1e-5
+GroupNorm = partial(nn.GroupNorm, eps=1e-6)     # as in Stable Diffusion; torch has 1e-5
 
 
 def activate(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())   # at 1024 pixels one copy is half a gigabyte
+    # in place: at 1024 pixels one copy is half a gigabyte
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):
@@ -60,7 +62,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
         self.norm2 = GroupNorm(groups, outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
-        self.shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
+        self.shortcut = nn.Identity() if inner == outer else nn.Conv2d(inner, outer, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(activate(self.norm1, x))
@@ -73,13 +75,16 @@ class Attention(nn.Module):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.norm = GroupNorm(groups, width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, h, w = x.shape
         y = self.norm(x).flatten(2).transpose(1, 2).unsqueeze(1)                  # (B, 1, hw, C)
         y = F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
-        return x + self.out(y)[:, 0].transpose(1, 2).view(B, C, h, w)
+        y = self.out(y)[:, 0].transpose(1, 2)                                     # (B, C, hw)
+        return x + y.view(x.shape)
 
 
 class Level(nn.Module):
@@ -87,7 +92,9 @@ class Level(nn.Module):
 
     def __init__(self, inner: int, outer: int, blocks: int, groups: int, change: str):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(outer if i else inner, outer, groups) for i in range(blocks))
+        self.blocks = nn.Sequential(ResBlock(inner, outer, groups))
+        for _ in range(blocks - 1):
+            self.blocks.append(ResBlock(outer, outer, groups))
         self.change = change
         if change == "down":
             self.resample = nn.Conv2d(outer, outer, 3, stride=2)
@@ -95,29 +102,29 @@ class Level(nn.Module):
             self.resample = nn.Conv2d(outer, outer, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        if self.change == "none":
-            return x
+        x = self.blocks(x)
         if self.change == "down":
-            x = F.pad(x, (0, 1, 0, 1))                                            # right and bottom only
-        else:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.resample(x)
+            return self.resample(F.pad(x, (0, 1, 0, 1)))                          # right and bottom
+        if self.change == "up":
+            return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
 
 
 def levels(widths: Sequence[int], blocks: int, groups: int, change: str) -> nn.Sequential:
     """Build levels of these widths; each but the last changes the size."""
-    inner = [widths[0], *widths]
-    changes = [change] * (len(widths) - 1) + ["none"]
-    return nn.Sequential(*(Level(inner[i], width, blocks, groups, changes[i])
-                           for i, width in enumerate(widths)))
+    stack = nn.Sequential()
+    inner = widths[0]
+    for width in widths[:-1]:
+        stack.append(Level(inner, width, blocks, groups, change))
+        inner = width
+    return stack.append(Level(inner, widths[-1], blocks, groups, "none"))
 
 
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        groups, width = config.groups, config.widths[-1]
+        groups = config.groups
+        width = config.widths[-1]
         self.conv_in = nn.Conv2d(3, config.widths[0], 3, padding=1)
         self.down = levels(config.widths, config.blocks, groups, "down")
         self.mid_1 = ResBlock(width, width, groups)
@@ -135,7 +142,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        groups, width = config.groups, config.widths[-1]
+        groups = config.groups
+        width = config.widths[-1]
         self.conv_in = nn.Conv2d(config.latent, width, 3, padding=1)
         self.mid_1 = ResBlock(width, width, groups)
         self.attention = Attention(width, groups)
@@ -151,7 +159,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """encode and decode, one picture at a time: a batch takes no more memory than its largest picture."""
+    """Encode and decode, one image at a time: a batch takes no more memory than one image."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -163,22 +171,26 @@ class AutoencoderKL(nn.Module):
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean and log variance, (B, 16, h, w) each, unscaled."""
-        return torch.cat([self.encoder(image) for image in images.split(1)]).chunk(2, dim=1)
+        moments = torch.cat([self.encoder(image) for image in images.split(1)])   # (B, 32, h, w)
+        return moments.chunk(2, dim=1)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1], sides multiples of 8 -> shifted and scaled latents (B, 16, h, w).
+        """images (B, 3, H, W) in [-1, 1] -> shifted and scaled latents (B, 16, h, w).
 
-        The posterior's mean, or a draw from it with a generator (the published code draws, for captions too).
-        Raises ValueError for sides that are no multiples of 8."""
-        if any(side % self.factor for side in images.shape[2:]):
-            raise ValueError(f"a picture of {tuple(images.shape[2:])} is not a multiple of {self.factor}")
+        They are the posterior's mean or, with a generator, a draw from it (the published code
+        draws, for captions too).  Raises ValueError for sides that are no multiples of 8."""
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"an image of {height} by {width}: the sides must be multiples of "
+                             f"{self.factor}")
         z, logvar = self.posterior(images)
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=generator.device)
-            z = z + (0.5 * logvar.float().clamp(-30, 20)).exp().to(z.dtype) * noise.to(z)
+            deviation = (0.5 * logvar.float().clamp(-30, 20)).exp()
+            z = z + deviation.to(z.dtype) * noise.to(z)
         return (z - self.config.shift) * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 16, h, w) -> pictures (B, 3, H, W), not clipped."""
+        """Latents (B, 16, h, w) -> images (B, 3, H, W), not clipped."""
         z = latents / self.config.scale + self.config.shift
-        return torch.cat([self.decoder(one) for one in z.split(1)])
+        return torch.cat([self.decoder(latent) for latent in z.split(1)])

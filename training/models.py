@@ -211,7 +211,7 @@ def add_text_encoder(models: Models, config: TrainConfig, path: str | None,
     if config.mask_embedding:
         vector = checkpoint.load_mask_embedding(config.mask_embedding, width)
     elif config.init:
-        vector = checkpoint.learnt_mask(config.init)
+        vector = checkpoint.trained_mask(config.init)
     dtype = getattr(torch, config.dtype)
     t5 = checkpoint.load_text_encoder(path, dtype, tokenizer, width, vector)
     vector = t5.embed.weight[tokenizer.mask_id].detach().float().clone()

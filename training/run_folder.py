@@ -86,7 +86,7 @@ def digest_weights(init: str) -> str:
     """Hash the weights that --init is trained from; "" without --init."""
     if not init:
         return ""
-    weights = checkpoint.own_weights(init, True)
+    weights = checkpoint.weights_file(init, True)
     if weights.is_file():
         return sha256(weights)[:16]
     return data.fingerprint(init)

@@ -39,16 +39,16 @@ def write_hollow(path, shapes):
     return path
 
 
-def build(part, tensors, config, naming):
+def build(name, part):
     """Return a part's module without memory, and where each of its parameters is in the file."""
-    if part == "vae":
-        vae = AutoencoderKL(layouts.vae_config(tensors, config, naming))
-        return vae, layouts.vae_entries(vae, naming)
-    if part == "t5":
-        t5 = T5Encoder(layouts.t5_config(tensors, config, naming))
+    if name == "vae":
+        vae = AutoencoderKL(layouts.vae_config(part))
+        return vae, layouts.vae_entries(vae, part.layout)
+    if name == "t5":
+        t5 = T5Encoder(layouts.t5_config(part))
         return t5, layouts.t5_entries(t5, "shared.weight")
-    mmdit = MMDiT(layouts.mmdit_config(tensors, config, naming))
-    return mmdit, layouts.mmdit_entries(mmdit, layouts.family(tensors), naming)
+    mmdit = MMDiT(layouts.mmdit_config(part))
+    return mmdit, layouts.mmdit_entries(mmdit, part.layout)
 
 
 # tensors that a file has beside the part
@@ -64,9 +64,10 @@ PARAMETERS = dict(transformer=2_102_856_100, vae=83_819_683, t5=4_762_310_656)
     ("t5_xxl.text_encoder", "t5"), ("dual_diff_release.transformer", "transformer")])
 def test_full_size_files_have_exactly_our_parameters(entry, part, tmp_path):
     path = write_hollow(tmp_path / "hollow.safetensors", FULL_SIZE[entry])
-    tensors, config, naming = find(path, part)
+    stored = find(path, part)
+    tensors = stored.tensors
     with torch.device("meta"), checkpoint.Uninitialized():
-        module, entries = build(part, tensors, config, naming)
+        module, entries = build(part, stored)
     expected = {}
     for place in entries.values():
         expected |= dict.fromkeys(place.keys, place.shape)
