@@ -1,15 +1,18 @@
-"""Sources of pictures with texts: a sample at a position; mixed by weight, in an order without state.
+"""Samples of images with texts: sources, mixed by weight, in an order that is computed, not stored.
 
-    python data.py show PATH[:WEIGHT] ... --out page.png     # what the trainer would see, and what is wrong
-    python data.py index SHARD.tar ...                       # where a tar's samples are; also at first use
-    python data.py latents PATH FOLDER --vae VAE             # pictures encoded once, before training
-    python data.py build-emoji                               # the emoji set anew
+    python data.py show PATH[:WEIGHT] ... --out page.png     # what the trainer would see; errors
+    python data.py index SHARD.tar ...                       # where a tar's samples are
+    python data.py latents PATH FOLDER --vae VAE             # images encoded once, before training
+    python data.py build-emoji                               # the emoji set, built again
     python data.py pack BOOK.txt WEB.jsonl.gz T.safetensors  # plain text as tokens
 
-A source is a path, told by what it is: a folder of pictures with captions, tars, a JSON list, stored latents
-or tokens (dataset/sources.py), the published files of questions (dataset/questions.py), or the embedded set (dataset/emoji.py), whose
-epoch has each emoji and style once or, with @each behind its path, each picture.  The sample at position i of
-a run is a function of (run, i) alone: there are no iterators, and nothing about order is stored.
+A source is a path: a folder of images with captions, tars, a JSON list, stored latents or tokens
+(dataset/sources.py), published files of questions (dataset/questions.py), or the embedded emoji set
+(dataset/emoji.py).  An epoch of the emoji set has each emoji and style once or, with @each behind
+its path, each image.  docs/data.md shows how to add a kind of source.
+
+The sample at position i of a run is a function of (run, i): there are no iterators, and nothing
+about the order is stored.
 
 Shapes: n samples or positions, P pixels a side.
 """
@@ -21,9 +24,8 @@ import argparse
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -31,110 +33,184 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
-from common.cli import UserError, require
+from common.cli import UserError, option, require
 from common.devices import DEVICES
 from common.files import sha256
 from common.seeding import fraction
 from dataset import emoji, precompute, questions, sources, webdataset
 from dataset.aspect_buckets import Buckets
 from dataset.images import fit_picture, picture_size, read_picture
+from dataset.sources import Location, Source
+from pretrained.safetensors_io import is_safetensors
 from viz import grids
 
-PIXELS = dict(vae="pixels", channels="3")       # the stamp of pictures that are not encoded
-LOOK = 1000                                     # samples that `show` looks at
-EACH = "@each"                                  # behind the emoji tar's path: each picture as often
+LOOK = 1000             # samples that `show` looks at
+Size = tuple[int, int]  # height and width
+EACH = "@each"          # behind the emoji tar's path: each image as often
 
 
-# ------------------------------------------------------------------------------------------------------ order
+# ------------------------------------------------------------------------------------------ order
 
-def permute(at: Tensor, size: int, key: str) -> Tensor:
-    """Where a random permutation of range(size) takes each place, (n,) int64 -> (n,), without storing it.
+class Place(NamedTuple):
+    """The place of a sample in an epoch of one of a mixture's sources."""
+    source: int
+    epoch: int
+    row: int
 
-    A Feistel network of six rounds on the smallest even number of bits that holds `size`; what falls outside
-    is sent through again until it is inside (cycle walking, Black and Rogaway 2002): four times at most, on
-    average.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low, keys = (1 << half) - 1, np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint32)[:6].tolist()
-    at, outside = at.clone(), torch.ones_like(at, dtype=torch.bool)
+
+def permute(places: Tensor, size: int, key: str) -> Tensor:
+    """Return where a random permutation of range(size) takes each place, (n,) int64 -> (n,).
+
+    Nothing is stored.  It is a Feistel network of six rounds on the smallest even number of bits
+    that holds `size`.  A result outside the range goes through the network again until it is inside
+    (cycle walking, Black and Rogaway 2002): at most four times, on average."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)            # bits of each half
+    low = (1 << half) - 1                                        # mask of the lower half
+    digest = hashlib.sha256(key.encode()).digest()
+    round_keys = np.frombuffer(digest, np.uint32)[:6].tolist()
+    places = places.clone()
+    outside = torch.ones_like(places, dtype=torch.bool)
     while outside.any():
-        left, right = at[outside] >> half, at[outside] & low
-        for k in keys:                                           # murmur's mixing, modulo 2^32
-            mixed = (right + k) * 0x9E3779B1 & 0xFFFFFFFF
+        left = places[outside] >> half
+        right = places[outside] & low
+        for round_key in round_keys:                             # murmur's mixing, modulo 2^32
+            mixed = (right + round_key) * 0x9E3779B1 & 0xFFFFFFFF
             mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 & 0xFFFFFFFF
-            left, right = right, left ^ ((mixed ^ mixed >> 13) & low)
-        at[outside] = left << half | right
-        outside = at >= size
-    return at
+            mixed = (mixed ^ mixed >> 13) & low
+            left, right = right, left ^ mixed
+        places[outside] = left << half | right
+        outside = places >= size
+    return places
 
 
-def locate(positions: Tensor, sizes: list[int], weights: list[float], key: str) -> list[tuple[int, int, int]]:
-    """(source, epoch, place in the source) of each position (n,) of an endless mix of shuffled epochs.
+def locate(positions: Tensor, sizes: list[int], weights: list[float], key: str) -> list[Place]:
+    """Return the place of each position (n,) in an endless mix of shuffled epochs.
 
     weights: of all samples of a source together, len(source) times that of one.
-    Source k fills its share of positions as evenly as can be: of the first p positions left to it and to the
-    sources after it, floor(p share).  That count says which epoch of the source, and where in it, a position
-    is.
-    """
-    found, todo, left = [(0, 0, 0)] * len(positions), torch.arange(len(positions)), positions
-    for k, (size, weight) in enumerate(zip(sizes, weights)):
-        share = round(weight / sum(weights[k:]) * 2**24)         # in 2^-24, so that it is exact
-        before = (left * share) >> 24
-        mine = ((left + 1) * share) >> 24 > before
-        epochs, at = before[mine] // size, before[mine] % size
-        for e in epochs.unique().tolist():
-            places = permute(at[epochs == e], size, f"{key} source {k} epoch {e}").tolist()
-            for i, place in zip(todo[mine][epochs == e].tolist(), places):
-                found[i] = (k, e, place)
-        todo, left = todo[~mine], (left - before)[~mine]
-    return found
+    Source k fills its share of positions as evenly as can be: of the first p positions that earlier
+    sources leave free, it fills floor(p share).  That count gives the epoch and the place in it."""
+    places = [Place(0, 0, 0)] * len(positions)
+    indices = torch.arange(len(positions))                       # of positions that are free
+    free = positions                                             # counted without those filled
+    for k, size in enumerate(sizes):
+        share = round(weights[k] / sum(weights[k:]) * 2**24)     # in 2^-24, so that it is exact
+        before = (free * share) >> 24                            # samples of k at earlier positions
+        is_taken = ((free + 1) * share) >> 24 > before
+        taken = indices[is_taken]
+        epochs = before[is_taken] // size
+        rows = before[is_taken] % size
+        for epoch in epochs.unique().tolist():
+            now = epochs == epoch
+            shuffled = permute(rows[now], size, f"{key} source {k} epoch {epoch}").tolist()
+            for i, row in zip(taken[now].tolist(), shuffled):
+                places[i] = Place(k, epoch, row)
+        indices = indices[~is_taken]
+        free = (free - before)[~is_taken]
+    return places
 
 
-# ---------------------------------------------------------------------------------------------------- mixture
+# ---------------------------------------------------------------------------------------- sources
 
-def open_source(path: str, pixels: int, length: int = 256):
-    """The source at a path; plain text in pieces of `length` tokens.  Raises UserError."""
-    if re.search(r"\.json(@|$)", path):
-        return questions.of_json(path)
-    source = sources.of_path(path.removesuffix(EACH), length)
-    known, each = emoji.is_emoji(source), path.endswith(EACH)
-    require((known or not each, f"{path}: {EACH} is of the emoji set, {source.name} is another"))
-    return emoji.Emoji(source.tars[0], pixels, each) if known else source
+def open_tars(location: Location) -> Source:
+    """Open tars; the emoji set is recognised by its first sample."""
+    source = sources.Tars(location)
+    if emoji.is_emoji(source):
+        each = location.option == "each"
+        return emoji.Emoji(source.tars[0], location.pixels, each)
+    return source
+
+
+def is_list(path: Path) -> bool:
+    return path.suffix == ".json"
+
+
+# a test of a path, and what opens it as a source; the first row that fits counts
+KINDS = [
+    (is_list, questions.open_json),
+    (sources.tars_at, open_tars),
+    (sources.shards_at, sources.Latents),
+    (Path.is_dir, sources.Folder),
+    (is_safetensors, sources.Tokens),
+]
+WITH_OPTION = (emoji.Emoji, questions.Questions, sources.Listed)
+
+
+def split_option(path: str) -> tuple[str, str]:
+    """Split LIST.json@IMAGES or TAR@each; the second part is "" where there is none."""
+    name, at, folder = path.partition(".json@")
+    if at:
+        return f"{name}.json", folder
+    if path.endswith(EACH):
+        return path.removesuffix(EACH), "each"
+    return path, ""
+
+
+def open_source(path: str, pixels: int, length: int = 256) -> Source:
+    """Open a path as a source; plain text in pieces of `length` tokens.  Raises UserError."""
+    pattern, suffix = split_option(path)
+    paths = sources.expand(pattern)
+    require((paths, f"{pattern}: no file has such a name"))
+    location = Location(path, paths, suffix, pixels, length)
+    require((location.path.exists(), f"{location.path}: no such file or folder"))
+    for is_kind, open_kind in KINDS:
+        if is_kind(location.path):
+            source = open_kind(location)
+            require((not suffix or isinstance(source, WITH_OPTION),
+                     f"{path}: {EACH} goes with the emoji set; this is another source"))
+            return source
+    raise UserError(f"{pattern}: expected a folder of images with captions, tars, a .json, or "
+                    f"tokens; turn plain text into tokens first: python data.py pack ...")
 
 
 def split_weight(spec: str) -> tuple[str, float]:
-    """PATH[:WEIGHT] in its parts.  Raises UserError."""
+    """Split PATH[:WEIGHT].  Raises UserError."""
     path, _, weight = spec.rpartition(":")
     if not path or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
         return spec, 1.0
     if float(weight) <= 0:
-        raise UserError(f"{spec}: a weight of {weight}, expected PATH or PATH:WEIGHT with one above 0")
+        raise UserError(f"{spec}: a weight of {weight}, expected one above 0")
     return path, float(weight)
 
 
 def fingerprint(spec: str) -> str:
     """Return a hash that identifies a source, wherever it lies, with its weight and EACH.
 
-    It covers a file's contents; of many files the names, the sizes, and the beginning of the first."""
+    It covers a file's contents; of many files the names and sizes, and the beginning of the
+    first."""
     path, weight = split_weight(spec)
-    each, path = EACH * path.endswith(EACH), re.sub(r"(\.json)@.*", r"\1", path.removesuffix(EACH))
-    places = [Path(place) for place in sources.expand(path)]
-    if len(places) == 1 and places[0].is_file() and places[0].stat().st_size < 2**28:
-        return f"{sha256(places[0])[:16]}:{weight}{each}"
-    files = [(file, str(file.relative_to(place))) for place in places if place.is_dir()
-             for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")
-             and not file.name.endswith(webdataset.INDEX)]
-    files += [(place, place.name) for place in places if place.is_file()]
-    listed = "".join(f"{name} {file.stat().st_size}\n" for file, name in files)
-    if files:
-        with open(files[0][0], "rb") as file:                    # the stamp of what was stored is there
-            listed += file.read(2**10).hex()
-    return f"{hashlib.sha256(listed.encode()).hexdigest()[:16]}:{weight}{each}"
+    each = EACH if path.endswith(EACH) else ""
+    pattern, _ = split_option(path)
+    paths = list(map(Path, sources.expand(pattern)))
+    if len(paths) == 1 and paths[0].is_file() and paths[0].stat().st_size < 2**28:
+        digest = sha256(paths[0])
+    else:
+        digest = hashlib.sha256(list_files(paths).encode()).hexdigest()
+    return f"{digest[:16]}:{weight}{each}"
 
+
+def list_files(paths: list[Path]) -> str:
+    """List the names and sizes of the files at or below paths, and the beginning of the first."""
+    files = {}                                                   # their names
+    for folder in filter(Path.is_dir, paths):
+        for file in sorted(folder.rglob("*")):
+            if file.name.startswith(".") or file.name.endswith(webdataset.INDEX):
+                continue
+            if file.is_file():
+                files[file] = file.relative_to(folder)
+    for file in filter(Path.is_file, paths):
+        files[file] = file.name
+    listed = "".join(f"{name} {file.stat().st_size}\n" for file, name in files.items())
+    if files:
+        with open(next(iter(files)), "rb") as file:              # has the stamp of stored latents
+            listed += file.read(2**10).hex()
+    return listed
+
+
+# ---------------------------------------------------------------------------------------- mixture
 
 @dataclass
 class Filters:
-    """Which samples training leaves out."""
+    """Limits of the samples to train on."""
     min_side: int = 1               # pixels of an image's shorter side
     max_ratio: float = 4.0          # of the longer side to the shorter
     min_caption: int = 0            # characters of a caption
@@ -144,216 +220,277 @@ PUBLISHED = Filters(min_side=256, max_ratio=4.5, min_caption=6)
 
 
 class Filtered(UserError):
-    """A sample that `Filters` leave out: nothing is wrong with it."""
+    """A good sample that `Filters` leave out."""
 
 
 class Mix:
-    """Sources, PATH[:WEIGHT] each, in the order that `key` gives; pictures cut to P x P, plain text to `length`
-    tokens.  Every sample is drawn as often as any other, WEIGHT times as often where one is given.
-    asks: its questions are asked, so that an empty list of them is a mistake.
+    """Sources, PATH[:WEIGHT] each, in the order that `key` gives.
 
-    stamp: what its latents are, "vae", "pixels" and "channels", also where they are the pixels; None for
-    plain text.  bad: what samples were of no use since `newly_bad` was asked, and why; lost, of seen: how
-    many of all that were asked for.  Raises UserError, also where sources can't be in one batch."""
+    Images are cut to P x P, plain text to `length` tokens.  Every sample is drawn as often as any
+    other, WEIGHT times as often where a weight is given.  asks: training takes questions from this
+    mix, so that an empty list of them is a mistake.
+
+    stamp: "vae", "pixels" and "channels" of its latents, also where they are the pixels; None for
+    plain text.  bad: messages about unusable samples since `newly_bad` was called.  lost, seen:
+    how many samples were unreadable, of how many.  Raises UserError, also for sources that can't be
+    in one batch."""
 
     def __init__(self, specs: list[str], pixels: int, key: str = "", filters: Filters = Filters(),
                  length: int = 256, asks: bool = False):
-        self.pixels, self.key, self.filters, self.asks = pixels, key, filters, asks
-        self.sources, self.weights = [], []
-        self.bad, self.lost, self.seen = [], 0, 0
+        self.pixels = pixels
+        self.key = key
+        self.filters = filters
+        self.asks = asks
+        self.sources = []
+        self.weights = []
+        self.bad = []
+        self.lost = 0
+        self.seen = 0
         for spec in specs:
             path, weight = split_weight(spec)
-            self.sources.append(open_source(path, pixels, length))
-            self.weights.append(weight * len(self.sources[-1]))
+            source = open_source(path, pixels, length)
+            self.sources.append(source)
+            self.weights.append(weight * len(source))
+        first = self.sources[0]
+        self.stamp = self.stamp_of(first)
         for source, weight in zip(self.sources, self.weights):
-            require((weight / sum(self.weights) > 2**-23, f"{source.name}: {len(source):,} samples of {len(self):,}"
-                     f" are too few to be drawn; give it a weight, PATH:WEIGHT"))
-        stamps = [getattr(source, "stamp", PIXELS | {"pixels": str(pixels)}) for source in self.sources]
-        stamps = [stamp and {name: stamp[name] for name in (*PIXELS, "pixels")} for stamp in stamps]
-        self.stamp, said = stamps[0], [str(stamp or "plain text").replace("'", "") for stamp in stamps]
-        require(*((stamp == self.stamp, f"{source.name}: is {what}, {self.sources[0].name} is {said[0]}; one "
-                   f"batch can't have both") for stamp, what, source in zip(stamps, said, self.sources)))
+            stamp = self.stamp_of(source)
+            require((weight / sum(self.weights) > 2**-23,
+                     f"{source.name}: {len(source):,} samples of {len(self):,} are too few to be "
+                     f"drawn; give it a weight, PATH:WEIGHT"),
+                    (stamp == self.stamp,
+                     f"{source.name}: {source.holds}, {stamp}, but {first.name}: {first.holds}, "
+                     f"{self.stamp}; one batch can't have both"))
+
+    def stamp_of(self, source: Source) -> dict[str, str] | None:
+        """Return what decides if two sources can be in one batch; None for plain text."""
+        if source.holds == "plain text":
+            return None
+        if source.holds == "images":
+            return dict(vae="pixels", channels="3", pixels=str(self.pixels))
+        return {name: source.stamp[name] for name in ("vae", "channels", "pixels")}
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
-    def take(self, positions: Iterable[int], name: str, size: tuple[int, int] | None = None) -> list[dict]:
-        """The samples at these positions of the run's order `name`: "picture" (3, P, P) uint8, or of another
-        size (height, width), "latents" (C, h, w) or "ids" (L,)."""
-        return [self.read(*place, name == "image", size) for place in self.places(positions, name)]
+    def take(self, positions: Iterable[int], name: str, size: Size | None = None) -> list[dict]:
+        """Return the samples at these positions of the run's order `name`, "image" or "text".
 
-    def places(self, positions: Iterable[int], name: str) -> list[tuple[int, int, int]]:
-        """(source, epoch, place in the source) of each position."""
-        return locate(torch.tensor(list(positions)), list(map(len, self.sources)), self.weights,
-                      f"{self.key} {name}")
+        Each has "picture" (3, P, P) uint8, or of another size (height, width); or "latents"
+        (C, h, w); or "ids" (L,)."""
+        captioned = name == "image"
+        return [self.read(place, captioned, size) for place in self.places(positions, name)]
 
-    def read(self, k: int, epoch: int, place: int, captioned: bool,
-             size: tuple[int, int] | None = None) -> dict:
-        """Return a sample of source k; the next one stands in for one that is of no use or filtered out.
+    def places(self, positions: Iterable[int], name: str) -> list[Place]:
+        """Return the place of each position."""
+        sizes = list(map(len, self.sources))
+        return locate(torch.tensor(list(positions)), sizes, self.weights, f"{self.key} {name}")
 
-        Raises UserError after 100 in a row, or when over 5 % are of no use; filters may leave out any share."""
-        source = self.sources[k]
-        for at in range(place, place + 100):
+    def read(self, place: Place, captioned: bool, size: Size | None = None) -> dict:
+        """Return a sample; the source's next one stands in for an unreadable or filtered one.
+
+        Raises UserError after 100 in a row, or when over 5 % are unreadable; filters may leave out
+        any share."""
+        source = self.sources[place.source]
+        for row in range(place.row, place.row + 100):
             self.seen += 1
+            candidate = place._replace(row=row % len(source))
             try:
-                return self.sample(k, epoch, at % len(source), captioned, size)
+                return self.sample(candidate, captioned, size)
             except UserError as error:
                 self.bad.append(str(error))
                 if not isinstance(error, Filtered):
                     self.lost += 1
             if self.lost > 0.05 * self.seen and self.seen >= 200:
-                raise UserError(f"{source.name}: {self.lost} of {self.seen} samples are of no use, the last: "
-                                f"{self.bad[-1]}")
-        raise UserError(f"{source.name}: 100 samples in a row are of no use, the last: {self.bad[-1]}")
+                raise UserError(f"{source.name}: {self.lost} of {self.seen} samples are "
+                                f"unreadable, the last: {self.bad[-1]}")
+        raise UserError(f"{source.name}: 100 samples in a row are unusable, the last: "
+                        f"{self.bad[-1]}")
 
-    def sample(self, k: int, epoch: int, place: int, captioned: bool = False,
-               size: tuple[int, int] | None = None) -> dict:
-        return self.cut(self.sources[k][self.index(k, epoch, place)], captioned, size)
+    def sample(self, place: Place, captioned: bool = False, size: Size | None = None) -> dict:
+        return self.cut(self.at(place), captioned, size)
 
-    def index(self, k: int, epoch: int, place: int) -> int:
-        """Return the index at a place of source k in an epoch; a source may choose one of several."""
-        if hasattr(self.sources[k], "choose"):
-            return self.sources[k].choose(place, fraction(f"{self.key} {k} {epoch} {place}"))
-        return place
+    def at(self, place: Place) -> dict:
+        """Return the sample at a place as its source has it."""
+        return self.sources[place.source][self.index(place)]
+
+    def index(self, place: Place) -> int:
+        """Return the index in its source of the sample at a place."""
+        source, epoch, row = place
+        chance = fraction(f"{self.key} {source} {epoch} {row}")
+        return self.sources[source].choose(row, chance)
 
     def buckets(self, name: str, unit: int) -> Buckets:
-        """Return batches of sizes of about the square's area, of this mixture's order `name`.
+        """Return batches of one shape each, of this mixture's order `name`.
 
-        Raises UserError where there are no pictures to cut."""
-        kind = "stored latents" if self.stamp else "plain text"
-        require((self.stamp and self.stamp["vae"] == "pixels",
-                 f"--buckets: {self.sources[0].name} has no pictures to cut, but {kind}"))
-        return Buckets((self.key, name), self.pixels, unit, partial(self.places, name=name), self.picture_size)
+        Raises UserError where there are no images to cut."""
+        source = self.sources[0]                                 # the others are of its kind
+        require((source.holds == "images",
+                 f"--buckets: {source.name} has no images to cut, but {source.holds}"))
+        return Buckets(self, name, unit)
 
-    def picture_size(self, place: tuple[int, int, int]) -> tuple[int, int]:
-        """Return (width, height) of the picture at a place, from its file's header."""
-        k, epoch, at = place
-        return picture_size(self.sources[k][self.index(k, epoch, at)]["picture"])
+    def picture_size(self, place: Place) -> tuple[int, int]:
+        """Return (width, height) of the image at a place, from its file's header."""
+        return picture_size(self.at(place)["picture"])
 
     def newly_bad(self) -> list[str]:
-        """The bad ones since this was last asked."""
-        new, self.bad = self.bad, []
-        return new
+        """Return the messages about unusable samples since the last call."""
+        messages, self.bad = self.bad, []
+        return messages
 
-    def cut(self, sample: dict, captioned: bool = False, size: tuple[int, int] | None = None) -> dict:
-        """The sample with its picture (3, P, P) uint8, or of a size.  UserError where it's of no use."""
+    def cut(self, sample: dict, captioned: bool = False, size: Size | None = None) -> dict:
+        """Return the sample with its image (3, P, P) uint8, or of a size (height, width).
+
+        captioned: it must have a caption.  Raises UserError for an unusable sample."""
         if "ids" in sample and not captioned:
             return sample
         if isinstance(sample.get("picture"), bytes):
-            picture = read_picture(sample["picture"], sample["key"])
-            self.check_size(picture, sample["key"])
-            array = torch.from_numpy(np.array(fit_picture(picture, *(size or (self.pixels,)))))
-            sample["picture"] = array.permute(2, 0, 1)
+            image = read_picture(sample["picture"], sample["key"])
+            self.check_size(image, sample["key"])
+            height, width = size or (self.pixels, self.pixels)
+            pixels = np.array(fit_picture(image, height, width))
+            sample["picture"] = torch.from_numpy(pixels).permute(2, 0, 1)        # (3, P, P)
         self.filter_captions(sample, captioned)
-        asks, asked = self.asks and not captioned, sample.get("questions")
-        require((not asks or asked != [], f"{sample['key']}: \"questions\" is [], and this stage asks some"))
-        if not sample["captions"] and not sample.get("recaption") and (captioned or not asked):
-            raise UserError(f"{sample['key']}: no caption{'' if captioned else ' and no question'}")
+        pairs = None if captioned else sample.get("questions")
+        require((pairs != [] or not self.asks,
+                 f"{sample['key']}: \"questions\" is [], and this stage trains on questions"),
+                (sample["captions"] or sample.get("recaption") or pairs,
+                 f"{sample['key']}: no caption{'' if captioned else ' and no question'}"))
         return sample
 
-    def check_size(self, picture: Image.Image, name: str) -> None:
-        """Raise Filtered for a picture that is too small or too long."""
-        short, long = sorted(picture.size)
+    def check_size(self, image: Image.Image, name: str) -> None:
+        """Raise Filtered for an image that is too small or too long."""
+        short, long = sorted(image.size)
         if short < self.filters.min_side or long > self.filters.max_ratio * short:
-            raise Filtered(f"{name}: a picture of {picture.width}x{picture.height}, expected sides of at least "
-                           f"{self.filters.min_side} and at most {self.filters.max_ratio:g} to 1")
+            raise Filtered(f"{name}: an image of {image.width}x{image.height}, expected sides of "
+                           f"at least {self.filters.min_side} and at most "
+                           f"{self.filters.max_ratio:g} to 1")
 
     def filter_captions(self, sample: dict, captioned: bool) -> None:
-        """Drop captions that are too short.  Raise Filtered where that leaves nothing to learn from."""
-        least, recaption = self.filters.min_caption, sample.get("recaption")
+        """Drop captions that are too short.  Raise Filtered where nothing is left to train on."""
+        least = self.filters.min_caption
         captions = [text for text in sample["captions"] if len(text) >= least]
+        recaption = sample.get("recaption")
         if recaption and len(recaption) < least:
             recaption = sample["recaption"] = ""
-        others = recaption or (sample.get("questions") and not captioned)
-        if sample["captions"] and not captions and not others:
+        rest = captions or recaption or (sample.get("questions") and not captioned)
+        if sample["captions"] and not rest:
             raise Filtered(f"{sample['key']}: no caption of at least {least} characters")
         sample["captions"] = captions
 
     def texts(self) -> list[str] | None:
-        """Every text of the sources, or None where that would take reading all of them."""
-        if not all(hasattr(source, "texts") for source in self.sources):
-            return None
-        return [text for source in self.sources for text in source.texts()]
+        """Return every text of the sources, or None where that would take reading all of them."""
+        texts = []
+        for source in self.sources:
+            source_texts = source.texts()
+            if source_texts is None:
+                return None
+            texts += source_texts
+        return texts
 
     def shown(self, count: int, held: bool, captioned: bool = True) -> list[dict]:
-        """Samples to look at, of the first source: learnt ones, or held-out ones where it has any."""
+        """Return samples of the first source to look at; held: held-out ones, where it has any."""
         source = self.sources[0]
-        kept = getattr(source, "held", [])[:count] if held else []
-        if kept:
-            return [self.cut(source[i], captioned) for i in kept]
+        if held and len(source.held):
+            return [self.cut(source[i], captioned) for i in source.held[:count]]
         count = min(count, len(source))
-        places = [i * len(source) // count for i in range(count)]        # a folder is often sorted: of all of it
-        return [self.read(0, 0, place, captioned) for place in places]
+        # evenly spaced: a folder is often sorted
+        places = [Place(0, 0, i * len(source) // count) for i in range(count)]
+        return [self.read(place, captioned) for place in places]
 
+
+# ----------------------------------------------------------------------------------------- checks
 
 def latent_factor(specs: list[str]) -> int | None:
-    """Pixels per latent, along a side, of the first stored latents among the sources; None without any."""
+    """Return pixels per latent, along a side, of the first stored latents; None without any."""
     for spec in specs:
-        for file in map(str, Path(split_weight(spec)[0]).glob(sources.SHARDS.format("*"))):
-            side = sources.mapped(file).get_slice("latents").get_shape()[-1]
+        path, _ = split_weight(spec)
+        for file in sources.shards_at(Path(path)):
+            side = sources.latents_shape(file)[-1]
             return int(sources.read_stamp(file)["pixels"]) // side
     return None
 
 
-def check_stamps(image: Mix | None, text: Mix, channels: int, learnt: str | None,
+def check_stamps(image: Mix | None, text: Mix, channels: int, trained: str | None,
                  encoder: str | None) -> str | None:
     """Return what the latents of both losses are: "pixels", or the digest of their autoencoder.
 
-    image: None in a stage without pictures.  channels: of the model's latents; learnt: what those were that
-    it has learnt, if any; encoder: the autoencoder that is here, if any.  Raises UserError."""
-    require((not image or image.stamp, "--image-data is plain text, which has no pictures; give it as "
-             "--text-data"), (image or text.stamp is None, "--text-data: has pictures, which --stage text "
-                              "has not; expected plain text (python data.py pack)"))
-    stamps = []
+    image: None in a stage without images.  channels: of the model's latents.  trained: the latents
+    that it was trained on, if any.  encoder: the autoencoder that is loaded, if any.  Raises
+    UserError."""
+    require((not image or image.stamp,
+             "--image-data is plain text, which has no images; give it as --text-data"),
+            (image or text.stamp is None,
+             "--text-data has images, which --stage text has not; expected plain text (python "
+             "data.py pack)"))
+    vae = None
     for flag, mix in (("--image-data", image), ("--text-data", text)):
-        if mix and mix.stamp:
-            raw = mix.stamp["vae"] == "pixels"
-            found = dict(mix.stamp, vae=encoder, channels=str(channels)) if raw and encoder else mix.stamp
-            need = "pictures" if channels == 3 else (
-                "an autoencoder, --vae, or its latents (python data.py latents makes them)")
-            require((found["channels"] == str(channels), f"{flag}: {found['channels']} channels, this "
-                     f"model's latents have {channels}: expected {need}"),
-                    (found["pixels"] == str(mix.pixels), f"{flag}: latents of pictures of {found['pixels']} "
-                     f"pixels, this run's have {mix.pixels}; give --pixels {found['pixels']}, or make them "
-                     f"again"),
-                    (learnt in (None, found["vae"]), f"{flag}: latents of the autoencoder {found['vae']}, "
-                     f"the model has learnt those of {learnt}"),
-                    (encoder in (None, found["vae"]), f"{flag}: latents of the autoencoder {found['vae']}, "
-                     f"--vae is {encoder}"))
-            stamps.append(found)
-    require((len(stamps) < 2 or stamps[0] == stamps[1], f"--text-data: {stamps[-1:]}, --image-data: "
-             f"{stamps[:1]}; expected the same"))
-    return stamps[0]["vae"] if stamps else encoder or learnt
+        if not mix or not mix.stamp:
+            continue
+        stamp = dict(mix.stamp)
+        if encoder and stamp["vae"] == "pixels":                 # the run encodes its images
+            stamp.update(vae=encoder, channels=str(channels))
+        remedy = "an autoencoder, --vae, or its latents (python data.py latents makes them)"
+        if channels == 3:
+            remedy = "images"
+        require((stamp["channels"] == str(channels),
+                 f"{flag}: {stamp['channels']} channels, this model's latents have {channels}: "
+                 f"expected {remedy}"),
+                (stamp["pixels"] == str(mix.pixels),
+                 f"{flag}: latents of images of {stamp['pixels']} pixels, this run's have "
+                 f"{mix.pixels}; give --pixels {stamp['pixels']}, or make them again"))
+        for owner, other in (("the model was trained on those of", trained), ("--vae is", encoder),
+                             ("--image-data has those of", vae)):
+            require((other in (None, stamp["vae"]),
+                     f"{flag}: latents of the autoencoder {stamp['vae']}, {owner} {other}"))
+        vae = stamp["vae"]
+    return vae or encoder or trained
 
 
 def check_questions(mix: Mix, texts: list[str], tokenizer, length: int) -> None:
-    """Raises UserError where a mix that asks has no question among each source's first samples, or where one
-    of the texts would leave no room for its answer, and for the end."""
-    def asked(source, i: int) -> list:
-        try:
-            return source[i].get("questions")
-        except UserError:                                        # which counts as of no use when it is drawn
-            return []
+    """Raise UserError where a mix that asks has no question among each source's first samples, or
+    where one of the texts leaves no room for its answer and the end token."""
     names = ", ".join(source.name for source in mix.sources)
-    some = any(asked(source, i) for source in mix.sources if mix.asks for i in range(len(source))[:20])
-    require((some or not mix.asks, f"{names}: no questions among the first 20 samples, and this stage "
-             f"asks some; --question-share 0 learns captions alone"))
-    sizes = {text: len(tokenizer.pieces(text)) for text in set(texts) if text.startswith("Q: ")}
+    require((not mix.asks or any(map(has_questions, mix.sources)),
+             f"{names}: no questions among the first 20 samples, and this stage trains on them; "
+             f"--question-share 0 trains on captions only"))
+    prompts = {text for text in texts if text.startswith("Q: ")}
+    sizes = {text: len(tokenizer.pieces(text)) for text in prompts}
     longest = max(sizes, key=sizes.get, default="")
-    taken = sizes.get(longest, 0)
-    require((taken < length - 1, f"--text-length {length}: \"{longest}\" has {taken} tokens and leaves no "
-             f"room for an answer"))
+    size = sizes.get(longest, 0)
+    require((size < length - 1, f"--text-length {length}: \"{longest}\" has {size} tokens and "
+             f"leaves no room for an answer"))
+
+
+def has_questions(source: Source) -> bool:
+    """Tell if one of the first 20 samples has questions."""
+    for i in range(min(20, len(source))):
+        try:
+            if source[i].get("questions"):
+                return True
+        except UserError:                                        # reported when it is drawn
+            continue
+    return False
 
 
 def check_tokens(mix: Mix, tokenizer, name: str) -> None:
-    """Raises UserError for plain text that another tokenizer cut than that of the checkpoint `name`."""
+    """Raise UserError for tokens of another tokenizer than that of the checkpoint `name`."""
     for source in mix.sources:
-        other = getattr(source, "tokenizer", None) not in (None, tokenizer.digest())
-        require((not other, f"{source.name}: tokens of another tokenizer than that of {name}; pack its text "
-                            f"again with --tokenizer {name}"))
+        require((source.tokenizer in (None, tokenizer.digest()),
+                 f"{source.name}: tokens of another tokenizer than that of {name}; pack its text "
+                 f"again with --tokenizer {name}"))
 
 
-# ------------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------------- show
+
+@dataclass
+class ShowFlags:
+    """Flags of `show`."""
+    out: Path = option(Path("data.png"), "the page")
+    pixels: int = option(256, "a side", low=8)
+    text_length: int = option(256, "tokens", low=2)
+    tokenizer: str = option("gpt2", "gpt2, or a folder that has one")
+
 
 def show_sources(args: argparse.Namespace) -> None:
     """Write a page of twelve samples as the trainer sees them; print counts, and each unreadable
@@ -365,32 +502,44 @@ def show_sources(args: argparse.Namespace) -> None:
         share = weight / sum(mix.weights)
         kind = type(source).__name__
         print(f"{source.name}: {kind}, {len(source):,} samples, {share:.1%} of the mix")
-    places = mix.places(range(0, len(mix), max(1, len(mix) // LOOK)), "show")
-    cells, longest, bad = [], 0, 0
+    step = max(1, len(mix) // LOOK)
+    places = mix.places(range(0, len(mix), step), "show")
+    cells = []
+    captions = []
+    bad = 0
     for place in places:
         try:
-            sample = mix.sample(*place)
+            sample = mix.sample(place)
         except UserError as error:
             bad += 1
             print(f"wrong: {error}")
             continue
-        lines = [sample["key"][-50:]]
-        for text in [*sample["captions"], sample.get("recaption")]:
-            if text:
-                count = len(tokenizer.pieces(text))
-                longest = max(longest, count)
-                lines.append(f"{text} ({count} tokens)")
-        for pair in sample.get("questions") or []:
-            lines.append(f"Q: {pair['question']} A: {pair['answer']}")
-        if "ids" in sample:
-            lines.append(tokenizer.bpe.decode(sample["ids"].tolist()))
+        captions += captions_of(sample)
         if len(cells) < 12:
-            cells.append((preview(sample), lines))
-    print(f"looked at {len(places):,} samples, {bad:,} of no use")
+            cells.append((preview(sample), describe(sample, tokenizer)))
+    longest = max(map(len, map(tokenizer.pieces, captions)), default=0)
+    print(f"looked at {len(places):,} samples, {bad:,} unusable")
     print(f"the longest caption has {longest} tokens")
     if cells:
         grids.write_picture(args.out, grids.page(cells[:6], cells[6:]))
         print(args.out)
+
+
+def captions_of(sample: dict) -> list[str]:
+    """Return the captions of a sample, with its re-caption."""
+    return list(filter(None, [*sample["captions"], sample.get("recaption")]))
+
+
+def describe(sample: dict, tokenizer) -> list[str]:
+    """Return the lines beside a sample's image."""
+    lines = [sample["key"][-50:]]
+    for text in captions_of(sample):
+        lines.append(f"{text} ({len(tokenizer.pieces(text))} tokens)")
+    for pair in sample.get("questions") or []:
+        lines.append(f"Q: {pair['question']} A: {pair['answer']}")
+    if "ids" in sample:
+        lines.append(tokenizer.bpe.decode(sample["ids"].tolist()))
+    return lines
 
 
 def preview(sample: dict) -> Tensor:
@@ -400,28 +549,13 @@ def preview(sample: dict) -> Tensor:
     return torch.ones(3, 8, 8) if latents is None else latents[0, :3]
 
 
-def index(args: argparse.Namespace) -> None:
+# --------------------------------------------------------------------------------- other commands
+
+def make_indexes(args: argparse.Namespace) -> None:
     """Write an index beside each tar."""
     for path in precompute.expand(args.paths):
         require((not path.endswith(webdataset.PACKED), f"{path}: is packed; gunzip it to index it"))
         print(f"{path}: {len(webdataset.make_index(path)):,} samples")
-
-
-def build_emoji(args: argparse.Namespace) -> None:
-    emoji.build(args.out)
-
-
-def latents(args: argparse.Namespace) -> None:
-    """Encode a source's images, once its networks are found to fit."""
-    defaults = dict(tokenizer=None, text_length=256, recaption=1.0)        # settings of the stored T5 states
-    for name, default in defaults.items():
-        given = getattr(args, name) is not None
-        require((args.t5 or not given, f"{cli.flag(name)} needs --t5: without it no states are stored"))
-        if not given:
-            setattr(args, name, default)
-    encoder = precompute.Encoder(args)
-    mix = Mix([args.source], args.pixels, filters=PUBLISHED if args.filtered else Filters())
-    precompute.store_latents(args, encoder, mix, fingerprint(args.source))
 
 
 def part(text: str) -> tuple[int, int]:
@@ -432,58 +566,93 @@ def part(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+@dataclass
+class LatentsFlags:
+    """Flags of `latents`."""
+    t5: str | None = option(None, "store its states of a caption as well")
+    dtype: str = option("bfloat16", "of what is stored", choices=["float32", "bfloat16", "float16"])
+    recaption: float | None = option(None, "of states: the share that is of re-captions (1)",
+                                     low=0, high=1)
+    filtered: bool = option(False, "leave out what train.py --filtered does")
+    batch: int = option(16, "images at a time", low=1)
+    workers: int = option(0, "processes that read ahead", low=0)
+    device: str = option("auto", "where", choices=DEVICES)
+    pixels: int = option(256, "a side", low=8)
+    text_length: int | None = option(None, "tokens (256)", low=2)
+    tokenizer: str | None = option(None, "gpt2, or a folder that has one (that of --t5)")
 
-    def add(name: str, run: Callable, about: str) -> cli.Parser:
+    def __post_init__(self):
+        of_states = dict(tokenizer=None, text_length=256, recaption=1.0)
+        for name, default in of_states.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+            elif not self.t5:
+                raise ValueError(f"{cli.flag(name)} needs --t5: without it no states are stored")
+
+
+def store_latents(args: argparse.Namespace) -> None:
+    """Encode a source's images, once its networks are known to fit."""
+    encoder = precompute.Encoder(args)
+    filters = PUBLISHED if args.filtered else Filters()
+    mix = Mix([args.source], args.pixels, filters=filters)
+    precompute.store_latents(args, encoder, mix, fingerprint(args.source))
+
+
+@dataclass
+class PackFlags:
+    """Flags of `pack`."""
+    tokenizer: str = option("gpt2", "gpt2, or a folder that has one")
+
+
+@dataclass
+class BuildFlags:
+    """Flags of `build-emoji`."""
+    out: Path = option(emoji.TAR, "where to write it")
+
+
+def build_emoji(args: argparse.Namespace) -> None:
+    emoji.build(args.out)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command and its flags.  A mistake ends the program."""
+    parser = cli.Parser(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable, flags: type | None, about: str) -> cli.Parser:
         command = commands.add_parser(name, doc=about, help=about)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, flags=flags)
+        if flags:
+            command.add_fields(flags)
         return command
 
-    def add_number(command: cli.Parser, flag: str, low: int, default: int, about: str) -> None:
-        command.add_argument(flag, type=cli.number(int, low), default=default, metavar="N",
-                             help=f"{about} ({default})")
-
-    page = add("show", show_sources, "a page of what the trainer would see; on stdout all that is wrong")
+    page = add("show", show_sources, ShowFlags,
+               "a page of what the trainer would see; on stdout all that is wrong")
     page.add_argument("paths", nargs="+", metavar="PATH[:WEIGHT]", help="sources")
-    page.add_argument("--out", type=Path, default=Path("data.png"), help="the page (data.png)")
-    indexed = add("index", index, "where each sample of a tar is, in a file beside it")
+    indexed = add("index", make_indexes, None,
+                  "where each sample of a tar is, in a file beside it; also made at first use")
     indexed.add_argument("paths", nargs="+", metavar="TAR", help="tars, or patterns of them")
-    coded = add("latents", latents, "a source's images as latents, in shards; a stopped command goes on")
-    coded.add_argument("source", metavar="PATH", help="a source of images")
-    coded.add_argument("out", type=Path, metavar="FOLDER", help="of the shards")
-    coded.add_argument("--vae", required=True, metavar="PATH", help="autoencoder, of any layout")
-    coded.add_argument("--t5", metavar="PATH", help="store its states of a caption as well")
-    coded.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
-                       help="of what is stored (bfloat16)")
-    coded.add_argument("--recaption", type=cli.number(float, 0, 1), metavar="N",
-                       help="of states: the share that is of re-captions (1)")
-    coded.add_argument("--filtered", action="store_true",
-                       help="leave out what train.py --filtered does")
-    add_number(coded, "--batch", 1, 16, "images at a time")
-    add_number(coded, "--workers", 0, 0, "processes that read ahead")
-    coded.add_argument("--part", type=part, default=(0, 1), metavar="I/N",
-                       help="every N-th shard from I on: one process a GPU (0/1)")
-    coded.add_argument("--device", choices=DEVICES, default="auto", help="where (auto)")
-    packed = add("pack", precompute.pack, "plain text as one file of tokens, an end token behind each document")
+    encoded = add("latents", store_latents, LatentsFlags,
+                  "a source's images as latents, in shards; a stopped command resumes")
+    encoded.add_argument("source", metavar="PATH", help="a source of images")
+    encoded.add_argument("out", type=Path, metavar="FOLDER", help="of the shards")
+    encoded.add_argument("--vae", required=True, metavar="PATH", help="autoencoder, of any layout")
+    encoded.add_argument("--part", type=part, default=(0, 1), metavar="I/N",
+                         help="every N-th shard from I on: one process a GPU (0/1)")
+    packed = add("pack", precompute.pack, PackFlags,
+                 "plain text as one file of tokens, an end token behind each document")
     packed.add_argument("paths", nargs="+", metavar="FILE",
                         help=".txt, or .jsonl with an object with \"text\" a line; also .gz")
     packed.add_argument("out", type=Path, metavar="T.safetensors", help="the tokens")
-    built = add("build-emoji", build_emoji, "the emoji set anew, from two npm packages")
-    built.add_argument("--out", type=Path, default=emoji.TAR, help="(assets/emoji.tar.gz)")
-    for command in (page, coded):
-        add_number(command, "--pixels", 8, 256, "a side")
-        add_number(command, "--text-length", 2, 256, "tokens")
-    coded.set_defaults(text_length=None)                                   # `latents` checks these three
-    for command, default in ((page, "gpt2"), (packed, "gpt2"), (coded, None)):
-        command.add_argument("--tokenizer", metavar="PATH", default=default,
-                             help=f"gpt2, or a folder that has one ({default or 'that of --t5'})")
+    add("build-emoji", build_emoji, BuildFlags, "the emoji set, built again from two npm packages")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.flags:
+        flags = cli.take(args.flags, vars(args))
+        vars(args).update(vars(flags))                           # with defaults
     args.run(args)
 
 

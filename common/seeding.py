@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone, the same on every machine."""
+"""Random numbers that depend only on a key, the same on every machine."""
 
 import hashlib
 
@@ -6,10 +6,12 @@ import torch
 
 
 def fraction(text: str) -> float:
-    """A text's hash as a number in [0, 1): the same on every machine, so splits never move."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+    """Return a text's hash as a number in [0, 1), so that splits never move."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def seeded(*key) -> torch.Generator:
-    """A generator of random numbers that depend on the key alone."""
-    return torch.Generator().manual_seed(int(fraction(repr(key)) * 2**53))
+    """Return a generator of random numbers that depend only on the key."""
+    seed = int(fraction(repr(key)) * 2**53)
+    return torch.Generator().manual_seed(seed)

@@ -1,22 +1,21 @@
-"""Batches of pictures that keep about their shape, each of one size: train.py --buckets.
+"""Batches of images of about one shape, for train.py --buckets.
 
-Of WINDOW batches in a row each has a size of its own, in an order drawn anew: together they are the
-sizes that the shapes of the data ask for.  A row of the batch has a picture in each of them, and
-gives the tallest to the tallest batch, and so on.  So each picture is seen as often as without
-buckets, nothing is stored, and a row depends on no other row: any number of processes sees the
-same.  The paper's pictures are all square.
+WINDOW batches in a row have one size each, in an order that is drawn anew for every window.  The
+sizes follow the shapes of the data.  A row of the batch has one image for each of the WINDOW
+batches; the tallest goes to the tallest batch, and so on.  So each image is seen as often as
+without buckets, nothing is stored, and a row depends on no other row: any number of processes sees
+the same batches.  The paper's images are all square.
 """
 
 import math
 from functools import lru_cache
-from typing import Callable, Iterable
 
 import torch
 
 from common import seeding
 
 WINDOW = 8
-LOOK = 256              # pictures whose shapes decide on the sizes
+LOOK = 256              # images whose shapes decide on the sizes
 
 
 def sizes(pixels: int, unit: int) -> list[tuple[int, int]]:
@@ -35,42 +34,45 @@ def sizes(pixels: int, unit: int) -> list[tuple[int, int]]:
 
 
 class Buckets:
-    """The batches of one of a run's mixtures.
+    """Group the samples of a `data.Mix` by shape, in its order `name`.
 
-    key: of the mixture in this run.  pixels: side of the square of the same area.  unit: pixels that divide
-    every side.  places: gives the places of positions in the run's order, and picture_size (width, height) of
-    the picture at a place."""
+    unit: pixels that divide every side of a batch."""
 
-    def __init__(self, key: tuple, pixels: int, unit: int, places: Callable[[Iterable[int]], list],
-                 picture_size: Callable[[tuple], tuple[int, int]]):
-        self.key, self.places, self.picture_size = key, places, picture_size
-        shapes = sorted(map(self.shape, places(range(LOOK))))
+    def __init__(self, mix, name: str, unit: int):
+        self.mix = mix
+        self.name = name
+        shapes = sorted(self.shapes(range(LOOK)))
+        share = LOOK // WINDOW
+        table = sizes(mix.pixels, unit)
         self.sizes = []
-        for shape in shapes[LOOK // WINDOW // 2::LOOK // WINDOW]:
-            def distance(size: tuple[int, int]) -> float:
-                return abs(math.log(size[1] / size[0]) - shape)
-            self.sizes.append(min(sizes(pixels, unit), key=distance))
+        for shape in shapes[share // 2::share]:                  # the middle of each share
+            distances = [abs(math.log(width / height) - shape) for height, width in table]
+            nearest = distances.index(min(distances))
+            self.sizes.append(table[nearest])
 
     def rows(self, step: int, count: int, rows: range) -> tuple[list[int], tuple[int, int]]:
-        """Return (positions of these rows of the batch of `count` at a step, their height and
-        width)."""
-        window, at = divmod(step, WINDOW)
-        generator = seeding.seeded(*self.key, "sizes", window)
-        rank = int(torch.randperm(WINDOW, generator=generator)[at])
+        """Return the positions of these rows of the batch of `count` at a step, and their height
+        and width."""
+        window, batch = divmod(step, WINDOW)
+        generator = seeding.seeded(self.mix.key, self.name, "sizes", window)
+        rank = int(torch.randperm(WINDOW, generator=generator)[batch])
         chosen = []
         for row in rows:
             positions = [(window * WINDOW + i) * count + row for i in range(WINDOW)]
-            shapes = map(self.shape, self.places(positions))
-            ranked = sorted(zip(shapes, positions))
-            chosen.append(ranked[rank][1])
+            ranked = sorted(zip(self.shapes(positions), positions))
+            _, position = ranked[rank]
+            chosen.append(position)
         return chosen, self.sizes[rank]
 
+    def shapes(self, positions: list[int] | range) -> list[float]:
+        """Return log(width / height) of the image at each position."""
+        return list(map(self.shape, self.mix.places(positions, self.name)))
+
     @lru_cache(maxsize=2**16)
-    def shape(self, place: tuple[int, int, int]) -> float:
-        """Return log(width / height) of the image at a place; 0, a square's, where it can't be
-        read."""
+    def shape(self, place: tuple) -> float:
+        """Return log(width / height) of the image at a place; 0, a square's, if unreadable."""
         try:
-            width, height = self.picture_size(place)
+            width, height = self.mix.picture_size(place)
             return math.log(width / height)
         except Exception:                # the read that follows says what is wrong
             return 0.0

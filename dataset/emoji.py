@@ -31,7 +31,7 @@ from common.progress import Progress
 from common.seeding import fraction
 from dataset.images import fit_picture, read_picture
 from dataset.questions import question_prompt
-from dataset.sources import Tars, described, text
+from dataset.sources import Source, Tars, described, text
 from dataset.webdataset import Tar
 
 TAR = Path(__file__).parents[1] / "assets" / "emoji.tar.gz"
@@ -331,7 +331,7 @@ def is_emoji(source) -> bool:
         return False                                             # the first read says what is wrong
 
 
-class Emoji:
+class Emoji(Source):
     """The set as a source (data.Mix).
 
     An epoch takes each emoji in each style once, its skin tone drawn anew, so that it shows a red

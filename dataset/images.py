@@ -1,4 +1,4 @@
-"""Images as a viewer shows them: files read, cut to a size, and turned into tensors and back.
+"""Read images as a viewer shows them, cut them to a size, and turn them into tensors and back.
 
 Shapes: P pixels a side.
 """
@@ -29,120 +29,135 @@ def decided() -> Iterator[None]:
 
 
 def picture_size(content: bytes) -> tuple[int, int]:
-    """(width, height) the right way up, from a file's header.  Raises what Pillow raises."""
+    """Return (width, height) the right way up, from a file's header.  Raises what Pillow raises."""
     with decided():
-        picture = Image.open(io.BytesIO(content))
-        if picture.format == "TIFF":             # which Pillow turns itself, sooner or later
+        image = Image.open(io.BytesIO(content))
+        if image.format == "TIFF":               # Pillow turns these itself, sooner or later
             return decode(content).size
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return picture.size[::-1] if turned else picture.size
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+            return height, width
+        return width, height
 
 
-def read_picture(source: Path | bytes, name: str = "a picture") -> Image.Image:
-    """Read any image file as RGB, as the camera was held, grey of 16 bits and floats too,
-    transparent parts on white; of an animation the first frame.
+def read_picture(source: Path | bytes, name: str = "an image") -> Image.Image:
+    """Read any image file as RGB.
 
-    Raises UserError where it is not whole, as far as its format can tell (a PNG has checksums, a
-    JPEG has none), or has more pixels than Pillow takes."""
+    It is turned as the camera was held; grey of 16 bits and floats keep their range; transparent
+    parts are white; an animation is its first frame.  Raises UserError where the file is not whole,
+    as far as its format can tell (a PNG has checksums, a JPEG has none), or has more pixels than
+    Pillow takes."""
     if isinstance(source, Path):
-        require((source.exists(), f"{source}: no such picture file"))
-        name, source = str(source), read_bytes(source)
+        require((source.exists(), f"{source}: no such image file"))
+        name = str(source)
+        source = read_bytes(source)
     try:
         with decided():
-            return flat(decode(source))
+            return to_rgb(decode(source))
     except UnidentifiedImageError:
         reason = "of no known format"
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         reason = f"over {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller first"
     except Exception as error:      # a decoder raises whatever the damage led to
         reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise UserError(f"{name}: not a picture that can be read ({reason})")
+    raise UserError(f"{name}: not an image that can be read ({reason})")
 
 
 def decode(content: bytes) -> Image.Image:
-    """A file's first picture, the right way up, in the mode that it has."""
-    picture = Image.open(io.BytesIO(content))
-    if picture.format == "EPS":
+    """Return a file's first image, the right way up, in its mode."""
+    image = Image.open(io.BytesIO(content))
+    if image.format == "EPS":
         raise ValueError("PostScript is a program, and would be run")
-    if picture.format == "PNG":                          # whose decoder leaves the checksums alone
-        picture.verify()
-        picture = Image.open(io.BytesIO(content))
+    if image.format == "PNG":
+        image.verify()                                   # the decoder does not read the checksums
+        image = Image.open(io.BytesIO(content))
         bits = content[24]
-        clear = picture.info.get("transparency")         # in the file's bits, not in eight
-        if picture.mode == "L" and clear is not None:
-            picture.info["transparency"] = clear * {2: 85, 4: 17}.get(bits, 1)
-        elif picture.mode == "RGB" and clear and bits == 16:
-            picture.info["transparency"] = tuple(value >> 8 for value in clear)
-    picture.load()
-    return ImageOps.exif_transpose(picture)
+        clear = image.info.get("transparency")           # in the file's bits, not in eight
+        if image.mode == "L" and clear is not None:
+            image.info["transparency"] = clear * {2: 85, 4: 17}.get(bits, 1)
+        elif image.mode == "RGB" and clear and bits == 16:
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
+    image.load()
+    return ImageOps.exif_transpose(image)
 
 
-def flat(picture: Image.Image) -> Image.Image:
-    """In any mode -> RGB.  Integers of more than 8 bits go from 0 to 65535, floats from 0 to 1."""
-    clear = picture.info.get("transparency")                     # a colour, or a palette's alphas
-    if picture.mode[0] in "IF":
-        values, most = np.asarray(picture).astype(np.float64), 1 if picture.mode == "F" else 65535
-        if not 0 <= values.min() <= values.max() <= most:
-            raise ValueError(
-                f"grey from {values.min():g} to {values.max():g}, expected 0 to {most}")
-        picture = Image.fromarray((values * (255 / most)).round().astype(np.uint8))
-        if isinstance(clear, int):
-            picture.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    if clear is None and picture.mode not in ("LA", "PA", "RGBA", "RGBa"):
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, with transparent parts on white."""
+    clear = image.info.get("transparency")                       # a colour, or a palette's alphas
+    if image.mode[0] in "IF":
+        image = to_eight_bits(image, clear)
+    if clear is None and image.mode not in ("LA", "PA", "RGBA", "RGBa"):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
-def fit_picture(picture: Image.Image, height: int, width: int | None = None,
+def to_eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
+    """Scale grey integers from 0 to 65535, or floats from 0 to 1.  clear: a transparent value."""
+    values = np.asarray(image).astype(np.float64)
+    most = 1 if image.mode == "F" else 65535
+    if not 0 <= values.min() <= values.max() <= most:
+        raise ValueError(f"grey from {values.min():g} to {values.max():g}, expected 0 to {most}")
+    grey = Image.fromarray((values * (255 / most)).round().astype(np.uint8))
+    if isinstance(clear, int):
+        opaque = np.uint8(255) * (values != clear)
+        grey.putalpha(Image.fromarray(opaque))
+    return grey
+
+
+def fit_picture(image: Image.Image, height: int, width: int | None = None,
                 filter: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     """Return the largest middle part of the shape of height x width (a square without a width),
     resized.
 
-    It is cut before it is resized: of a picture of 100,000 x 1 the other order would make
+    It is cut before it is resized: with 100,000 x 1 pixels the other order would make
     gigabytes."""
-    return ImageOps.fit(picture, (width or height, height), filter)
+    return ImageOps.fit(image, (width or height, height), filter)
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture -> (3, P, P) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+def to_tensor(image: Image.Image) -> Tensor:
+    """Turn an RGB image into (3, P, P) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """(3, P, P) in [-1, 1], clipped -> RGB picture."""
-    array = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
+def to_picture(tensor: Tensor) -> Image.Image:
+    """Turn (3, P, P) in [-1, 1], clipped, into an RGB image."""
+    values = (tensor.float().clamp(-1, 1) + 1) * 127.5
+    values = values.round().to(torch.uint8).permute(1, 2, 0)     # (P, P, 3)
+    return Image.fromarray(values.cpu().numpy())
 
 
 def read_mask(path: Path, like: Image.Image, height: int, width: int, factor: int) -> Tensor:
-    """Return where a mask file, of the size of its picture, is white, (1, 1, h, w) bool.
+    """Return where a mask file, of the size of the image `like`, is white, (1, 1, h, w) bool.
 
-    It is cut as the picture is, and a latent is masked where any of its pixels is.  Raises
+    It is cut as the image is, and a latent is masked where any of its pixels is.  Raises
     UserError."""
     mask = read_picture(path)
     require((mask.size == like.size,
-             f"{path}: a mask of {mask.size} pixels, expected the picture's {like.size}"))
-    light = mask.convert("L").point(lambda value: 255 * (value > 127))
-    require((light.getbbox(), f"{path}: is black everywhere; paint white what is to be drawn anew"))
-    fitted = torch.from_numpy(np.array(fit_picture(light, height, width, Image.Resampling.BOX)))
-    return F.max_pool2d((fitted > 0)[None, None].float(), factor) > 0
+             f"{path}: a mask of {mask.size} pixels, expected the image's {like.size}"))
+    white = mask.convert("L").point(lambda value: 255 * (value > 127))
+    require((white.getbbox(), f"{path}: is black everywhere; paint white what is to be drawn anew"))
+    fitted = np.array(fit_picture(white, height, width, Image.Resampling.BOX))
+    masked = torch.from_numpy(fitted)[None, None] > 0                            # (1, 1, H, W)
+    return F.max_pool2d(masked.float(), factor) > 0
 
 
-def write_png(path: Path, picture: Image.Image, fields: dict[str, str]) -> None:
-    """A PNG with text fields, there whole or not at all.  Raises UserError."""
+def write_png(path: Path, image: Image.Image, fields: dict[str, str]) -> None:
+    """Write a PNG with text fields, whole or not at all.  Raises UserError."""
     info = PngImagePlugin.PngInfo()
     for name, value in fields.items():
         info.add_itxt(name, value)
     try:
         with replacing(path) as temporary:
-            picture.save(temporary, "PNG", pnginfo=info)
+            image.save(temporary, "PNG", pnginfo=info)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror or error})")
 
 
 def text_fields(path: Path) -> dict[str, str]:
-    """Those of a PNG; none of another picture.  Raises UserError."""
-    read_picture(path)                                           # whole, or refused by name
-    with Image.open(path) as picture:
-        return {name: str(value) for name, value in getattr(picture, "text", {}).items()}
+    """Return the text fields of a PNG; none of another image.  Raises UserError."""
+    read_picture(path)                                           # refuses a damaged file by name
+    with Image.open(path) as image:
+        fields = getattr(image, "text", {})                      # PNGs have it
+        return {name: str(value) for name, value in fields.items()}

@@ -100,8 +100,8 @@ def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: 
     """Store the images of a `data.Mix` of one source as latents, in files that are written whole or not at
     all.  fingerprint: of the source."""
     source = mix.sources[0]
-    require((not hasattr(source, "stamp"), f"{args.source}: has no images to encode"))
-    every = getattr(source, "every", range(len(mix)))
+    require((source.holds == "images", f"{args.source}: has no images to encode"))
+    every = source.every
     shards = [every[at:at + SHARD] for at in range(0, len(every), SHARD)]
     stamp = dict(encoder.stamp, source=fingerprint, shards=str(len(shards)))
     files, batches = [], []                                      # of each batch

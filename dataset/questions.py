@@ -8,9 +8,9 @@
     TextVQA_0.5.1_train.json@train_images                          TextVQA
     train.json@train                                               VizWiz
 
-READ has one reader of each format. Training (`of_json`) takes the most common answer to a question,
-and puts the suffix of the published code behind the question; the paper's prompt format is
-`data.question_prompt`. Scoring (metrics/answers.py) takes all answers, and reads ChartQA and POPE
+READ has one reader of each format. Training (`open_json`) takes the most common answer to a
+question, and puts the suffix of the published code behind the question; `question_prompt` gives the
+paper's prompt format. Scoring (metrics/answers.py) takes all answers, and reads ChartQA and POPE
 too.
 """
 
@@ -27,14 +27,14 @@ from common import files
 from common.cli import UserError, require
 from dataset import sources
 
-# trouble that a reader leaves out -> the ids of its questions
+# a problem that a reader skips -> the ids of its questions
 Issues = dict[str, list[str]]
 
 
 # ---------------------------------------------------------------------------- published formats
 
 def question_prompt(question: str) -> str:
-    """The paper's prompt format; the answer follows it directly."""
+    """Return a question in the paper's prompt format; the answer follows it directly."""
     return f"Q: {question} A: "
 
 
@@ -77,7 +77,7 @@ def read_vqa(content: dict, path: Path, issues: Issues, annotations: Path | None
         key = str(entry["question_id"])
         question_ids.add(key)
         note = notes.get(key, {})
-        answers = [given["answer"] for given in note.get("answers", [])]
+        answers = [each["answer"] for each in note.get("answers", [])]
         kind = note.get("question_type")
         types = note.get("answer_type"), f"question type: {type_names.get(kind, kind)}"
         image = f"COCO_{subset}_{entry['image_id']:012d}.jpg"
@@ -93,7 +93,7 @@ def read_textvqa(content: dict, path: Path, issues: Issues) -> Iterator[Question
 
 def read_vizwiz(content: list[dict], path: Path, issues: Issues) -> Iterator[Question]:
     for entry in content:
-        answers = [given["answer"] for given in entry.get("answers", [])]
+        answers = [each["answer"] for each in entry.get("answers", [])]
         types = (entry.get("answer_type"),)
         yield Question(entry["image"], entry["image"], entry["question"], answers, types)
 
@@ -134,7 +134,8 @@ class Format:
 
 
 VQA = Format(read_vqa, "{questions: [{question_id, image_id, question}]}, and beside it "
-                       "{annotations: [{question_id, question_type, answer_type, answers: [{answer}]}]}")
+                       "{annotations: [{question_id, question_type, answer_type, answers: "
+                       "[{answer}]}]}")
 READ = dict(vqav2=VQA, okvqa=VQA,
             textvqa=Format(read_textvqa,
                            "{data: [{question_id, image_id, question, answers: [text]}]}"),
@@ -144,38 +145,39 @@ READ = dict(vqav2=VQA, okvqa=VQA,
             pope=Format(read_pope, "lines {question_id, image, text, label}",
                         files.read_json_lines))
 
-# what training puts behind a question
+# training puts this behind a question
 SUFFIX = dict.fromkeys(READ, "Answer the question using a single word or phrase.")
 SUFFIX["vizwiz"] += " Reply unanswerable if information is not present in the image."
 
 
 # ------------------------------------------------------------------------------------- training
 
-class Questions:
-    """Entries of an image and its questions, as a source.
+class Questions(sources.Source):
+    """Entries of an image and its questions.
 
     They are kept as one block of bytes: as a list of dicts, 665,000 conversations would take
     gigabytes, and each process that reads ahead would get a copy of the entries that it touches."""
 
     def __init__(self, name: str, entries: list[dict], folder: Path):
-        self.name, self.folder = name, folder
+        self.name = name
+        self.folder = folder
         lines = [json.dumps(entry, ensure_ascii=False).encode() for entry in entries]
-        self.ends = np.cumsum([0] + [len(line) for line in lines])
-        self.block = np.frombuffer(b"".join(lines), np.uint8)
+        self.ends = np.cumsum([0, *map(len, lines)])
+        self.block = b"".join(lines)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, i: int) -> dict:
-        entry = json.loads(self.block[self.ends[i]:self.ends[i + 1]].tobytes())
+    def __getitem__(self, index: int) -> dict:
+        begin, end = self.ends[index:index + 2]
+        entry = json.loads(self.block[begin:end])
         file = self.folder / entry["image"]
         return dict(key=str(file), picture=files.read_bytes(file), captions=[],
                     questions=entry["questions"])
 
 
 def read_llava(content: list[dict]) -> Iterator[dict]:
-    """Yield LLaVA's conversations as pairs of question and answer, one of which the trainer
-    draws."""
+    """Yield LLaVA's conversations as pairs of question and answer; the trainer draws one."""
     for entry in content:
         pairs, question = [], None
         for turn in entry["conversations"]:
@@ -196,33 +198,34 @@ def read_short_answers(kind: str, content, path: Path) -> Iterator[dict]:
         yield dict(image=q.image, questions=[pair])
 
 
-# the keys that tell a format, of the file or of its first entry
+# the keys of the file, or of its first entry, that tell its format
 KEYS = dict(captions={"image_path"}, llava={"conversations"}, vizwiz={"image", "question"},
             vqav2={"questions"}, textvqa={"data"}, gqa={"imageId"})
 
 
 def recognise(content, path: Path) -> str:
-    """Return which format of KEYS a file has.  Raises UserError."""
-    entries = list(content.values()) if isinstance(content, dict) else content
-    first = entries[:1] if isinstance(entries, list) else []
-    keys = {key for level in (content, *first) if isinstance(level, dict) for key in level}
+    """Return the format, a key of KEYS, of a file's content.  Raises UserError."""
+    levels = [content]
+    if isinstance(content, dict):
+        levels += list(content.values())[:1]
+    elif isinstance(content, list):
+        levels += content[:1]
+    keys = set().union(*(level for level in levels if isinstance(level, dict)))
     for kind, needed in KEYS.items():
         if needed <= keys:
             return kind
-    raise UserError(f"{path}: expected a list of pictures with captions, or a published form of "
-                    f"questions, found the keys {', '.join(sorted(keys)[:6]) or 'of nothing'}")
+    raise UserError(f"{path}: expected a list of images with captions, or a published form of "
+                    f"questions, found the keys {', '.join(sorted(keys)[:6]) or '(none)'}")
 
 
-def of_json(place: str) -> Questions | sources.Listed:
-    """Open the JSON file PATH[@IMAGES], questions or a list of captions, as a source.  Raises
-    UserError."""
-    name, _, folder = place.partition("@")
-    path = Path(name)
-    images = Path(folder or path.parent)
+def open_json(location: sources.Location) -> Questions | sources.Listed:
+    """Open a JSON file of questions, or a list of captions.  Raises UserError."""
+    path = location.path
+    folder = Path(location.option or path.parent)
     content = files.read_json(path)
     kind = recognise(content, path)
     if kind == "captions":
-        return sources.Listed(path, content, images)
+        return sources.Listed(path, content, folder)
     read = read_llava(content) if kind == "llava" else read_short_answers(kind, content, path)
     entries = []
     try:
@@ -232,5 +235,5 @@ def of_json(place: str) -> Questions | sources.Listed:
             entries.append(entry)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"{path}: an entry lacks {error}, so these are no questions with answers")
-    require((entries, f"{path}: no question about a picture in it"))
-    return Questions(place, entries, images)
+    require((entries, f"{path}: no question about an image in it"))
+    return Questions(location.name, entries, folder)

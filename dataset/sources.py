@@ -1,24 +1,24 @@
-"""The kinds of sources: a length, and a sample at a position, read when it is asked for.
+"""Kinds of sources: a source is a length, and a sample at each index, read on demand.
 
-    photos/                   a folder of pictures, each with NAME.txt (a caption a line), or with a
+    photos/                   a folder of images, each with NAME.txt (a caption a line), or with a
                               metadata.jsonl of {"file_name": ..., "text": ...}
     shards/{000..127}.tar     tars in WebDataset layout, also as *.tar or as their folder: a jpg,
                               jpeg, png or webp with a txt or a json ("caption", "re_caption") each
     captions.json             a list of {image_path, height, width, caption, re_caption}
-    latents/                  what `python data.py latents` stored
-    tokens.safetensors        what `python data.py pack` made of plain text
+    latents/                  written by `python data.py latents`
+    tokens.safetensors        plain text, written by `python data.py pack`
 
-A sample is a dict: "key"; "picture", a file's bytes, or "latents" (C, h, w); "captions";
-"recaption", "questions", and T5's "states" (L, E) of the caption "stated" where there are any.
-Plain text is "ids" (L,).
+Each is a subclass of `Source`; a row of `data.KINDS` names the class that opens a path.
+docs/data.md adds a kind step by step.
 """
 
 import glob
 import json
 import re
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from common.files import decode_text, parse_json, read_bytes, read_json_lines, r
 from common.progress import Progress
 from dataset import webdataset
 from dataset.webdataset import Tar
-from pretrained.safetensors_io import Tensors, is_safetensors
+from pretrained.safetensors_io import Tensors
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 TEXTS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
@@ -37,9 +37,69 @@ CAPTIONS = ("caption", "re_caption")                             # of a record
 SHARDS = "latents-{}.safetensors"
 
 
+@dataclass
+class Location:
+    """A path of the command line, and the settings of what is opened there."""
+    name: str                   # as written, without its weight
+    paths: list[str]            # more than one where `name` is a pattern
+    option: str                 # behind an @: the folder of a list's images, or "each"
+    pixels: int                 # side of an image
+    length: int                 # tokens of a piece of plain text
+
+    @property
+    def path(self) -> Path:
+        return Path(self.paths[0])
+
+
+class Source:
+    """Samples at indices: images with texts, stored latents with texts, or plain text.
+
+    A kind of source defines `__len__` and `__getitem__`; if all its texts can be listed without
+    reading the images, it defines `texts`, and the tokenizer then keeps only the tokens in use.
+    The rest has defaults.  All methods raise UserError, with the name of the file, for what is
+    unreadable."""
+
+    name: str                                   # in messages
+    holds = "images"                            # or "stored latents", "plain text"
+    stamp: dict[str, str] = {}                  # the settings that made stored latents
+    states: dict[str, str] | None = None        # the settings that made T5's stored states
+    tokenizer: str | None = None                # digest of the tokenizer that made stored tokens
+    held: Sequence[int] = ()                    # indices of samples that are never trained on
+
+    def __len__(self) -> int:
+        """Return how many samples an epoch has."""
+
+    def __getitem__(self, index: int) -> dict:
+        """Return a sample as a dict:
+
+        "key": its name in messages;
+        "picture", the bytes of an image file, or "latents" (C, h, w), or "ids" (L,) of plain text;
+        "captions": a list of texts, which may be empty;
+        "recaption", if there is one;
+        "questions", if there are any: [{"question": ..., "answer": ...}];
+        "states" (L, E) of T5 and the caption "stated" that they encode, if they are stored."""
+
+    @cached_property
+    def every(self) -> Sequence[int]:
+        """Return the indices of all samples that are trained on."""
+        return range(len(self))
+
+    def texts(self) -> Iterable[str] | None:
+        """Return every text, or None where that would take reading every sample."""
+        return None
+
+    def choose(self, place: int, chance: float) -> int:
+        """Return the index of the sample at a place of an epoch; chance: in [0, 1), new each epoch.
+
+        A source that groups its samples draws one of the group."""
+        return place
+
+
+# ----------------------------------------------------------------------------------------- records
+
 def is_text(value) -> bool:
     """Tell a str without half a surrogate pair, which no encoding has."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def text(value, where: str, field: str) -> str:
@@ -81,9 +141,14 @@ def described(record, where: str) -> dict:
     return sample
 
 
+# ----------------------------------------------------------------------------------------- samples
+
 def choose_caption(sample: dict, recaption: float, chance: float) -> str:
-    """One of a sample's captions or, for a share `recaption` of draws, the re-caption; chance: in [0, 1)."""
-    again, captions = sample.get("recaption"), sample["captions"]
+    """Return one of a sample's captions or, for a share `recaption` of draws, the re-caption.
+
+    chance: in [0, 1)."""
+    again = sample.get("recaption")
+    captions = sample["captions"]
     if again and (not captions or chance < recaption):
         return again
     if again:
@@ -95,67 +160,76 @@ def latents_of(samples: list[dict]) -> Tensor | None:
     """Return stored latents or images in [-1, 1], (B, C, h, w) float32; None for text."""
     if "ids" in samples[0]:
         return None
-    return torch.stack([sample["latents"].float() if "latents" in sample else
-                        sample["picture"].float() / 127.5 - 1 for sample in samples])
+    rows = []
+    for sample in samples:
+        if "latents" in sample:
+            rows.append(sample["latents"].float())
+        else:
+            rows.append(sample["picture"].float() / 127.5 - 1)
+    return torch.stack(rows)
 
 
-class Folder:
-    """Images with a caption file each, or with a metadata.jsonl.  Raises UserError for what does
-    not fit."""
+# ------------------------------------------------------------------------------------------- kinds
 
-    def __init__(self, path: Path):
-        self.name = str(path)
-        metadata = path / "metadata.jsonl"
-        self.entries = self.listed(metadata) if metadata.exists() else self.paired(path)
+class Folder(Source):
+    """Images with a caption file each, or with a metadata.jsonl."""
+
+    def __init__(self, location: Location):
+        folder = location.path
+        self.name = str(folder)
+        metadata = folder / "metadata.jsonl"
+        entries = self.read_metadata(metadata) if metadata.exists() else self.pair(folder)
+        self.entries = list(entries)
         if not self.entries:
-            names = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"
-            raise UserError(f"{path}: expected pictures ({', '.join(PICTURES)}) with captions, or "
+            names = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) or "nothing"
+            raise UserError(f"{folder}: expected images ({', '.join(PICTURES)}) with captions, or "
                             f".tar files, found {names}")
 
-    def listed(self, metadata: Path) -> list[tuple[Path, list[str]]]:
-        entries = []
+    def read_metadata(self, metadata: Path) -> Iterator[tuple[Path, list[str]]]:
         for where, record in read_json_lines(metadata):
             try:
                 file, caption = metadata.parent / record["file_name"], record["text"]
             except (KeyError, TypeError) as error:
                 raise UserError(f"{where}: expected file_name and text ({error})")
-            entries.append((file, [text(caption, where, "text")]))
-        return entries
+            yield file, [text(caption, where, "text")]
 
-    def paired(self, path: Path) -> list[tuple[Path, list[str]]]:
+    def pair(self, folder: Path) -> Iterator[tuple[Path, list[str]]]:
         images, texts = {}, {}                                   # by their path without suffix
-        for file in sorted(path.rglob("*")):
-            suffix = file.suffix.lower()
-            if file.is_file() and not file.name.startswith(".") and suffix in (*PICTURES, ".txt"):
-                files = texts if suffix == ".txt" else images
-                files[file.with_suffix("")] = file
+        for file in sorted(folder.rglob("*")):
+            if not file.is_file() or file.name.startswith("."):
+                continue
+            if file.suffix.lower() in PICTURES:
+                images[file.with_suffix("")] = file
+            elif file.suffix.lower() == ".txt":
+                texts[file.with_suffix("")] = file
         if single := images.keys() ^ texts.keys():
             first = min(single)
             file = (texts | images)[first]
-            lacking = "its caption in a .txt" if first in images else "a picture"
+            lacking = "its caption in a .txt" if first in images else "an image"
             raise UserError(f"{file}: expected {lacking} of that name, found none")
-        entries = []
         for stem, file in images.items():
             lines = map(str.strip, read_text(texts[stem]).split("\n"))
-            entries.append((file, list(filter(None, lines))))
-        return entries
+            yield file, list(filter(None, lines))
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, i: int) -> dict:
-        file, captions = self.entries[i]
+    def __getitem__(self, index: int) -> dict:
+        file, captions = self.entries[index]
         return dict(key=str(file), picture=read_bytes(file), captions=captions)
 
     def texts(self) -> Iterator[str]:
-        return (caption for _, captions in self.entries for caption in captions)
+        for _, captions in self.entries:
+            yield from captions
 
 
-class Listed:
+class Listed(Source):
     """A JSON list of {image_path, height, width, caption, re_caption}, with paths from a folder."""
 
     def __init__(self, path: Path, content: list[dict], folder: Path):
-        self.name, self.folder, self.content = str(path), folder, content
+        self.name = str(path)
+        self.folder = folder
+        self.content = content
         for entry in content:
             require((isinstance(entry, dict) and is_text(entry.get("image_path")),
                      f"{path}: expected objects with image_path, found {ascii(entry)[:60]}"))
@@ -163,49 +237,61 @@ class Listed:
     def __len__(self) -> int:
         return len(self.content)
 
-    def __getitem__(self, i: int) -> dict:
-        file = self.folder / self.content[i]["image_path"]
+    def __getitem__(self, index: int) -> dict:
+        record = self.content[index]
+        file = self.folder / record["image_path"]
         sample = dict(key=str(file), picture=read_bytes(file), captions=[])
-        return sample | described(self.content[i], f"{self.name}: {file}")
+        return sample | described(record, f"{self.name}: {file}")
 
     def texts(self) -> Iterator[str]:
         for entry in self.content:
             yield from filter(is_text, map(entry.get, CAPTIONS))
 
 
-class Sharded:
-    """Rows of several files in a row; counts: of each file."""
+class Sharded(Source):
+    """Rows of several files, one file after the other."""
 
-    def __init__(self, counts: list[int]):
-        self.starts = np.cumsum([0, *counts])
+    starts: np.ndarray          # the index at which each file begins; then the number of all rows
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def place(self, i: int) -> tuple[int, int]:
-        """Return (file, row in it) of a row of all."""
-        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return shard, i - int(self.starts[shard])
+    def find(self, index: int) -> tuple[int, int]:
+        """Return the file that has a row, and the row's place in it."""
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, index - int(self.starts[shard])
+
+
+def tars_at(path: Path) -> list[str]:
+    """Return the tars of a folder, in order; a tar by itself."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [str(file) for file in files if file.name.endswith(webdataset.KINDS)]
 
 
 class Tars(Sharded):
     """WebDataset shards (webdataset.py), read at random."""
 
-    def __init__(self, name: str, paths: list[str]):
-        self.name, self.tars = name, []
+    def __init__(self, location: Location):
+        paths = location.paths
+        if location.path.is_dir():
+            paths = tars_at(location.path)
+        self.name = location.name
+        self.tars = []
         progress = Progress("tars indexed", len(paths))
         for path in paths:
             self.tars.append(Tar(path))
             progress.update(len(self.tars))
-        super().__init__(list(map(len, self.tars)))
+        self.starts = np.cumsum([0, *map(len, self.tars)])
 
-    def __getitem__(self, i: int) -> dict:
-        shard, row = self.place(i)
-        key, files = self.tars[shard][row]
-        where = f"{self.tars[shard].path}: {key}"
-        kinds = [kind for kind in PICTURES if kind[1:] in files]
-        require((kinds, f"{where}: no picture in this sample, found .{', .'.join(files)}"))
-        sample = dict(key=where + kinds[0], picture=files[kinds[0][1:]], captions=[])
+    def __getitem__(self, index: int) -> dict:
+        shard, row = self.find(index)
+        tar = self.tars[shard]
+        key, files = tar[row]
+        where = f"{tar.path}: {key}"
+        suffixes = [suffix for suffix in PICTURES if suffix[1:] in files]
+        require((suffixes, f"{where}: no image in this sample, found .{', .'.join(files)}"))
+        suffix = suffixes[0]
+        sample = dict(key=where + suffix, picture=files[suffix[1:]], captions=[])
         if "txt" in files:
             sample["captions"] = [decode_text(files["txt"], f"{where}.txt").strip()]
         if "json" in files:
@@ -219,22 +305,27 @@ class Latents(Sharded):
 
     stamp: the settings that made them, the same in all files of a folder: "source", "shards",
     "dtype", "vae" (the digest of its weights), "pixels" and "channels"; with T5's states also those
-    of `states`, which is None without them."""
+    of `states`."""
 
-    def __init__(self, folder: Path):
-        self.name, self.files = str(folder), sorted(map(str, folder.glob(SHARDS.format("*"))))
+    holds = "stored latents"
+
+    def __init__(self, location: Location):
+        self.name = str(location.path)
+        self.files = shards_at(location.path)
         self.stamp = read_stamp(self.files[0])
         for file in self.files:
             require((read_stamp(file) == self.stamp,
                      f"{file}: made with other settings than {self.files[0]}"))
         names = self.stamp.keys() & {"t5", "tokenizer", "length", "recaption"}
         self.states = {name: self.stamp[name] for name in names} or None
-        require((len(self.files) == int(self.stamp["shards"]), f"{folder}: {len(self.files)} of "
-                 f"{self.stamp['shards']} shards; the same python data.py latents makes the rest"))
-        super().__init__([mapped(file).get_slice("latents").get_shape()[0] for file in self.files])
+        expected = self.stamp["shards"]
+        require((len(self.files) == int(expected), f"{self.name}: {len(self.files)} of {expected} "
+                 f"shards; the same python data.py latents makes the rest"))
+        counts = [latents_shape(file)[0] for file in self.files]
+        self.starts = np.cumsum([0, *counts])
 
-    def __getitem__(self, i: int) -> dict:
-        shard, row = self.place(i)
+    def __getitem__(self, index: int) -> dict:
+        shard, row = self.find(index)
         tensors = mapped(self.files[shard])
         begin, end = tensors.get_slice("ends")[row:row + 2].tolist()
         content = tensors.get_slice("texts")[begin:end].numpy().tobytes()
@@ -244,37 +335,47 @@ class Latents(Sharded):
         return sample
 
 
+def shards_at(path: Path) -> list[str]:
+    """Return the files of stored latents in a folder, in order."""
+    return sorted(map(str, path.glob(SHARDS.format("*"))))
+
+
+def latents_shape(file: str) -> list[int]:
+    """Return the shape (N, C, h, w) of a file of latents."""
+    return mapped(file).get_slice("latents").get_shape()
+
+
 def read_stamp(file: str) -> dict[str, str]:
     """Return the settings that made a file of latents.  Raises UserError."""
     try:
         return json.loads((mapped(file).metadata() or {})["stamp"])
     except (KeyError, ValueError):
-        raise UserError(f"{file}: not what python data.py latents writes; it names no autoencoder")
+        raise UserError(f"{file}: not written by python data.py latents; it names no autoencoder")
 
 
-class Tokens:
-    """Plain text as one row of tokens, mapped, and cut into texts of L tokens.
+class Tokens(Source):
+    """Plain text as one row of tokens, mapped, and cut into texts of L tokens."""
 
-    tokenizer: the digest of the one that made them."""
+    holds = "plain text"
 
-    stamp = None                # it has no pictures
-
-    def __init__(self, path: Path, length: int):
-        self.name, self.length = str(path), length
+    def __init__(self, location: Location):
+        self.name = str(location.path)
+        self.length = location.length
         tensors = mapped(self.name)
         self.tokenizer = (tensors.metadata() or {}).get("tokenizer")
         require((self.tokenizer and "tokens" in tensors.keys(),
-                 f"{path}: not what python data.py pack writes"))
+                 f"{self.name}: not written by python data.py pack"))
         [size] = tensors.get_slice("tokens").get_shape()
-        self.count = size // length
-        require((self.count, f"{path}: {size} tokens, one text takes {length}"))
+        self.size = size // self.length
+        require((self.size, f"{self.name}: {size} tokens, one text takes {self.length}"))
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
-    def __getitem__(self, i: int) -> dict:
-        ids = mapped(self.name).get_slice("tokens")[i * self.length:(i + 1) * self.length]
-        return dict(key=f"{self.name}:{i}", ids=ids.long(), captions=[])
+    def __getitem__(self, index: int) -> dict:
+        start = index * self.length
+        ids = mapped(self.name).get_slice("tokens")[start:start + self.length]
+        return dict(key=f"{self.name}:{index}", ids=ids.long(), captions=[])
 
 
 @lru_cache(maxsize=64)
@@ -284,6 +385,8 @@ def mapped(path: str):
 
 def expand(pattern: str) -> list[str]:
     """Return the paths of a pattern with {000..127} ranges and *; in order."""
+    if Path(pattern).exists():                                   # its name may have brackets
+        return [pattern]
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not match:
         return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
@@ -293,23 +396,3 @@ def expand(pattern: str) -> list[str]:
         number = str(i).zfill(len(first))
         paths += expand(pattern[:match.start()] + number + pattern[match.end():])
     return paths
-
-
-def of_path(pattern: str, length: int = 256) -> Folder | Tars | Latents | Tokens:
-    """Open a path, or a pattern of tars, as a source; plain text in pieces of `length`.  Raises
-    UserError."""
-    paths = expand(pattern)
-    require((paths, f"{pattern}: no file has such a name"))
-    path = Path(paths[0])
-    if path.is_dir():
-        shards = sorted(str(file) for file in path.iterdir() if file.name.endswith(webdataset.KINDS))
-        if shards:
-            return Tars(pattern, shards)
-        return Latents(path) if any(path.glob(SHARDS.format("*"))) else Folder(path)
-    if path.name.endswith(webdataset.KINDS):
-        return Tars(pattern, paths)
-    require((path.exists(), f"{path}: no such file or folder"))
-    if is_safetensors(path):
-        return Tokens(path, length)
-    raise UserError(f"{path}: expected a folder of pictures with captions, tars, a .json, or "
-                    f"tokens; plain text is made tokens first: python data.py pack ...")

@@ -1,9 +1,11 @@
-"""Tars in WebDataset layout: files with one key, side by side, are a sample; whole, or refused.
+"""Tars in WebDataset layout: neighbouring files with one key are a sample.
+
+A damaged tar is refused.
 
 A plain tar is read at random, by an index beside it; a packed one, .tar.gz or .tgz, is held in
-memory, and gzip's checksum is checked.  Tars that `cat` joined are read to the end.  What lies
-beside the samples is left out: folders, hidden files (macOS leaves ._x and .DS_Store), READMEs and
-licences, names without an extension.
+memory, and gzip's checksum is checked.  Tars that `cat` joined are read to the end.  Other files
+are left out: folders, hidden files (macOS leaves ._x and .DS_Store), READMEs and licences, names
+without an extension.
 """
 
 import gzip
@@ -25,8 +27,8 @@ KINDS = (".tar", ".tar.gz", ".tgz")
 PACKED = KINDS[1:]
 WHOLE_GZIP = 2**31      # bytes of a packed tar once unpacked: it is held in memory
 BLOCK = bytes(512)      # of zeros: behind the last file
-INDEX = ".index.npy"    # behind a tar's name; its last row is the tar's size, and
-RULES = 2               # of what is a sample, that made it
+INDEX = ".index.npy"    # behind a tar's name; its last row holds the tar's size and
+RULES = 2               # the version of the rules by which files are grouped into samples
 BESIDE = re.compile(r"(readme|licen[sc]e|copying|notice)\.(md|txt|rst|html)", re.IGNORECASE)
 
 
@@ -39,13 +41,13 @@ def whole(path: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such tar file")
-    except Exception as error:      # tarfile and gzip let out whatever the damage led to
+    except Exception as error:      # tarfile and gzip raise whatever the damage led to
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: not a whole tar file ({reason}); fetch or build it again")
 
 
 def members(file) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Each member of a tar, and of tars that were joined to it, and where its last block ends."""
+    """Yield each member of a tar, and of tars joined to it, with the end of its last block."""
     end, size = 0, file.seek(0, 2)
     while True:
         file.seek(end)
@@ -104,7 +106,7 @@ def unpacked(path: str) -> bytes:
     """Read a packed tar into memory: it can't be read at random otherwise.  Raises UserError above
     2 GiB."""
     with whole(path), gzip.open(path) as file:
-        content = file.read(WHOLE_GZIP + 1)              # up to the end: there is its checksum
+        content = file.read(WHOLE_GZIP + 1)              # to the end, where the checksum is
     require((len(content) <= WHOLE_GZIP,
              f"{path}: over 2 GiB unpacked, and a .tar.gz is held in memory; gunzip it"))
     return content

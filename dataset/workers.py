@@ -1,7 +1,8 @@
-"""What is made ahead by other processes, in order, and how they end."""
+"""Results that other processes compute ahead, in order."""
 
 import signal
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
 import torch
@@ -9,11 +10,10 @@ import torch
 from common.cli import UserError
 
 
+@dataclass
 class Ahead(torch.utils.data.Dataset):
-    """make(step), in another process; a UserError comes back as a result."""
-
-    def __init__(self, make: Callable[[int], Any]):
-        self.make = make
+    """Return make(step) from another process; a UserError comes back as a result."""
+    make: Callable[[int], Any]
 
     def __getitem__(self, step: int) -> Any:
         try:
@@ -22,18 +22,20 @@ class Ahead(torch.utils.data.Dataset):
             return error
 
 
-def deaf(_: int) -> None:
+def ignore_sigterm(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any]:
-    """make(step) for each step in order: here, or by `workers` processes ahead.  The same either way.
+    """Yield make(step) for each step in order, here or from `workers` processes that compute ahead.
 
-    What ends a job (SLURM, `timeout`) sends SIGTERM to all of its processes: the workers leave it to this
-    one, which saves first, and end with it."""
-    loader = map(make, steps) if workers == 0 else torch.utils.data.DataLoader(
-        Ahead(make), sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=deaf)
-    for result in loader:
+    A job that is stopped (SLURM, `timeout`) gets SIGTERM in all of its processes.  The workers
+    ignore it: the main process writes a checkpoint first, and ends them."""
+    results = map(make, steps)
+    if workers:
+        results = torch.utils.data.DataLoader(Ahead(make), sampler=steps, batch_size=None,
+                                              num_workers=workers, worker_init_fn=ignore_sigterm)
+    for result in results:
         if isinstance(result, UserError):
             raise result
         yield result
@@ -41,13 +43,14 @@ def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any
 
 @contextmanager
 def readers_watched() -> Iterator[None]:
-    """torch says wherever the main process is that a worker of `feed` was killed, or that nobody is there
-    whose tensor it is about to take: here it is a UserError."""
+    """Raise UserError when a worker of `feed` was killed.
+
+    torch raises its errors wherever the main process is, also while it receives a tensor."""
     try:
         yield
     except (RuntimeError, ConnectionResetError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"a process that reads data ahead was lost ({said}); the same command goes on from "
-                        f"the newest checkpoint")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"a process that reads data ahead was lost ({reason}); the same command "
+                        f"resumes from the newest checkpoint")

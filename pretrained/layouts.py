@@ -209,7 +209,7 @@ def check_size(field: Field, kind: type, value: Any, where: Path) -> None:
     """Raise UserError for a value that a field of MMDiTConfig can't have."""
     low = field.metadata.get("low")
     expected = kind.__name__
-    valid = type(value) is kind
+    valid = type(value) is kind or (kind is float and type(value) is int)     # JSON: 1.0 as 1
     if low is not None:
         expected += f" of at least {low}"
         valid = valid and value >= low

@@ -247,7 +247,7 @@ def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> b
     --recaption."""
     if not mix or not models.t5:
         return False
-    states = [getattr(source, "states", None) for source in mix.sources]
+    states = [source.states for source in mix.sources]
     if None in states:
         return False
     # in bfloat16 and as published: no stored caption has the [MASK] that is trained

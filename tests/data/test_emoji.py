@@ -162,7 +162,7 @@ def mix(emoji_set):
 
 
 def indices(mix, positions, name="image"):
-    return [mix.index(*place) for place in mix.places(positions, name)]
+    return [mix.index(place) for place in mix.places(positions, name)]
 
 
 def test_an_epoch_takes_each_emoji_and_style_once_in_any_tone(mix):

@@ -64,7 +64,7 @@ def contents(folder):
 
 def test_stored_latents_are_those_of_the_images(photos, tmp_path, small_shards):
     out = encode(photos, tmp_path / "out", "--dtype", "float32", "--batch", 2)
-    stored = sources.of_path(str(out))
+    stored = data.open_source(str(out), 16)
     mix, vae = data.Mix([str(photos)], 16), checkpoint.load_vae(VAE)
     assert len(stored) == len(mix) == 12
     assert len(stored.files) == 3
@@ -82,7 +82,7 @@ def test_stored_latents_are_those_of_the_images(photos, tmp_path, small_shards):
 
 def test_stored_states_are_those_of_t5(photos, tmp_path):
     flags = ["--t5", RELEASE, "--text-length", 9, "--dtype", "float32"]
-    stored = sources.of_path(str(encode(photos, tmp_path / "out", *flags)))
+    stored = data.open_source(str(encode(photos, tmp_path / "out", *flags)), 16)
     t5, tokenizer = checkpoint.load_t5(RELEASE, torch.bfloat16), checkpoint.load_tokenizer(RELEASE)
     for sample in (stored[3], stored[7]):
         assert sample["stated"] in sample["captions"]
@@ -97,7 +97,7 @@ def test_parts_make_the_same_shards_as_one_command(photos, tmp_path, small_shard
     whole = encode(photos, tmp_path / "whole")
     parts = encode(photos, tmp_path / "parts", "--part", "0/2")
     with pytest.raises(UserError, match="parts: 2 of 3 "):
-        sources.of_path(str(parts))
+        data.open_source(str(parts), 16)
     encode(photos, parts, "--part", "1/2", "--workers", 1)
     assert contents(parts) == contents(whole)
 
@@ -151,7 +151,7 @@ def test_unreadable_images_are_left_out_and_named(photos, tmp_path, small_shards
     shutil.copytree(photos, tmp_path / "photos")
     images = sorted(tmp_path.glob("photos/*.png"))
     images[1].write_bytes(b"not an image")
-    stored = sources.of_path(str(encode(tmp_path / "photos", tmp_path / "out")))
+    stored = data.open_source(str(encode(tmp_path / "photos", tmp_path / "out")), 16)
     assert len(stored) == 11
     assert stored[1]["key"] == str(images[2])
     assert str(images[1]) in capsys.readouterr().err
@@ -168,7 +168,7 @@ def test_shards_of_other_settings_are_refused(photos, tmp_path, small_shards):
     shutil.copy(other / "latents-00001.safetensors", out)
     sources.mapped.cache_clear()
     with pytest.raises(UserError, match="latents-00001.*settings.*latents-00000"):
-        sources.of_path(str(out))
+        data.open_source(str(out), 16)
 
 
 def test_damaged_and_foreign_shards_are_refused(photos, tmp_path, small_shards):
@@ -177,10 +177,10 @@ def test_damaged_and_foreign_shards_are_refused(photos, tmp_path, small_shards):
     file.write_bytes(file.read_bytes()[:-9])
     sources.mapped.cache_clear()
     with pytest.raises(UserError, match="latents-00002.safetensors: .*whole"):
-        sources.of_path(str(out))
+        data.open_source(str(out), 16)
     save_file({"latents": torch.zeros(1)}, tmp_path / "latents-00000.safetensors")
     with pytest.raises(UserError, match="latents-00000.safetensors: .*data.py latents"):
-        sources.of_path(str(tmp_path))
+        data.open_source(str(tmp_path), 16)
 
 
 def test_training_on_stored_pixels_equals_training_on_images(photos, tiny, tmp_path):
@@ -271,7 +271,7 @@ def test_training_refuses_latents_of_another_autoencoder(photos, other_vae, trai
     error = train_error("--image-data", other)
     assert "--image-data" in error
     assert checkpoint.read_config(init)["latents"] in error
-    assert sources.of_path(str(other)).stamp["vae"] in error
+    assert data.open_source(str(other), 16).stamp["vae"] in error
 
 
 def test_training_refuses_latents_of_another_size(photos, train_error, tmp_path):
@@ -330,7 +330,7 @@ def test_a_packed_text_is_its_tokens_end_to_end(piece_length, tmp_path, monkeypa
     packed = load_file(out)["tokens"]
     assert packed.tolist() == expected
     assert packed.dtype == torch.uint16
-    source = sources.of_path(str(out), 7)
+    source = data.open_source(str(out), 16, 7)
     assert len(source) == len(expected) // 7
     assert source[3]["ids"].tolist() == expected[21:28]
     with safe_open(out, "np") as file:

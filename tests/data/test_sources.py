@@ -38,7 +38,7 @@ def write_images(folder, count, caption="a caption", content=jpeg("red")):
 # --------------------------------------------------------------------------------- kinds of sources
 
 def test_a_folder_of_images_with_caption_files(photos):
-    source = sources.of_path(str(photos))
+    source = data.open_source(str(photos), 16)
     samples = {}
     for i in range(len(source)):
         samples[source[i]["key"].rpartition("/")[2]] = source[i]
@@ -54,7 +54,7 @@ def test_a_folder_with_a_metadata_file(photos):
                dict(file_name="IMG 1.png", text="a line\u2028in a line")]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in records)
     (photos / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    source = sources.of_path(str(photos))
+    source = data.open_source(str(photos), 16)
     captions = [source[i]["captions"] for i in range(len(source))]
     assert captions == [["one"], ["four"], ["a line\u2028in a line"]]
 
@@ -84,9 +84,9 @@ def test_a_recaption_stands_in_where_there_is_no_caption():
 def test_the_emoji_set_is_recognised_by_its_first_sample(tmp_path, small_tar):
     files = [("x.webp", jpeg("red")), ("x.json", b'{"caption": "red"}')]
     other = write_tar(tmp_path / "a.tar", files)
-    assert emoji.is_emoji(sources.of_path(small_tar))
-    assert not emoji.is_emoji(sources.of_path(other))
-    assert not emoji.is_emoji(sources.of_path(str(tmp_path)))
+    assert isinstance(data.open_source(small_tar, 16), emoji.Emoji)
+    assert isinstance(data.open_source(other, 16), sources.Tars)
+    assert isinstance(data.open_source(str(tmp_path), 16), sources.Tars)
 
 
 def test_a_fingerprint_depends_on_contents_and_weight_only(photos, tmp_path):

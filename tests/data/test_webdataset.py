@@ -60,7 +60,7 @@ def shards(tmp_path):
 
 
 def test_shards_are_read_in_any_order(shards):
-    source = sources.of_path(str(shards / "shard-{000..002}.tar"))
+    source = data.open_source(str(shards / "shard-{000..002}.tar"), 16)
     assert len(source) == 63
     places = [(shard, i) for shard in range(3) for i in range(20 + shard)]
     for n in random.Random(0).sample(range(63), 63):
@@ -72,12 +72,12 @@ def test_shards_are_read_in_any_order(shards):
 
 @pytest.mark.parametrize("pattern", ["", "*.tar"])
 def test_shards_are_found_by_folder_and_by_pattern(pattern, shards):
-    assert len(sources.of_path(str(shards / pattern))) == 63
+    assert len(data.open_source(str(shards / pattern), 16)) == 63
 
 
 def test_an_index_lies_beside_its_tar_and_outside_the_fingerprint(shards):
     before = data.fingerprint(str(shards))
-    sources.of_path(str(shards))
+    data.open_source(str(shards), 16)
     assert np.load(shards / "shard-001.tar.index.npy").shape == (22, 2)  # 21 samples and the size
     assert data.fingerprint(str(shards)) == before
 
@@ -196,7 +196,7 @@ def test_a_tar_of_unclear_samples_is_refused(files, message, tmp_path):
      r'"questions\[1\].answer" is null'),
     (b'{"questions": [{"q": "x"}]}', r'"questions\[0\].question" is null')])
 def test_a_record_of_the_wrong_type_names_tar_key_and_field(record, message, tmp_path):
-    source = sources.of_path(write_tar(tmp_path / "a.tar", [FILES[0], ("000.json", record)]))
+    source = data.open_source(write_tar(tmp_path / "a.tar", [FILES[0], ("000.json", record)]), 16)
     with pytest.raises(UserError, match=f"^{tmp_path}/a.tar: 000.json: {message}") as error:
         source[0]
     assert "\n" not in str(error.value)
@@ -205,12 +205,13 @@ def test_a_record_of_the_wrong_type_names_tar_key_and_field(record, message, tmp
 @pytest.mark.parametrize("content, caption", [
     (b"\xef\xbb\xbfred\n", "red"), ("сад".encode(), "сад")])
 def test_captions_are_read_as_utf_8(content, caption, tmp_path):
-    source = sources.of_path(write_tar(tmp_path / "a.tar", [FILES[0], ("000.txt", content)]))
+    source = data.open_source(write_tar(tmp_path / "a.tar", [FILES[0], ("000.txt", content)]), 16)
     assert source[0]["captions"] == [caption]
 
 
 def test_captions_in_another_encoding_are_refused(tmp_path):
-    latin = sources.of_path(write_tar(tmp_path / "latin.tar", [FILES[0], ("000.txt", b"caf\xe9")]))
+    path = write_tar(tmp_path / "latin.tar", [FILES[0], ("000.txt", b"caf\xe9")])
+    latin = data.open_source(path, 16)
     with pytest.raises(UserError, match="latin.tar: 000.txt: .*UTF-8.* byte 3"):
         latin[0]
 
@@ -219,12 +220,12 @@ def test_captions_in_another_encoding_are_refused(tmp_path):
     (dict(caption=None, re_caption="b"), "b"), (dict(caption=None), None)])
 def test_null_is_no_caption(record, recaption, tmp_path):
     path = write_tar(tmp_path / "null.tar", [FILES[0], ("000.json", json.dumps(record).encode())])
-    sample = sources.of_path(path)[0]
+    sample = data.open_source(path, 16)[0]
     assert sample["captions"] == []
     assert sample.get("recaption") == recaption
     if recaption is None:
         with pytest.raises(UserError, match="000.jpg: no caption"):
-            data.Mix([path], 16).sample(0, 0, 0)
+            data.Mix([path], 16).sample(data.Place(0, 0, 0))
 
 
 @pytest.fixture
@@ -237,11 +238,12 @@ def without_questions(tmp_path):
 def test_an_empty_list_of_questions_is_refused_where_they_are_asked(without_questions):
     mix = data.Mix([without_questions], 16)
     asking = data.Mix([without_questions], 16, asks=True)
-    assert [mix.sample(0, 0, i)["captions"] for i in (0, 1)] == [["red 0"], ["a"]]
-    assert asking.sample(0, 0, 0)["captions"] == ["red 0"]
-    assert asking.sample(0, 0, 1, captioned=True)["captions"] == ["a"]
+    places = [data.Place(0, 0, i) for i in (0, 1)]
+    assert [mix.sample(place)["captions"] for place in places] == [["red 0"], ["a"]]
+    assert asking.sample(places[0])["captions"] == ["red 0"]
+    assert asking.sample(places[1], captioned=True)["captions"] == ["a"]
     with pytest.raises(UserError, match=f'^{without_questions}: 001.jpg: "questions" is '):
-        asking.sample(0, 0, 1)
+        asking.sample(places[1])
 
 
 def test_sources_without_questions_are_refused_where_they_are_asked(without_questions, small_tar):
@@ -255,7 +257,7 @@ def test_sources_without_questions_are_refused_where_they_are_asked(without_ques
 def test_an_unreadable_image_is_named_by_tar_and_key(tmp_path):
     path = write_tar(tmp_path / "a.tar", [*FILES[:2], ("001.png", b"x"), ("001.txt", b"x")])
     with pytest.raises(UserError, match=f"^{path}: 001.png: "):
-        data.Mix([path], 16).sample(0, 0, 1)
+        data.Mix([path], 16).sample(data.Place(0, 0, 1))
 
 
 def damaged_tars(whole, headers):
