@@ -1,18 +1,18 @@
 """Measure a checkpoint.
 
     python evaluate.py emoji                            # the emoji set: captions, answers, drawings
-    python evaluate.py draw geneval evaluation_metadata.jsonl out/geneval   # a benchmark's pictures
+    python evaluate.py draw geneval evaluation_metadata.jsonl out/geneval   # a benchmark's images
     torchrun --standalone --nproc_per_node=8 evaluate.py draw coco captions_val2014.json out/coco
     python evaluate.py fid out/drawn photos --inception pt_inception-2015-12-05-6726825d.pth
-    python evaluate.py coco out/coco val2014 captions_val2014.json --inception ... --clip clip-vit-large
+    python evaluate.py coco out/coco val2014 captions_val2014.json --inception ... --clip clip-large
     python evaluate.py mjhq out/mjhq mjhq30k_imgs meta_data.json --inception ...
-    python evaluate.py clip out/drawn --clip clip-vit-large
+    python evaluate.py clip out/drawn --clip clip-large
     python evaluate.py score geneval results.jsonl --made out/geneval         # its scorer's results
     python evaluate.py answer vqav2 v2_OpenEnded_mscoco_val2014_questions.json val2014 vqa.jsonl
     python evaluate.py score vqav2 vqa.jsonl                                   # their accuracy
 
-`draw` and `answer` give each prompt and question a seed of its own: the results are the same at any
-number of processes, and a stopped run resumes.  OUT.json has the settings, which are printed with
+`draw` and `answer` give each prompt and question its seed: the results are the same with any number
+of processes, and an interrupted run resumes.  OUT.json has the settings, which are printed with
 every score.  Each command ends with what had to be left out; --json writes all of it.  metrics/
 explains the scores.
 """
@@ -26,6 +26,7 @@ import sys
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
+from typing import Callable
 
 from common import processes
 from common.cli import require
@@ -42,7 +43,7 @@ from inference.parts import ModelConfig, Parts, open_parts
 from inference.text_to_image import DrawConfig
 from inference.texts import read_prompt
 from metrics import answers, benchmarks, captions, comparisons, emojis
-from metrics.tables import about, left_out, table, tell
+from metrics.tables import print_left_out, read_note, table, tell
 from viz import grids
 
 ANSWERED = [*answers.READ, "captions"]
@@ -50,169 +51,187 @@ SEEDS = 2**50           # the largest; those of drawings follow from it
 ANSWER_ROOM = 32        # tokens of an answer behind the longest prompt with --shots
 
 
-# ----------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------ drawing
 
-def write_notes(args: argparse.Namespace, asked: benchmarks.Asked,
+def write_notes(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
                 settings: dict[str, str]) -> None:
     """Write OUT.json, and the files that the benchmark's scorer reads."""
     args.out.mkdir(parents=True, exist_ok=True)
-    note = dict(made_by=args.command_line, benchmark=args.benchmark, files=len(asked.jobs),
-                drawings_a_file=asked.each, settings=settings)
+    note = dict(made_by=args.command_line, benchmark=args.benchmark, files=len(benchmark.jobs),
+                drawings_a_file=benchmark.each, settings=settings)
     write_json(Path(f"{args.out}.json"), note)
-    for name, content in asked.files.items():
-        (args.out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.out / name, content)
+    for name, content in benchmark.files.items():
+        path = args.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, content)
 
 
 def draw(args: argparse.Namespace) -> None:
-    """A benchmark's pictures, shared among the processes of torchrun."""
+    """Draw a benchmark's images; torchrun's processes share the work."""
     rank, world, device = processes.start(args.device)
     with processes.one_voice():
         config = cli.take(DrawConfig, vars(args))
-        asked = benchmarks.read(args.benchmark, args.prompts, args.n, args.seed, args.limit)
+        benchmark = benchmarks.read(args.benchmark, args.prompts, args.n, args.seed, args.limit)
         parts = open_parts(cli.take(ModelConfig, vars(args)), device)
         parts.silent = True
-        negative = config.negative_prompt
-        config.negative_prompt = read_prompt(parts, negative, "negative prompt")
-        jobs = [(parts.tokenizer.lowered(prompt), seed) for prompt, seed in asked.jobs]
-        shared = processes.first(lambda: image_folder.settings(parts, config))  # reads the weights
-        folder = ImageFolder(args.out, jobs, asked.names, shared, asked.each)
+        config.negative_prompt = read_prompt(parts, config.negative_prompt, "negative prompt")
+        jobs = [(parts.tokenizer.lowered(prompt), seed) for prompt, seed in benchmark.jobs]
+        # one process hashes the weights
+        settings = processes.first(lambda: image_folder.settings(parts, config))
+        folder = ImageFolder(args.out, jobs, benchmark.names, settings, benchmark.each)
         missing = folder.missing(range(rank, len(jobs), world))
         missing = sorted(processes.gather(missing))
         if rank == 0:
-            write_notes(args, asked, shared)
+            write_notes(args, benchmark, settings)
         share = missing[rank::world]
-        progress = Progress("pictures", len(share), rank, world)
+        progress = Progress("images", len(share), rank, world)
         for done, _ in enumerate(folder.draw(parts, share, config), 1):
             progress.update(done)
         if rank == 0:
-            print(f"{args.out}: {len(jobs)} pictures, {len(jobs) - len(missing)} of which were there")
-            left_out(asked.bad)
+            kept = len(jobs) - len(missing)
+            print(f"{args.out}: {len(jobs)} images, {kept} were there")
+            print_left_out(benchmark.left_out)
 
+
+# ---------------------------------------------------------------------------------------- answering
 
 def read_questions(args: argparse.Namespace) -> tuple[list[Ask], list[str]]:
     """Return what `answer` asks, and a line for each thing that it can't ask."""
     if args.benchmark == "captions":
-        _, names, bad = captions.read_captions(Path(args.questions[0]))
-        return [Ask(image_id, file) for image_id, file in names.items()][:args.limit], bad
+        _, names, left_out = captions.read_captions(Path(args.questions[0]))
+        asks = [Ask(image_id, file) for image_id, file in names.items()]
+        return asks[:args.limit], left_out
     suffix = questions.SUFFIX[args.benchmark] if args.suffix is None else args.suffix
-    asked, bad = answers.questions(args.benchmark, args.questions, suffix)
+    scored, left_out = answers.questions(args.benchmark, args.questions, suffix)
     examples = []
     if args.shots:
         examples, more = answers.questions(args.benchmark, args.examples, suffix)
-        bad += more
+        left_out += more
     asks = []
-    for q in asked[:args.limit]:
+    for q in scored[:args.limit]:
         shots = answers.shots(examples, args.shots, f"{args.seed} {q.id}", q)
         asks.append(Ask(q.id, q.image, f"{shots}Q: {q.question}".removeprefix("Q: ")))
-    return asks, bad
+    return asks, left_out
 
 
-def make_room(parts: Parts, asked: list[Ask], args: argparse.Namespace) -> None:
+def make_room(parts: Parts, asks: list[Ask], args: argparse.Namespace) -> None:
     """Lengthen the answers' positions so that the longest prompt with its --shots fits.
 
     Raises UserError where --length, or the checkpoint's position table, leaves room for none."""
-    prompts = [question_prompt(ask.question) for ask in asked]
+    prompts = [question_prompt(ask.question) for ask in asks]
     sizes = sorted(map(len, parts.tokenizer.many(prompts)))
     needed = sizes[-1] + ANSWER_ROOM
     if needed <= parts.answer_length:
         return
-    if vars(args).get("length", "auto") == "auto" and not parts.own:       # T5 has no position table
+    # T5 has no position table
+    if vars(args).get("length", "auto") == "auto" and not parts.own:
         parts.answer_length = needed
         return
     advice = f"--length {parts.answer_length}: use --length {needed}"
     if parts.own:
         advice = f"at most {parts.sizes.text_length} positions: use fewer --shots"
     require((sizes[0] + 2 <= parts.answer_length,
-             f"--shots {args.shots}: the prompts have {sizes[0]} to "
-             f"{sizes[-1]} tokens, {advice}"))
+             f"--shots {args.shots}: the prompts have {sizes[0]} to {sizes[-1]} tokens, {advice}"))
 
 
 def answer(args: argparse.Namespace) -> None:
-    """Answers to a benchmark's questions, or captions, shared among the processes of torchrun."""
+    """Answer a benchmark's questions, or write captions; torchrun's processes share the work."""
     rank, world, device = processes.start(args.device)
     with processes.one_voice():
-        require((args.pictures.is_dir(), f"{args.pictures}: no such folder; expected that of the "
-                 "benchmark's pictures"))
+        require((args.pictures.is_dir(),
+                 f"{args.pictures}: no such folder; expected that of the benchmark's images"))
         config = cli.take(ReadConfig, vars(args))
-        asks, bad = read_questions(args)
+        asks, left_out = read_questions(args)
         parts = open_parts(cli.take(ModelConfig, vars(args)), device)
         parts.check_text_head()
         parts.silent = True
         if args.shots:
             make_room(parts, asks, args)
-        note = {name: getattr(args, name) for name in
-                ("benchmark", "questions", "limit", "shots", "examples", "suffix", "choices",
-                 "seed")}
+        recorded = "benchmark questions limit shots examples suffix choices seed".split()
+        note = {name: getattr(args, name) for name in recorded}
         note |= dict(made_by=args.command_line, asked=len(asks), pictures=str(args.pictures),
-                     checkpoint=processes.first(parts.digest),
-                     length=parts.answer_length, dtype=str(parts.dtype).removeprefix("torch."),
+                     checkpoint=processes.first(parts.digest), length=parts.answer_length,
+                     dtype=str(parts.dtype).removeprefix("torch."),
                      settings=vars(parts.complete(config)))
         progress = Progress("questions", rank=rank, world=world)
         file = AnswerFile(args.out, asks, args.pictures, note, config, args.choices, args.seed)
-        lost = file.fill(parts, rank, world, progress.update)
-        if lost is not None:
-            print(f"{args.out}: {len(asks) - len(lost)} of {len(asks)}")
-            left_out(bad + lost)
+        unanswered = file.fill(parts, rank, world, progress.update)
+        if unanswered is not None:                       # on the process that finishes last
+            print(f"{args.out}: {len(asks) - len(unanswered)} of {len(asks)}")
+            print_left_out(left_out + unanswered)
 
+
+# ------------------------------------------------------------------------------------------ scoring
 
 def score(args: argparse.Namespace) -> None:
-    """The paper's tables, from the results of a benchmark's own scorer or from answers."""
-    kind = args.benchmark
-    made = about(args.made or args.results)
-    if kind in benchmarks.SCORES:
-        scores, bad = benchmarks.SCORES[kind](args.results)
-        tell(args, made, {"these drawings": scores}, bad, 1 if kind == "dpg" else 4, kind)
+    """Print the paper's tables, from the results of a benchmark's scorer or from answers."""
+    note = read_note(args.made or args.results)
+    if args.benchmark in benchmarks.SCORES:
+        scores, left_out = benchmarks.SCORES[args.benchmark](args.results)
+        tell(args, {"these drawings": scores}, left_out, note)
         return
-    files = args.questions or made.get("questions")
-    require((bool(files),
+    args.questions = args.questions or note.get("questions")
+    require((bool(args.questions),
              f"{args.results}: has no {args.results.name}.json beside; give --questions"))
-    if kind == "captions":
-        references, names, bad = captions.read_captions(Path(files[0]))
-        written, more = captions.read_results(args.results)
-        asked = {name: references[name] for name in list(names)[:made.get("limit")]
-                 if name in references}
-        scores, lost = captions.score(asked, written)
-        tell(args, made, {"these captions": scores}, bad + more + lost, 4)
-        return
-    asked, bad = answers.questions(kind, files)
-    given, more = answers.read_answers(args.results)
-    scores, lost = answers.score(kind, asked[:made.get("limit")], given)
+    if args.benchmark == "captions":
+        score_captions(args, note)
+    else:
+        score_answers(args, note)
+
+
+def score_captions(args: argparse.Namespace, note: dict) -> None:
+    """Print the scores of captions that `answer` or another program wrote."""
+    references, names, left_out = captions.read_captions(Path(args.questions[0]))
+    written, more = captions.read_results(args.results)
+    shown = list(names)[:note.get("limit")]
+    references = {image_id: references[image_id] for image_id in shown if image_id in references}
+    scores, unscored = captions.score(references, written)
+    tell(args, {"these captions": scores}, left_out + more + unscored, note)
+
+
+def score_answers(args: argparse.Namespace, note: dict) -> None:
+    """Print the accuracy of answers, of POPE's by subset."""
+    scored, left_out = answers.questions(args.benchmark, args.questions)
+    by_id, more = answers.read_answers(args.results)
+    scores, problems = answers.score(args.benchmark, scored[:note.get("limit")], by_id)
     rows = defaultdict(dict)
     for name, value in scores.items():                   # "random: F1"; "overall", "binary: choose"
         row, _, column = name.rpartition(": ")
-        if kind == "pope" or not row:
+        if args.benchmark == "pope" or not row:
             rows[row or "these answers"][column] = value
-    tell(args, made, rows, bad + more + lost, 1, kind, hidden={"every type": scores})
+    tell(args, rows, left_out + more + problems, note, hidden={"every type": scores})
 
+
+# -------------------------------------------------------------------------------------------- emoji
 
 def measure_emoji(args: argparse.Namespace) -> None:
-    """The emoji set, as the paper's tables: drawings, reading, POPE."""
+    """Measure the emoji set, as the paper's tables: drawings, reading, POPE."""
     drawing = cli.take(DrawConfig, vars(args))
     reading = cli.take(ReadConfig, vars(args))
     parts = open_parts(cli.take(ModelConfig, vars(args)))
-    records, pictures = emoji.load(emoji.TAR, parts.height)
-    pictures = pictures.float() / 127.5 - 1
+    parts.silent = True
+    records, images = emoji.load(emoji.TAR, parts.height)
+    test = emojis.EmojiTest(parts, records, images.float() / 127.5 - 1)
     if args.page:
-        grids.write_picture(args.page, emojis.page(parts, records, pictures, drawing, reading))
+        grids.write_picture(args.page, test.page(drawing, reading))
         return
     complete = parts.complete(reading)
     is_random = complete.temperature > 0 or complete.order == "random"
     results = {split: [] for split in args.splits}
     for split, runs in results.items():
         for seed in args.seeds:
-            run = {}
+            scores = {}
             if args.prompts:
-                run |= emojis.drawings(parts, records, pictures, split, args.prompts, seed, drawing)
+                scores |= test.draw(split, args.prompts, seed, drawing)
             if args.limit and (is_random or not runs):           # else every seed reads the same
-                run |= emojis.reading(parts, records, pictures, split, args.limit, seed, reading)
-            runs.append(run)
-    shared = image_folder.settings(parts, drawing) | {"reading": vars(complete)}
-    for kind, rows in emojis.tables(results).items():
-        print(table(rows, corner=f"{kind}, %"), end="\n\n")
-    print(f"command: {args.command_line}\ncheckpoint: {shared['checkpoint']}")
+                scores |= test.read(split, args.limit, seed, reading)
+            runs.append(scores)
+    settings = image_folder.settings(parts, drawing) | {"reading": vars(complete)}
+    for title, rows in emojis.tables(results).items():
+        print(table(rows, corner=f"{title}, %"), end="\n\n")
+    print(f"command: {args.command_line}\ncheckpoint: {settings['checkpoint']}")
     if args.json:
-        write_json(args.json, dict(command=args.command_line, settings=shared, results=results))
+        write_json(args.json, dict(command=args.command_line, settings=settings, results=results))
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -222,34 +241,26 @@ def count(low: int, default: int | None = None, high: int | None = None) -> dict
     return dict(type=cli.number(int, low, high), default=default, metavar="N")
 
 
-def emoji_flags(parser: cli.Parser) -> None:
-    add = parser.add_argument
+def emoji_flags(add: Callable) -> None:
     add("--splits", nargs="+", choices=emoji.SPLITS, default=emoji.SPLITS)
     add("--seeds", nargs="+", type=cli.number(int, 0, SEEDS), default=[0],
         help="of the drawings, and of reading where that is random (0)")
-    add("--limit", **count(0, 200), help="pictures a split that are read (200)")
-    add("--prompts", **count(0, 200), help="prompts a split that are drawn (200)")
-    add("--page", type=Path, help="measure nothing: a picture of what is drawn and read")
-    parser.add_fields(DrawConfig)
-    parser.add_fields(ReadConfig)
-    parser.add_fields(ModelConfig)
+    add("--limit", **count(0, 200), help="images of a split that are read (200)")
+    add("--prompts", **count(0, 200), help="prompts of a split that are drawn (200)")
+    add("--page", type=Path, help="measure nothing: an image of what is drawn and read")
 
 
-def draw_flags(parser: cli.Parser) -> None:
-    add = parser.add_argument
+def draw_flags(add: Callable) -> None:
     add("benchmark", choices=list(benchmarks.READ), help="see metrics/benchmarks.py")
     add("prompts", nargs="+", help="its published file, or files")
     add("out", type=Path, help="a folder")
     add("--n", **count(1, high=1000), help="drawings of a prompt (as published, or 1)")
-    parser.add_fields(DrawConfig)
-    parser.add_fields(ModelConfig)
 
 
-def answer_flags(parser: cli.Parser) -> None:
-    add = parser.add_argument
+def answer_flags(add: Callable) -> None:
     add("benchmark", choices=ANSWERED, help="see metrics/answers.py; captions: COCO's file")
     add("questions", nargs="+", help="its published file, or files")
-    add("pictures", type=Path, help="the folder of its pictures")
+    add("pictures", type=Path, help="the folder of its images")
     add("out", type=Path, metavar="OUT.jsonl")
     add("--shots", **count(0, 0), help="questions with their answers before each (0)")
     add("--examples", nargs="+", help="the files that --shots come from")
@@ -257,106 +268,118 @@ def answer_flags(parser: cli.Parser) -> None:
     add("--by", choices=["writing", "likelihood"], default="writing",
         help="likelihood: the likeliest of --choices is the answer (writing)")
     add("--choices", nargs="+")
-    parser.add_fields(ReadConfig)
-    parser.add_fields(ModelConfig)
 
 
-def score_flags(parser: cli.Parser) -> None:
-    add = parser.add_argument
+def score_flags(add: Callable) -> None:
     add("benchmark", choices=[*benchmarks.SCORES, *ANSWERED])
-    add("results", type=Path, help="what `answer` wrote; GenEval's results.jsonl; "
-        "DPG-Bench's results.txt; for T2I-CompBench the folder that was drawn")
+    add("results", type=Path, help="what `answer` wrote; GenEval's results.jsonl; DPG-Bench's "
+        "results.txt; for T2I-CompBench the folder that was drawn")
     add("--made", type=Path, help="the drawings whose settings to print")
-    add("--questions", nargs="+", help="the files that were asked, if no "
-        "OUT.jsonl.json says so")
+    add("--questions", nargs="+", help="the files that `answer` read, if no OUT.jsonl.json names "
+        "them")
 
 
-def pairwise_flags(parser: cli.Parser) -> None:
-    add = parser.add_argument
-    add("drawn", type=Path, help="what `draw` made of these prompts")
-    add("real", type=Path, help="the folder of the benchmark's pictures")
+def pairwise_flags(add: Callable) -> None:
+    add("drawn", type=Path, help="the folder that `draw` wrote for these prompts")
+    add("real", type=Path, help="the folder of the benchmark's images")
     add("captions", type=Path, help="the file that was given to `draw`")
 
 
-def fid_flags(parser: cli.Parser) -> None:
-    parser.add_argument("sources", nargs=2, help="a folder, a tar, emoji:SPLIT, or an .npz")
+def fid_flags(add: Callable) -> None:
+    add("sources", nargs=2, help="a folder, a tar, emoji:SPLIT, or an .npz")
 
 
-def statistics_flags(parser: cli.Parser) -> None:
-    add = parser.add_argument
+def statistics_flags(add: Callable) -> None:
     add("source", help="a folder, a tar, or emoji:SPLIT")
     add("out", type=Path, metavar="OUT.npz")
-    add("--features", action="store_true", help="keep them too, for KID: 8 kB a picture")
+    add("--features", action="store_true", help="keep them too, for KID: 8 kB an image")
 
 
-def clip_flags(parser: cli.Parser) -> None:
-    parser.add_argument("drawn", type=Path, help="pictures, each with its caption: the "
-                        "text field \"prompt\" of a PNG, or NAME.txt")
+def clip_flags(add: Callable) -> None:
+    add("drawn", type=Path, help="images, each with its caption: the text field \"prompt\" of a "
+        "PNG, or NAME.txt")
+    add("--clip", **SHARED["--clip"], required=True)
 
 
+# flags of several commands
+SHARED = {
+    "--limit": dict(count(1), help="the first N prompts or questions (all)"),
+    "--seed": dict(count(0, 0, SEEDS), help="each one's seed follows from it (0)"),
+    "--inception": dict(type=Path, required=True, help="pytorch-fid's file of its weights; random: "
+                        "to see that all runs"),
+    "--clip": dict(type=Path, help="CLIP's Hugging Face folder"),
+    "--json": dict(type=Path, help="also write all of it here"),
+    "--device": dict(choices=DEVICES, default="auto", help="(auto)"),
+}
+# name=(function, function that adds its flags, keys of SHARED, dataclasses with a flag a field)
 COMMANDS = dict(
-    emoji=(measure_emoji, emoji_flags), draw=(draw, draw_flags), answer=(answer, answer_flags),
-    score=(score, score_flags), fid=(comparisons.fid_command, fid_flags),
-    statistics=(comparisons.statistics_command, statistics_flags),
-    coco=(comparisons.coco, pairwise_flags), mjhq=(comparisons.mjhq, pairwise_flags),
-    clip=(comparisons.clip_command, clip_flags))
+    emoji=(measure_emoji, emoji_flags, "--json", DrawConfig, ReadConfig, ModelConfig),
+    draw=(draw, draw_flags, "--limit --seed", DrawConfig, ModelConfig),
+    answer=(answer, answer_flags, "--limit --seed", ReadConfig, ModelConfig),
+    score=(score, score_flags, "--json"),
+    fid=(comparisons.fid_command, fid_flags, "--inception --json --device"),
+    statistics=(comparisons.statistics_command, statistics_flags, "--inception --device"),
+    coco=(comparisons.coco, pairwise_flags, "--inception --clip --json --device"),
+    mjhq=(comparisons.mjhq, pairwise_flags, "--inception --json --device"),
+    clip=(comparisons.clip_command, clip_flags, "--json --device"))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command and its flags.  A mistake ends the program."""
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (function, add_flags) in COMMANDS.items():
+    for name, (function, add_flags, shared, *configs) in COMMANDS.items():
         text = function.__doc__
         command = commands.add_parser(name, doc=text, help=text.splitlines()[0])
         command.set_defaults(function=function)
-        add_flags(command)
-        if name in ("draw", "answer"):
-            command.add_argument("--limit", **count(1),
-                                 help="the first N prompts or questions (all)")
-            command.add_argument("--seed", **count(0, 0, SEEDS),
-                                 help="each one's own seed follows from it (0)")
-        if name in ("fid", "statistics", "coco", "mjhq"):
-            command.add_argument("--inception", type=Path, required=True,
-                                 help="pytorch-fid's file of its "
-                                 "weights; random: to see that all runs")
-        if name in ("coco", "clip"):
-            command.add_argument("--clip", type=Path, required=name == "clip",
-                                 help="CLIP's Hugging Face folder")
-        if name not in ("draw", "answer", "statistics"):
-            command.add_argument("--json", type=Path, help="also write all of it here")
-        if name in ("fid", "statistics", "coco", "mjhq", "clip"):
-            command.add_argument("--device", choices=DEVICES, default="auto", help="(auto)")
+        add_flags(command.add_argument)
+        for config in configs:
+            command.add_fields(config)
+        for flag in shared.split():
+            command.add_argument(flag, **SHARED[flag])
     args = parser.parse_args(argv)
-    path = getattr(args, "json", None)
-    if path and not path.parent.is_dir():
-        parser.error(f"{path}: the folder {path.parent} does not exist")
-    if args.command == "answer":
-        if (args.by == "likelihood") != bool(args.choices):
-            parser.error("--by likelihood and --choices go together")
-        if bool(args.shots) != bool(args.examples):
-            parser.error("--shots and --examples go together")
-        if args.benchmark == "captions" and (args.suffix or args.shots or len(args.questions) > 1):
-            parser.error("captions: expected one file, and no --suffix and no --shots")
-        unused = {flag.name for flag in fields(ReadConfig)} & vars(args).keys()
-        if args.choices and unused:
-            parser.error(f"{cli.flag(min(unused))} changes nothing with --by likelihood")
-    if getattr(args, "page", None):
-        parser.check_path("--page", args.page, grids.SUFFIXES)
-        if args.json:
-            parser.error("--json changes nothing with --page, which measures nothing")
-    elif args.command == "emoji" and not args.limit and not args.prompts:
-        parser.error("--limit 0 and --prompts 0 leave nothing to measure")
-    if args.command == "draw" and vars(args).get("length") == "auto":
-        parser.error("--length auto changes nothing with draw")
+    check(parser, args)
     args.command_line = shlex.join(["python", "evaluate.py", *argv])
     return args
 
 
+def check(parser: cli.Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that do not fit each other, with status 2."""
+    path = vars(args).get("json")
+    if path and not path.parent.is_dir():
+        parser.error(f"{path}: the folder {path.parent} does not exist")
+    if args.command == "draw" and vars(args).get("length") == "auto":
+        parser.error("--length auto changes nothing with draw")
+    if args.command == "answer":
+        check_answer(parser, args)
+    if args.command == "emoji":
+        check_emoji(parser, args)
+
+
+def check_answer(parser: cli.Parser, args: argparse.Namespace) -> None:
+    if (args.by == "likelihood") != bool(args.choices):
+        parser.error("--by likelihood and --choices go together")
+    if bool(args.shots) != bool(args.examples):
+        parser.error("--shots and --examples go together")
+    if args.benchmark == "captions" and (args.suffix or args.shots or len(args.questions) > 1):
+        parser.error("captions: expected one file, and no --suffix and no --shots")
+    unused = {field.name for field in fields(ReadConfig)} & vars(args).keys()
+    if args.choices and unused:
+        parser.error(f"{cli.flag(min(unused))} changes nothing with --by likelihood")
+
+
+def check_emoji(parser: cli.Parser, args: argparse.Namespace) -> None:
+    if args.page:
+        parser.check_path("--page", args.page, grids.SUFFIXES)
+        if args.json:
+            parser.error("--json changes nothing with --page, which measures nothing")
+    elif not args.limit and not args.prompts:
+        parser.error("--limit 0 and --prompts 0 leave nothing to measure")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
-    args.device = getattr(args, "device", "auto")
-    if args.command not in ("draw", "answer", "emoji", "score"):
-        args.device = choose_device(args.device)
+    args.device = choose_device(vars(args).get("device", "auto"))
     args.function(args)
 
 

@@ -36,7 +36,7 @@ def device_of(generator: torch.Generator | None) -> torch.device | None:
 
 
 def logit_normal_times(batch: int, generator: torch.Generator | None) -> Tensor:
-    """SD3's choice: most times are in the middle, where the velocity is hardest to predict."""
+    """Draw times as SD3 does: most are in the middle, where the velocity is hardest to predict."""
     return torch.sigmoid(torch.randn(batch, generator=generator, device=device_of(generator)))
 
 
@@ -57,7 +57,7 @@ def draw(shape: tuple[int, ...], generator: torch.Generator | None = None, shift
     """Draw the random part of the loss: times t (B,) in (0, 1), and noise of this shape (B, ...).
 
     A shift above 1 moves the times towards noise, where the content of an image is decided; 2
-    moves the middle from 0.5 to 0.67.  This is not a part of the loss, so that a batch keeps its
+    moves the middle from 0.5 to 0.67.  Drawing is separate from the loss, so that a batch keeps its
     draws when it is split over processes."""
     t = shifted(TIMES[times](shape[0], generator), shift)
     return t, torch.randn(shape, generator=generator, device=device_of(generator))
@@ -67,10 +67,12 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
            t: Tensor | None = None, noise: Tensor | None = None, floor: float = 0.0) -> Tensor:
     """Return |v(x_t, t) - (e - x)|^2, averaged over each image's values, (B,) float32.
 
-    x: clean latents (B, C, h, w).  t (B,) and noise (B, C, h, w): from `draw` unless both are
-    given; one without the other raises ValueError. floor: for a network that predicts x and gives
-    v = (x_t - x) / max(t, floor).  The target is divided in the same way (JiT, arXiv 2511.13720),
-    so that the error of a perfect network is 0 at every t."""
+    x: clean latents (B, C, h, w).
+    t (B,) and noise (B, C, h, w): from `draw` unless both are given; one without the other raises
+    ValueError.
+    floor: for a network that predicts x and returns v = (x_t - x) / max(t, floor).  The target is
+    divided in the same way (JiT, arXiv 2511.13720): a perfect network has an error of 0 at every t.
+    """
     if (t is None) != (noise is None):
         raise ValueError("flow takes t and noise together, or neither")
     if t is None:
@@ -100,7 +102,7 @@ def sigmas(steps: int, shift: float = 3.0, least: float = 1e-3) -> Tensor:
     """Return the noise levels of a sampling run, (steps + 1,) float32, from 1 down to 0.
 
     The shift spends more steps at high noise, which large images need.  least: the lowest level
-    above 0, before the shift.  It is shifted twice, once alone and once with the grid: SD3's
+    above 0, before the shift.  It is shifted twice, once by itself and once with the grid: SD3's
     published scheduler does so with 1/1000, and the released weights are sampled with it.  Raises
     ValueError for less than one step."""
     if steps < 1:
@@ -111,7 +113,7 @@ def sigmas(steps: int, shift: float = 3.0, least: float = 1e-3) -> Tensor:
 
 
 def euler_step(velocity: Velocity, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The paper's solver; its error falls like the step size."""
+    """Take a step of the paper's solver; its error falls like the step size."""
     return x + (s - t) * v
 
 
@@ -156,10 +158,9 @@ def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler
          pin: Pin | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1].
 
-    Before each step it yields (t, x_t, the clean image predicted there), and at the end
-    (sigmas[-1], x, x). `velocity` gets t of shape (1,), one time for the whole batch.  pin(x, t)
-    replaces x after each step, where a part of the image is known.  Raises ValueError for an
-    unknown solver."""
+    Yield (t, x_t, the clean image predicted at t) before each step, and (sigmas[-1], x, x) at the
+    end.  `velocity` gets t of shape (1,), one time for the whole batch.  pin(x, t) replaces x after
+    each step, if a part of the image is given.  Raises ValueError for an unknown solver."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     x = at_least_float32(noise)
@@ -174,15 +175,14 @@ def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler
 
 
 def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Sample with Euler steps, as the paper does.  Return x at the last level, in the shape of the
-    noise."""
+    """Sample with Euler steps, as the paper does, and return x at the last level."""
     for _, x, _ in walk(velocity, noise, sigmas):
         pass
     return x
 
 
 def guide(velocity: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
-    """Classifier-free guidance: v = v_null + scale (v_text - v_null).
+    """Return the velocity of classifier-free guidance, v_null + scale (v_text - v_null).
 
     Outside the interval of times it is v_text, for half the work (arXiv 2404.07724).  `velocity` is
     called in two ways: inside with 2B images, the first B for the text and the others for the null
@@ -190,7 +190,7 @@ def guide(velocity: Velocity, scale: float, interval: tuple[float, float] = (0.0
     low, high = interval
     if low > high:
         raise ValueError(f"the interval must be from low to high, got {interval}")
-    everywhere = interval == (0.0, 1.0)          # then t is not read, which would wait for a GPU
+    everywhere = interval == (0.0, 1.0)          # then float(t) need not wait for the GPU
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         if not everywhere and not low <= float(t) <= high:

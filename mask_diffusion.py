@@ -7,8 +7,8 @@ Each token is [MASK] with probability t, independently (MDLM's log-linear schedu
     -log p(x) <= E_t [ 1/t * sum_{i masked} -log p(x_i | x_t) ],   t ~ U(0, 1]
 
 This is the text half of L = L_image + lambda L_text (arXiv 2501.00289).  Nothing here knows a
-network, and the network is not told t: the number of [MASK]s shows it.  A network comes in one of
-two forms:
+network, and t is no input of the network: the number of [MASK]s shows it.  A network comes in one
+of two forms:
 
     logits_fn(ids) -> (B, L, V)             for `loss` and `sample`
     logits_at(ids, at) -> (n, V)            at n positions of B x L: the head is the largest cost
@@ -36,7 +36,7 @@ def at_positions(logits_fn: LogitsFn) -> LogitsAt:
 
 
 def positions(marked: Tensor) -> Tensor:
-    """Return the positions (n,) of what is True in (B, L), for `logits_at`."""
+    """Return the positions (n,) that are True in (B, L), for `logits_at`."""
     return marked.flatten().nonzero()[:, 0]
 
 
@@ -49,8 +49,7 @@ def forbid(logits: Tensor, mask_id: int) -> Tensor:
 # ------------------------------------------------------------------------------------ training
 
 def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw the random part of the loss: times t (B,) in (1e-3, 1], and a uniform number per token
-    (B, L).
+    """Draw the random part of the loss: times t (B,) in (1e-3, 1], and uniform numbers (B, L).
 
     Times are antithetic: one offset plus i/B, so that every batch covers (0, 1] evenly.  A token
     is masked where its number is below its row's time."""
@@ -62,13 +61,15 @@ def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tu
 
 
 def inverse_time(errors: Tensor, t: Tensor) -> Tensor:
-    """The weight of the bound."""
+    """Weigh errors by 1/t, as in the bound."""
     return errors / t
 
 
 def flat(errors: Tensor, t: Tensor) -> Tensor:
-    """Weigh all times alike.  t of the tokens are masked, so over all times 1/t weighs
-    1 per token, and so does 2: the integral of 2 t is 1."""
+    """Weigh all times equally, with 2.
+
+    A share t of the tokens is masked, so that the total weight of a token over all times is 1, as
+    it is with 1/t: the integral of 2 t is 1."""
     return 2 * errors
 
 
@@ -81,10 +82,11 @@ def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None
     """Return the weighted cross-entropy of each text, summed over its masked tokens, (B,) float32.
 
     ids: clean tokens (B, L) int64, with their padding: predicting the padding teaches where texts
-    end. frozen: (B, L) bool, True at prompt tokens, which are never masked and have no loss.
-     weight: a row of WEIGHTS.  t (B,) and uniform (B, L): from `draw` unless both are given; one
-    without the other raises ValueError.  They and frozen may stay on the CPU: then nothing waits
-    for the GPU to count the masks."""
+    end.
+    frozen: (B, L) bool, True at prompt tokens, which are never masked and have no loss.
+    t (B,) and uniform (B, L): from `draw` unless both are given; one without the other raises
+    ValueError.  They and frozen may stay on the CPU: then nothing waits for the GPU to count masks.
+    weight: a row of WEIGHTS."""
     if (t is None) != (uniform is None):
         raise ValueError("mask_diffusion takes t and uniform together, or neither")
     if t is None:
@@ -114,8 +116,8 @@ def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None =
 
 # --------------------------------------------------------------------------------- unmasking orders
 
-# An order is exact where the text has the model's joint distribution.  Orders see probabilities,
-# but never the tokens that are drawn: so each is exact as long as it reveals one at a time.
+# An order is exact if texts have the model's joint distribution.  Orders see probabilities, but
+# never the tokens that are drawn: so each is exact as long as it reveals one token at a time.
 
 class State(NamedTuple):
     """The input of an order's `select`."""
@@ -127,7 +129,7 @@ class State(NamedTuple):
 
 
 def scatter_scores(scores: Tensor, masked: Tensor) -> Tensor:
-    """Put scores (n,) of the masked tokens in their places, (B, L); minus infinity elsewhere."""
+    """Put the scores (n,) of masked tokens in their places, (B, L); minus infinity elsewhere."""
     placed = torch.full(masked.shape, -torch.inf, dtype=scores.dtype, device=scores.device)
     placed[masked] = scores
     return placed
@@ -147,7 +149,7 @@ def select_random(state: State) -> Tensor:
 
 
 def select_confidence(state: State) -> Tensor:
-    """Select the surest tokens, as many in each step; exact at one token a step."""
+    """Select the most probable tokens, as many in each step; exact with one token a step."""
     masked = state.masked.sum(1, keepdim=True)                                    # (B, 1)
     count = (masked + state.steps_left - 1) // state.steps_left                   # rounded up
     return largest(scatter_scores(state.probabilities.amax(-1), state.masked), count)
@@ -165,7 +167,7 @@ def select_entropy_bounded(state: State) -> Tensor:
     That bounds the error of drawing them independently (arXiv 2505.24857); exact towards 0."""
     entropy = torch.special.entr(state.probabilities).sum(-1)                     # (n,)
     scores = scatter_scores(-entropy, state.masked)                               # (B, L)
-    ascending = (-scores).sort(dim=1).values.clamp(max=1e9)      # infinity - infinity is no number
+    ascending = (-scores).sort(dim=1).values.clamp(max=1e9)      # infinity - infinity would be NaN
     before = ascending.cumsum(1) - ascending
     count = (before <= state.level).sum(1, keepdim=True).clamp(min=1)
     return largest(scores, count)
@@ -234,8 +236,9 @@ def exact_logits(logits_at: LogitsAt, ids: Tensor, at: Tensor, mask_id: int) -> 
 
 
 def uniforms(shape: tuple[int, int], device: torch.device, generator: Draws) -> Tensor:
-    """Draw numbers in [0, 1), (B, L).  With a generator for each row, made on the CPU, a row's
-    numbers do not depend on its batch, nor on the device."""
+    """Draw numbers in [0, 1), (B, L).
+
+    With a CPU generator for each row, its numbers depend on neither the batch nor the device."""
     if isinstance(generator, list):
         rows = [torch.rand(shape[1], generator=row, dtype=torch.float64) for row in generator]
         return torch.stack(rows).to(device, exact_dtype(device))
@@ -248,7 +251,7 @@ def uniforms(shape: tuple[int, int], device: torch.device, generator: Draws) -> 
 def choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """Draw tokens (n,) from softmax(logits / temperature), (n, V), by a uniform number (n,) each.
 
-    The token is the one whose interval of the cumulative distribution holds the number."""
+    A token is drawn if the number lies in its interval of the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)
@@ -270,8 +273,7 @@ def cut_after_end(ids: Tensor, ends: Tensor, written: Tensor, config: SampleConf
 def place_end(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig) -> Tensor:
     """End each row at the first [MASK] that is the end token with a probability of `length_at`.
 
-    While all is masked, that probability over positions is the distribution of the text's
-    length."""
+    While all is masked, these probabilities are the distribution of the text's length."""
     masked = ids == mask_id
     if config.length_at is None or not masked.any():
         return ids
@@ -285,8 +287,8 @@ def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
          generator: Draws = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Replace every [MASK] of ids (B, L) by a token; other tokens stay.
 
-    It yields (step (B,), ids (B, L)) at the start and after each evaluation: the step that each
-    row has reached, and the text.  generator: one for all rows, or a list of one for each.
+    Yield (step (B,), ids (B, L)) at the start and after each evaluation: the step that each row has
+    reached, and the text.  generator: one for all rows, or a list of one for each.
 
     "random" is the published (ancestral) sampler.  There t goes from 1 to 0 in `steps` steps, and
     a masked token is revealed in the step t -> s with probability (t - s)/t.  So its step is
@@ -305,7 +307,7 @@ def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
         if not masked.any():
             return
         state = State(masked, reveal_step, max(1, config.steps - evaluation), config.level)
-        wanted = masked                                          # whose logits are computed
+        wanted = masked                                          # logits are computed here
         if not order.needs_probabilities:
             wanted = masked & order.select(state)
         logits = exact_logits(logits_at, ids, positions(wanted), mask_id)         # (n, V)
@@ -337,22 +339,22 @@ def sample(logits_fn: LogitsFn, ids: Tensor, mask_id: int, steps: int,
 
 
 def guide(logits: Tensor, null_logits: Tensor, scale: float, mask_id: int) -> Tensor:
-    """Classifier-free guidance of text: log p_null + scale (log p - log p_null), both normalised.
+    """Guide text without a classifier: log p_null + scale (log p - log p_null), both normalised.
 
-    logits (n, V) are of a network that sees the image, null_logits of one that does not."""
+    logits (n, V) come from a network that sees the image, null_logits from one that does not."""
     exact = exact_dtype(logits.device)
     log_p = forbid(logits.to(exact), mask_id).log_softmax(-1)
     log_p_null = forbid(null_logits.to(exact), mask_id).log_softmax(-1)
-    difference = (log_p - log_p_null).nan_to_num(0.0)           # of [MASK] both are minus infinity
+    difference = (log_p - log_p_null).nan_to_num(0.0)           # for [MASK] both are minus infinity
     return log_p + (scale - 1) * difference
 
 
 # ------------------------------------------------------------------------------------ likelihood
 
 def fix_mask_counts(t: Tensor, uniform: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn t (B,) and uniform (B, L) into ones with which `errors` masks an exact number of tokens.
+    """Change t (B,) and uniform (B, L) so that `errors` masks an exact number of tokens.
 
-    Of a row's n tokens that are not frozen, l = ceil(t n) are masked, in place of each with
+    Of a row's n tokens that are not frozen, l = ceil(t n) are masked, instead of each one with
     probability t.  The weight 1/t is then n/l."""
     n = (~frozen).sum(1, keepdim=True)                                            # (B, 1)
     rank = uniform.masked_fill(frozen, 2).argsort(1).argsort(1)            # frozen tokens come last

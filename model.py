@@ -6,8 +6,8 @@ Two residual streams, image and text, each with its own weights in every block, 
 unmasked attention.  The image stream ends in a velocity (rectified flow, `flow.py`), the text
 stream in a distribution over tokens (absorbing-state diffusion, `mask_diffusion.py`).  It is
 Stable Diffusion 3's MMDiT (arXiv 2403.03206) with the changes of "Dual Diffusion" (arXiv
-2501.00289): conditioning is the time alone, the last block keeps its whole text stream, a text
-head, and eight learned tokens in place of the image for text alone.
+2501.00289): the time is the only conditioning, the last block keeps its whole text stream, there is
+a text head, and eight trained tokens stand in for the image in training on text only.
 
 Shapes: B batch, C latent channels, h and w latent height and width, p patch, N image tokens (h/p *
 w/p), L text tokens, D width, H heads, E width of the text embeddings, V vocabulary."""
@@ -23,13 +23,13 @@ from torch import Tensor
 
 
 def size(default: int):
-    """Return a field for a size of the model, at least 1; a config.json with less is refused."""
+    """Return a field for a size of the model; a value below 1 in config.json is refused."""
     return field(default=default, metadata=dict(low=1))
 
 
 @dataclass
 class MMDiTConfig:
-    """Sizes of the model.  A new field needs a default that JSON can hold, nothing else."""
+    """Sizes of the model.  A new field only needs a default that JSON can hold."""
     depth: int = size(24)           # blocks
     heads: int = size(24)           # attention heads
     width: int = size(1536)    # D; the size of a head is width / heads, 64 in every published model
@@ -37,9 +37,9 @@ class MMDiTConfig:
     channels: int = size(16)        # C
     position_size: int = size(192)  # side of the position table, in patches: the largest image
     position_base: int = size(64)  # side that the table spans in unit steps: SD3's first resolution
-    text_width: int = size(4096)    # E, of T5-XXL or of our own TokenEmbedding
+    text_width: int = size(4096)    # E, of T5-XXL or of TokenEmbedding
     vocab_size: int = size(32100)  # V, rows of the text head: the tokenizer's size, [MASK] included
-    null_tokens: int = size(8)      # learned tokens that stand in for the image when there is none
+    null_tokens: int = size(8)      # trained tokens that stand in for a missing image
     qk_norm: bool = False           # RMSNorm on q and k, as in SD3.5; SD3 and D-DiT have none
     # positions of TokenEmbedding; 0: the text states are T5's
     text_length: int = field(default=0, metadata=dict(low=0))
@@ -50,13 +50,13 @@ PRESETS = {
     # SD3-medium with D-DiT's heads, "2B": 2.10 B parameters and a 56.6 M position table.
     "sd3-medium": dict(),
     # The end-to-end variant.  The paper gives its size, 1.1 B, and no shape.  SD3's head size of 64
-    # and its habit of width growing with depth give 18 x 1216: 1.09 B with the token embedding.
+    # and its growth of width with depth give 18 x 1216: 1.09 B with the token embedding.
     "e2e-1.1b": dict(depth=18, heads=19, width=1216, text_width=1216, vocab_size=50258,
                      text_length=256),
     # The end-to-end variant for a laptop: 64x64 pixels in patches of 8, with room for 128x128 in
     # the table.  8.3 M parameters and the vocabulary.  A patch has 192 numbers, as many as the
-    # width: the network cannot carry a patch of noise beside what it computes, but a clean one.
-    # So the head predicts the clean image.
+    # width: the network has no room for a patch of noise beside its features, but has some for a
+    # clean patch.  So the head predicts the clean image.
     "emoji": dict(depth=6, heads=6, width=192, patch=8, channels=3, position_size=16,
                   position_base=16, text_width=192, vocab_size=50258, qk_norm=True, text_length=28,
                   predicts="data"),
@@ -67,7 +67,7 @@ T_FLOOR = dict(train=0.05, draw=1e-3)   # of the division that turns predicted d
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Normalise the last axis; where weights are needed, `modulate` has them."""
+    """Normalise the last axis; scale and shift follow in `modulate`."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -76,14 +76,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def velocity_to(data: Tensor, latents: Tensor, t: Tensor, floor: float) -> Tensor:
-    """Return the velocity at noised latents (B, ...) that leads to clean `data` of their shape, in
-    float32:
+    """Return the velocity that leads from noised latents (B, ...) to clean data, in float32:
 
         v = (x_t - x) / max(t, floor) = e - x    from t = floor on
 
-    t: (B,) or (1,).  Its squared error is that of x over t^2: in training a floor of 0.05 keeps a
-    rare small t from outweighing the batch (JiT, arXiv 2511.13720); a walk goes on to its smallest
-    level and ends at x."""
+    t: (B,) or (1,).  The squared error of v is that of x over t^2: in training a floor of 0.05
+    keeps a rare small t from outweighing the batch (JiT, arXiv 2511.13720).  Sampling has a floor
+    of at most its smallest level, so that it ends at x."""
     t = t.to(torch.promote_types(t.dtype, torch.float32)).clamp(min=floor)
     t = t.view(-1, *[1] * (data.ndim - 1))                                # (B or 1, 1, 1, 1)
     difference = latents.to(t.dtype) - data.to(t.dtype)
@@ -91,7 +90,7 @@ def velocity_to(data: Tensor, latents: Tensor, t: Tensor, floor: float) -> Tenso
 
 
 def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of 1000 t, cosine half first: t (B,) in [0, 1] -> (B, channels) float32.
+    """Return sinusoids of 1000 t, cosine half first: t (B,) in [0, 1] -> (B, channels) float32.
 
     Always float32: in bf16, 1000 t = 501 would become 500."""
     half = channels // 2
@@ -102,10 +101,9 @@ def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10_00
 
 
 def position_table(width: int, size: int, base: int) -> Tensor:
-    """Fixed 2-D sin-cos positions, (size, size, width) float32, the column's half first as in SD3.
+    """Return fixed 2-D sin-cos positions, (size, size, width) float32, columns first as in SD3.
 
-    The table's `size` positions span `base` unit steps, so that neighbours are base / size
-    apart."""
+    The `size` positions span `base` unit steps: neighbours are base / size apart."""
     if torch.get_default_device().type == "meta":
         return torch.empty(size, size, width)
     quarter = width // 4
@@ -135,7 +133,7 @@ class TimeEmbedding(nn.Module):
 class TokenEmbedding(nn.Module):
     """The end-to-end variant's text encoder: ids (B, L) -> (B, L, E), tokens plus positions.
 
-    Raises ValueError when L is over the length of the position table."""
+    Raises ValueError for an L above the length of the position table."""
 
     def __init__(self, vocab_size: int, length: int, width: int):
         super().__init__()
@@ -166,7 +164,7 @@ class RMSNorm(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """How the time steers one stream of a block, in DiT's order, (B or 1, D) each."""
+    """The effect of the time on one stream of a block, in DiT's order, (B or 1, D) each."""
     shift: Tensor
     scale: Tensor
     gate: Tensor                # of the attention's output
@@ -212,7 +210,7 @@ class Stream(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) v, each (B, H, T, d)."""
-    if q.requires_grad and q.device.type == "cpu":       # takes 0.7 of the time of torch's kernel
+    if q.requires_grad and q.device.type == "cpu":       # 0.7 of the time of torch's kernel
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -235,7 +233,7 @@ def merge_heads(y: Tensor) -> Tensor:
 
 
 class BlockCache(NamedTuple):
-    """A block's image and time, for text that is read beside them."""
+    """Keys, values and modulation of a block that a fixed image and time decide, for `read`."""
     keys: Tensor                # (B, H, N, D/H)
     values: Tensor              # (B, H, N, D/H)
     txt_modulation: Modulation  # of one time for the batch
@@ -262,14 +260,14 @@ class Block(nn.Module):
                 need: str = "both") -> tuple[Tensor, Tensor]:
         """img (B, N, D), txt (B, L, D), vec (B or 1, D) -> the same shapes.
 
-        need: "both", "velocity" or "logits".  In the last block the stream that no head reads
-        stops after its keys and values, and its old value is returned."""
+        need: "both", "velocity" or "logits".  In the last block, the stream that no head reads
+        stops after its keys and values, and is returned unchanged."""
         img, txt, _ = self.joint(img, txt, vec, need)
         return img, txt
 
     def joint(self, img: Tensor, txt: Tensor, vec: Tensor,
               need: str) -> tuple[Tensor, Tensor, BlockCache]:
-        """Run the block, and also return what `read` needs of the image and the time."""
+        """Run the block, and also return the cache of its image and time for `read`."""
         N = img.shape[1]
         L = txt.shape[1]
         vec = F.silu(vec)
@@ -301,7 +299,7 @@ class Block(nn.Module):
         return self.txt.finish(txt, y, mod)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, N: int) -> Tensor:
-        """Attend to keys of which the first N are the image's; heads are merged, (B, T, D)."""
+        """Attend to keys, the image's N first, and merge the heads: (B, T, D)."""
         if self.stores_attention:
             self.stored_attention = attention_map(q, k)
             self.image_tokens = N
@@ -309,7 +307,7 @@ class Block(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """The whole model.  Under `torch.device("meta")` it is built without memory, to be counted."""
+    """The whole model.  Under `torch.device("meta")` it takes no memory, to count parameters."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -349,7 +347,7 @@ class MMDiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def crop_positions(self, rows: int, columns: int) -> Tensor:
-        """The centre of the position table for a rows x columns picture, in patches: (N, D)."""
+        """Return the centre of the position table, of rows x columns patches, (N, D)."""
         size = self.config.position_size
         if max(rows, columns) > size:
             raise ValueError(f"an image of {rows}x{columns} patches, the position table has "
@@ -359,7 +357,7 @@ class MMDiT(nn.Module):
 
     def embed(self, latents: Tensor | None, text: Tensor,
               t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what enters the blocks: image (B, N, D), text (B, L, D) and time (B or 1, D)."""
+        """Return the blocks' input: image (B, N, D), text (B, L, D) and time (B or 1, D)."""
         txt = self.txt_in(text)
         vec = self.time_in(t)
         if latents is None:
@@ -390,7 +388,7 @@ class MMDiT(nn.Module):
 
     def text_head(self, txt: Tensor, at: Tensor | None) -> Tensor:
         """txt (B, L, D) -> logits (B, L, V), or (n, V) at positions `at`."""
-        with torch.autocast(txt.device.type, enabled=False):     # bfloat16 is 0.06 nats a token off
+        with torch.autocast(txt.device.type, enabled=False):     # bfloat16 errs by 0.06 nats each
             if at is not None:
                 txt = txt.flatten(0, 1).index_select(0, at)                       # (n, D)
             txt = layer_norm(txt)
@@ -402,12 +400,13 @@ class MMDiT(nn.Module):
         clean tokens.
 
         latents: (B, C, h, w) at noise level t, h and w multiples of the patch.  None for text
-        without an image: the learned null image stands in, and the velocity is None.  text:
-        embeddings (B, L, E). t: (B,) in [0, 1], the noise level of the image, 0 for a clean one;
-        or (1,), one for the batch. need: "both", "velocity" or "logits"; what is not needed is
-        None.  at: positions (n,) of B x L whose logits are needed, (n, V): the head is most of a
-        text's work.  Raises ValueError for latents that the patch does not divide, or larger than
-        the position table."""
+        without an image: the trained null image stands in, and the velocity is None.
+        text: embeddings (B, L, E).
+        t: (B,) in [0, 1], the noise level of the image, 0 for a clean one; or (1,), one for all.
+        need: "both", "velocity" or "logits"; the other result is None.
+        at: positions (n,) out of B x L, for logits (n, V): the head is most of a text's work.
+        Raises ValueError for latents that the patch does not divide, or larger than the position
+        table."""
         img, txt, vec = self.embed(latents, text, t)
         for block in self.blocks[:-1]:
             img, txt = block(img, txt, vec)
@@ -420,7 +419,7 @@ class MMDiT(nn.Module):
         return velocity, logits
 
     def read_and_cache(self, latents: Tensor, text: Tensor, t: Tensor,
-             at: Tensor | None = None) -> tuple[Tensor, list[BlockCache]]:
+                       at: Tensor | None = None) -> tuple[Tensor, list[BlockCache]]:
         """Return `forward`'s logits, and a cache of the image for `read_cached`."""
         img, txt, vec = self.embed(latents, text, t)
         cache = []
@@ -432,10 +431,10 @@ class MMDiT(nn.Module):
 
     def read_cached(self, text: Tensor, cache: list[BlockCache],
                     at: Tensor | None = None) -> Tensor:
-        """Return the logits of another text, without computing the image's stream anew.
+        """Return the logits of another text, without computing the image's stream again.
 
-        An approximation, since the image's stream sees the text: the cache saw the text of
-        before."""
+        This is an approximation: the image's stream depends on the text, and the cache on the
+        earlier text."""
         txt = self.txt_in(text)
         for block, block_cache in zip(self.blocks, cache, strict=True):
             txt = block.read(txt, block_cache)

@@ -1,6 +1,6 @@
-"""The device that a program runs on, and the precision that is fast there.
+"""Choose the device that a program runs on, and the precision that is fast there.
 
-What Apple's MPS lacks, autocast and float64, is kept away from it here and in `mask_diffusion.exact_dtype`.
+Apple's MPS lacks autocast and float64: this file and `mask_diffusion.exact_dtype` avoid them there.
 Nobody has run this project on MPS yet.
 """
 
@@ -19,22 +19,22 @@ NATIVE_BFLOAT16 = r"\b(avx512_bf16|amx_bf16|bf16)\b"            # flags of x86 a
 
 
 def choose_device(name: str) -> str:
-    """Return "cuda", "mps" or "cpu" for a --device; auto takes the first of them that is there.
+    """Return "cuda", "mps" or "cpu" for a --device; auto takes the first available one.
 
-    Raises UserError for a device that is not there."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1           # processes that talk over CUDA or CPUs
-    found = {"cuda": torch.cuda.is_available(), "cpu": True,
-             "mps": torch.backends.mps.is_available() and not several}
+    Raises UserError for a device that is not available."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1           # processes; MPS can't connect them
+    available = {"cuda": torch.cuda.is_available(), "cpu": True,
+                 "mps": torch.backends.mps.is_available() and not several}
     if name == "auto":
-        return next(kind for kind in ("cuda", "mps", "cpu") if found[kind])
-    if not found[name]:
+        return next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
         where = "several processes" if name == "mps" and several else "this machine"
         raise UserError(f"--device {name}: torch has none for {where}; use --device cpu")
     return name
 
 
 def processor_flags() -> str:
-    """Return /proc/cpuinfo, or nothing where there is none."""
+    """Return /proc/cpuinfo; an empty text on systems without it."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -42,9 +42,10 @@ def processor_flags() -> str:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Tell whether the device multiplies bfloat16 natively; elsewhere float32 can be 70 times faster.
+    """Return True if the device multiplies bfloat16 natively.
 
-    On a CPU both the processor and oneDNN must: ONEDNN_MAX_CPU_ISA=AVX2 makes it answer no."""
+    If it does not, float32 can be 70 times faster.  On a CPU both the processor and oneDNN must do
+    so: ONEDNN_MAX_CPU_ISA=AVX2 gives False."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -54,9 +55,9 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
-    """Return ("float32" or "bfloat16", why) for a --dtype of matrix products; weights are always float32.
+    """Return ("float32" or "bfloat16", the reason) for a --dtype of matrix products.
 
-    Raises UserError for bfloat16 on MPS."""
+    Weights are always float32.  Raises UserError for bfloat16 on MPS."""
     if device.type == "mps" and name == "bfloat16":
         raise UserError("--dtype bfloat16: autocast is not used on MPS; use --dtype float32")
     if name != "auto":
@@ -66,17 +67,18 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
     return "float32", f"this {device.type.upper()} has no native bfloat16"
 
 
-def autocast(device: torch.device, dtype: str, **how) -> AbstractContextManager:
-    """Return a context in which matrix products are made in `dtype`; how: of torch.autocast."""
+def autocast(device: torch.device, dtype: str, **settings) -> AbstractContextManager:
+    """Return a context that computes matrix products in `dtype`.  settings: of torch.autocast."""
     if dtype == "float32":
-        return nullcontext()                                     # MPS never gets here with another dtype
-    return torch.autocast(device.type, getattr(torch, dtype), **how)
+        return nullcontext()                                     # the only dtype on MPS
+    return torch.autocast(device.type, getattr(torch, dtype), **settings)
 
 
 def allow_tf32(device: torch.device, dtype: str) -> None:
-    """With bfloat16 products on a GPU, make those that stay in float32, the text head's, in TF32.
+    """Allow TF32 on a GPU where other products are bfloat16: the text head's stay in float32.
 
-    On an H100 float32 has 67 TFLOP/s and TF32 about 490.  TF32's rounding moves a token's cross-entropy by 0.0017
-    nats at most, bfloat16's by 0.06 (`python -m experiments.tf32_head`, a simulation on the shipped weights)."""
+    On an H100 float32 has 67 TFLOP/s and TF32 about 490.  TF32's rounding changes a token's
+    cross-entropy by 0.0017 nats at most, bfloat16's by 0.06 (`python -m experiments.tf32_head`, a
+    simulation on the shipped weights)."""
     if device.type == "cuda" and dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""Files read whole, with one line for what is wrong, and written whole or not at all."""
+"""Read whole files, with one-line errors, and write files whole or not at all."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict:
-    """Return a JSON object, such as a checkpoint's config.json.  Raises UserError."""
+    """Return a JSON object, for example a checkpoint's config.json.  Raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: no such file; a checkpoint has it beside a model.safetensors")
     content = read_json(path)
@@ -67,13 +67,15 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write beside `path`; it takes its place when all of it is written."""
+    """Yield a temporary path beside `path`; when the block ends, its file replaces `path`.
+
+    After an error the temporary file is deleted: on a full disk it would keep the disk full."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)                        # of a full disk, it would keep it full
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise

@@ -1,4 +1,4 @@
-"""Processes: one without torchrun, several under it.
+"""Run as one process, or as several under torchrun.
 
 Every function here is collective: all processes call it, or none.
 """
@@ -24,15 +24,18 @@ def several() -> bool:
 
 
 def keep_memory(keep: bool = True) -> None:
-    """Have malloc keep what a step frees for the next one (glibc, or nothing happens).  Otherwise each large
-    tensor is new pages, zeroed one fault at a time: a third of the step of the emoji preset at 50,258 tokens.
-    keep False: as glibc would have come to do it."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    """Make malloc keep freed memory for the next step (glibc; elsewhere nothing happens).
+
+    Otherwise each large tensor gets new pages, zeroed one fault at a time: a third of the step of
+    the emoji preset at 50,258 tokens.  keep False: the values that glibc reaches by itself."""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    settings = {trim_threshold: 2**31 - 1, mmap_max: 0} if keep else {
-        trim_threshold: 2**26, mmap_threshold: 2**25, mmap_max: 2**16}
-    for name, value in settings.items() if mallopt else ():
-        mallopt(name, value)
+    settings = {trim_threshold: 2**26, mmap_threshold: 2**25, mmap_max: 2**16}
+    if keep:
+        settings = {trim_threshold: 2**31 - 1, mmap_max: 0}
+    for name, value in settings.items():
+        ctypes.CDLL(None).mallopt(name, value)
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
@@ -40,19 +43,26 @@ def start(device: str) -> tuple[int, int, torch.device]:
     kind = choose_device(device)
     if kind == "cpu":
         keep_memory()
-    if "LOCAL_RANK" not in os.environ:
+    environment = os.environ
+    if "LOCAL_RANK" not in environment:
         return 0, 1, torch.device(kind)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    place = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
+    rank = int(environment["RANK"])
+    world = int(environment["WORLD_SIZE"])
+    local = torch.device(kind)
+    backend = "gloo"
     if kind == "cuda":
-        torch.cuda.set_device(place)
-    host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=host)
-    # torchrun keeps its store over restarts: without a prefix an attempt would find the addresses of the dead
-    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=attempt, rank=rank,
-                            world_size=world)
-    return rank, world, place
+        local = torch.device(kind, int(environment["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    is_master = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=is_master)
+    # torchrun keeps its store over restarts: without a prefix an attempt would find the addresses
+    # of dead processes
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return rank, world, local
 
 
 def sync() -> None:
@@ -61,7 +71,7 @@ def sync() -> None:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean over processes, in place."""
+    """Replace x by its mean over processes, in place."""
     if several():
         dist.all_reduce(x)
         x /= dist.get_world_size()
@@ -69,8 +79,9 @@ def mean(x: Tensor) -> Tensor:
 
 
 def agree(*flags: bool, device: torch.device) -> list[bool]:
-    """Tell for each flag if it is set on any process, in one exchange."""
-    return [vote > 0 for vote in mean(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()]
+    """Return for each flag if any process sets it, in one exchange."""
+    votes = torch.tensor(flags, dtype=torch.float32, device=device)
+    return (mean(votes) > 0).tolist()
 
 
 def gather(items: list, group: dist.ProcessGroup | None = None) -> list:
@@ -83,24 +94,27 @@ def gather(items: list, group: dist.ProcessGroup | None = None) -> list:
 
 
 def first(function: Callable[[], Any]) -> Any:
-    """Call a function on process 0, and return its result, or raise its UserError, on all of them."""
-    said = [None, None]
+    """Call a function on process 0; return its result, or raise its UserError, on all of them."""
+    outcome = [None, None]                                       # result, error
     if not several() or dist.get_rank() == 0:
         try:
-            said = [function(), None]
+            outcome[0] = function()
         except UserError as error:
-            said = [None, str(error)]
+            outcome[1] = str(error)
     if several():
-        dist.broadcast_object_list(said, src=0)
-    if said[1]:
-        raise UserError(said[1])
-    return said[0]
+        dist.broadcast_object_list(outcome, src=0)
+    result, error = outcome
+    if error:
+        raise UserError(error)
+    return result
 
 
 def last() -> bool:
-    """Return True on the process that calls this last, which then does what is left.  Nobody waits."""
-    return not several() or (dist.distributed_c10d._get_default_store().add("asked", 1)
-                             == dist.get_world_size())
+    """Return True on the process that calls this last, without waiting: it does what is left."""
+    if not several():
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    return store.add("finished", 1) == dist.get_world_size()
 
 
 @contextmanager
@@ -109,20 +123,23 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except (UserError, KeyboardInterrupt, RuntimeError) as error:
-        lost = isinstance(error, RuntimeError)
-        if not several() or lost and not re.search("[Cc]onnection|gloo|NCCL|peer|[Bb]roken pipe", str(error)):
+        status, message = 1, f"error: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            status, message = 130, "stopped"
+        if isinstance(error, RuntimeError):
+            if not re.search("[Cc]onnection|gloo|NCCL|peer|[Bb]roken pipe", str(error)):
+                raise
+            message = "error: another process was lost; run the same command again to resume"
+        if not several():
             raise
-        status, said = (130, "stopped") if isinstance(error, KeyboardInterrupt) else (1, f"error: {error}")
-        if lost:
-            said = "error: another process was lost; the same command goes on from what was saved"
         try:
             store = dist.distributed_c10d._get_default_store()
             if store.add("ended", 1) == 1:
-                sys.stderr.write(said + "\n")
+                sys.stderr.write(f"{message}\n")
                 sys.stderr.flush()
-                store.set("said", "")
-            store.wait(["said"], timedelta(seconds=5))           # torchrun ends all when the first one ends
-        except RuntimeError:                                     # torchrun has gone, and has said so
+                store.set("printed", "")
+            store.wait(["printed"], timedelta(seconds=5))        # torchrun ends all with the first
+        except RuntimeError:                             # torchrun is gone, and has printed why
             pass
         os._exit(status)
     if several():

@@ -1,11 +1,13 @@
-"""One way to say how far a long job is: a line on stderr every two seconds, with rate and time left."""
+"""Print how far a long job is: a line on stderr every two seconds, with rate and time left."""
 
 import sys
 import time
+from typing import Iterator
 
 
 def pace(per_second: float, unit: str = "") -> str:
-    """Return "12.0 steps/s" or, below one a second, "2.5 s/step"; without a unit "12.0/s" or "2.5 s each"."""
+    """Return "12.0 steps/s" or, below one a second, "2.5 s/step"; without a unit "12.0/s" or
+    "2.5 s each"."""
     if per_second >= 1:
         return f"{per_second:,.1f} {unit}s/s" if unit else f"{per_second:,.1f}/s"
     return f"{1 / per_second:,.1f} s/{unit}" if unit else f"{1 / per_second:,.1f} s each"
@@ -16,21 +18,33 @@ def time_left(seconds: float) -> str:
 
 
 class Progress:
-    """How many of `total` are done.  Of several processes the first one prints; silent: none does."""
+    """Count how many of `total` are done.  Only the first of several processes prints."""
 
-    def __init__(self, what: str, total: int = 0, rank: int = 0, world: int = 1, silent: bool = False):
-        self.what = what if world == 1 else f"{what}, the first of {world} processes'"
-        self.total, self.silent = total, silent or rank > 0
+    def __init__(self, title: str, total: int = 0, rank: int = 0, world: int = 1,
+                 silent: bool = False):
+        self.title = title if world == 1 else f"{title}, the first of {world} processes'"
+        self.total = total
+        self.silent = silent or rank > 0
         self.done = 0
         self.started = self.printed = time.time()
 
     def update(self, done: int, total: int | None = None) -> None:
         self.done = done
-        self.total = self.total if total is None else total
+        if total is not None:
+            self.total = total
         now = time.time()
         if self.silent or now - self.printed <= 2:
             return
         self.printed = now
         rate = done / (now - self.started)
         left = f"{pace(rate)}, {time_left((self.total - done) / rate)}" if done else "nothing yet"
-        print(f"{self.what}: {done:,}/{self.total:,}, {left}", file=sys.stderr, flush=True)
+        print(f"{self.title}: {done:,}/{self.total:,}, {left}", file=sys.stderr, flush=True)
+
+
+def batches(title: str, items: list, size: int) -> Iterator[list]:
+    """Yield a list in parts of this size, and print how many items are done."""
+    progress = Progress(title, len(items))
+    for start in range(0, len(items), size):
+        batch = items[start:start + size]
+        yield batch
+        progress.update(start + len(batch))

@@ -1,4 +1,4 @@
-"""What is computed once, before training: latents of images, states of captions, tokens of plain text.
+"""Compute once, before training: latents of images, T5's states of captions, tokens of plain text.
 
 Stored latents are the mean of the autoencoder's posterior, in shards of 512 samples with their
 texts, and a stamp of the settings that made them.  T5's states of a clean caption can be stored
@@ -12,12 +12,13 @@ import argparse
 import gzip
 import itertools
 import json
+import math
 import os
 import sys
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator, Sequence
 
 import numpy as np
 import safetensors.torch
@@ -36,7 +37,7 @@ from pretrained.t5 import T5Encoder
 from pretrained.tokenizer import Tokenizer
 
 SHARD = 512             # samples of a file of latents
-DOCUMENT = 2**16        # characters: a longer text is cut up in pieces of about as many
+DOCUMENT = 2**16        # characters: a longer text is cut into pieces of about this length
 HEADER = 512            # bytes of a token file before its tokens
 
 
@@ -44,17 +45,18 @@ HEADER = 512            # bytes of a token file before its tokens
 
 def states_stamp(t5: T5Encoder, tokenizer: Tokenizer, length: int,
                  recaption: float) -> dict[str, str]:
-    """Return what T5's stored states depend on."""
+    """Return the settings that T5's stored states depend on."""
     return dict(t5=checkpoint.digest(t5), tokenizer=tokenizer.digest(), length=str(length),
                 recaption=str(recaption))
 
 
 class Encoder:
-    """The networks that encode samples; stamp: the settings that made what is stored."""
+    """The networks that encode samples; stamp: the settings that decide their results."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, torch.device(choose_device(args.device))
-        self.vae, self.t5 = checkpoint.load_vae(args.vae), None
+        self.args = args
+        self.device = torch.device(choose_device(args.device))
+        self.vae = checkpoint.load_vae(args.vae)
         factor = self.vae.factor
         require((args.pixels % factor == 0,
                  f"--pixels {args.pixels}: expected a multiple of {factor}"))
@@ -62,6 +64,7 @@ class Encoder:
                           channels=str(self.vae.channels), dtype=args.dtype)
         if isinstance(self.vae, torch.nn.Module):
             self.vae.to(self.device)
+        self.t5 = None
         if args.t5:
             self.tokenizer = checkpoint.load_tokenizer(args.tokenizer or args.t5)
             self.tokenizer.pad_id = self.tokenizer.end_id                # as train.py pads
@@ -71,10 +74,12 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, samples: list[dict]) -> dict[str, Tensor]:
-        """Return latents (B, C, h, w) and, with T5, states (B, L, E) of each sample's caption
-        "stated"."""
-        encoded = dict(latents=self.vae.encode(sources.latents_of(samples).to(self.device)))
-        if self.t5 is not None:
+        """Return latents (B, C, h, w) and, with T5, states (B, L, E) of a caption of each sample.
+
+        That caption becomes the sample's "stated"."""
+        images = sources.latents_of(samples).to(self.device)
+        encoded = dict(latents=self.vae.encode(images))
+        if self.t5:
             ids = []
             for sample in samples:
                 chance = seeding.fraction(sample["key"])
@@ -85,70 +90,82 @@ class Encoder:
         return {name: tensor.to("cpu", dtype) for name, tensor in encoded.items()}
 
 
-def read(mix, captioned: bool, batches: list[range], number: int) -> dict:
-    """Return the samples of a batch of positions, and what is wrong with the unreadable ones."""
-    samples, bad = [], []
-    for at in batches[number]:
-        try:
-            samples.append(mix.cut(mix.sources[0][at], captioned))
-        except UserError as error:
-            bad.append(str(error))
-    return dict(samples=samples, bad=bad)
+def split(positions: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [positions[start:start + size] for start in range(0, len(positions), size)]
 
 
-def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: str) -> None:
-    """Store the images of a `data.Mix` of one source as latents, in files that are written whole or not at
-    all.  fingerprint: of the source."""
-    source = mix.sources[0]
-    require((source.holds == "images", f"{args.source}: has no images to encode"))
-    every = source.every
-    shards = [every[at:at + SHARD] for at in range(0, len(every), SHARD)]
-    stamp = dict(encoder.stamp, source=fingerprint, shards=str(len(shards)))
-    files, batches = [], []                                      # of each batch
+def missing_shards(args: argparse.Namespace, shards: list[Sequence[int]],
+                   stamp: dict[str, str]) -> dict[Path, Sequence[int]]:
+    """Return the files of this --part that don't exist yet, with the positions of their samples.
+
+    Raises UserError for an existing file with other settings."""
+    missing = {}
     first, step = args.part
     for number in range(first, len(shards), step):
         file = args.out / sources.SHARDS.format(f"{number:05d}")
-        if file.exists():
-            other = sources.read_stamp(str(file))
-            require((other == stamp, f"{file}: made with other settings, {other}, not {stamp}"))
+        if not file.exists():
+            missing[file] = shards[number]
             continue
-        for at in range(0, len(shards[number]), args.batch):
-            files.append(file)
-            batches.append(shards[number][at:at + args.batch])
-    args.out.mkdir(parents=True, exist_ok=True)
+        other = sources.read_stamp(str(file))
+        require((other == stamp, f"{file}: made with other settings, {other}, not {stamp}"))
+    return missing
+
+
+def read(mix, captioned: bool, batches: list[Sequence[int]], number: int) -> list[dict]:
+    """Return the samples of a batch of positions; print a line for each unreadable one."""
+    samples = []
+    for position in batches[number]:
+        try:
+            samples.append(mix.cut(mix.sources[0][position], captioned))
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return samples
+
+
+def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: str) -> None:
+    """Encode the source of a `data.Mix` into shards; existing ones stay.
+
+    fingerprint: the source's.  Raises UserError for a shard without a readable sample."""
+    [source] = mix.sources
+    require((source.holds == "images", f"{args.source}: has no images to encode"))
+    shards = split(source.every, SHARD)
+    stamp = dict(encoder.stamp, source=fingerprint, shards=str(len(shards)))
+    missing = missing_shards(args, shards, stamp)
+    batches = []
+    for positions in missing.values():
+        batches += split(positions, args.batch)              # a batch never spans two shards
     read_batch = partial(read, mix, bool(args.t5), batches)
     reading = workers.feed(read_batch, range(len(batches)), args.workers)
-    progress = Progress("samples", sum(map(len, batches)))
-    stored = lost = 0
-    for file, group in itertools.groupby(zip(files, reading), lambda pair: pair[0]):
+    total = sum(map(len, batches))
+    progress = Progress("samples", total)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stored = 0
+    for file, positions in missing.items():
         samples, encoded = [], []
-        for _, batch in group:
-            for message in batch["bad"]:
-                print(f"left out: {message}", file=sys.stderr)
-            lost += len(batch["bad"])
-            if batch["samples"]:
-                encoded.append(encoder.encode(batch["samples"]))
-                samples += batch["samples"]
-            progress.update(stored + len(samples) + lost)
-        require((samples, f"{file}: all of its samples are of no use"))
+        for batch in itertools.islice(reading, math.ceil(len(positions) / args.batch)):
+            if batch:
+                encoded.append(encoder.encode(batch))
+            samples += batch
+            progress.update(stored + len(samples))
+        require((samples, f"{file}: all of its samples are unreadable"))
         tensors = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
         write_shard(file, samples, tensors, stamp)
         stored += len(samples)
-    print(f"{args.out}: {len(shards)} shards, {stored:,} samples encoded now, {lost:,} left out")
+    print(f"{args.out}: {len(shards)} shards, {stored:,} samples encoded now, "
+          f"{total - stored:,} left out")
 
 
 def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
                 stamp: dict[str, str]) -> None:
-    """Write samples as one file: their tensors, and their texts as JSON, end to end."""
+    """Write samples as one file, whole or not at all: tensors, and texts as JSON, end to end."""
     for name, tensor in tensors.items():
         require((finite(tensor), f"{file}: {name} are not finite in {stamp['dtype']}"))
-    lines = []
+    texts = []
     for sample in samples:
-        names = ("key", "captions", "recaption", "questions", "stated")
-        texts = {name: sample[name] for name in names if name in sample}
-        lines.append(json.dumps(texts).encode())
-    tensors["texts"] = torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8)
-    tensors["ends"] = torch.tensor([0, *itertools.accumulate(map(len, lines))])
+        del sample["picture"]
+        texts.append(json.dumps(sample).encode())
+    tensors["texts"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+    tensors["ends"] = torch.tensor([0, *itertools.accumulate(map(len, texts))])
     with replacing(file) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata={"stamp": json.dumps(stamp)})
@@ -158,17 +175,20 @@ def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
 
 # --------------------------------------------------------------------------------------------- pack
 
-def documents(path: str, report: Callable[[int], None]) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of a file in pieces, and if a document ends there; `report` the bytes read.
+def documents(path: str) -> Iterator[tuple[str, bool]]:
+    """Yield the texts of a file in pieces, each with True if a document ends behind it.
 
-    A long .txt is cut where one line break stands between two letters: tokenizers cut there too."""
-    plain, text = path.removesuffix(".gz").endswith(".txt"), ""
+    A long .txt is cut where a single line break stands between two letters: there the tokens stay
+    the same.  Raises UserError."""
+    is_plain = path.removesuffix(".gz").endswith(".txt")
+    text = ""
     try:
         with open(path, "rb") as raw, (gzip.open(raw) if path.endswith(".gz") else raw) as file:
+            progress = Progress(f"{path}: bytes", os.path.getsize(path))
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
-                report(raw.tell())
-                if plain:
+                progress.update(raw.tell())
+                if is_plain:
                     line = line.decode("utf-8")
                     if len(text) > DOCUMENT and not line[0].isspace() and not text[-2].isspace():
                         yield text, False
@@ -187,39 +207,45 @@ def documents(path: str, report: Callable[[int], None]) -> Iterator[tuple[str, b
         raise UserError(f"{path}: can't be read ({error})")
 
 
+def tokenize(paths: list[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """Yield the tokens of each piece of `documents`, with an end token behind each document."""
+    pieces = itertools.chain.from_iterable(map(documents, paths))
+    while batch := list(itertools.islice(pieces, 64)):
+        texts = [text for text, _ in batch]
+        for ids, (_, ends) in zip(tokenizer.many(texts), batch):
+            if ends:
+                ids = [*ids, tokenizer.end_id]
+            yield ids, ends
+
+
 def pack(args: argparse.Namespace) -> None:
-    """Write documents as one safetensors file of tokens, uint16 where the vocabulary allows, else
-    uint32."""
+    """Write documents as one safetensors file of tokens, in uint16 if the vocabulary allows it,
+    else uint32."""
     require((args.out.suffix == ".safetensors", f"{args.out}: expected the .safetensors to write"))
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
-    bits = 16 if tokenizer.vocab_size <= 2**16 else 32
     paths = expand(args.paths)
     for path in paths:
-        require((path.endswith(sources.TEXTS), f"{path}: expected {', '.join(sources.TEXTS)}"))
-    sizes = list(map(os.path.getsize, paths))
-    progress = Progress("bytes", sum(sizes))
-    total = count = 0
+        require((path.endswith(sources.TEXTS), f"{path}: expected {', '.join(sources.TEXTS)}"),
+                (os.path.exists(path), f"{path}: no such file"))
+    bits = 16 if tokenizer.vocab_size <= 2**16 else 32
+    tokens = count = 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.out) as temporary, open(temporary, "wb") as file:
-        file.write(bytes(HEADER))
-        for n, path in enumerate(paths):
-            pieces = documents(path, lambda at: progress.update(sum(sizes[:n]) + at))
-            while batch := list(itertools.islice(pieces, 64)):
-                for ids, (_, ends) in zip(tokenizer.many([text for text, _ in batch]), batch):
-                    if ends:
-                        ids = [*ids, tokenizer.end_id]
-                        count += 1
-                    np.array(ids, f"uint{bits}").tofile(file)
-                    total += len(ids)
-        require((total, f"{', '.join(args.paths)}: no text in it"))
-        tensor = dict(dtype=f"U{bits}", shape=[total], data_offsets=[0, total * bits // 8])
+        file.seek(HEADER)
+        for ids, ends in tokenize(paths, tokenizer):
+            file.write(np.array(ids, f"uint{bits}").tobytes())
+            tokens += len(ids)
+            count += ends
+        require((tokens, f"{', '.join(args.paths)}: no text in it"))
         metadata = dict(tokenizer=tokenizer.digest(), documents=str(count))
+        tensor = dict(dtype=f"U{bits}", shape=[tokens], data_offsets=[0, tokens * bits // 8])
         header = json.dumps({"__metadata__": metadata, "tokens": tensor})
         file.seek(0)
         file.write((HEADER - 8).to_bytes(8, "little"))
         file.write(header.encode().ljust(HEADER - 8))
-    print(f"{args.out}: {total:,} tokens, {count:,} document(s)")
+    print(f"{args.out}: {tokens:,} tokens, {count:,} document(s)")
 
 
 def expand(patterns: list[str]) -> list[str]:
-    return [path for pattern in patterns for path in sources.expand(pattern)]
+    """Return the paths of all patterns, in order."""
+    return sum(map(sources.expand, patterns), [])

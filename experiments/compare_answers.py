@@ -19,6 +19,7 @@ import json
 import random
 import subprocess
 import tempfile
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Optional
 
@@ -44,6 +45,12 @@ WORDS = ["yes", "no", "red", "dog", "3", "3.5", "1,000", "10,000.5", "2015", ".5
          "it's", "éclair", "a", "an", "the", *answers.NUMBERS, *answers.CONTRACTED, *answers.CONTRACTIONS,
          "Im", "Ive", "Id've", "let's", "lets", "she's", "shes", "couldntve", "." * 40]
 ARABIC = ["\u0663,\u0664", "\u0663.\u0664"]             # 3,4 and 3.4: no digits to Python 2, digits to 3
+
+
+def rounded(scores: dict[str, float]) -> dict[str, float]:
+    """Round scores as the official code does: to two decimals, halves up, as Python 2 rounds."""
+    return {name: float(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
+            for name, value in scores.items()}
 
 
 def variant(words: list[str], draw: random.Random) -> str:
@@ -99,11 +106,11 @@ def compare_vqa(code: Path, python2: str, count: int) -> None:
     means, finer = ({"overall": of["overall"]} | of["perAnswerType"] | {
         f"question type: {kind}": value for kind, value in of["perQuestionType"].items()} for of, _ in theirs)
     ours, each = {q.id: 100 * answers.vqa(said[q.id], q.answers) for q in asked}, theirs[0][1]
-    equal = [answers.rounded(ours)[key] == each[key] for key in each]
+    equal = [rounded(ours)[key] == each[key] for key in each]
     away = max(abs(a[key] - b[key]) for a, b in ((ours, theirs[1][1]), (found, finer)) for key in b)
     spread = {n: sum(round(value) == n for value in each.values()) for n in (0, 30, 60, 90, 100)}
     table = {key: value for key, value in table.items() if key == key.lower() and key != value}
-    found = answers.rounded(found)
+    found = rounded(found)
     print(f"VQA: {sum(equal)} of {count} questions and {sum(found[k] == means[k] for k in means)} of "
           f"{len(found)} means equal, unrounded {away:.0e} percent apart at most; {len(table)} contractions, "
           f"equal: {table == answers.CONTRACTIONS}; overall {found['overall']}, by accuracy {spread}")

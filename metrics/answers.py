@@ -1,26 +1,26 @@
-"""Scores of answers to questions about pictures, from a benchmark's own files; no model is
+"""Score answers to questions about images, from a benchmark's published files.  No model is
 imported.
 
-    asked, bad = questions("vqav2", ["v2_OpenEnded_mscoco_val2014_questions.json"])
+    scored, left_out = questions("vqav2", ["v2_OpenEnded_mscoco_val2014_questions.json"])
     ...                                   # a line {"question_id": q.id, "answer": "..."} for each q
     answers, damaged = read_answers("answers.jsonl")
-    scores, amiss = score("vqav2", asked, answers)     # {"overall": ..., "yes/no": ...}, in percent
+    scores, problems = score("vqav2", scored, answers)    # {"overall": ..., "yes/no": ...}, percent
 
-    kind      files, as published                         an answer's score                  own means
-    vqav2     the questions; the annotations, if they     vqa                                types of answer
-              are not beside them                                                            and question
-    okvqa     the same                                    vqa, against "answer" (stemmed)    the same
-    textvqa   TextVQA_0.5.1_val.json                      textvqa
-    vizwiz    val.json; an id is the picture's name       vizwiz                             answer types
-    gqa       testdev_balanced_questions.json             exact                              binary, open,
-                                                                                             structural types
-    chartqa   test_human.json, test_augmented.json;       relaxed                            files
+    kind      files, as published                     an answer's score         means of
+    vqav2     the questions; the annotations, if      vqa                       types of answer
+              they are not beside them                                          and question
+    okvqa     the same                                vqa of stemmed answers    the same
+    textvqa   TextVQA_0.5.1_val.json                  textvqa
+    vizwiz    val.json; an id is the image's name     vizwiz                    answer types
+    gqa       testdev_balanced_questions.json         exact                     binary, open,
+                                                                                structural types
+    chartqa   test_human.json, test_augmented.json;   relaxed                   files
               an id is FILE/NUMBER, from 0
-    pope      coco_pope_{random,popular,adversarial}      five figures (`pope`)              files, and the
-              .json; an id is random/1                                                       mean over them
+    pope      coco_pope_{random,popular,              five figures (`pope`)     files, and the mean
+              adversarial}.json; an id is random/1                              over them
 
-Any of the first four may be scored as another: score("vqav2", asked_of_textvqa, ...).  An id is a
-text here, whatever it is in the file.  What does not fit is counted and named in `bad`, a line a
+Any of the first four may be scored as another: score("vqav2", questions_of_textvqa, ...).  An id is
+a text here, whatever it is in the file.  What does not fit is counted and named, a line for each
 kind of trouble.
 """
 
@@ -28,7 +28,6 @@ import math
 import random
 import re
 from collections import defaultdict
-from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,15 +41,16 @@ NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split
                    map(str, range(11))),
                none="0")
 CONTRACTED = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
-    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
-    mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
-    shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
-    something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
-    they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
-    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-    wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-# a word is mended that lacks one apostrophe; the last one is the official table's own slip
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
+    mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
+    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
+    why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+    you'd've you'll you're you've""".split()
+# a word that lacks one apostrophe gets it; the last row is the official table's slip
 CONTRACTIONS = {word[:i] + word[i + 1:]: word
                 for word in CONTRACTED for i, c in enumerate(word) if c == "'"}
 CONTRACTIONS["somebody'd"] = "somebodyd"
@@ -58,106 +58,125 @@ CONTRACTIONS["somebody'd"] = "somebodyd"
 
 # ------------------------------------------------------------------------------- one answer's score
 
-def tidy(said: str) -> str:
-    return said.replace("\n", " ").replace("\t", " ").strip()
+def tidy(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 @lru_cache(maxsize=2**16)
-def normal(said: str) -> str:
-    """VQA's normal form: its processPunctuation, then its processDigitArticle.
+def normal(answer: str) -> str:
+    """Return VQA's normal form: its processPunctuation, then its processDigitArticle.
 
     A mark that stands beside a space anywhere in the text is removed everywhere, as all marks are
     where a comma stands between two digits; any other mark becomes a space.  Periods go unless a
     digit follows, the first 32 of them: the official code passes re.UNICODE where `sub` takes its
     count.  Then lower case, number words as digits, no articles, contractions with their
     apostrophe."""
-    compact = re.search("[0-9],[0-9]", said)
-    bare = said
+    has_thousands = re.search("[0-9],[0-9]", answer)
+    bare = answer
     for mark in PUNCTUATION:
-        removed = compact or f"{mark} " in said or f" {mark}" in said
-        bare = bare.replace(mark, "" if removed else " ")
-    words = [NUMBERS.get(word, word)
-             for word in re.sub(r"\.(?![0-9])", "", bare, count=32).lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words
-                    if word not in ("a", "an", "the"))
+        beside_space = f"{mark} " in answer or f" {mark}" in answer
+        bare = bare.replace(mark, "" if has_thousands or beside_space else " ")
+    bare = re.sub(r"\.(?![0-9])", "", bare, count=32)
+    words = []
+    for word in bare.lower().split():
+        word = NUMBERS.get(word, word)
+        if word not in ("a", "an", "the"):
+            words.append(CONTRACTIONS.get(word, word))
+    return " ".join(words)
 
 
-def agreement(said: str, answers: list[str]) -> float:
-    """The mean over the annotators of min(1, n / 3), n of the others having said it: of ten
-    annotators 0, 1, 2, 3, 4 that said it make 0, 0.3, 0.6, 0.9, 1."""
-    same = [answer == said for answer in answers]
-    return sum(min(1, (sum(same) - own) / 3) for own in same) / len(same)
+def agreement(answer: str, annotators: list[str]) -> float:
+    """Return the mean over the annotators of min(1, n / 3), where n others gave the answer: of ten
+    annotators 0, 1, 2, 3, 4 that gave it make 0, 0.3, 0.6, 0.9, 1."""
+    same = [annotator == answer for annotator in annotators]
+    return sum(min(1, (sum(same) - itself) / 3) for itself in same) / len(same)
 
 
-def vqa(said: str, answers: list[str]) -> float:
-    """VQA accuracy in [0, 1] (arXiv 1505.00468), as GT-Vision-Lab/VQA's vqaEval.py has it: where
-    all annotators said the very same, nothing is normalised, and "Yes" is not their "yes"."""
-    said, *answers = map(tidy, (said, *answers))
-    if len(set(answers)) > 1:
-        said, *answers = map(normal, (said, *answers))
-    return agreement(said, answers)
+def vqa(answer: str, annotators: list[str]) -> float:
+    """Return VQA accuracy in [0, 1] (arXiv 1505.00468), as GT-Vision-Lab/VQA's vqaEval.py has it:
+    where all annotators agree to the letter, nothing is normalised, and "Yes" is not their
+    "yes"."""
+    answer, *annotators = map(tidy, [answer, *annotators])
+    if len(set(annotators)) > 1:
+        answer, *annotators = map(normal, [answer, *annotators])
+    return agreement(answer, annotators)
 
 
-def textvqa(said: str, answers: list[str]) -> float:
-    """TextVQA accuracy in [0, 1], as facebookresearch/mmf's m4c_evaluators.py has it after EvalAI:
-    all is normalised always, after commas and question marks are dropped and 's is made a word."""
+def textvqa(answer: str, annotators: list[str]) -> float:
+    """Return TextVQA accuracy in [0, 1], as facebookresearch/mmf's m4c_evaluators.py has it after
+    EvalAI: all is normalised always, after commas and question marks are dropped and 's is made a
+    word."""
     forms = []
-    for each in (said, *answers):
-        each = each.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-        forms.append(normal(tidy(each)))
+    for each in [answer, *annotators]:
+        bare = each.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+        forms.append(normal(tidy(bare)))
     return agreement(forms[0], forms[1:])
 
 
-def vizwiz(said: str, answers: list[str]) -> float:
-    """VizWiz accuracy in [0, 1], as its vqaEval.py has it: the answer is normalised always, the
-    annotators' never.  (Its table of contractions has curly apostrophes in many copies; here they
-    are straight.)"""
-    return agreement(normal(tidy(said)), answers)
+def vizwiz(answer: str, annotators: list[str]) -> float:
+    """Return VizWiz accuracy in [0, 1], as its vqaEval.py has it: the answer is normalised always,
+    the annotators' never.  (Its table of contractions has curly apostrophes in many copies; here
+    they are straight.)"""
+    return agreement(normal(tidy(answer)), annotators)
 
 
-def exact(said: str, answers: list[str]) -> float:
-    """GQA's accuracy, 0 or 1: the same word, whatever its case; a period at the end is dropped, as
-    LLaVA does before GQA's own eval.py compares."""
-    return float(said.strip().rstrip(".").lower() == answers[0].strip().lower())
+def exact(answer: str, true: list[str]) -> float:
+    """Return GQA's accuracy, 0 or 1: the same word, whatever its case; a period at the end is
+    dropped, as LLaVA does before GQA's eval.py compares."""
+    return float(answer.strip().rstrip(".").lower() == true[0].strip().lower())
 
 
-def number(said: str) -> float | None:
+def number(answer: str) -> float | None:
+    """Return the finite number that a text is, or None."""
+    digits = answer.replace(",", "").removesuffix("%")
     try:
-        value = float(said.replace(",", "").removesuffix("%")) / (100 if said.endswith("%") else 1)
+        value = float(digits)
     except ValueError:
         return None
+    if answer.endswith("%"):
+        value /= 100
     return value if math.isfinite(value) else None
 
 
-def relaxed(said: str, answers: list[str]) -> float:
-    """ChartQA's relaxed accuracy (arXiv 2203.10244), 0 or 1: a number within 5 % of the true one,
-    any other text the same but for case.  As in google-research/pix2struct's metrics.py "10%" is
-    0.1, so not "10"; commas in numbers are dropped, which they are not there."""
-    said, true = said.strip(), answers[0].strip()
-    value, wanted = number(said), number(true)
-    if value is None or wanted is None:
-        return float(said.lower() == true.lower())
-    return float(abs(value - wanted) / abs(wanted) <= 0.05 if wanted else value == 0)
+def relaxed(answer: str, true: list[str]) -> float:
+    """Return ChartQA's relaxed accuracy (arXiv 2203.10244), 0 or 1: |value - true| / |true| <= 0.05
+    of numbers, any other text the same but for case.  As in google-research/pix2struct's metrics.py
+    "10%" is 0.1, so not "10"; commas in numbers are dropped, which pix2struct does not do."""
+    answer = answer.strip()
+    expected = true[0].strip()
+    value = number(answer)
+    target = number(expected)
+    if value is None or target is None:
+        return float(answer.lower() == expected.lower())
+    if target == 0:
+        return float(value == 0)
+    return float(abs(value - target) / abs(target) <= 0.05)
 
 
-def yes_or_no(said: str) -> str:
-    """Return what POPE's evaluate.py takes an answer for: "no" if "No", "no" or "not" is a word of
-    its first sentence, else "yes", also where it is neither ("Not", "no!", "nope" and nothing at
-    all are a yes)."""
-    words = said.split(".")[0].replace(",", "").split(" ")
+def yes_or_no(answer: str) -> str:
+    """Return how POPE's evaluate.py reads an answer: "no" if "No", "no" or "not" is a word of its
+    first sentence, else "yes", also where it is neither ("Not", "no!", "nope" and "" are a yes)."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def pope(taken: list[str], true: list[str]) -> dict[str, float]:
-    """Return POPE's five figures (arXiv 2305.10355) in percent, "yes" being the positive class; 0
-    where a ratio has a zero denominator.  What is neither "yes" nor "no" counts as a wrong no."""
-    pairs = list(zip(taken, true))
+def pope(answers: list[str], true: list[str]) -> dict[str, float]:
+    """Return POPE's five figures (arXiv 2305.10355) in percent, "yes" being the positive class:
+
+        precision = hits / yes answers,  recall = hits / true yes,
+        F1 = 2 hits / (yes answers + true yes)
+
+    0 where a ratio has a zero denominator.  An answer that is neither "yes" nor "no" counts as a
+    wrong no."""
+    pairs = list(zip(answers, true))
     hits = pairs.count(("yes", "yes"))
-    right = hits + pairs.count(("no", "no"))
-    claimed = taken.count("yes")
+    correct = hits + pairs.count(("no", "no"))
+    claimed = answers.count("yes")
     positive = true.count("yes")
-    return {"accuracy": 100 * right / len(pairs), "precision": 100 * hits / max(claimed, 1),
-            "recall": 100 * hits / max(positive, 1), "F1": 200 * hits / max(claimed + positive, 1),
+    return {"accuracy": 100 * correct / len(pairs),
+            "precision": 100 * hits / max(claimed, 1),
+            "recall": 100 * hits / max(positive, 1),
+            "F1": 200 * hits / max(claimed + positive, 1),
             "yes-ratio": 100 * claimed / len(pairs)}
 
 
@@ -166,10 +185,10 @@ def pope(taken: list[str], true: list[str]) -> dict[str, float]:
 def describe(issues: Issues, where: str = "") -> list[str]:
     """Return a line for each kind of trouble, with how many ids it has and the first five."""
     lines = []
-    for what, ids in issues.items():
+    for problem, ids in issues.items():
         if ids:
             more = ", ..." if len(ids) > 5 else ""
-            lines.append(f"{where}{what}: {len(ids):,} ({', '.join(ids[:5])}{more})")
+            lines.append(f"{where}{problem}: {len(ids):,} ({', '.join(ids[:5])}{more})")
     return lines
 
 
@@ -221,8 +240,8 @@ def shots(examples: list[Question], k: int, key: str, before: Question | None = 
     which."""
     require((k <= len(examples),
              f"{k} examples, expected 0 to {len(examples)}, of as many questions"))
-    drawn = random.Random(key).sample(examples, min(k + 1, len(examples)))
-    others = [q for q in drawn if q != before][:k]
+    sample = random.Random(key).sample(examples, min(k + 1, len(examples)))
+    others = [q for q in sample if q != before][:k]
     return "".join(f"{question_prompt(q.question)}{q.common_answer()} " for q in others)
 
 
@@ -246,7 +265,7 @@ def read_answers(path: str | Path) -> tuple[dict[str, str], list[str]]:
     return answers, describe(issues, f"{path}: ")
 
 
-def score(kind: str, asked: list[Question], answers: dict[str, str]
+def score(kind: str, scored: list[Question], answers: dict[str, str]
           ) -> tuple[dict[str, float], list[str]]:
     """Return scores in percent, not rounded, and a line for each kind of trouble.
 
@@ -254,27 +273,26 @@ def score(kind: str, asked: list[Question], answers: dict[str, str]
     ..., ..., "mean: yes-ratio": ...}, the mean being over the files that were given.  A question
     without an answer is wrong, and in POPE not a yes; the official code refuses such a file, and
     one with an answer to no question of it."""
-    ids = {q.id for q in asked}
-    bad = describe({
-        "questions without an answer, scored as wrong": [q.id for q in asked
-                                                         if q.id not in answers],
-        "answers to no question, left out": [name for name in answers if name not in ids]})
+    by_id = {q.id: q for q in scored}
+    left_out = describe({
+        "questions without an answer, scored as wrong": [i for i in by_id if i not in answers],
+        "answers to no question, left out": [i for i in answers if i not in by_id]})
     if kind == "pope":
-        return pope_scores(asked, answers), bad
+        return score_pope(scored, answers), left_out
     values = defaultdict(list)
-    for q in asked:
-        right = ACCURACY[kind](answers[q.id], q.answers) if q.id in answers else 0.0
+    for q in scored:
+        value = ACCURACY[kind](answers[q.id], q.answers) if q.id in answers else 0.0
         for name in ("overall", *q.types):
-            values[name].append(right)
-    return {name: 100 * sum(each) / len(each) for name, each in values.items()}, bad
+            values[name].append(value)
+    return {name: 100 * sum(each) / len(each) for name, each in values.items()}, left_out
 
 
-def pope_scores(asked: list[Question], answers: dict[str, str]) -> dict[str, float]:
+def score_pope(scored: list[Question], answers: dict[str, str]) -> dict[str, float]:
     """Return POPE's five figures of each subset, "random: accuracy" and so on, and their means."""
     pairs = defaultdict(list)
-    for q in asked:
-        taken = yes_or_no(answers[q.id]) if q.id in answers else ""
-        pairs[q.types[0]].append((taken, q.answers[0]))
+    for q in scored:
+        answer = yes_or_no(answers[q.id]) if q.id in answers else ""
+        pairs[q.types[0]].append((answer, q.answers[0]))
     scores = {}
     figures = defaultdict(list)
     for subset, both in pairs.items():
@@ -284,9 +302,3 @@ def pope_scores(asked: list[Question], answers: dict[str, str]) -> dict[str, flo
     for name, values in figures.items():
         scores[f"mean: {name}"] = sum(values) / len(values)
     return scores
-
-
-def rounded(scores: dict[str, float]) -> dict[str, float]:
-    """Round scores as the official code does: to two decimals, halves up, as Python 2 rounds."""
-    return {name: float(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
-            for name, value in scores.items()}

@@ -1,13 +1,13 @@
-"""The prompts of text-to-image benchmarks, the files that their scorers read, and the scores read
-back.
+"""Read the prompts of text-to-image benchmarks, write the files that their scorers read, and read
+their scores.
 
-    geneval   evaluation_metadata.jsonl        00000/metadata.jsonl, 00000/samples/00000.png    2310.11513
-    t2i       color_val.txt shape_val.txt ...  color/samples/PROMPT_000000.png                  2307.06350
-    dpg       a folder of NAME.txt             NAME.png, four drawings in one                   2403.05135
-    mjhq      meta_data.json                   CATEGORY/ID.png, as mjhq30k_imgs                 2402.17245
-    coco      captions_val2014.json            000000000042.png, the image's number             1405.0312
-    lines     a prompt a line                  00000.png
-    emoji     train, tone or style             00000.png, the captions of that split of the emoji set
+    geneval   evaluation_metadata.jsonl     00000/metadata.jsonl, 00000/samples/00000.png 2310.11513
+    t2i       color_val.txt shape_val.txt   color/samples/PROMPT_000000.png               2307.06350
+    dpg       a folder of NAME.txt          NAME.png, four drawings in one                2403.05135
+    mjhq      meta_data.json                CATEGORY/ID.png, as mjhq30k_imgs              2402.17245
+    coco      captions_val2014.json         000000000042.png, the image's number          1405.0312
+    lines     a prompt a line               00000.png
+    emoji     train, tone or style          00000.png, the captions of a split of the emoji
 
 (The last column: arXiv.)  The k-th drawing of the i-th prompt is made with seed + 1000 i + k,
 whatever else is drawn.
@@ -16,7 +16,6 @@ whatever else is drawn.
 import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import seeding
@@ -50,148 +49,149 @@ PUBLISHED = dict(
          SD3: {"color": 0.7993, "shape": 0.5816, "texture": 0.7389}})
 
 
-@dataclass
-class Asked:
+class Benchmark:
     """Prompts with their seeds, the file of each, and what goes with them."""
-    jobs: list[tuple[str, int]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    each: int = 1                                                # drawings that a file shows
-    files: dict[str, str] = field(default_factory=dict)          # other files that a scorer reads
-    categories: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    real: dict[str, str] = field(default_factory=dict)           # the real image of each name
-    bad: list[str] = field(default_factory=list)                 # what is left out
 
-    def add(self, prompt: str, seed: int, name: str) -> None:
-        self.jobs.append((prompt, seed))
-        self.names.append(name)
+    def __init__(self, n: int, seed: int):
+        self.n = n                                      # drawings of a prompt
+        self.seed = seed
+        self.each = 1                                   # drawings that a file shows
+        self.jobs = []                                  # (prompt, seed) of each file
+        self.names = []                                 # of the files
+        self.files = {}                                 # content of files that a scorer reads
+        self.categories = defaultdict(list)             # the files of each
+        self.real = {}                                  # the real image of each file
+        self.left_out = []                              # a line for each
+
+    def add(self, prompt: str, number: int, names: list[str]) -> None:
+        """Add the files of a prompt."""
+        self.names += names
+        for k in range(len(names)):
+            self.jobs.append((prompt, self.seed + 1000 * number + k))
 
 
-def geneval(paths: list[str], n: int, seed: int) -> Asked:
-    asked = Asked()
+def read_geneval(benchmark: Benchmark, paths: list[str]) -> None:
     for i, (where, record) in enumerate(read_json_lines(Path(paths[0]))):
         require((isinstance(record, dict) and "tag" in record,
                  f"{where}: expected an object with tag and prompt"))
         prompt = text(record.get("prompt"), where, "prompt")
-        for k in range(n):
-            asked.add(prompt, seed + 1000 * i + k, f"{i:05}/samples/{k:05}.png")
-        asked.files[f"{i:05}/metadata.jsonl"] = json.dumps(record) + "\n"
-    return asked
+        names = [f"{i:05}/samples/{k:05}.png" for k in range(benchmark.n)]
+        benchmark.add(prompt, i, names)
+        benchmark.files[f"{i:05}/metadata.jsonl"] = json.dumps(record) + "\n"
 
 
-def t2i(paths: list[str], n: int, seed: int) -> Asked:
+def read_t2i(benchmark: Benchmark, paths: list[str]) -> None:
     """Number the drawings of each category; what follows a tab is not part of the prompt.  A slash,
     which no file name can have, becomes a space."""
-    asked = Asked()
-    prompts = 0
+    n = benchmark.n
     for path in paths:
         category = Path(path).stem.removesuffix("_val")
-        for number, prompt in enumerate(read_prompts(path)):
-            prompt = prompt.split("\t")[0].strip()
+        for i, line in enumerate(read_prompts([path])):
+            prompt = line.split("\t")[0].strip()
             stem = prompt.replace("/", " ")
-            require((len(stem.encode()) < 245,
-                     f"{path}: {prompt[:40]!r} has {len(stem.encode())} bytes, "
-                     f"which no file's name can have"))
-            for k in range(n):
-                name = f"{category}/samples/{stem}_{number * n + k:06}.png"
-                asked.add(prompt, seed + 1000 * prompts + k, name)
-            prompts += 1
-    return asked
+            size = len(stem.encode())
+            require((size < 245, f"{path}: {prompt[:40]!r} has {size} bytes, expected fewer than "
+                     f"245 for a file's name"))
+            numbers = range(i * n, i * n + n)
+            names = [f"{category}/samples/{stem}_{number:06}.png" for number in numbers]
+            benchmark.add(prompt, len(benchmark.jobs) // n, names)
 
 
-def dpg(paths: list[str], n: int, seed: int) -> Asked:
-    asked = Asked(each=n)
+def read_dpg(benchmark: Benchmark, paths: list[str]) -> None:
+    benchmark.each = benchmark.n
     for i, file in enumerate(sorted(Path(paths[0]).glob("*.txt"))):
-        asked.add(" ".join(read_text(file).split()), seed + 1000 * i, f"{file.stem}.png")
-    return asked
+        prompt = " ".join(read_text(file).split())
+        benchmark.add(prompt, i, [f"{file.stem}.png"])
 
 
-def mjhq(paths: list[str], n: int, seed: int) -> Asked:
-    asked = Asked()
+def read_mjhq(benchmark: Benchmark, paths: list[str]) -> None:
     path = paths[0]
     entries = read_json(Path(path))
-    require((isinstance(entries, dict)
-             and all(isinstance(entry, dict) for entry in entries.values()),
-             f"{path}: expected an object of {{id: {{category, prompt}}}}"))
+    is_mjhq = isinstance(entries, dict) and all(isinstance(x, dict) for x in entries.values())
+    require((is_mjhq, f"{path}: expected an object of {{id: {{category, prompt}}}}"))
     for i, (key, entry) in enumerate(entries.items()):
         where = f"{path}: {key}"
         category = text(entry.get("category"), where, "category")
         stem = f"{category}/{key}"
-        require((bool(re.fullmatch(r"[^/\\\0.][^/\\\0]*/[^/\\\0.][^/\\\0]*", stem)),
-                 f"{where}: {stem[:60]!r} can't be a category and a file's name"))
-        if entry.get("prompt"):
-            asked.add(text(entry["prompt"], where, "prompt"), seed + 1000 * i, f"{stem}.png")
-            asked.categories[category].append(f"{stem}.png")
-            asked.real[f"{stem}.png"] = f"{stem}.jpg"
-        else:
-            asked.bad.append(f"{where}: no prompt")
-    return asked
+        is_path = re.fullmatch(r"[^/\\\0.][^/\\\0]*/[^/\\\0.][^/\\\0]*", stem)
+        require((bool(is_path), f"{where}: {stem[:60]!r} can't be a category and a file's name"))
+        if not entry.get("prompt"):
+            benchmark.left_out.append(f"{where}: no prompt")
+            continue
+        name = f"{stem}.png"
+        benchmark.add(text(entry["prompt"], where, "prompt"), i, [name])
+        benchmark.categories[category].append(name)
+        benchmark.real[name] = f"{stem}.jpg"
 
 
-def coco(paths: list[str], n: int, seed: int) -> Asked:
-    """Ask for the first caption of each of 30,000 images, always the same ones: their ids
-    decide."""
-    references, names, bad = captions.read_captions(Path(paths[0]))
-    asked = Asked(bad=bad)
+def read_coco(benchmark: Benchmark, paths: list[str]) -> None:
+    """Read the first caption of each of 30,000 images, always the same ones: their ids decide."""
+    path = paths[0]
+    references, names, benchmark.left_out = captions.read_captions(Path(path))
     chosen = sorted(references, key=lambda image_id: seeding.fraction(f"coco {image_id}"))[:COCO]
     require((all(isinstance(image_id, int) for image_id in chosen),
-             f"{paths[0]}: expected numbers as ids of images, found {chosen[:2]}"))
+             f"{path}: expected numbers as ids of images, found {chosen[:2]}"))
     for image_id in sorted(chosen):
         caption = " ".join(references[image_id][0].split())
         if not caption:
-            bad.append(f"{paths[0]}: picture {image_id} has a blank caption")
+            benchmark.left_out.append(f"{path}: image {image_id} has a blank caption")
             continue
         name = f"{image_id:012}.png"
-        asked.add(caption, seed + 1000 * image_id, name)
-        asked.real[name] = names[image_id]
-    return asked
+        benchmark.add(caption, image_id, [name])
+        benchmark.real[name] = names[image_id]
 
 
-def read_prompts(path: str) -> list[str]:
-    prompts = [line.strip() for line in read_text(Path(path)).splitlines()]
-    return [prompt for prompt in prompts if prompt]
+def read_prompts(paths: list[str]) -> list[str]:
+    """Return the lines of files that are not blank."""
+    prompts = []
+    for path in paths:
+        prompts += map(str.strip, read_text(Path(path)).splitlines())
+    return list(filter(None, prompts))
 
 
-def lines(paths: list[str], n: int, seed: int) -> Asked:
-    return numbered([prompt for path in paths for prompt in read_prompts(path)], n, seed)
+def read_lines(benchmark: Benchmark, paths: list[str]) -> None:
+    add_numbered(benchmark, read_prompts(paths))
 
 
-def numbered(prompts: list[str], n: int, seed: int) -> Asked:
-    asked = Asked()
-    for i, prompt in enumerate(prompts):
-        for k in range(n):
-            asked.add(prompt, seed + 1000 * i + k, f"{i * n + k:05}.png")
-    return asked
-
-
-def emoji_captions(paths: list[str], n: int, seed: int) -> Asked:
+def read_emoji(benchmark: Benchmark, paths: list[str]) -> None:
     splits = [emoji.split_named(path) for path in paths]
     records, _ = emoji.load(pixels=8)
-    return numbered([record["caption"] for record in records if record["split"] in splits], n, seed)
+    shown = emoji.of_split(records, *splits)
+    add_numbered(benchmark, [records[i]["caption"] for i in shown])
 
 
-READ = dict(geneval=geneval, t2i=t2i, dpg=dpg, mjhq=mjhq, coco=coco, lines=lines,
-            emoji=emoji_captions)
+def add_numbered(benchmark: Benchmark, prompts: list[str]) -> None:
+    """Add prompts with files that are named by their numbers."""
+    n = benchmark.n
+    for i, prompt in enumerate(prompts):
+        benchmark.add(prompt, i, [f"{number:05}.png" for number in range(i * n, i * n + n)])
 
 
-def read(benchmark: str, paths: list[str], n: int | None = None, seed: int = 0,
-         limit: int | None = None) -> Asked:
+READ = dict(geneval=read_geneval, t2i=read_t2i, dpg=read_dpg, mjhq=read_mjhq, coco=read_coco,
+            lines=read_lines, emoji=read_emoji)
+
+
+def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
+         limit: int | None = None) -> Benchmark:
     """Read what to draw for a benchmark: n drawings (as published) of each of the first `limit`
     prompts.
 
     Raises UserError for files that are not as that benchmark's are."""
-    n = n or EACH.get(benchmark, 1)
-    require((benchmark in ("t2i", "lines", "emoji") or len(paths) == 1,
-             f"{benchmark}: {len(paths)} files of prompts, expected one"),
-            (n == 1 or benchmark not in ("coco", "mjhq"),
-             f"--n {n}: {benchmark} is scored with one drawing each"))
-    asked = READ[benchmark](paths, n, seed)
-    require((bool(asked.jobs), f"{' '.join(paths)}: holds no prompt"))
+    n = n or EACH.get(name, 1)
+    require((name in ("t2i", "lines", "emoji") or len(paths) == 1,
+             f"{name}: {len(paths)} files of prompts, expected one"),
+            (n == 1 or name not in ("coco", "mjhq"),
+             f"--n {n}: {name} is scored with one drawing each"))
+    benchmark = Benchmark(n, seed)
+    READ[name](benchmark, paths)
+    require((bool(benchmark.jobs), f"{' '.join(paths)}: holds no prompt"))
     if limit is not None:
-        count = limit * n // asked.each
-        asked.jobs = asked.jobs[:count]
-        asked.names = asked.names[:count]
-        asked.files = dict(list(asked.files.items())[:limit])    # GenEval's: one of each prompt
-    return asked
+        count = limit * n // benchmark.each
+        benchmark.jobs = benchmark.jobs[:count]
+        benchmark.names = benchmark.names[:count]
+        first_files = list(benchmark.files.items())[:limit]      # GenEval's: one of each prompt
+        benchmark.files = dict(first_files)
+    return benchmark
 
 
 # -------------------------------------------------------------------------------- scores, read back
@@ -201,32 +201,32 @@ def geneval_scores(path: Path) -> tuple[dict[str, float], list[str]]:
 
     Return the share of right images of each task and, "overall", the mean over tasks; and a line
     for each missing task.  Raises UserError."""
-    right = defaultdict(list)
+    correct = defaultdict(list)
     for where, record in read_json_lines(path):
-        require((isinstance(record, dict) and isinstance(record.get("correct"), bool)
-                 and "tag" in record,
+        is_result = isinstance(record, dict) and isinstance(record.get("correct"), bool)
+        require((is_result and "tag" in record,
                  f"{where}: expected a line of evaluate_images.py, with tag and correct"))
-        right[record["tag"]].append(record["correct"])
-    scores, bad = {}, []
+        correct[record["tag"]].append(record["correct"])
+    scores, left_out = {}, []
     for tag, task in GENEVAL.items():
-        if tag in right:
-            scores[task] = sum(right[tag]) / len(right[tag])
+        if tag in correct:
+            scores[task] = sum(correct[tag]) / len(correct[tag])
         else:
-            bad.append(f"{path}: no picture of {task}")
+            left_out.append(f"{path}: no image of {task}")
     require((bool(scores), f"{path}: holds no result"))
     scores["overall"] = sum(scores.values()) / len(scores)
-    return scores, bad
+    return scores, left_out
 
 
 def t2i_scores(folder: Path) -> tuple[dict[str, float], list[str]]:
     """Read the mean score of each category, a subfolder, from a folder that T2I-CompBench's scorers
     were run on, and a line for each category that was not scored in full.  Raises UserError."""
-    scores, bad = {}, []
+    scores, left_out = {}, []
     for samples in sorted(folder.glob("*/samples")):
         category = samples.parent
         results = [category / name for name in T2I if (category / name).exists()]
         if not results:
-            bad.append(f"{category}: no scorer has left its vqa_result.json there")
+            left_out.append(f"{category}: no scorer has left its vqa_result.json there")
             continue
         try:
             answers = [float(entry["answer"]) for entry in read_json(results[0])]
@@ -235,10 +235,10 @@ def t2i_scores(folder: Path) -> tuple[dict[str, float], list[str]]:
             raise UserError(f"{results[0]}: expected a list of answers, a number each ({error!r})")
         drawn = len(list(samples.glob("*.png")))
         if len(answers) != drawn:
-            bad.append(f"{results[0]}: {len(answers)} answers, {drawn} drawings")
+            left_out.append(f"{results[0]}: {len(answers)} answers, {drawn} drawings")
     require((bool(scores),
              f"{folder}: no CATEGORY/samples with the results of T2I-CompBench's scorers beside"))
-    return scores, bad
+    return scores, left_out
 
 
 def dpg_scores(path: Path) -> tuple[dict[str, float], list[str]]:
@@ -254,7 +254,7 @@ def dpg_scores(path: Path) -> tuple[dict[str, float], list[str]]:
         elif match := re.fullmatch(r"\t(\w+): ([\d.]+)", line):
             scores[match[1]] = float(match[2])
     require((bool(means),
-             f"{path}: expected a line a picture, as compute_dpg_bench.py writes them"))
+             f"{path}: expected a line an image, as compute_dpg_bench.py writes them"))
     scores["overall"] = 100 * sum(means.values()) / len(means)
     if "DPG-Bench score: " in content:
         return scores, []

@@ -1,15 +1,15 @@
-"""Captions against what people wrote of the same pictures: BLEU, ROUGE-L and CIDEr-D as COCO counts
-them.
+"""Score captions by what people wrote about the same images: BLEU, ROUGE-L and CIDEr-D as COCO
+counts them.
 
-    references, names, bad = captions.read_captions(Path("captions_val2014.json"))
-    written, more = captions.read_results(Path("results.json"))
-    scores, left_out = captions.score(references, written)
+    references, names, left_out = captions.read_captions(Path("captions_val2014.json"))
+    written, repeated = captions.read_results(Path("results.json"))
+    scores, unscored = captions.score(references, written)
 
 The figures are those of the package pycocoevalcap (COCO caption evaluation, arXiv 1504.00325), not
 in percent: BLEU and ROUGE-L from 0 to 1, CIDEr-D from 0 to 10 and around 1 for a good captioner.
-The package's METEOR and SPICE, programs in Java with data of their own, are not here.
+The package's METEOR and SPICE, which are Java programs with data files, are not here.
 
-Ids are a picture's, an int or a str.  Words are what `tokens` makes of a text, in lower case.
+Ids are an image's, an int or a str.  Words are what `tokens` makes of a text, in lower case.
 """
 
 import html
@@ -24,6 +24,9 @@ from common.cli import require
 from common.files import read_json, read_json_lines, read_text
 from dataset.sources import identity, text
 
+References = dict[int | str, list[str]]     # an image's id -> its captions
+Texts = dict[int | str, str]                # an image's id -> a text
+
 ORDERS = range(1, 5)            # the k of k-grams
 BETA = 1.2                      # of ROUGE-L
 SIGMA = 6.0                     # of CIDEr-D
@@ -35,23 +38,27 @@ ASCII = str.maketrans({
 BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-",
                           "}": "-rcb-"})
 # words that keep their full stop: in any case, with a capital only, before a number only
-SHORT = """adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bhd bldg blvd brig bros
-    calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec esq est
-    etc ext feb fla fri ft ga gen gov govs hon inc ind intl jan jos jr jul jun kan kans ky lieut lt ltd
-    maj mar md messrs mich minn mlle mme mo mon mont mr mrs ms mt natl neb nev nov oct okla penn pfc ph
-    plc pres prof pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt supts tel
-    tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo""".split()
+SHORT = """
+    adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bhd bldg blvd brig bros
+    calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec esq
+    est etc ext feb fla fri ft ga gen gov govs hon inc ind intl jan jos jr jul jun kan kans ky
+    lieut lt ltd maj mar md messrs mich minn mlle mme mo mon mont mr mrs ms mt natl neb nev nov oct
+    okla penn pfc ph plc pres prof pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr
+    st ste supt supts tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo""".split()
 STATES = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash".split()
 COUNTED = "art ca figs? nos? op pp prop".split()
-STARTS = "The|An?|In|At|It|He|She|They|We|This|There"       # of a sentence: the letter before ends another
-L, W = r"[^\W\d_]", r"[^\W_]"                               # a letter; a letter or digit
+# of a sentence: the letter before ends another
+STARTS = "The|An?|In|At|It|He|She|They|We|This|There"
+L = r"[^\W\d_]"                                             # a letter
+W = r"[^\W_]"                                               # a letter or digit
 CLITIC = rf"(?:n't|'(?:s|m|d|re|ve|ll))(?!{L})"
 TOKEN = re.compile(rf"""(?i:
       (?:https?://|www\.)\S+?(?=[.,!?;:'")]*(?:\s|$))       # what is in the web
-    | \w[\w.+-]*@\w[\w-]*(?:\.\w+)*  |  [@#]{L}\w*  |  </?{L}[^\s<>]*>  |  [:;=]-?(?:[()]|[dp](?!{W}))
+    | \w[\w.+-]*@\w[\w-]*(?:\.\w+)*  |  [@#]{L}\w*
+    | </?{L}[^\s<>]*>  |  [:;=]-?(?:[()]|[dp](?!{W}))
     | {CLITIC}  |  {L}+?(?=n't(?!{L}))                      # it 's, ca n't
     | can(?=not\b) | got(?=ta\b) | (?:gon|wan)(?=na\b) | (?:lem|gim)(?=me\b) | 't(?=(?:is|was)\b)
-    | (?<!{W})'\d\ds?(?![\w'])  |  'n'  |  '(?:em|til|cause|n)(?!{W})        # 'em, the '80s, rock 'n' roll
+    | (?<!{W})'\d\ds?(?![\w'])  |  'n'  |  '(?:em|til|cause|n)(?!{W})      # the '80s, rock 'n' roll
     | (?:ma'am|c'mon|li'l|s'mores|ol'|somethin')(?!{W})  |  y'(?={L})  |  [dlno](?!{CLITIC})'{L}+
     | (?:{L}(?:\.{L})+|ph\.d)\.(?!{L})(?:-{W}+)*             # u.s.a. and a.m.
     | {L}{W}*(?:[.!?]{L}{W}*)+(?:-{W}+)*                    # no space between sentences
@@ -67,21 +74,22 @@ TOKEN = re.compile(rf"""(?i:
 
 
 def tokens(caption: str) -> list[str]:
-    """English text -> lower-case words, as COCO's evaluation makes them with Stanford's
-    PTBTokenizer 3.4.1 (-preserveLines -lowerCase) and a list of punctuation to leave out; here
-    without Java.
+    """Return the lower-case words of an English text, as COCO's evaluation makes them with
+    Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase) and a list of punctuation to leave
+    out; here without Java.
 
     "Don't!" is do n't, "gonna" gon na, "the dogs' U.S. T-shirt" the dogs u.s. t-shirt.  Quotes,
     full stops, commas, colons and dashes are left out, a single ! or ? too, but "!!" is a word, and
-    brackets are -lrb- and -rrb-: the list there has them in capitals, which never come.  Unlike
-    Stanford's, of which experiments/compare_captions.py counts how often: names with an apostrophe come
-    apart (Hawai'i, Po'Boy), as do c++, \\o/, "2.x" and "<a tag>", and (555) is three words; a third
-    slash joins too; accents are composed, and scripts with marks on letters are not cared for.  A
-    letter with a full stop that ends a caption loses it; there it does when the next caption begins
-    with a word like "A"."""
-    caption = re.sub("&(amp|lt|gt|quot|apos|nbsp);", lambda found: html.unescape(found[0]), caption)
+    brackets are -lrb- and -rrb-: the list has them in capitals, which never occur.
+
+    Differences from Stanford's, which experiments/compare_captions.py counts: names with an
+    apostrophe come apart (Hawai'i, Po'Boy), as do c++, \\o/, "2.x" and "<a tag>", and (555) is
+    three words; a third slash joins too; accents are composed, and marks on letters of other scripts
+    are not handled.  A letter with a full stop that ends a caption loses it; with Stanford's it
+    does when the next caption begins with a word like "A"."""
+    caption = re.sub("&(amp|lt|gt|quot|apos|nbsp);", lambda match: html.unescape(match[0]), caption)
     caption = unicodedata.normalize("NFC", caption).translate(ASCII)
-    return [found.translate(BRACKETS).lower() for found in TOKEN.findall(caption)]
+    return [word.translate(BRACKETS).lower() for word in TOKEN.findall(caption)]
 
 
 def ngrams(words: list[str], k: int) -> Counter:
@@ -96,23 +104,24 @@ def bleu(references: dict, candidates: dict) -> list[float]:
     p_k: the share of the candidates' k-grams that a reference has, each as often as in one
     reference at most.  c: the candidates' words; r: those of the references closest in length, of
     equally close ones the shorter.  references: id -> lists of words; candidates: id -> words."""
-    right, total = Counter(), Counter()
-    r = sum(min((abs(len(reference) - len(words)), len(reference))
-                for reference in references[name])[1]
-            for name, words in candidates.items())
-    c = sum(map(len, candidates.values()))
+    matched, total = Counter(), Counter()
+    r = c = 0
     for name, words in candidates.items():
+        lengths = map(len, references[name])
+        _, closest = min((abs(length - len(words)), length) for length in lengths)
+        r += closest
+        c += len(words)
         for k in ORDERS:
             most = Counter()
             for reference in references[name]:
                 most |= ngrams(reference, k)
             grams = ngrams(words, k)
-            right[k] += (grams & most).total()
+            matched[k] += (grams & most).total()
             total[k] += grams.total()
     # pycocoevalcap's way around 0 / 0, seen in scores of single images
     ratio = (c + 1e-15) / (r + 1e-9)
     penalty = math.exp(min(0.0, 1 - 1 / ratio))
-    p = [(right[k] + 1e-15) / (total[k] + 1e-9) for k in ORDERS]
+    p = [(matched[k] + 1e-15) / (total[k] + 1e-9) for k in ORDERS]
     return [penalty * math.prod(p[:k]) ** (1 / k) for k in ORDERS]
 
 
@@ -123,18 +132,20 @@ def common(a: list[str], b: list[str]) -> int:
         before = row
         row = [0]
         for j, other in enumerate(b):
-            row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
+            length = before[j] + 1 if word == other else max(before[j + 1], row[j])
+            row.append(length)
     return row[-1]
 
 
 def rouge_l(references: dict, candidates: dict) -> dict:
-    """Return id -> ROUGE-L, from 0 to 1 (Lin, 2004), whose mean is the corpus's:
+    """Return id -> ROUGE-L, from 0 to 1 (Lin, 2004); the corpus has their mean:
 
-        (1 + beta^2) P R / (R + beta^2 P),  P = max LCS / len(candidate),  R = max LCS / len(reference)
+        (1 + beta^2) P R / (R + beta^2 P)
+        P = max LCS / len(candidate),  R = max LCS / len(reference)
 
     The best P and the best R may be of two references.  A caption without words is one empty word,
     as in pycocoevalcap."""
-    values = {}
+    scores = {}
     for name, words in candidates.items():
         words = words or [""]
         P = R = 0.0
@@ -143,52 +154,56 @@ def rouge_l(references: dict, candidates: dict) -> dict:
             length = common(words, reference)
             P = max(P, length / len(words))
             R = max(R, length / len(reference))
-        values[name] = (1 + BETA ** 2) * P * R / (R + BETA ** 2 * P) if P else 0.0
-    return values
+        scores[name] = (1 + BETA ** 2) * P * R / (R + BETA ** 2 * P) if P else 0.0
+    return scores
 
 
 def cider_d(references: dict, candidates: dict) -> dict:
-    """Return id -> CIDEr-D, from 0 to 10 (arXiv 1411.5726, section 6), whose mean is the corpus's:
+    """Return id -> CIDEr-D, from 0 to 10 (arXiv 1411.5726, section 6); the corpus has their mean:
 
-        10 / 4 sum_k mean_ref  exp(-(l_c - l_ref)^2 / 2 sigma^2)  min(g_c, g_ref) . g_ref / |g_c| |g_ref|
+        10 / 4 sum_k mean_ref  exp(-(l_c - l_ref)^2 / 2 sigma^2)
+                               min(g_c, g_ref) . g_ref / |g_c| |g_ref|
 
     g: how often each k-gram, k from 1 to 4, is in the text times its idf, log(images / images with
     it in a reference).  l is the number of bigrams, as in pycocoevalcap.  For a single image the
     result is 0, since every idf is."""
-    seen = Counter()
-    log_images = math.log(len(candidates))
+    image_counts = Counter()
     for name in candidates:
-        seen.update({gram for reference in references[name] for k in ORDERS
-                     for gram in ngrams(reference, k)})
+        grams = set()
+        for reference in references[name]:
+            for k in ORDERS:
+                grams |= ngrams(reference, k).keys()
+        image_counts.update(grams)
+    log_images = math.log(len(candidates))
 
-    def weighted(words: list[str], k: int) -> tuple[dict, float]:
-        weights = {}
-        for gram, times in ngrams(words, k).items():
-            weights[gram] = times * (log_images - math.log(max(1, seen[gram])))
-        return weights, math.sqrt(sum(x * x for x in weights.values()))
+    def weigh(words: list[str], k: int) -> tuple[dict, float]:
+        g = {}
+        for gram, count in ngrams(words, k).items():
+            g[gram] = count * (log_images - math.log(max(1, image_counts[gram])))
+        return g, math.sqrt(sum(x * x for x in g.values()))
 
-    values = {}
+    scores = {}
     for name, words in candidates.items():
-        vectors = [weighted(words, k) for k in ORDERS]
+        vectors = [weigh(words, k) for k in ORDERS]
         total = 0.0
         for reference in references[name]:
-            apart = max(len(words), 1) - max(len(reference), 1)
-            near = math.exp(-apart ** 2 / (2 * SIGMA ** 2))
+            gap = max(len(words), 1) - max(len(reference), 1)
+            nearness = math.exp(-gap ** 2 / (2 * SIGMA ** 2))
             for k, (a, a_norm) in zip(ORDERS, vectors):
-                b, b_norm = weighted(reference, k)
+                b, b_norm = weigh(reference, k)
                 if a_norm and b_norm:
                     dot = sum(min(x, b[gram]) * b[gram] for gram, x in a.items() if gram in b)
-                    total += near * dot / (a_norm * b_norm)
-        values[name] = 10 * total / len(ORDERS) / len(references[name])
-    return values
+                    total += nearness * dot / (a_norm * b_norm)
+        scores[name] = 10 * total / len(ORDERS) / len(references[name])
+    return scores
 
 
-def read_captions(path: Path) -> tuple[dict[int | str, list[str]], dict[int | str, str], list[str]]:
+def read_captions(path: Path) -> tuple[References, Texts, list[str]]:
     """Read COCO's captions, an object {"images": [...], "annotations": [...]} of records
 
         {"id": 42, "file_name": ...},  {"image_id": 42, "id": 7, "caption": ...}
 
-    Return the captions of each image by its id, in the order of their own ids; the file name of
+    Return the captions of each image by its id, in the order of their ids; the file name of
     every image by its id; and a line for each record that is left out: an image without a caption,
     the second of two records with the same id, and a caption of an image that is not listed.
     Raises UserError for any other file, and for one without a caption."""
@@ -197,12 +212,12 @@ def read_captions(path: Path) -> tuple[dict[int | str, list[str]], dict[int | st
         isinstance(content.get(part), list) for part in ("images", "annotations"))
     require((is_coco, f"{path}: expected COCO's captions, with images and annotations, found "
              f"{ascii(content)[:60]}"))
-    names, captions, bad = {}, {}, []
+    names, captions, left_out = {}, {}, []
     for n, record in enumerate(content["images"]):
         where = f"{path}: images[{n}]"
         image_id = identity(record, where, "id")
         if image_id in names:
-            bad.append(f"{where}: picture {image_id!r} is listed twice")
+            left_out.append(f"{where}: image {image_id!r} is listed twice")
         else:
             names[image_id] = text(record.get("file_name"), where, "file_name")
     for n, record in enumerate(content["annotations"]):
@@ -211,24 +226,24 @@ def read_captions(path: Path) -> tuple[dict[int | str, list[str]], dict[int | st
         caption_id = identity(record, where, "id")
         caption = text(record.get("caption"), where, "caption")
         if caption_id in captions:
-            bad.append(f"{where}: caption {caption_id!r} is there twice")
+            left_out.append(f"{where}: caption {caption_id!r} is there twice")
         elif image_id not in names:
-            bad.append(f"{where}: of picture {image_id!r}, which is not listed")
+            left_out.append(f"{where}: of image {image_id!r}, which is not listed")
         else:
             captions[caption_id] = image_id, caption
     references = defaultdict(list)
-    for caption_id in sorted(captions,
-                             key=lambda caption_id: (isinstance(caption_id, str), caption_id)):
-        image_id, caption = captions[caption_id]
+    numbers_first = sorted(captions, key=lambda name: (isinstance(name, str), name))
+    for image_id, caption in map(captions.get, numbers_first):
         references[image_id].append(caption)
-    bad += [f"{path}: picture {image_id!r}, {name}, has no caption"
-            for image_id, name in names.items() if image_id not in references]
-    require((bool(references), f"{path}: has no caption of a picture; {''.join(bad[:1])}"))
-    return dict(references), names, bad
+    for image_id, name in names.items():
+        if image_id not in references:
+            left_out.append(f"{path}: image {image_id!r}, {name}, has no caption")
+    require((bool(references), f"{path}: has no caption of an image; {''.join(left_out[:1])}"))
+    return dict(references), names, left_out
 
 
-def read_results(path: Path) -> tuple[dict[int | str, str], list[str]]:
-    """Read COCO's results, a list of {"image_id": 42, "caption": ...} or one such object a line.
+def read_results(path: Path) -> tuple[Texts, list[str]]:
+    """Read COCO's results, a list of {"image_id": 42, "caption": ...}, or one a line.
 
     Return the caption of each image by its id, and a line for each second caption of an image,
     which is left out.  Raises UserError for any other file."""
@@ -236,35 +251,37 @@ def read_results(path: Path) -> tuple[dict[int | str, str], list[str]]:
         rows = [(f"{path}: [{n}]", record) for n, record in enumerate(read_json(path))]
     else:
         rows = read_json_lines(path)
-    written, bad = {}, []
+    written, left_out = {}, []
     for where, record in rows:
         image_id = identity(record, where, "image_id")
         caption = text(record.get("caption"), where, "caption")
         if image_id in written:
-            bad.append(f"{where}: picture {image_id!r} has a caption already")
+            left_out.append(f"{where}: image {image_id!r} has a caption already")
         else:
             written[image_id] = caption
     require((bool(written),
              f"{path}: expected captions, objects with image_id and caption, found none"))
-    return written, bad
+    return written, left_out
 
 
-def score(references: dict[int | str, list[str]], written: dict[int | str, str]
-          ) -> tuple[dict[str, float], list[str]]:
+def score(references: References, written: Texts) -> tuple[dict[str, float], list[str]]:
     """Return the scores of a corpus by name, and a line for each image that is left out.
 
-    references: id -> one or more texts; written: id -> text, a blank one too, which scores 0.
-    Images that lack one or the other are left out, of the document frequencies too.  Raises
+    references: one or more for each image; written: a blank text scores 0.  Images that lack one or
+    the other are left out, of the document frequencies too.  Raises
     UserError when none is left."""
-    names = [name for name in references if name in written]
-    bad = [f"picture {name!r}: no caption was written" for name in references
-           if name not in written]
-    bad += [f"picture {name!r}: no reference to compare with" for name in written
-            if name not in references]
-    require((bool(names),
-             f"none of {len(written)} written captions is of one of {len(references)} pictures "
+    true, candidates, left_out = {}, {}, []
+    for name, captions in references.items():
+        if name in written:
+            true[name] = list(map(tokens, captions))
+            candidates[name] = tokens(written[name])
+        else:
+            left_out.append(f"image {name!r}: no caption was written")
+    for name in written:
+        if name not in references:
+            left_out.append(f"image {name!r}: no reference to compare with")
+    require((bool(true),
+             f"none of {len(written)} written captions is of one of {len(references)} images "
              f"with references: ids are {list(written)[:2]} and {list(references)[:2]}"))
-    true = {name: [tokens(caption) for caption in references[name]] for name in names}
-    candidates = {name: tokens(written[name]) for name in names}
     means = [statistics.fmean(rule(true, candidates).values()) for rule in (rouge_l, cider_d)]
-    return dict(zip(NAMES, [*bleu(true, candidates), *means])), bad
+    return dict(zip(NAMES, [*bleu(true, candidates), *means])), left_out

@@ -1,10 +1,10 @@
-"""CLIP (arXiv 2103.00020): how well images and captions go together, as the cosine of their
-embeddings.
+"""Measure how well images and captions fit, as the cosine of their CLIP embeddings (arXiv
+2103.00020).
 
     folder = Path("clip-vit-large-patch14")
     clip, tokenizer = load(folder, "cuda"), load_tokenizer(folder)
-    cosines, bad = score(read_pairs(Path("drawn")), clip, tokenizer, "cuda")
-    print(summarize(cosines), len(cosines), "pairs", len(bad), "left out")
+    cosines, left_out = score(read_pairs(Path("drawn")), clip, tokenizer, "cuda")
+    print(summarize(cosines), len(cosines), "pairs", len(left_out), "left out")
 
 Two transformers of the same block read a text and an image, and each projects one of its tokens
 into a shared space: the text's end token, the image's class token.  Weights and tokenizer are read
@@ -29,7 +29,7 @@ from torch import Tensor
 from checkpoint import build, fill, shards
 from common.cli import UserError, require
 from common.files import read_json_object, read_text
-from common.progress import Progress
+from common.progress import batches
 from dataset.images import read_picture, text_fields, to_tensor
 from metrics.fid import image_files
 from pretrained.layouts import Config, Entry, rename
@@ -88,7 +88,7 @@ class TowerConfig:
 
 
 class Block(nn.Module):
-    """x (B, L, W) -> (B, L, W): attention and an MLP, each after its norm."""
+    """Attention and an MLP, each after its norm, (B, L, W) -> (B, L, W)."""
 
     def __init__(self, c: TowerConfig):
         super().__init__()
@@ -111,7 +111,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Embedded tokens (B, L, W), and which of them (B,) is read -> (B, E)."""
+    """Blocks that map embedded tokens (B, L, W), one of which (B,) is read, to (B, E)."""
 
     def __init__(self, c: TowerConfig, joint: int):
         super().__init__()
@@ -141,13 +141,13 @@ class CLIP(nn.Module):
         self.size = patch * math.isqrt(img.length - 1)                            # S
 
     def text(self, ids: Tensor) -> Tensor:
-        """ids (B, L) int64, an end token in each row -> (B, E).  What follows the first end token
-        is not seen."""
+        """Embed ids (B, L) int64, with an end token in each row, as (B, E).  What follows the first
+        end token is not seen."""
         x = self.embed(ids) + self.txt.positions[:ids.shape[1]]                   # (B, L, W)
         return self.txt(x, ids.argmax(-1))  # the end token has the highest id; the first of several
 
     def image(self, x: Tensor) -> Tensor:
-        """x (B, 3, S, S), made by `prepare` -> (B, E)."""
+        """Embed images (B, 3, S, S) from `prepare` as (B, E)."""
         x = self.patches(x).flatten(2).transpose(1, 2)                            # (B, g g, W)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.img.positions      # (B, N, W)
         class_token = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -207,8 +207,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load CLIP's byte-level BPE from tokenizer.json in a Hugging Face folder.
 
     It puts a start and an end token around a text, cuts it to 77 tokens with the end token kept,
-    and fills the shorter texts of a batch up with end tokens.  OpenAI's own does html.unescape and
-    ftfy first: "&amp;", ligatures, wide letters and garbled encodings give other ids.  In both,
+    and pads the shorter texts of a batch with end tokens.  OpenAI's does html.unescape and ftfy
+    first: "&amp;", ligatures, wide letters and garbled encodings give other ids.  In both,
     "<|endoftext|>" in a text is the end token.  Raises UserError."""
     file = folder / "tokenizer.json"
     try:
@@ -225,19 +225,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def prepare(image: Image.Image, size: int) -> Tensor:
-    """RGB image -> (3, S, S) float32, as OpenAI does it: resize the short side to S by a bicubic
-    filter, cut out the middle, and normalise.  Only the middle is resized, since all of 100,000 x 1
-    would take gigabytes.  So in an image that is not square, up to 0.3% of the values are one level
-    of 255 off."""
-    width, height = image.size
-    short = min(width, height)
-    across = size * width // short                                       # of the whole, resized
-    down = size * height // short
-    left = round((across - size) / 2)
-    top = round((down - size) / 2)
-    box = (left * width / across, top * height / down,
-           (left + size) * width / across, (top + size) * height / down)
-    x = to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box)) / 2 + 0.5
+    """Return an RGB image as (3, S, S) float32, as OpenAI does it: resize the short side to S by a
+    bicubic filter, cut out the middle, and normalise.  Only the middle is resized, since all of
+    100,000 x 1 would take gigabytes.  So in an image that is not square, up to 0.3% of the values
+    are one level of 255 off."""
+    starts, ends = [], []                                               # of the middle, in pixels
+    for side in image.size:
+        resized = size * side // min(image.size)
+        start = round((resized - size) / 2)
+        starts.append(start * side / resized)
+        ends.append((start + size) * side / resized)
+    middle = image.resize((size, size), Image.Resampling.BICUBIC, (*starts, *ends))
+    x = to_tensor(middle) / 2 + 0.5                                     # in [0, 1]
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -247,33 +246,31 @@ Pairs = list[tuple[str, Path, str | None]]       # (name, file, caption)
 @torch.inference_mode()
 def score(pairs: Pairs, clip: CLIP, tokenizer: Tokenizer, device: str,
           batch: int = 32) -> tuple[list[float], list[str]]:
-    """Return the cosine x 100 of each image with its caption, and a line for each pair that is left
-    out.
+    """Return 100 cos(image, caption) of each pair, and a line for each pair that is left out.
 
     A pair is left out if its image can't be read, or if its caption is missing or blank.  Negative
     cosines stay (torchmetrics puts a mean below 0 at 0; CLIPScore, arXiv 2104.08718, is 2.5
     max(cosine, 0)).  Raises UserError when no pair is left."""
-    cosines, bad = [], []
-    progress = Progress("CLIP, pairs", len(pairs))
-    for start in range(0, len(pairs), batch):
+    cosines, left_out = [], []
+    for rows in batches("CLIP, pairs", pairs, batch):
         images, captions = [], []
-        for name, file, caption in pairs[start:start + batch]:
+        for name, file, caption in rows:
             try:
                 image = prepare(read_picture(file), clip.size)
                 require((bool(caption and caption.strip()), f"{name}: has no caption"))
                 images.append(image)
                 captions.append(caption)
             except UserError as error:
-                bad.append(str(error))
+                left_out.append(str(error))
         if images:
-            ids = torch.tensor([encoding.ids
-                                for encoding in tokenizer.encode_batch(captions)])  # (B, L)
-            img = F.normalize(clip.image(torch.stack(images).to(device)), dim=-1)           # (B, E)
-            txt = F.normalize(clip.text(ids.to(device)), dim=-1)                            # (B, E)
+            encodings = tokenizer.encode_batch(captions)
+            ids = torch.tensor([encoding.ids for encoding in encodings])         # (B, L)
+            x = torch.stack(images)                                              # (B, 3, S, S)
+            img = F.normalize(clip.image(x.to(device)), dim=-1)                  # (B, E)
+            txt = F.normalize(clip.text(ids.to(device)), dim=-1)                 # (B, E)
             cosines += (100 * (img * txt).sum(-1)).tolist()
-        progress.update(min(start + batch, len(pairs)))
-    require((bool(cosines), f"none of {len(pairs)} pairs can be scored; {''.join(bad[:1])}"))
-    return cosines, bad
+    require((bool(cosines), f"none of {len(pairs)} pairs can be scored; {''.join(left_out[:1])}"))
+    return cosines, left_out
 
 
 def summarize(cosines: list[float]) -> dict[str, float]:
@@ -296,8 +293,8 @@ def read_caption(file: Path) -> str | None:
     try:
         fields = text_fields(file)
     except UserError:
-        fields = {}                                             # `score` says what is wrong with it
-    beside = file.with_suffix(".txt")
-    if "prompt" in fields or not beside.is_file():
+        fields = {}                                             # `score` names the file
+    text_file = file.with_suffix(".txt")
+    if "prompt" in fields or not text_file.is_file():
         return fields.get("prompt")
-    return read_text(beside).split("\n")[0].strip()
+    return read_text(text_file).split("\n")[0].strip()

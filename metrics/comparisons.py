@@ -15,11 +15,11 @@ from common.cli import require
 from common.files import sha256
 from dataset.images import fit_picture, read_picture
 from metrics import benchmarks, clip, fid, inception
-from metrics.tables import about, left_out, tell
+from metrics.tables import print_left_out, read_note, tell
 
 
 def load_network(args: argparse.Namespace) -> tuple[inception.Inception, dict[str, str]]:
-    """Return Inception, and what to print of it."""
+    """Return Inception, and what to print about it."""
     if str(args.inception) == "random":
         network = inception.untrained().to(args.device)
         return network, dict(inception="random weights: this shows that it runs, and no quality")
@@ -27,10 +27,10 @@ def load_network(args: argparse.Namespace) -> tuple[inception.Inception, dict[st
 
 
 def fid_command(args: argparse.Namespace) -> None:
-    """FID, and KID where the features of both are there."""
-    network, notes = load_network(args)
+    """Measure FID, and KID where both have features."""
+    network, settings = load_network(args)
     first, second = args.sources
-    a, bad = fid.measure(first, network, args.device)
+    a, left_out = fid.measure(first, network, args.device)
     b, more = fid.measure(second, network, args.device)
     scores = {"FID": fid.frechet(a, b)}
     if a.features is not None and b.features is not None:
@@ -38,30 +38,30 @@ def fid_command(args: argparse.Namespace) -> None:
         scores["KID x 1000"] = 1000 * mean
         if spread:
             scores["its spread"] = 1000 * spread
-    notes["pictures"] = f"{a.count or 'an unknown number'} and {b.count or 'an unknown number'}"
-    tell(args, about(Path(first)), {first: scores}, bad + more, 3, **notes)
+    settings["pictures"] = f"{a.count or 'an unknown number'} and {b.count or 'an unknown number'}"
+    tell(args, {first: scores}, left_out + more, read_note(Path(first)), settings)
 
 
 def statistics_command(args: argparse.Namespace) -> None:
-    """A source's statistics as a file that `fid`, and pytorch-fid, take in its place."""
+    """Write a source's statistics to a file that `fid`, and pytorch-fid, take in its place."""
     network, _ = load_network(args)
-    statistics, bad = fid.measure(args.source, network, args.device)
+    statistics, left_out = fid.measure(args.source, network, args.device)
     fid.save(args.out, statistics, args.features)
-    print(f"{args.out}: {statistics.count} pictures")
-    left_out(bad)
+    print(f"{args.out}: {statistics.count} images")
+    print_left_out(left_out)
 
 
 def read_statistics(args: argparse.Namespace, network: inception.Inception,
                     groups: dict[str, list[str]], side: str, read: Callable[[str], Image.Image]
                     ) -> tuple[dict[str, fid.Statistics], list[str]]:
     """Return the statistics of each group of names, and of "overall" if there are several groups;
-    and a line about each image that can't be read, and each group without two that can."""
-    features, bad = {}, []
+    and a line for each image that can't be read, and each group without two that can."""
+    features, left_out = {}, []
     for group, names in groups.items():
         listing = [(name, functools.partial(read, name)) for name in names]
-        features[group], lost = fid.features(network, listing, args.device,
-                                             f"{group}, {side} pictures")
-        bad += lost
+        title = f"{group}, {side} images"
+        features[group], unread = fid.features(network, listing, args.device, title)
+        left_out += unread
     if len(groups) > 1:
         readable = [values for values in features.values() if len(values)]
         overall = np.concatenate(readable) if readable else []
@@ -71,56 +71,58 @@ def read_statistics(args: argparse.Namespace, network: inception.Inception,
         if len(values) > 1:
             statistics[group] = fid.statistics(values)
         else:
-            bad.append(f"{group}: {len(values)} {side} pictures that can be read, so no score")
-    return statistics, bad
+            left_out.append(f"{group}: {len(values)} {side} images that can be read, so no score")
+    return statistics, left_out
 
 
-def against(args: argparse.Namespace, network: inception.Inception, groups: dict[str, list[str]],
-            read_real: Callable[[str], Image.Image]) -> tuple[dict[str, float], list[str]]:
-    """Return the FID of each group of drawings against the real images, and a line about each thing
-    that can't be measured.  Raises UserError if nothing is left."""
+def compare(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
+            groups: dict[str, list[str]], size: tuple[int, int] | None = None
+            ) -> tuple[dict[str, float], list[str], dict[str, str]]:
+    """Return the FID of each group of drawings against the real images, a line for each thing that
+    can't be measured, and the settings.
+
+    size: (height, width) that real images are cut to.  Raises UserError if nothing is left."""
     def read_drawn(name: str) -> Image.Image:
         return read_picture(args.drawn / name)
 
-    drawn, bad = read_statistics(args, network, groups, "drawn", read_drawn)
+    def read_real(name: str) -> Image.Image:
+        image = read_picture(args.real / benchmark.real[name])
+        return fit_picture(image, *size) if size else image
+
+    network, settings = load_network(args)
+    drawn, left_out = read_statistics(args, network, groups, "drawn", read_drawn)
     real, more = read_statistics(args, network, groups, "real", read_real)
-    bad += more
+    left_out += more
     scores = {group: fid.frechet(drawn[group], real[group]) for group in drawn if group in real}
-    require((bool(scores), f"{args.drawn}: nothing to compare; {''.join(bad[:1])}"))
-    return scores, bad
+    require((bool(scores), f"{args.drawn}: nothing to compare; {''.join(left_out[:1])}"))
+    return scores, left_out, settings
 
 
 def coco(args: argparse.Namespace) -> None:
-    """FID of 30,000 drawings against their captions' pictures, cut to the same shape; CLIP score."""
-    network, notes = load_network(args)
-    asked = benchmarks.read("coco", [str(args.captions)])
+    """Measure FID of 30,000 drawings against real images, cut to the same shape, and CLIP score."""
+    benchmark = benchmarks.read("coco", [str(args.captions)])
     # all drawings have the size of the first one
-    first = min(args.drawn.glob("*.png"), default=args.drawn / asked.names[0])
+    first = min(args.drawn.glob("*.png"), default=args.drawn / benchmark.names[0])
     width, height = read_picture(first).size
-
-    def read_real(name: str) -> Image.Image:
-        return fit_picture(read_picture(args.real / asked.real[name]), height, width)
-
-    scores, bad = against(args, network, {"FID": asked.names}, read_real)
+    groups = {"FID": benchmark.names}
+    scores, left_out, settings = compare(args, benchmark, groups, (height, width))
     if args.clip:
-        pairs = [(name, args.drawn / name, prompt)
-                 for name, (prompt, _) in zip(asked.names, asked.jobs)]
+        pairs = []
+        for name, (prompt, _) in zip(benchmark.names, benchmark.jobs):
+            pairs.append((name, args.drawn / name, prompt))
         cosines, more = clip_cosines(args, pairs)
         scores.update(clip.summarize(cosines))
-        bad = list(dict.fromkeys(bad + more))               # an image that can't be read is in both
-    tell(args, about(args.drawn), {"these drawings": scores}, asked.bad + bad, 2, "coco", **notes)
+        left_out = list(dict.fromkeys(left_out + more))     # an unreadable image is in both
+    left_out = benchmark.left_out + left_out
+    tell(args, {"these drawings": scores}, left_out, read_note(args.drawn), settings)
 
 
 def mjhq(args: argparse.Namespace) -> None:
-    """FID against the real pictures of the same prompts, of all and of each category."""
-    network, notes = load_network(args)
-    asked = benchmarks.read("mjhq", [str(args.captions)])
-
-    def read_real(name: str) -> Image.Image:
-        return read_picture(args.real / asked.real[name])
-
-    scores, bad = against(args, network, asked.categories, read_real)
-    tell(args, about(args.drawn), {"these drawings": scores}, asked.bad + bad, 2, "mjhq", **notes)
+    """Measure FID against the real images of the same prompts, of all and of each category."""
+    benchmark = benchmarks.read("mjhq", [str(args.captions)])
+    scores, left_out, settings = compare(args, benchmark, benchmark.categories)
+    left_out = benchmark.left_out + left_out
+    tell(args, {"these drawings": scores}, left_out, read_note(args.drawn), settings)
 
 
 def clip_cosines(args: argparse.Namespace, pairs: clip.Pairs) -> tuple[list[float], list[str]]:
@@ -129,8 +131,8 @@ def clip_cosines(args: argparse.Namespace, pairs: clip.Pairs) -> tuple[list[floa
 
 
 def clip_command(args: argparse.Namespace) -> None:
-    """How well pictures fit their captions."""
-    cosines, bad = clip_cosines(args, clip.read_pairs(args.drawn))
-    scores = clip.summarize(cosines)
-    tell(args, about(args.drawn), {str(args.drawn): scores}, bad, 2, pairs=len(cosines),
-         clip=str(args.clip))
+    """Measure how well images fit their captions."""
+    cosines, left_out = clip_cosines(args, clip.read_pairs(args.drawn))
+    rows = {str(args.drawn): clip.summarize(cosines)}
+    settings = dict(pairs=len(cosines), clip=str(args.clip))
+    tell(args, rows, left_out, read_note(args.drawn), settings)

@@ -1,12 +1,12 @@
-"""How far apart two sets of images are: FID (arXiv 1706.08500) and KID (arXiv 1801.01401).
+"""Measure how far apart two sets of images are: FID (arXiv 1706.08500) and KID (arXiv 1801.01401).
 
     network = inception.load(Path("pt_inception-2015-12-05-6726825d.pth"))
-    drawn, bad = measure("drawn", network)
+    drawn, left_out = measure("drawn", network)
     real, _ = measure("shards/real.tar", network)
     frechet(drawn, real), kid(drawn.features, real.features)
 
 FID falls with the number of images: compare it at one number only (the field uses 50,000, and
-30,000 for COCO).  KID does not, and its spread is known; use it for some hundred images.
+30,000 for COCO).  KID does not, and its spread is measured; use it for a few hundred images.
 
 Shapes: n images, D features of each, which are Inception's 2048.
 """
@@ -46,10 +46,13 @@ def image_files(folder: Path) -> list[Path]:
     """List the image files in a folder and below it, sorted, without hidden ones.  Raises UserError
     if there is none."""
     require((folder.is_dir(),
-             f"{folder}: expected a folder of pictures, or a tar or an .npz for FID"))
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES
-             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    require((bool(files), f"{folder}: no pictures in it, expected {', '.join(PICTURES)}"))
+             f"{folder}: expected a folder of images, or a tar or an .npz for FID"))
+    files = []
+    for path in sorted(folder.rglob("*")):
+        hidden = "/." in f"/{path.relative_to(folder)}"
+        if path.suffix.lower() in PICTURES and not hidden:
+            files.append(path)
+    require((bool(files), f"{folder}: no images in it, expected {', '.join(PICTURES)}"))
     return files
 
 
@@ -66,16 +69,18 @@ def pictures(source: Path) -> Listing:
 def sample(tar: Tar, i: int) -> tuple[str, Callable[[], Image.Image]]:
     """Return a sample's name inside the tar, and a function that reads its image."""
     key, files = tar[i]
-    kind = next((kind for kind in PICTURES if kind[1:] in files), "")
+    suffix = next((suffix for suffix in PICTURES if suffix[1:] in files), "")
+    name = key + suffix
 
     def read() -> Image.Image:
-        name = f"{tar.path}: {key}{kind}"
-        require((bool(kind), f"{name}: no picture in this sample"))
-        return read_picture(tar[i][1][kind[1:]], name)     # read again: all would not fit in memory
-    return key + kind, read
+        where = f"{tar.path}: {name}"
+        require((bool(suffix), f"{where}: no image in this sample"))
+        _, files = tar[i]                               # read again: all would not fit in memory
+        return read_picture(files[suffix[1:]], where)
+    return name, read
 
 
-def emoji_pictures(source: str) -> Listing:
+def emoji_images(source: str) -> Listing:
     """List the images of emoji:SPLIT."""
     split = emoji.split_named(source)
     records, pixels = emoji.load()
@@ -85,23 +90,24 @@ def emoji_pictures(source: str) -> Listing:
 
 @torch.inference_mode()
 def features(network: Callable[[Tensor], Tensor], listing: Listing, device: str = "cpu",
-             what: str = "pictures", batch: int = 32) -> tuple[np.ndarray, list[str]]:
-    """Return the features (n, D) float32 of the images that can be read, and a line about each
-    other one.
+             title: str = "images", batch: int = 32) -> tuple[np.ndarray, list[str]]:
+    """Return the features (n, D) float32 of the images that can be read, and a line for each other
+    one.
 
-    network: (B, 3, 299, 299) -> (B, D), on `device`.  what: names the images in the progress."""
-    results, bad, ready = [], [], []
-    progress = Progress(what, len(listing))
+    network: (B, 3, 299, 299) -> (B, D), on `device`.  title: of the progress."""
+    results, left_out, images = [], [], []
+    progress = Progress(title, len(listing))
     for done, (_, read) in enumerate(listing, 1):
         try:
-            ready.append(prepare(read()))
+            images.append(prepare(read()))
         except UserError as error:
-            bad.append(str(error))
-        if ready and (len(ready) == batch or done == len(listing)):
-            results.append(network(torch.stack(ready).to(device)).float().cpu().numpy())
-            ready = []
+            left_out.append(str(error))
+        if images and (len(images) == batch or done == len(listing)):
+            x = torch.stack(images).to(device)                           # (B, 3, 299, 299)
+            results.append(network(x).float().cpu().numpy())             # (B, D)
+            images = []
         progress.update(done)
-    return np.concatenate(results) if results else np.empty((0, 0), np.float32), bad
+    return np.concatenate(results) if results else np.empty((0, 0), np.float32), left_out
 
 
 def statistics(features: np.ndarray) -> Statistics:
@@ -111,12 +117,13 @@ def statistics(features: np.ndarray) -> Statistics:
              "features that are not finite; are these the network's weights?"))
     n = len(features)
     mu = features.mean(0, dtype=np.float64)
-    away = features - mu                                    # (n, D) float64, once: 0.8 GB of 50,000
-    return Statistics(mu, away.T @ away / (n - 1), n, features)
+    centred = features - mu                                 # (n, D) float64, once: 0.8 GB of 50,000
+    sigma = centred.T @ centred / (n - 1)                   # (D, D)
+    return Statistics(mu, sigma, n, features)
 
 
 def save(path: Path, statistics: Statistics, features: bool = False) -> None:
-    """Write an .npz, which pytorch-fid reads too; with the features, 8 kB an image, if asked."""
+    """Write an .npz, which pytorch-fid reads too; with the features on request, 8 kB an image."""
     require((path.suffix == ".npz", f"{path}: expected a name that ends in .npz"))
     arrays = {name: value for name, value in vars(statistics).items()
               if value is not None and (features or name != "features")}
@@ -128,35 +135,37 @@ def load(path: Path) -> Statistics:
     """Read what `save` or pytorch-fid's --save-stats has written.  Raises UserError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in dict.fromkeys(["mu", "sigma", *file])}
+            # the first two raise where they are missing
+            arrays = {name: file[name] for name in ["mu", "sigma", *file]}
         D = arrays["mu"].size
         count = arrays.get("count", np.array(0)).item()
     except Exception as error:      # numpy and zipfile raise whatever the damage led to
         raise UserError(f"{path}: not a whole .npz of statistics ({str(error).splitlines()[0]})")
     shapes = dict(mu=(D,), sigma=(D, D), count=(), features=(count, D))
     for name, value in arrays.items():
+        shape = shapes.get(name)
         is_number = value.dtype.kind in "iuf"
-        good = is_number and value.shape == shapes.get(name) and np.isfinite(value).all()
+        good = is_number and value.shape == shape and np.isfinite(value).all()
         require((good, f"{path}: {name} is {value.dtype} {value.shape}, expected finite numbers "
-                 f"{shapes.get(name)}"))
+                 f"{shape}"))
     return Statistics(**arrays)
 
 
 def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu"
             ) -> tuple[Statistics, list[str]]:
-    """Return the statistics of a folder, a tar, emoji:SPLIT or an .npz, and a line about each
-    unread image.
+    """Return the statistics of a folder, a tar, emoji:SPLIT or an .npz, and a line for each
+    unreadable image.
 
     Raises UserError for fewer than 2 images that can be read."""
     path = Path(source)
     if path.suffix == ".npz":
         return load(path), []
-    listing = emoji_pictures(source) if source.startswith("emoji:") else pictures(path)
-    values, bad = features(network, listing, device, f"{source}, pictures")
-    require((len(values) >= 2,
-             f"{source}: {len(values)} pictures that can be read, expected 2 or more; "
-             f"{''.join(bad[:1])}"))
-    return statistics(values), bad
+    listing = emoji_images(source) if source.startswith("emoji:") else pictures(path)
+    values, left_out = features(network, listing, device, f"{source}, images")
+    count = len(values)
+    require((count >= 2, f"{source}: {count} images that can be read, expected 2 or more; "
+             f"{''.join(left_out[:1])}"))
+    return statistics(values), left_out
 
 
 def root(sigma: np.ndarray) -> np.ndarray:
@@ -168,8 +177,9 @@ def root(sigma: np.ndarray) -> np.ndarray:
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
-    """Return |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the squared distance of two
-    normal distributions.
+    """Return the squared distance of two normal distributions:
+
+        |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
     The last trace is the sum of the singular values of R_a^T R_b, where S = R R^T: exact for
     covariances of fewer images than features too, where a root of their product has only half the
@@ -183,7 +193,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(m, D), (n, D) -> (m, n): (x.y / D + 1)^3, the paper's."""
+    """Return the paper's (x.y / D + 1)^3 of each x of (m, D) and y of (n, D), (m, n)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
@@ -193,18 +203,20 @@ def mean_of_others(k: np.ndarray) -> float:
 
 
 def unbiased(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the squared maximum mean discrepancy of (m, D) and (n, D), comparing no image with
-    itself."""
+    """Return the squared maximum mean discrepancy of (m, D) and (n, D), in which no image is
+    compared with itself:
+
+        mean k(x, x') + mean k(y, y') - 2 mean k(x, y)"""
     x = x.astype(np.float64)
     y = y.astype(np.float64)
-    between = 2 * kernel(x, y).mean()
-    return float(mean_of_others(kernel(x, x)) + mean_of_others(kernel(y, y)) - between)
+    within = mean_of_others(kernel(x, x)) + mean_of_others(kernel(y, y))
+    return float(within - 2 * kernel(x, y).mean())
 
 
 def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000
         ) -> tuple[float, float | None]:
-    """Return an estimate from features (m, D) and (n, D), and its spread.  For equal distributions
-    the estimate is about 0, and as often below it.
+    """Return an estimate from features (m, D) and (n, D), and its spread.  Equal distributions give
+    about 0, as often below as above.
 
     Where neither side has more than `size`, it is one estimate of all, and the spread is None.
     Else they are the mean and standard deviation over random subsets of `size` (or of the smaller
@@ -215,6 +227,7 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000
     size = min(size, len(x), len(y))
     estimates = []
     for _ in range(subsets):
-        parts = [z[random.choice(len(z), size, replace=False)] for z in (x, y)]
-        estimates.append(unbiased(*parts))
+        x_rows = random.choice(len(x), size, replace=False)
+        y_rows = random.choice(len(y), size, replace=False)
+        estimates.append(unbiased(x[x_rows], y[y_rows]))
     return float(np.mean(estimates)), float(np.std(estimates))

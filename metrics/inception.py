@@ -4,7 +4,7 @@
     network(prepare(image)[None])                                # (1, 2048)
 
 That file is TensorFlow's network of 2015, ported by github.com/mseitzer/pytorch-fid; its names,
-which are torchvision's, are the names here.  Torchvision's own weights differ, and scores from them
+which are torchvision's, are the names here.  Torchvision's weights differ, and scores from them
 compare with no published ones.
 
 Shapes: B batch.
@@ -27,41 +27,41 @@ from pretrained.safetensors_io import finite, read_any
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SIDE = 299              # pixels
-POOLS = dict(           # of a block; TensorFlow's average leaves out the zeros around the picture
+POOLS = dict(           # of a block; TensorFlow's average leaves out the zeros around the image
     average=partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
     max=partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
     halve=partial(F.max_pool2d, kernel_size=3, stride=2))
 
 
-# The convolutions of each kind of block: channels, height, width, stride.  branch5x5_2 reads
-# branch5x5_1, 2a and 2b both read 1, and branch_pool the pooled input; those that none reads are
-# concatenated.
-DOUBLE = dict(branch3x3dbl_1=(64, 1, 1), branch3x3dbl_2=(96, 3, 3))
+# The convolutions of each kind of block: channels, then height and width (1), then stride (1).
+# branch5x5_2 reads branch5x5_1, 2a and 2b both read 1, and branch_pool the pooled input; those that
+# none reads are concatenated.
+DOUBLE = dict(branch3x3dbl_1=[64], branch3x3dbl_2=[96, 3, 3])
 
 
 def A(pooled: int) -> dict:
-    return dict(branch1x1=(64, 1, 1), branch5x5_1=(48, 1, 1), branch5x5_2=(64, 5, 5),
-                **DOUBLE, branch3x3dbl_3=(96, 3, 3), branch_pool=(pooled, 1, 1))
+    return dict(branch1x1=[64], branch5x5_1=[48], branch5x5_2=[64, 5, 5], **DOUBLE,
+                branch3x3dbl_3=[96, 3, 3], branch_pool=[pooled])
 
 
-B = dict(branch3x3=(384, 3, 3, 2), **DOUBLE, branch3x3dbl_3=(96, 3, 3, 2))
+B = dict(branch3x3=[384, 3, 3, 2], **DOUBLE, branch3x3dbl_3=[96, 3, 3, 2])
 
 
 def C(inner: int) -> dict:
-    return dict(branch1x1=(192, 1, 1),
-                branch7x7_1=(inner, 1, 1), branch7x7_2=(inner, 1, 7), branch7x7_3=(192, 7, 1),
-                branch7x7dbl_1=(inner, 1, 1), branch7x7dbl_2=(inner, 7, 1),
-                branch7x7dbl_3=(inner, 1, 7),
-                branch7x7dbl_4=(inner, 7, 1), branch7x7dbl_5=(192, 1, 7), branch_pool=(192, 1, 1))
+    single = dict(branch7x7_1=[inner], branch7x7_2=[inner, 1, 7], branch7x7_3=[192, 7, 1])
+    double = dict(branch7x7dbl_1=[inner], branch7x7dbl_2=[inner, 7, 1],
+                  branch7x7dbl_3=[inner, 1, 7], branch7x7dbl_4=[inner, 7, 1],
+                  branch7x7dbl_5=[192, 1, 7])
+    return dict(branch1x1=[192], **single, **double, branch_pool=[192])
 
 
-D = dict(branch3x3_1=(192, 1, 1), branch3x3_2=(320, 3, 3, 2),
-         branch7x7x3_1=(192, 1, 1), branch7x7x3_2=(192, 1, 7), branch7x7x3_3=(192, 7, 1),
-         branch7x7x3_4=(192, 3, 3, 2))
-E = dict(branch1x1=(320, 1, 1), branch3x3_1=(384, 1, 1), branch3x3_2a=(384, 1, 3),
-         branch3x3_2b=(384, 3, 1),
-         branch3x3dbl_1=(448, 1, 1), branch3x3dbl_2=(384, 3, 3),
-         branch3x3dbl_3a=(384, 1, 3), branch3x3dbl_3b=(384, 3, 1), branch_pool=(192, 1, 1))
+D = dict(branch3x3_1=[192], branch3x3_2=[320, 3, 3, 2],
+         branch7x7x3_1=[192], branch7x7x3_2=[192, 1, 7], branch7x7x3_3=[192, 7, 1],
+         branch7x7x3_4=[192, 3, 3, 2])
+E = dict(branch1x1=[320],
+         branch3x3_1=[384], branch3x3_2a=[384, 1, 3], branch3x3_2b=[384, 3, 1],
+         branch3x3dbl_1=[448], branch3x3dbl_2=[384, 3, 3],
+         branch3x3dbl_3a=[384, 1, 3], branch3x3dbl_3b=[384, 3, 1], branch_pool=[192])
 BLOCKS = dict(Mixed_5b=A(32), Mixed_5c=A(64), Mixed_5d=A(64),
               Mixed_6a=B, Mixed_6b=C(128), Mixed_6c=C(160), Mixed_6d=C(160), Mixed_6e=C(192),
               Mixed_7a=D, Mixed_7b=E, Mixed_7c=E)
@@ -69,70 +69,56 @@ BLOCKS = dict(Mixed_5b=A(32), Mixed_5c=A(64), Mixed_5d=A(64),
 POOL_OF = dict(Mixed_6a="halve", Mixed_7a="halve", Mixed_7c="max")
 
 
-class Norm(nn.Module):
-    """Batch norm by the stored statistics: nothing is trained here."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                            eps=1e-3)
-
-
 class Conv(nn.Module):
-    """A convolution, its norm and a ReLU; sides stay as they are, but for a stride of 2 or no
+    """A convolution, its norm and a ReLU; the size of the image stays, but for a stride of 2 or no
     padding."""
 
-    def __init__(self, reads: int, channels: int, height: int, width: int, stride: int = 1,
+    def __init__(self, inputs: int, channels: int, height: int = 1, width: int = 1, stride: int = 1,
                  pad: bool = True):
         super().__init__()
         padding = (height // 2, width // 2) if pad and stride == 1 else 0
-        self.conv = nn.Conv2d(reads, channels, (height, width), stride, padding, bias=False)
-        self.bn = Norm(channels)
+        self.conv = nn.Conv2d(inputs, channels, (height, width), stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Block(nn.Module):
-    """Branches of one input, side by side."""
+    """Branches of one input, concatenated."""
 
     def __init__(self, width: int, table: dict, pool: str):
         super().__init__()
         self.pool = POOLS[pool]
-        self.reads = {}                                          # what each convolution reads
+        self.inputs = {}                                         # of each convolution
         channels = dict(x=width, pooled=width)
         for name, shape in table.items():
             source = "pooled" if name == "branch_pool" else "x"
             if step := re.fullmatch(r"(\w+_)([2-9])[ab]?", name):
                 source = f"{step[1]}{int(step[2]) - 1}"
             self.add_module(name, Conv(channels[source], *shape))
-            self.reads[name] = source
+            self.inputs[name] = source
             channels[name] = shape[0]
-        self.ends = [name for name in [*table, "pooled"] if name not in self.reads.values()]
+        self.ends = [name for name in [*table, "pooled"] if name not in self.inputs.values()]
         self.width = sum(channels[name] for name in self.ends)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = dict(x=x, pooled=self.pool(x))
-        for name, source in self.reads.items():
-            outputs[name] = getattr(self, name)(outputs[source])
+        for name, source in self.inputs.items():
+            outputs[name] = self.get_submodule(name)(outputs[source])
         return torch.cat([outputs[name] for name in self.ends], 1)
 
 
 class Inception(nn.Module):
-    """(B, 3, 299, 299) in [-1, 1] -> (B, 2048) float32, the mean over places of the last block."""
+    """Map images (B, 3, 299, 299) in [-1, 1] to features (B, 2048) float32, the mean over positions
+    of the last block."""
 
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, 3, stride=2)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, 3, pad=False)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1, 1)
+        self.Conv2d_3b_1x1 = Conv(64, 80)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, 3, pad=False)
         width = 192
         for name, table in BLOCKS.items():
@@ -148,16 +134,16 @@ class Inception(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                    # (B, 192, 71, 71)
         x = POOLS["halve"](x)                                            # (B, 192, 35, 35)
         for name in BLOCKS:
-            x = getattr(self, name)(x)                             # 35, from 6a on 17, from 7a on 8
+            x = self.get_submodule(name)(x)                        # 35, from 6a on 17, from 7a on 8
         return x.mean((2, 3))                                            # (B, 2048)
 
 
 def prepare(image: Image.Image) -> Tensor:
-    """RGB image -> (3, 299, 299) in [-1, 1], resized as pytorch-fid does it: bilinear, not
-    antialiased, the shape not kept.  (clean-fid resizes otherwise and gets other scores: arXiv
+    """Return an RGB image as (3, 299, 299) in [-1, 1], resized as pytorch-fid does it: bilinear,
+    not antialiased, the shape not kept.  (clean-fid resizes otherwise and gets other scores: arXiv
     2104.11222.)"""
-    return F.interpolate(to_tensor(image)[None], (SIDE, SIDE), mode="bilinear",
-                         align_corners=False)[0]
+    x = to_tensor(image)[None]                                           # (1, 3, H, W)
+    return F.interpolate(x, (SIDE, SIDE), mode="bilinear")[0]
 
 
 def load(path: Path, device: str = "cpu") -> Inception:
@@ -171,14 +157,15 @@ def load(path: Path, device: str = "cpu") -> Inception:
     network = build(Inception, path)
     require((isinstance(tensors, dict),
              f"{path}: found {type(tensors).__name__}, expected tensors by name"))
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
-    # torchvision's own weights have the same names and shapes, but for 1000 classes
+    # without num_batches_tracked of the norms, which files may leave out
+    shapes = {name: list(x.shape) for name, x in network.state_dict().items() if x.dim()}
     problems = []
-    for name, shape in {**shapes, "fc.weight": (1008, 2048)}.items():
+    # torchvision's weights have the same names and shapes, but for 1000 classes
+    for name, expected in [*shapes.items(), ("fc.weight", [1008, 2048])]:
         tensor = tensors.get(name)
-        if not isinstance(tensor, Tensor) or tensor.shape != shape:
-            found = list(getattr(tensor, "shape", [])) or "missing"
-            problems.append(f"{name} is {found}, expected {list(shape)}")
+        shape = list(getattr(tensor, "shape", []))
+        if shape != expected:
+            problems.append(f"{name} is {shape or 'missing'}, expected {expected}")
         elif not finite(tensor):
             problems.append(f"{name} is not finite")
     require((not problems,

@@ -1,6 +1,7 @@
-"""Print scores: a table, what made them, what was left out; and write the same as JSON.
+"""Print scores as a table, with their settings and what was left out; write the same as JSON.
 
-    tell(args, about(folder), {"these drawings": {"FID": 9.4}}, bad)   # args: command_line and json
+    note = read_note(Path("out/coco"))                  # what `draw` wrote about its images
+    tell(args, {"these drawings": {"FID": 9.4}}, left_out, note)
 """
 
 import argparse
@@ -11,20 +12,27 @@ from common.files import read_json, write_json
 from metrics import benchmarks
 
 SHOWN = 10              # lines about what was left out
+# of a benchmark's scores, or a command's; else one
+DECIMALS = dict(geneval=4, t2i=4, captions=4, fid=3, coco=2, mjhq=2, clip=2)
+
+# {row: {column: value, or a value for each seed}}
+Rows = dict[str, dict[str, list[float] | float]]
 
 
 def cell(values: list[float] | float, decimals: int) -> str:
-    """Return the mean of a value per seed, and from the least to the greatest where they differ."""
-    values = values if isinstance(values, list) else [values]
-    mean, low, high = (f"{value:.{decimals}f}"
-                       for value in (statistics.mean(values), min(values), max(values)))
+    """Return the mean of a value for each seed, with the range where they differ."""
+    if not isinstance(values, list):
+        values = [values]
+    numbers = statistics.mean(values), min(values), max(values)
+    mean, low, high = (f"{value:.{decimals}f}" for value in numbers)
     return mean if low == high else f"{mean} ({low}–{high})"
 
 
-def table(rows: dict[str, dict[str, list[float] | float]], decimals: int = 1,
-          corner: str = "") -> str:
-    """Return {row: {column: value, or a value per seed}} as a Markdown table."""
-    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
+def table(rows: Rows, decimals: int = 1, corner: str = "") -> str:
+    """Return scores as a Markdown table."""
+    columns = {}
+    for values in rows.values():
+        columns |= values
     lines = [f"| {corner} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for row, values in rows.items():
         cells = [cell(values[name], decimals) if name in values else "" for name in columns]
@@ -32,32 +40,33 @@ def table(rows: dict[str, dict[str, list[float] | float]], decimals: int = 1,
     return "\n".join(lines)
 
 
-def tell(args: argparse.Namespace, made: dict, rows: dict, bad: list[str], decimals: int = 1,
-         published: str = "", hidden: dict = {}, **more) -> None:
-    """Print a table, everything that made it, and what was left out; and write it to --json.
+def tell(args: argparse.Namespace, rows: Rows, left_out: list[str], note: dict,
+         settings: dict = {}, hidden: Rows = {}) -> None:
+    """Print a table with the paper's rows, all settings, and what was left out; write it to --json.
 
-    made: the contents of OUT.json.  published: the benchmark whose rows of the paper's tables are
-    added.  hidden: further scores for --json only."""
-    print(table(rows | benchmarks.PUBLISHED.get(published, {}), decimals))
-    for name, value in dict(command=args.command_line, **made, **more).items():
+    note: from `read_note`.  settings: of the measurement.  hidden: scores for --json only."""
+    name = vars(args).get("benchmark", args.command)
+    published = benchmarks.PUBLISHED.get(name, {})
+    print(table(rows | published, DECIMALS.get(name, 1)))
+    command = dict(command=args.command_line)
+    for key, value in (command | note | settings).items():
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {part}" for key, part in value.items() if part)
-        print(f"{name}: {value}")
-    left_out(bad)
+            value = ", ".join(f"{name} {part}" for name, part in value.items() if part)
+        print(f"{key}: {value}")
+    print_left_out(left_out)
     if args.json:
-        write_json(args.json,
-                   dict(command=args.command_line, made=made, **more, scores=rows | hidden,
-                                   left_out=bad))
+        scores = dict(scores=rows | hidden, left_out=left_out)
+        write_json(args.json, command | dict(made=note) | settings | scores)
 
 
-def left_out(bad: list[str]) -> None:
-    if bad:
-        print(f"left out: {len(bad)}", *bad[:SHOWN], sep="\n  ")
-    if len(bad) > SHOWN:
+def print_left_out(lines: list[str]) -> None:
+    if lines:
+        print(f"left out: {len(lines)}", *lines[:SHOWN], sep="\n  ")
+    if len(lines) > SHOWN:
         print("  ...")
 
 
-def about(made: Path) -> dict:
-    """Return what `draw` noted about a folder, or `answer` about a file, if one of them made it."""
-    file = Path(f"{made}.json")
+def read_note(path: Path) -> dict:
+    """Return what `draw` noted about a folder, or `answer` about a file; {} for any other."""
+    file = Path(f"{path}.json")
     return read_json(file) if file.exists() else {}

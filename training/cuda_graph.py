@@ -1,9 +1,10 @@
-"""train.py --cuda-graph: a step of a small model as one CUDA graph.
+"""Capture a step of a small model as one CUDA graph: train.py --cuda-graph.
 
-Launching kernels is most of the time of such a step.  Batches, the image loss, optimizers, averages
-and the run's folder are train.py's, and a run resumes with or without a graph.  A graph needs
-static shapes, and the host may not read a result inside it.  So logits are computed at all tokens,
-and losses are read only when something is due.  A step that can't be captured ends the run.
+A step of so small a model is dominated by kernel-launch overhead.  Batches, the image loss,
+optimizers, averages and the run's folder are those of train.py, and a run resumes with or without a
+graph.  A graph needs static shapes, and the host may not read a result inside it.  So logits are
+computed at all tokens, and losses are read only when something is due.  A step that can't be
+captured ends the run.
 """
 
 import math
@@ -27,7 +28,7 @@ from training.setup import Job
 
 
 def static_text_errors(models: Models, batch: TextBatch, mask_id: Tensor) -> Tensor:
-    """mask_diffusion.errors with static shapes: logits at all tokens, of which the masked count."""
+    """Compute mask_diffusion.errors with static shapes, from the logits of all tokens."""
     masked = (batch.uniform < batch.t[:, None]) & ~batch.frozen                   # (B, L)
     noised = torch.where(masked, mask_id, batch.ids)
     clean = torch.zeros(1, device=batch.ids.device)
@@ -39,7 +40,7 @@ def static_text_errors(models: Models, batch: TextBatch, mask_id: Tensor) -> Ten
 
 
 def refill(static: Batch, batch: Batch) -> None:
-    """Copy a batch into one whose tensors stay where they are."""
+    """Copy a batch into the memory of another one."""
     for name, tensor in vars(static).items():
         if isinstance(tensor, Tensor):
             source = getattr(batch, name)
@@ -49,7 +50,7 @@ def refill(static: Batch, batch: Batch) -> None:
 
 
 class GraphedStep:
-    """A step on static tensors; without a GPU the same step, kernel by kernel."""
+    """A training step on static tensors; without a GPU it runs kernel by kernel."""
 
     def __init__(self, job: Job, first: StepBatches, image_errors: Errors):
         self.job, self.image_errors = job, image_errors
@@ -76,12 +77,12 @@ class GraphedStep:
         return self.results
 
     def take_step(self) -> dict[str, Tensor]:
-        """Compute one update on the static tensors; this is what is captured."""
+        """Compute one update on the static tensors, the work that the graph captures."""
         config, models, run = self.job.config, self.job.models, self.job.run
         model = models.learns
         set_learning_rate(run.optimizers, self.rate)
         for p in model.parameters():
-            p.grad = None                                        # a graph allocates its own
+            p.grad = None                                        # the graph allocates gradients
         precision = autocast(self.device, config.dtype, cache_enabled=False)
         with precision:
             image = self.image_errors(models, self.image).sum() / self.image.denominator
@@ -100,15 +101,15 @@ class GraphedStep:
         return dict(image=image.detach(), text=text.detach(), grad=grad_norm)
 
     def capture(self) -> None:
-        """Capture the step, after three in which libraries and optimizers allocate their memory.
+        """Capture the step, after three steps in which libraries and optimizers allocate memory.
 
-        With a learning rate and an average weight of 0 nothing moves but the optimizers' moments,
-        which are restored."""
+        With a learning rate and an average weight of 0 only the optimizers' moments change; they
+        are restored."""
         self.rate.zero_()
         self.average_weight.zero_()
         optimizers = self.job.run.optimizers
         saved = [tensor.clone() for tensor in moments(optimizers)]
-        optimizers[0].param_groups[0]["capturable"] = True  # or torch does not capture AdamW
+        optimizers[0].param_groups[0]["capturable"] = True       # else torch refuses AdamW
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
@@ -146,7 +147,7 @@ def moments(optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:
 
 
 def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
-    """Train as train.py does; wait for the device only where something is due."""
+    """Train as train.py does, but wait for the device only when something is due."""
     config, maker, models, run = job
     cli.require((maker.mixes["text"].stamp, "--cuda-graph: --text-data without images does not fit "
                  "in a graph"))
@@ -173,11 +174,11 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
 
 
 def check_finite(job: Job) -> None:
-    """Raise UserError where a step since the last row was not finite, or a save has failed."""
+    """Raise UserError if a step since the last log row was not finite, or a save has failed."""
     run = job.run
     means = {name: float(total) / run.summed for name, total in run.sums.items()}
     if run.error or not all(map(math.isfinite, means.values())):
-        run.wait()                                               # names what went wrong with a save
+        run.wait()                                               # raises the error of a save
         raise cli.UserError(f"step {run.step}, or one since the last row: a loss or the gradient "
                             f"is not finite ({means}); go on from {run.newest()} with a smaller "
                             f"--lr")
@@ -194,7 +195,7 @@ def check(config: TrainConfig) -> None:
         (not refused, f"--cuda-graph does not work with {refused}; leave one out"),
         (world == 1, f"--cuda-graph is for one process, not {world}"),
         (sizes.text_length and sizes.channels == 3, f"--cuda-graph: {model} is not a model of "
-         f"pixels with a token embedding of its own"),
+         f"pixels with a token embedding"),
         (STAGES[config.stage].losses == "image, text", f"--cuda-graph needs two losses, --stage "
          f"{config.stage} has one"),
         (choose_device(config.device) == "cuda", "--cuda-graph needs an NVIDIA GPU"))

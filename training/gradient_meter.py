@@ -2,8 +2,8 @@
 
     cosine = <g_image, g_text> / (|g_image| |g_text|)
 
-over all weights that are trained, and over each block.  A step follows g_image + g_text; g_text
-contains its weight lambda.
+over all trained weights, and over each block.  A step follows g_image + g_text; g_text includes its
+weight lambda.
 """
 
 import torch
@@ -32,17 +32,17 @@ def inner_products(image: Tensor, text: Tensor) -> Tensor:
 
 
 def norms_and_cosine(products: Tensor) -> list[float]:
-    """Return |image|, |text| and their cosine, given `inner_products`."""
+    """Return |image|, |text| and their cosine from `inner_products`."""
     image, text, both = products.tolist()
     cosine = both / max((image * text) ** 0.5, 1e-30)
     return [round(value, 6) for value in (image ** 0.5, text ** 0.5, cosine)]
 
 
 def compare(model: nn.ModuleDict, image: list[Tensor | None]) -> dict:
-    """Compare the image loss's gradients with those that the text loss has added since.
+    """Compare the gradients of the image loss with those that the text loss has added since.
 
-    image: `gradients` after the image loss.  "meter_blocks" has [image norm, text norm, cosine] of
-    each block.  Collective."""
+    image: `gradients` after the image loss.  Return what the log records; "meter_blocks" has [image
+    norm, text norm, cosine] for each block.  Collective."""
     total = torch.zeros(3, dtype=torch.float64)
     blocks = torch.zeros(len(model["mmdit"].blocks), 3, dtype=torch.float64)
     for (name, parameter), before in zip(model.named_parameters(), image, strict=True):

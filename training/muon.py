@@ -14,15 +14,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.distributed import whole
 
-# x -> a x + b x^3 + c x^5, as steep at 0 as keeps singular values of up to 1 bounded
+# x -> a x + b x^3 + c x^5: as steep at 0 as possible while values of up to 1 stay bounded
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return about U V^T of each matrix U S V^T: (n, rows, columns) -> the same shape, in `dtype`.
+    """Return U V^T, approximately, for each matrix U S V^T: (n, rows, columns), in `dtype`.
 
     Newton-Schulz: an odd polynomial of a matrix acts on its singular values only.  Five steps bring
-    each of them to between 0.7 and 1.2, unless it was below a thousandth of the largest."""
+    each of them to between 0.7 and 1.2, except those below a thousandth of the largest."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype)
@@ -40,8 +40,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized and scaled to AdamW's size (arXiv 2502.16982).
 
     parameters: matrices (rows, columns), which FSDP2 may have sharded.  The learning rate may be a
-    tensor, as a CUDA graph needs.  State and settings are those of torch.optim.Muon, and so are
-    checkpoints."""
+    tensor, as a CUDA graph needs.  State, settings and checkpoints have torch.optim.Muon's form."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float | Tensor, weight_decay: float,
                  momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16):
@@ -50,7 +49,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update all parameters with a gradient.  torch's checkpoints pass closure=None."""
+        """Update all parameters that have a gradient.  torch's checkpoints pass closure=None."""
         for group in self.param_groups:
             same_shape = defaultdict(list)
             for p in group["params"]:
@@ -70,7 +69,7 @@ class Muon(torch.optim.Optimizer):
             p.sub_(like(p, update))
 
     def nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """Return the average of all gradients, one step ahead, gathered if it is sharded."""
+        """Return Nesterov's average of the gradients, gathered if it is sharded."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)

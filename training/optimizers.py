@@ -1,6 +1,6 @@
 """The optimizers of a run: AdamW, or another one for the matrices of the blocks.
 
-config: a TrainConfig, whose --optimizer is a row of OPTIMIZERS.
+config: a TrainConfig; its `optimizer` is a row of OPTIMIZERS.
 """
 
 from typing import Callable, NamedTuple
@@ -22,22 +22,24 @@ def make_muon(matrices: list[nn.Parameter], config) -> torch.optim.Optimizer:
 class ForMatrices(NamedTuple):
     """A row of OPTIMIZERS."""
     make: Callable[..., torch.optim.Optimizer]
-    moments: int                # values that it keeps of each weight
+    moments: int                # values stored for each weight
 
 
 OPTIMIZERS = {"adamw": ForMatrices(make_adamw, 2), "muon": ForMatrices(make_muon, 1)}
 
 
 def make_optimizers(model: nn.ModuleDict, config) -> list[torch.optim.Optimizer]:
-    """Return AdamW for everything that is trained; or --optimizer for the blocks' matrices, and
-    AdamW for the rest."""
+    """Return AdamW for all trained weights, or AdamW and another one for the blocks' matrices."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         return [make_adamw(trained, config)]
     in_blocks = set(model["mmdit"].blocks.parameters())
-    matrices = [p for p in trained if p in in_blocks and p.ndim == 2]
-    are_matrices = set(matrices)
-    others = [p for p in trained if p not in are_matrices]
+    matrices, others = [], []
+    for p in trained:
+        if p in in_blocks and p.ndim == 2:
+            matrices.append(p)
+        else:
+            others.append(p)
     return [make_adamw(others, config), OPTIMIZERS[config.optimizer].make(matrices, config)]
 
 

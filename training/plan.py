@@ -1,6 +1,6 @@
-"""Parameters, arithmetic and memory of a run before it starts: train.py ... --print-plan GPUS.
+"""Plan a run's parameters, arithmetic and memory before it starts: train.py ... --print-plan GPUS.
 
-Parameters and arithmetic follow from the sizes, memory from what FSDP2 keeps where.  The
+Parameters and arithmetic follow from the sizes, memory from what FSDP2 keeps on each GPU.  The
 activations of a block are measured: one block of the real width runs on a few tokens.
 
 Shapes: N image tokens, L text tokens, T = N + L, D width, E width of text states, V vocabulary.
@@ -27,7 +27,7 @@ MFU = 0.4               # and this share of its peak
 
 
 def peak(device: torch.device, dtype: str) -> float:
-    """Return a GPU's peak of dense products in TFLOP/s, 0 where it is not known."""
+    """Return a GPU's peak of dense products in TFLOP/s; 0 for a GPU that PEAKS lacks, and a CPU."""
     if device.type == "cuda" and dtype == "bfloat16":
         name = torch.cuda.get_device_name(device)
         for gpu, value in PEAKS.items():
@@ -54,7 +54,9 @@ def count_trained(c: MMDiTConfig) -> int:
 
 def frozen_sizes(config: TrainConfig, c: MMDiTConfig,
                  about: dict) -> tuple[T5Config | None, VAEConfig | None]:
-    """Return the sizes of a run's T5 and autoencoder; without files, of T5 v1.1 XXL and SD3's."""
+    """Return the sizes of a run's T5 and autoencoder, if it has them.
+
+    Without files they are those of T5 v1.1 XXL and SD3's autoencoder."""
     paths = training_models.places(config, c, about)
     t5 = vae = None
     if "t5" in paths:
@@ -76,7 +78,7 @@ def image_tokens(config: TrainConfig, c: MMDiTConfig, factor: int) -> int:
 
 
 def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
-    """Count the FLOPs of a sample in the transformer, forward and backward, which is two forwards.
+    """Count a sample's FLOPs in the transformer; the backward pass costs two forward passes.
 
         3 [ blocks (24 D^2 T + 4 D T^2) + 24 D^2 blocks + what goes in and out ]
 
@@ -85,7 +87,7 @@ def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
     D = c.width
     T = N + L
     patch = c.patch ** 2 * c.channels
-    rows = N if need == "velocity" else L                        # that the last block finishes
+    rows = N if need == "velocity" else L                # tokens that the last block finishes
     flops = (c.depth - 1) * (24 * D * D * T + 4 * D * T * T)
     flops += 6 * D * D * T + 4 * D * rows * T + 18 * D * D * rows                 # the last block
     flops += 24 * D * D * c.depth                                # modulations
@@ -148,14 +150,14 @@ def measure_saved(block: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dty
         return x
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast:
-        outputs = block(*inputs)        # named, for while it lives its memory is not used again
+        outputs = block(*inputs)        # kept, else their memory would be reused, uncounted
     return sum(saved.values())
 
 
 def extrapolate(block: nn.Module, make_inputs, tokens: int, dtype: torch.dtype) -> float:
     """Return the bytes that a block saves for make_inputs(tokens), measured on a few tokens.
 
-    The constant of the parabola through them is left out: it is the weights, cast to `dtype`."""
+    A parabola is fitted to them.  Its constant is left out: it is the weights, cast to `dtype`."""
     sizes = (32, 64, 96)
     measured = [measure_saved(block, make_inputs(size), dtype) for size in sizes]
     quadratic, linear, _ = np.polyfit(sizes, measured, 2)
@@ -174,7 +176,7 @@ def block_activations(c: MMDiTConfig, T: int, dtype: torch.dtype, gpu: bool) -> 
         return image, text, torch.zeros(1, c.width)
     total = extrapolate(block, make_inputs, T, dtype)
     if gpu and dtype != torch.float32:
-        # a GPU's autocast has layer norms in float32, with input and output larger than on a CPU
+        # on a GPU autocast computes layer norms in float32: their inputs and outputs are larger
         total += 12 * c.width * T
     return total
 
@@ -190,14 +192,14 @@ def t5_activations(t5: T5Config, L: int, dtype: torch.dtype) -> float:
 
 
 def rows_at_once(config: TrainConfig, gpus: int) -> int:
-    """Return the rows of a batch that a GPU has in memory together."""
+    """Return the number of rows of a batch that are in a GPU's memory at once."""
     if config.micro_batch:
         return config.micro_batch
     return -(-max(config.image_batch, config.text_batch) // gpus)
 
 
 def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, float]:
-    """Return the bytes on each GPU of what is trained, by part."""
+    """Return the bytes on each GPU of the trained weights, gradients and moments, by part."""
     parameters = count_trained(c)
     block = count_parameters(Block, c)
     bytes_each = getattr(torch, config.dtype).itemsize
@@ -211,13 +213,13 @@ def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, f
     in_use = parameters
     gradients = shard
     if config.shard == "zero3" and gpus > 1:
-        in_use -= (c.depth - 2) * block                          # a block and the next are gathered
+        in_use -= (c.depth - 2) * block          # only a block and the next one are gathered
     elif gpus > 1 and (config.micro_batch or STAGES[config.stage].losses != "text"):
-        gradients += parameters                                  # whole between backward passes
+        gradients += parameters                  # they are whole between backward passes
     if bytes_each == 4 and shards == 1:
-        in_use = 0                                               # the float32 weights themselves
+        in_use = 0                               # the float32 weights serve both purposes
     saved = c.depth * block * (2 - OPTIMIZERS[config.optimizer].moments)
-    moments = 2 * parameters - saved                             # AdamW's, but for the blocks
+    moments = 2 * parameters - saved             # AdamW's two, except for Muon's one in the blocks
     return {
         "weights, float32": 4 * (shard + c.position_size ** 2 * c.width),
         f"weights in use, {config.dtype}": bytes_each * in_use,
@@ -228,7 +230,7 @@ def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, f
 
 
 def stack_activations(config: TrainConfig, depth: int, block: float, inputs: int) -> float:
-    """Return the bytes of a stack of blocks, each with these activations and inputs."""
+    """Return the bytes of a stack of blocks.  block, inputs: bytes of one block's activations."""
     if config.checkpoint_activations:
         return depth * inputs + block                            # one block at a time is recomputed
     return depth * block
@@ -236,9 +238,9 @@ def stack_activations(config: TrainConfig, depth: int, block: float, inputs: int
 
 def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAEConfig | None, N: int,
            gpus: int, gpu: bool) -> dict[str, float]:
-    """Return the bytes on each of so many GPUs, by part, in the backward pass of the largest loss.
+    """Return the bytes on each GPU, by part, in the backward pass of the larger loss.
 
-    gpu: False on a CPU, whose blocks save other activations."""
+    gpu: False for a run on CPUs, where a block saves other activations."""
     dtype = getattr(torch, config.dtype)
     L = config.text_length
     rows = rows_at_once(config, gpus)
@@ -254,7 +256,7 @@ def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAECon
     # the largest share of masked tokens in a micro-batch: TextBatch.split spreads its times evenly
     masked = 0.5 + 0.5 / rows
     parts["logits"] = rows * L * c.vocab_size * 4 * 3 * masked
-    layer = max(c.vocab_size * c.width, 6 * c.width ** 2)        # the largest
+    layer = max(c.vocab_size * c.width, 6 * c.width ** 2)        # weights of the largest layer
     parts["gradients of a block, of a layer"] = rows * block + 4 * layer
     if t5 and config.stage == "mask-emb":
         block = t5_activations(t5, L, dtype)

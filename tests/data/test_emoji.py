@@ -81,11 +81,12 @@ def is_true(record, kind_of_question, thing, names, kinds):
 def test_every_answer_follows_from_the_metadata(emoji_set):
     records = emoji_set[0]
     names = {emoji.article(r["name"]): r["name"] for r in records}
-    kinds = {noun: kind for kind, noun in emoji.NOUNS.items()}
+    kinds = {noun: kind for kind, noun in emoji.KINDS.items()}
     for r in records:
         for q in r["questions"]:
-            if q["type"] in emoji.ASKED:
-                assert q["question"] in emoji.ASKED[q["type"]] and q["answer"] == r[q["type"]]
+            if q["type"] in emoji.FIELD_QUESTIONS:
+                assert q["question"] in emoji.FIELD_QUESTIONS[q["type"]]
+                assert q["answer"] == r[q["type"]]
             else:
                 _, thing = parse_yes_no(q["question"])
                 right = "yes" if is_true(r, q["type"], thing, names, kinds) else "no"
@@ -103,7 +104,7 @@ def test_each_image_has_as_many_yes_as_no_answers(emoji_set):
                 template, _ = parse_yes_no(q["question"])
                 counts[q["answer"]][q["type"], template] += 1
         assert counts["yes"] == counts["no"] and counts["yes"]
-    assert types == {*emoji.ASKED, "yes/no name", "yes/no kind", "yes/no sort"}
+    assert types == {*emoji.FIELD_QUESTIONS, "yes/no name", "yes/no kind", "yes/no sort"}
 
 
 def test_questions_about_a_man_use_everyday_nouns(emoji_set):

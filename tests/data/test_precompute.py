@@ -321,7 +321,7 @@ def test_a_packed_text_is_its_tokens_end_to_end(piece_length, tmp_path, monkeypa
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('{"text": "second"}\n\n"third <|endoftext|>"\n')
     monkeypatch.setattr(precompute, "DOCUMENT", piece_length)
-    pieces = list(precompute.documents(str(tmp_path / "a.txt"), lambda at: None))
+    pieces = list(precompute.documents(str(tmp_path / "a.txt")))
     assert len(pieces) == 1 if piece_length == 2**16 else len(pieces) > 20
     gpt2, expected = gpt2_tokenizer(), []
     for document in (text, "second", "third <|endoftext|>"):

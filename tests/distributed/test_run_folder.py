@@ -519,7 +519,7 @@ def fail_on_rank_1():
 
 
 @pytest.mark.parametrize("more, prepare, line", [
-    (["--image-data", "nowhere.tar"], None, "error: nowhere.tar: no such tar file"),
+    (["--image-data", "nowhere.tar"], None, "error: nowhere.tar: no such file or folder"),
     ([], fail_on_rank_1, "error: the tar is cut on machine 1")], ids=["all", "rank 1"])
 def test_an_error_ends_all_processes_with_one_line(more, prepare, line, flags, tmp_path):
     process = Forked(2, *flags, "--out", tmp_path, *more, prepare=prepare)

@@ -46,7 +46,7 @@ def emoji_texts():
     records = []
     for _, files in Tar(str(emoji.TAR)):
         records.append(json.loads(files["json"]))
-    emoji.ask(records)
+    emoji.add_questions(records)
     return emoji.texts(records)
 
 
