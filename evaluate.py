@@ -345,9 +345,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     """Refuse flags that do not fit each other, with status 2."""
-    path = vars(args).get("json")
-    if path and not path.parent.is_dir():
-        parser.error(f"{path}: the folder {path.parent} does not exist")
+    if vars(args).get("json"):
+        parser.check_folder("--json", args.json)
     if args.command == "draw" and vars(args).get("length") == "auto":
         parser.error("--length auto changes nothing with draw")
     if args.command == "answer":

@@ -27,13 +27,14 @@ from torch import Tensor
 
 from common import files
 from common.cli import UserError, option, require
+from common.progress import chunks
 from dataset.images import read_mask, read_picture
 from inference import image_folder, image_to_text
 from inference.image_to_text import ReadConfig
 from inference.parts import ModelConfig, open_parts
 from inference.pipeline import Pipeline
-from inference.text_to_image import DrawConfig, Edit, Trace, chunks, drawings
-from inference.texts import check_question, read_text
+from inference.text_to_image import DrawConfig, Edit, Trace, drawings
+from inference.texts import check_question
 from viz import grids, trajectory
 
 
@@ -163,25 +164,29 @@ def read(pipeline: Pipeline, args: Request) -> None:
                 columns.insert(0, str(path))
             print("\t".join(columns), flush=True)
     if args.trajectory:
-        reading = trajectory.Reading(pipeline.fit(images)[0], latents, states, args.reading)
-        show_reading(pipeline, args, reading)
+        show_reading(pipeline, args, images[0], latents, states)
 
 
 def fill(pipeline: Pipeline, args: Request) -> None:
     """Print a text with its [MASK]s filled in."""
-    image = pixels = latents = None
+    image = latents = None
     if args.image:
         image = read_picture(args.image[0])
+        latents = pipeline.encode(image)
     states = []
-    print(pipeline.fill(image, args.text, args.seed, states, **vars(args.reading)))
+    print(pipeline.infill(latents, args.text, args.seed, args.reading, states))
     if args.trajectory:
-        if args.image:
-            pixels, latents = pipeline.fit(image)[0], pipeline.encode(image)
-        show_reading(pipeline, args, trajectory.Reading(pixels, latents, states, args.reading))
+        show_reading(pipeline, args, image, latents, states)
 
 
-def show_reading(pipeline: Pipeline, args: Request, reading: trajectory.Reading) -> None:
-    """Write --trajectory of a text."""
+def show_reading(pipeline: Pipeline, args: Request, image: Image.Image | None,
+                 latents: Tensor | None, states: image_to_text.States) -> None:
+    """Write --trajectory of a text about an image, of latents (1, C, h, w), or about none."""
+    pixels = None
+    if image is not None:
+        [pixels] = pipeline.fit(image)
+    config = image_to_text.with_steps(args.reading, args.question or None)
+    reading = trajectory.Reading(pixels, latents, states, config)
     about = dict(seed=args.seed, order=pipeline.parts.complete(args.reading).order)
     if args.question:
         about["question"] = args.question
@@ -191,15 +196,12 @@ def show_reading(pipeline: Pipeline, args: Request, reading: trajectory.Reading)
 
 def score(pipeline: Pipeline, args: Request) -> None:
     """Print how likely captions or answers are, the likeliest first."""
-    parts, question = pipeline.parts, args.question or None
-    if question:
-        check_question(parts, question)
-    texts = [read_text(parts, text, "text") for text in args.score or args.choices]
-    latents = pipeline.encode([read_picture(path) for path in args.image])
-    for path, x in zip(args.image, latents):
+    texts = args.score or args.choices
+    images = [read_picture(path) for path in args.image]
+    for path, ranking in zip(args.image, pipeline.rank(images, texts, args.question or None)):
         prefix = f"{path}\t" if len(args.image) > 1 else ""
-        for row in image_to_text.rank(parts, x[None], texts, question):
-            tokens = len(parts.tokenizer.pieces(row.text)) + 1                    # with the end
+        for row in ranking:
+            tokens = len(pipeline.parts.tokenizer.pieces(row.text)) + 1           # with the end
             count_bytes = max(1, len(row.text.encode()))
             bits = row.nats / math.log(2)
             share = f"{row.share:.1%}, " if args.choices else ""
@@ -289,9 +291,6 @@ def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
     args.drawing = cli.take(DrawConfig, given)
     args.reading = cli.take(ReadConfig, given)
     args.models = cli.take(ModelConfig, given)
-    if not args.steps:
-        kind = "answer" if task in ("answer", "questions", "chat") else "text"
-        args.reading.steps = image_to_text.STEPS[kind]
     if task in DRAW.split() and not args.out and not args.trajectory:
         args.out = Path("drawn" if task == "folder" else "sample.png")
     for flag in {"prompt", "question", "text", "score", "choices"} & given.keys():
@@ -335,8 +334,7 @@ def check_paths(parser: cli.Parser, task: str, args: Request) -> None:
     if args.out and task == "folder":
         if args.out.is_file():
             parser.error(f"--out {args.out}: is a file, expected a folder; name another one")
-        if not args.out.parent.is_dir():
-            parser.error(f"--out {args.out}: the folder {args.out.parent} does not exist")
+        parser.check_folder("--out", args.out)
     elif args.out:
         parser.check_path("--out", args.out, grids.SUFFIXES)
 

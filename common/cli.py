@@ -177,10 +177,14 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{flag(name)} is no text in this terminal's encoding: {ascii(part)}")
         return parsed
 
-    def check_path(self, flag: str, path: Path, suffixes: Iterable[str]) -> None:
-        """Refuse a path in no folder, or of another kind of file, before minutes of work."""
+    def check_folder(self, flag: str, path: Path) -> None:
+        """Refuse a path in no folder, before minutes of work."""
         if not path.parent.is_dir():
             self.error(f"{flag} {path}: the folder {path.parent} does not exist")
+
+    def check_path(self, flag: str, path: Path, suffixes: Iterable[str]) -> None:
+        """Refuse a path in no folder, or of another kind of file."""
+        self.check_folder(flag, path)
         if path.suffix.lower() not in suffixes or path.is_dir():
             self.error(f"{flag} {path}: expected a file name that ends in {', '.join(suffixes)}")
 

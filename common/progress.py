@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Iterator
+from typing import Iterator, Sequence
 
 
 def pace(per_second: float, unit: str = "") -> str:
@@ -41,10 +41,14 @@ class Progress:
         print(f"{self.title}: {done:,}/{self.total:,}, {left}", file=sys.stderr, flush=True)
 
 
+def chunks(items: Sequence, size: int) -> list[Sequence]:
+    """Cut a sequence into parts of this size; the last one may be shorter."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
 def batches(title: str, items: list, size: int) -> Iterator[list]:
-    """Yield a list in parts of this size, and print how many items are done."""
+    """Yield `chunks` of a list, and print how many items are done."""
     progress = Progress(title, len(items))
-    for start in range(0, len(items), size):
-        batch = items[start:start + size]
+    for batch in chunks(items, size):
         yield batch
-        progress.update(start + len(batch))
+        progress.update(progress.done + len(batch))

@@ -30,7 +30,7 @@ from common import seeding
 from common.cli import UserError, require
 from common.devices import choose_device
 from common.files import parse_json, replacing
-from common.progress import Progress
+from common.progress import Progress, chunks
 from dataset import sources, workers
 from pretrained.safetensors_io import finite
 from pretrained.t5 import T5Encoder
@@ -90,10 +90,6 @@ class Encoder:
         return {name: tensor.to("cpu", dtype) for name, tensor in encoded.items()}
 
 
-def split(positions: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [positions[start:start + size] for start in range(0, len(positions), size)]
-
-
 def missing_shards(args: argparse.Namespace, shards: list[Sequence[int]],
                    stamp: dict[str, str]) -> dict[Path, Sequence[int]]:
     """Return the files of this --part that don't exist yet, with the positions of their samples.
@@ -128,12 +124,12 @@ def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: 
     fingerprint: the source's.  Raises UserError for a shard without a readable sample."""
     [source] = mix.sources
     require((source.holds == "images", f"{args.source}: has no images to encode"))
-    shards = split(source.every, SHARD)
+    shards = chunks(source.every, SHARD)
     stamp = dict(encoder.stamp, source=fingerprint, shards=str(len(shards)))
     missing = missing_shards(args, shards, stamp)
     batches = []
     for positions in missing.values():
-        batches += split(positions, args.batch)              # a batch never spans two shards
+        batches += chunks(positions, args.batch)              # a batch never spans two shards
     read_batch = partial(read, mix, bool(args.t5), batches)
     reading = workers.feed(read_batch, range(len(batches)), args.workers)
     total = sum(map(len, batches))

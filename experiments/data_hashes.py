@@ -15,8 +15,6 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from PIL import Image
-
 import data
 from common import cli
 

@@ -53,30 +53,37 @@ class AnswerFile:
     choices: list[str] | None = None    # the answer is the likeliest of these
     seed: int = 0
 
+    @property
+    def note_path(self) -> Path:
+        return Path(f"{self.out}.json")
+
+    @property
+    def blocks(self) -> Path:
+        return Path(f"{self.out}.blocks")
+
     def block_path(self, at: int) -> Path:
-        return Path(f"{self.out}.blocks") / f"{at // BLOCK:06}.jsonl"
+        return self.blocks / f"{at // BLOCK:06}.jsonl"
 
     def start(self) -> list[int] | None:
         """Return where the unfinished blocks begin; None if all answers are there.
 
         Raises UserError for answers that were made with another note."""
-        note_path, blocks = Path(f"{self.out}.json"), Path(f"{self.out}.blocks")
-        if note_path.exists():
-            old = read_json(note_path)
+        if self.note_path.exists():
+            old = read_json(self.note_path)
             different = []
             for name in (self.note | old).keys() - {"made_by", "left_out"}:       # not settings
                 if old.get(name) != self.note.get(name):
                     different.append(name)
             require((not different, f"{self.out}: was made otherwise ({', '.join(different)}); name "
-                     f"another file, or remove it and {note_path.name}"))
+                     f"another file, or remove it and {self.note_path.name}"))
         else:
             require((not self.out.exists(),
-                     f"{self.out}: is there, and no {note_path.name}; name another file"))
-            shutil.rmtree(blocks, ignore_errors=True)            # of settings that are not known
+                     f"{self.out}: is there, and no {self.note_path.name}; name another file"))
+            shutil.rmtree(self.blocks, ignore_errors=True)            # of settings that are not known
         if self.out.exists():
             return None
-        blocks.mkdir(parents=True, exist_ok=True)
-        write_json(note_path, self.note)
+        self.blocks.mkdir(parents=True, exist_ok=True)
+        write_json(self.note_path, self.note)
         return [at for at in range(0, len(self.asks), BLOCK) if not self.block_path(at).exists()]
 
     def read_images(self, parts: Parts, asks: list[Ask]) -> tuple[dict[str, Tensor], dict]:
@@ -130,7 +137,7 @@ class AnswerFile:
         process's share, in whole blocks."""
         missing = processes.first(self.start)
         if missing is None:
-            left_out = read_json(Path(f"{self.out}.json")).get("left_out", [])
+            left_out = read_json(self.note_path).get("left_out", [])
             return left_out if processes.last() else None
         share = missing[rank::world]
         for done, at in enumerate(share, 1):
@@ -149,7 +156,7 @@ class AnswerFile:
                     left_out.append(f"{row['id']}: {row['left_out']}")
                 else:
                     answered.append(row)
-        write_json(Path(f"{self.out}.json"), self.note | dict(left_out=left_out))
+        write_json(self.note_path, self.note | dict(left_out=left_out))
         write_lines(self.out, answered)
-        shutil.rmtree(f"{self.out}.blocks")
+        shutil.rmtree(self.blocks)
         return left_out

@@ -50,6 +50,13 @@ class ReadConfig:
             SampleConfig(order=self.order, level=self.level)     # checks them
 
 
+def with_steps(config: ReadConfig, question: str | None) -> ReadConfig:
+    """Return the config with the usual steps of a text or an answer in place of None."""
+    if config.steps is not None:
+        return config
+    return replace(config, steps=STEPS["text" if question is None else "answer"])
+
+
 # ------------------------------------------------------------------------------------- the network
 
 class ImageCache:
@@ -135,10 +142,11 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig =
     Text behind the first end token becomes padding.  seeds: one for each row, whose
     text is then the same in any batch; 0 unless given.  states: a list that gets the states of
     `mask_diffusion.walk`.  Raises UserError for a level that the order can't have."""
-    config, tokenizer = parts.complete(config), parts.tokenizer
+    config = with_steps(parts.complete(config), None)
+    tokenizer = parts.tokenizer
     try:
-        sampler = SampleConfig(config.steps or STEPS["text"], config.temperature, config.order,
-                               config.level, tokenizer.end_id, tokenizer.pad_id, config.length_at)
+        sampler = SampleConfig(config.steps, config.temperature, config.order, config.level,
+                               tokenizer.end_id, tokenizer.pad_id, config.length_at)
     except ValueError as error:
         raise UserError(str(error))
     parts.hold("text", "mmdit")
@@ -183,9 +191,7 @@ def write(parts: Parts, latents: Tensor, questions: Sequence[str | None],
 
     questions: all None for captions.  seeds: as for `fill`.  states: gets those of the first block
     of each text, if max_tokens is above the model's length."""
-    if config.steps is None:
-        kind = "text" if questions[0] is None else "answer"
-        config = replace(config, steps=STEPS[kind])
+    config = with_steps(config, questions[0])
     seeds = seeds or [0] * len(questions)
     canvases = [canvas(parts, question, config.max_tokens) for question in questions]
     filled = fill(parts, latents, torch.stack(canvases), config, seeds, states)   # (B, L)

@@ -81,6 +81,7 @@ class Parts:
             saved = checkpoint.read_config(path)
         self.own = self.sizes.text_length > 0                    # the end-to-end variant's embedding
         self.defaults = OWN if self.own else PUBLISHED
+        self.latents = saved.get("latents")                      # digest of their autoencoder
         self.null_trained = bool(saved.get("null_image"))        # reads texts without an image
         self.paths = dict(text=config.t5 or saved.get("t5") or path, mmdit=path,
                           vae=config.vae or saved.get("vae") or path)
@@ -209,9 +210,8 @@ class Parts:
         vae = checkpoint.load_autoencoder(self.paths["vae"], self.sizes.channels)
         if self.family == "ours":
             digest = checkpoint.digest(vae)
-            latents = checkpoint.read_config(self.paths["mmdit"]).get("latents")
-            require((latents == digest, f"{self.paths['vae']}: is the autoencoder {digest}, this "
-                     f"transformer was trained on the latents of {latents}"))
+            require((self.latents == digest, f"{self.paths['vae']}: is the autoencoder {digest}, "
+                     f"this transformer was trained on the latents of {self.latents}"))
         return vae
 
     def hold(self, *names: str) -> None:

@@ -14,7 +14,7 @@ A text that is too long is a UserError; unknown words are a warning on stderr.
 
 import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -111,14 +111,18 @@ class Pipeline:
         """Return the text with its [MASK]s filled in, beside an image or none.
 
         The rest stays to the letter.  settings: fields of ReadConfig."""
-        require(("[MASK]" in text,
-                 f"text {text[:40]!r} holds no [MASK]; write [MASK] where words are missing"))
-        read_text(self.parts, text, "text")                      # for its warnings
-        config = ReadConfig(**settings)
         latents = None
         if image is not None:
             latents = self.encode(image)
-        if image is None or config.text_guidance != 1:
+        return self.infill(latents, text, seed, ReadConfig(**settings), states)
+
+    def infill(self, latents: Tensor | None, text: str, seed: int, config: ReadConfig,
+               states: list | None = None) -> str:
+        """Fill the [MASK]s of a text about latents (1, C, h, w), or about no image."""
+        require(("[MASK]" in text,
+                 f"text {text[:40]!r} holds no [MASK]; write [MASK] where words are missing"))
+        read_text(self.parts, text, "text")                      # for its warnings
+        if latents is None or config.text_guidance != 1:
             self.parts.check_text_head()
             self.warn_of_null_image()
         return image_to_text.infill(self.parts, latents, text, config, seed, states)
@@ -130,15 +134,17 @@ class Pipeline:
 
     def score(self, image: Image.Image, text: str) -> float:
         """Estimate an upper bound of -log p(text | image), in nats."""
-        return self.rank(image, [text])[0].nats
+        [[caption]] = self.rank(image, [text])
+        return caption.nats
 
-    def rank(self, image: Image.Image, texts: Sequence[str],
-             question: str | None = None) -> list[Likelihood]:
-        """Score captions of an image, or answers to a question; the likeliest comes first."""
-        texts = [read_text(self.parts, text, "text") for text in texts]
+    def rank(self, images: Images, texts: Sequence[str],
+             question: str | None = None) -> Iterator[list[Likelihood]]:
+        """Yield for each image its captions, or the answers to a question, the likeliest first."""
         if question is not None:
             check_question(self.parts, question)
-        return image_to_text.rank(self.parts, self.encode(image), texts, question)
+        texts = [read_text(self.parts, text, "text") for text in texts]
+        for latents in self.encode(images):
+            yield image_to_text.rank(self.parts, latents[None], texts, question)
 
     def encode(self, images: Images) -> Tensor:
         """Return clean latents (B, C, h, w) of images."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import flow
 from common.cli import option
-from common.progress import Progress
+from common.progress import Progress, chunks
 from inference import compiled
 from inference.parts import Parts
 from model import T_FLOOR
@@ -145,7 +145,6 @@ def choose_network(parts: Parts, config: DrawConfig) -> Callable:
     return parts.mmdit
 
 
-
 def make_batch(parts: Parts, jobs: list[tuple[str, int]], size: int, states: dict[str, Tensor],
                config: DrawConfig) -> tuple[Tensor, Tensor]:
     """Return the text states (2B, L, E) of B prompts and B negative prompts, and noise (B, C, h, w).
@@ -158,15 +157,9 @@ def make_batch(parts: Parts, jobs: list[tuple[str, int]], size: int, states: dic
     return text, draw_noise(parts, [seed for _, seed in jobs])
 
 
-def chunks(items: list, size: int) -> list[list]:
-    """Cut a list into lists of this size; the last one may be shorter."""
-    return [items[at:at + size] for at in range(0, len(items), size)]
-
-
-def walk(parts: Parts, velocity: flow.Velocity, noise: Tensor, config: DrawConfig,
+def walk(velocity: flow.Velocity, noise: Tensor, levels: Tensor, config: DrawConfig,
          edit: Edit | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Return flow.walk from the noise (B, C, h, w), or from the edited image, with guidance."""
-    levels = noise_levels(parts, config, edit)
     if config.guidance != 1:
         velocity = flow.guide(velocity, config.guidance, config.guidance_interval)
     if edit is None:
@@ -187,7 +180,8 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
     jobs = list(zip(prompts, seeds, strict=True))
     batch_size = min(config.batch, len(jobs) or 1)
     chunk_size = batch_size if parts.keep else 16 * batch_size
-    steps = len(noise_levels(parts, config, edit)) * math.ceil(len(jobs) / batch_size)
+    levels = noise_levels(parts, config, edit)
+    steps = len(levels) * math.ceil(len(jobs) / batch_size)
     progress = Progress("drawing, steps", steps, silent=parts.silent)
     network = None
     for chunk in chunks(jobs, chunk_size):
@@ -198,7 +192,7 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
         for batch in chunks(chunk, batch_size):
             text, noise = make_batch(parts, batch, batch_size, states, config)
             velocity = text_velocity(network, text, len(batch), trace)
-            for i, (t, x, clean) in enumerate(walk(parts, velocity, noise, config, edit)):
+            for i, (t, x, clean) in enumerate(walk(velocity, noise, levels, config, edit)):
                 trace.add(i, t, x[:len(batch)], clean[:len(batch)])
                 progress.update(progress.done + 1)
             finished += x[:len(batch)]

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from common import seeding
 from common.cli import require
-from common.progress import batches
+from common.progress import batches, chunks
 from dataset import emoji
 from inference import text_to_image
 from inference.image_to_text import ReadConfig, encode, write
 from inference.parts import Parts
-from inference.text_to_image import DrawConfig, chunks
+from inference.text_to_image import DrawConfig
 from metrics.answers import pope
 from viz import grids
 from viz.samples import caption_cells

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from common.cli import UserError
+from common.progress import chunks
 from dataset.images import to_picture
 from pretrained.tokenizer import Tokenizer
 
@@ -47,9 +48,7 @@ def grid(images: Iterable[Tensor], least: int = 256, gap: int = GAP) -> Image.Im
     columns = math.ceil(math.sqrt(len(tiles)))
     times = math.ceil(least / tiles[0].width)
     tiles = [ImageOps.scale(tile, times) for tile in tiles]
-    rows = []
-    for first in range(0, len(tiles), columns):
-        rows.append(beside(*tiles[first:first + columns], gap=gap))
+    rows = [beside(*row, gap=gap) for row in chunks(tiles, columns)]
     return above(*rows, gap=gap)
 
 

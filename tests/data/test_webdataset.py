@@ -12,7 +12,7 @@ import pytest
 
 import data
 from common.cli import UserError
-from dataset import emoji, sources, webdataset
+from dataset import emoji, webdataset
 from dataset.webdataset import Tar
 from helpers import jpeg, write_tar
 from pretrained import tokenizer
