@@ -2,21 +2,22 @@
 
     python checkpoint.py inspect PATH                         # layout, parts, sizes, dtypes
     python checkpoint.py export SRC DST --layout release      # any layout -> a D-DiT release folder
-    python checkpoint.py export SRC DST --layout sd3          # the part that SD3 has, for diffusers
+    python checkpoint.py export SRC DST --layout sd3          # only SD3's weights, for diffusers
 
 PATH is a folder or a file in one of these layouts:
 
-    ours         a folder with model.safetensors, config.json ("format"), tokenizer.json
+    ours         a folder with model.safetensors, config.json (with "format"), tokenizer.json
     release      dual_diff_sd3_512_base and _sft: transformer/ vae/ text_encoder/ tokenizer/
     SD3 folder   transformer/ vae/ text_encoder_3/ tokenizer_3/
-    SD3 file     sd3_medium*.safetensors with model.diffusion_model. first_stage_model.
-                 text_encoders.t5xxl.
+    SD3 file     sd3_medium*.safetensors, tensors named model.diffusion_model.*,
+                 first_stage_model.* and text_encoders.t5xxl.*
     one part     only a transformer, VAE or T5, as a folder with its config.json or as a file
 
-D-DiT takes every weight of SD3 that it shares.  The others start fresh, with zero gates, so that
-the velocity is SD3's with a pooled text embedding of zero.
+From SD3, D-DiT takes every weight that both have.  D-DiT's other weights start fresh, with zero
+gates: the velocity then equals SD3's with a pooled text embedding of zero.
 
-Reading is strict: an error names a tensor that is missing, left over, misshapen or not finite.
+Reading is strict: an error names each tensor that is missing, unexpected, of a wrong shape or not
+finite.
 """
 
 from common import cli
@@ -49,14 +50,14 @@ from pretrained.vae import AutoencoderKL, Pixels, VAEConfig
 FORMAT = "dual-diffusion-transformer"
 MASK_EMBEDDING = "mask_embedding.safetensors"       # T5's trained [MASK] row, beside our weights
 PART_SIZES = dict(transformer=layouts.mmdit_config, vae=layouts.vae_config, t5=layouts.t5_config)
-# settings of a run in its config.json
+# a run's settings in config.json, and their types
 KINDS = dict(pixels=int, buckets=bool, text_length=int, step=int, latents=str, t5=str, vae=str)
 
 
-# ------------------------------------------------------------------------- what lies at a path
+# -------------------------------------------------------------------- find parts at a path
 
 def part_folder(path: Path, part: str) -> Path:
-    """Return the folder of a part inside a checkpoint, or the path itself where there is none."""
+    """Return the folder of a part inside a checkpoint; `path` itself if it has no such folder."""
     for name in layouts.SUBFOLDERS[part]:
         if (path / name).is_dir():
             return path / name
@@ -64,7 +65,7 @@ def part_folder(path: Path, part: str) -> Path:
 
 
 def listing(folder: Path) -> str:
-    """Return the first file names in a folder, for a message."""
+    """Return the first eight file names in a folder, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:8]) or "nothing"
 
@@ -80,9 +81,10 @@ def is_ours(path: str | Path) -> bool:
 def shards(folder: Path) -> list[Path]:
     """Return the safetensors files of a part's folder: those that an index names, or the only one.
 
-    Raises UserError without any, for a missing shard, and for several files without an index."""
+    Raises UserError if there is none, if a shard is missing, and for several files without an
+    index."""
     problems = []
-    # a folder may have an index for fp16 files beside the plain one, and the files of either
+    # a folder may have a plain index and an fp16 one, and the files of only one of them
     for index in sorted(folder.glob("*.safetensors.index*.json"), key=lambda path: len(path.name)):
         weight_map = read_json_object(index).get("weight_map")
         require((isinstance(weight_map, dict) and weight_map, f"{index}: names no file"))
@@ -101,16 +103,17 @@ def shards(folder: Path) -> list[Path]:
 
 
 def weights_file(path: str | Path, training: bool) -> Path:
-    """Return a run's averaged weights or, to train on, the float32 ones that it leaves."""
+    """Return the file of a run's averaged weights or, for training, of its float32 weights before
+    averaging."""
     weights = Path(path) / "weights.safetensors"
     return weights if training and weights.exists() else Path(path) / "model.safetensors"
 
 
 def find(path: str | Path, part: str, training: bool = False) -> Part:
-    """Return the part that lies at a path, in whichever layout; only headers are read.
+    """Find a part at a path, in any layout; only headers are read.
 
-    part: "transformer", "vae" or "t5".  training: see `weights_file`.  Raises UserError with what
-    the path holds instead."""
+    part: "transformer", "vae" or "t5".  training: see `weights_file`.  Raises UserError, which says
+    what the path holds instead."""
     path = Path(path)
     require((path.exists(), f"{path}: expected a checkpoint, a folder or a .safetensors file, "
              f"found nothing"))
@@ -136,7 +139,7 @@ def find(path: str | Path, part: str, training: bool = False) -> Part:
 
 
 def named(path: str | Path, part: str) -> Part:
-    """Find a "vae" or "t5"; an error names the flag."""
+    """Find a "vae" or "t5".  Raises UserError with advice to use its flag."""
     try:
         return find(path, part)
     except UserError as error:
@@ -146,7 +149,9 @@ def named(path: str | Path, part: str) -> Part:
 # ----------------------------------------------------------------------------------- sizes
 
 def read_config(path: str | Path) -> dict:
-    """Read config.json of a folder of ours, with "mmdit" as an MMDiTConfig.  Raises UserError."""
+    """Read config.json of a checkpoint in our layout, with "mmdit" as an MMDiTConfig.
+
+    Raises UserError for a file of another format or a setting of a wrong type."""
     file = Path(path) / "config.json"
     config = read_json_object(file)
     if config.get("format") != FORMAT or not isinstance(config.get("mmdit"), dict):
@@ -189,7 +194,9 @@ class Uninitialized(TorchFunctionMode):
 
 
 def build(module: Callable[..., nn.Module], path: str | Path, *sizes) -> nn.Module:
-    """Build module(*sizes) without memory.  Raises UserError for sizes that no model can have."""
+    """Build module(*sizes) on the meta device, without allocating its weights.
+
+    Raises UserError for impossible sizes."""
     try:
         with torch.device("meta"), Uninitialized():
             return module(*sizes)
@@ -198,9 +205,9 @@ def build(module: Callable[..., nn.Module], path: str | Path, *sizes) -> nn.Modu
 
 
 def check_headers(tensors: Tensors, entries: dict[str, Entry], ignore: tuple[str, ...]) -> None:
-    """Raise UserError for tensors that are missing, misshapen, no floats or left over.
+    """Raise UserError for tensors that are missing, unexpected, of a wrong shape, or not floats.
 
-    ignore: what the names of tensors that may be left over begin with."""
+    ignore: prefixes of the names of unexpected tensors that are allowed."""
     problems = []
     shapes = {}
     for entry in entries.values():
@@ -221,7 +228,7 @@ def check_headers(tensors: Tensors, entries: dict[str, Entry], ignore: tuple[str
 
 
 def read_entry(tensors: Tensors, entry: Entry, dtype: torch.dtype) -> Tensor:
-    """Read the tensors of a parameter as one.  Raises UserError for NaN and infinity."""
+    """Read a parameter; its pieces are concatenated.  Raises UserError for NaN and infinity."""
     pieces = []
     for key in entry.keys:
         piece = tensors.read(key, dtype)
@@ -232,14 +239,14 @@ def read_entry(tensors: Tensors, entry: Entry, dtype: torch.dtype) -> Tensor:
         pieces = pieces[0].chunk(2)[::-1]
     if entry.fresh is not None:
         pieces = [*pieces, entry.fresh.to(dtype)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)      # one piece stays mapped
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)      # cat would copy a mapped piece
 
 
 def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: torch.dtype,
          ignore: tuple[str, ...] = ()) -> None:
-    """Put tensors into a module on the meta device; the entries name each of its parameters.
+    """Load tensors into a module on the meta device; there is one entry for each parameter.
 
-    ignore: see `check_headers`.  Raises UserError with the tensors that are wrong."""
+    ignore: see `check_headers`.  Raises UserError, which names the wrong tensors."""
     check_headers(tensors, entries, ignore)
     shapes = layouts.our_entries(module)
     state = {}
@@ -253,25 +260,25 @@ def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: 
 # ------------------------------------------------------------------------------- the loaders
 
 def build_mmdit(part: Part, vocab_size: int) -> tuple[MMDiT, dict[str, Entry]]:
-    """Return a transformer without memory, and the place of each of its parameters."""
+    """Return a transformer on the meta device, and the file entry of each of its parameters."""
     file = part.tensors.files[0]
     if part.family == "ours":
-        file = file.with_name("config.json")                     # which has all sizes
+        file = file.with_name("config.json")                     # it holds all sizes
     model = build(MMDiT, file, layouts.mmdit_config(part, vocab_size))
     return model, layouts.mmdit_entries(model, part.layout)
 
 
 def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size: int = 32100,
                training: bool = False) -> MMDiT:
-    """Load the transformer of any layout, in eval mode, on the CPU.
+    """Load a transformer of any layout, in eval mode, on the CPU.
 
     vocab_size: rows of the new text head when the weights are SD3's (T5's tokenizer has 32100).
-    training: see `weights_file`.  Tensors stored in `dtype` stay mapped to the file: it must not be
-    written to.  Raises UserError."""
+    training: see `weights_file`.  Tensors that are stored in `dtype` stay mapped to the file, so
+    the file must not be overwritten in place.  Raises UserError."""
     part = find(path, "transformer", training)
     model, entries = build_mmdit(part, vocab_size)
     if part.family == "ours" and "positions" not in part.tensors:
-        # only runs from published weights store the table, in the precision of those weights
+        # only runs that start from published weights store the table, in those weights' precision
         del entries["positions"]
         c = model.config
         model.positions = position_table(c.width, c.position_size, c.position_base).to(dtype)
@@ -281,7 +288,7 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size:
 
 
 def carried_over(path: str | Path, vocab_size: int) -> str:
-    """Count the values that D-DiT takes from SD3's transformer, and those that start fresh."""
+    """Return a text with the number of values that D-DiT takes from SD3, and that start fresh."""
     _, entries = build_mmdit(find(path, "transformer"), vocab_size)
     titles = dict(txt_out="text head", null_image="null image",
                   blocks="the last block's text stream")
@@ -297,7 +304,8 @@ def carried_over(path: str | Path, vocab_size: int) -> str:
 
 
 def trained_mask(path: str | Path) -> Tensor | None:
-    """Read the [MASK] embedding (E,) that a run of ours trained, not averaged; None without one."""
+    """Return the [MASK] embedding (E,) that a run of ours trained, before averaging; None if there
+    is none."""
     if not is_ours(path):
         return None
     tensors = Tensors([weights_file(path, training=True)], "mask.")
@@ -306,7 +314,7 @@ def trained_mask(path: str | Path) -> Tensor | None:
 
 def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32,
                    training: bool = False) -> TokenEmbedding:
-    """Load the end-to-end variant's token embedding, in eval mode.  Raises UserError."""
+    """Load the token embedding of an end-to-end model, in eval mode.  Raises UserError."""
     c = read_config(path)["mmdit"]
     embedding = build(TokenEmbedding, path, c.vocab_size, c.text_length, c.text_width)
     tensors = Tensors([weights_file(path, training)], "embedding.")
@@ -315,7 +323,7 @@ def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32,
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL | Pixels:
-    """Load the autoencoder, in eval mode, or `Pixels` for a model of pixels.  Raises UserError."""
+    """Load the autoencoder, in eval mode; `Pixels` for a model without one.  Raises UserError."""
     if is_ours(path) and read_config(path).get("latents") == "pixels":
         return Pixels()
     part = named(path, "vae")
@@ -334,7 +342,7 @@ def load_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
 
 
 def digest(model: nn.Module | Pixels) -> str:
-    """Hash all values of a model, in their dtype; return "pixels" for `Pixels`."""
+    """Return a hash of all of a model's values in their dtype; "pixels" for `Pixels`."""
     if isinstance(model, Pixels):
         return "pixels"
     sha256 = hashlib.sha256()
@@ -345,7 +353,7 @@ def digest(model: nn.Module | Pixels) -> str:
 
 
 def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
-    """Read the aligned [MASK] embedding (E,) from a .safetensors or .pth that holds one tensor.
+    """Read a [MASK] embedding (E,) from a .safetensors or .pth file that holds one tensor.
 
     width: E, if it is known.  A .pth is unpickled with weights_only.  Raises UserError."""
     path = Path(path)
@@ -362,8 +370,8 @@ def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
 
 
 def check_text_encoder(path: str | Path, tokenizer: Tokenizer, width: int | None = None) -> None:
-    """Raise UserError where T5's table lacks rows for the tokenizer's ids, or its states do not
-    have the `width` that the transformer reads.  Only headers are read."""
+    """Raise UserError if T5's table has fewer rows than the tokenizer has tokens, or T5's width is
+    not the `width` that the transformer reads.  Only headers are read."""
     sizes = t5_sizes(path)
     require((tokenizer.vocab_size <= sizes.vocab_size,
              f"{path}: T5's table has {sizes.vocab_size} rows, the tokenizer "
@@ -374,7 +382,7 @@ def check_text_encoder(path: str | Path, tokenizer: Tokenizer, width: int | None
 
 def load_text_encoder(path: str | Path, dtype: torch.dtype, tokenizer: Tokenizer,
                       width: int | None = None, vector: Tensor | None = None) -> T5Encoder:
-    """Load a T5 that fits (`check_text_encoder`), with `vector` (E,), if any, as its [MASK] row."""
+    """Load T5 after `check_text_encoder`.  vector: (E,), replaces its [MASK] row."""
     check_text_encoder(path, tokenizer, width)
     encoder = load_t5(path, dtype)
     if vector is not None:
@@ -383,9 +391,9 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype, tokenizer: Tokenizer
 
 
 def load_autoencoder(path: str | Path, channels: int) -> AutoencoderKL | Pixels:
-    """Load an autoencoder in float32: it has one percent of all weights.
+    """Load an autoencoder in float32, which is cheap: it has one percent of all weights.
 
-    Raises UserError where its latents do not have the transformer's `channels`."""
+    Raises UserError if its latents do not have the transformer's `channels`."""
     autoencoder = load_vae(path)
     require((autoencoder.channels == channels,
              f"{path}: latents of {autoencoder.channels} channels, the transformer has {channels}; "
@@ -394,7 +402,7 @@ def load_autoencoder(path: str | Path, channels: int) -> AutoencoderKL | Pixels:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer in a folder of any layout or a tokenizer.json, or "gpt2".
+    """Load a tokenizer: from a folder of any layout, from a tokenizer.json, or by the name "gpt2".
 
     Raises UserError."""
     if str(path) == "gpt2":
@@ -426,9 +434,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, tokenizer: Tokenizer,
          dtype: torch.dtype = torch.float32, gather: Callable[[Tensor], Tensor] = Tensor.detach,
          **more) -> None:
-    """Write a checkpoint folder of ours; `more` goes into config.json.
+    """Write a checkpoint in our layout; `more` goes into config.json.
 
-    Each file is replaced whole."""
+    dtype, gather: see `write_tensors`.  Each file is replaced atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", tensors, dtype, gather)
     config = dict(format=FORMAT, mmdit=asdict(mmdit), latents="pixels")
@@ -438,10 +446,10 @@ def save(folder: Path, tensors: dict[str, Tensor], mmdit: MMDiTConfig, tokenizer
 
 
 def check_config(mmdit: MMDiTConfig) -> None:
-    """Raise UserError for sizes that config.json would not give back as they are."""
+    """Raise UserError for sizes that would change when config.json is written and read again."""
     try:
         values = json.loads(json.dumps(asdict(mmdit)))
-    except TypeError as error:                                   # no text, number or list
+    except TypeError as error:                                   # a value of no JSON type
         raise UserError(f"MMDiTConfig: config.json can't hold it ({error})")
     read = layouts.our_config(values, Path("config.json"))
     require((read == mmdit, f"MMDiTConfig: config.json would turn {mmdit} into {read}"))
@@ -451,12 +459,13 @@ def check_config(mmdit: MMDiTConfig) -> None:
 
 def export(source: Path, target: Path, layout: str = "release",
            tokenizer: Path | None = None) -> None:
-    """Write a transformer, a run's averaged weights, in its stored dtype, as the folder that its
-    published pipeline loads.  The autoencoder and T5 come from the release or from SD3.
+    """Write a transformer in its stored dtype, as a folder that the published pipeline loads.  Of a
+    run, the averaged weights are written.  The autoencoder and T5 are not written: take them from
+    the release or from SD3.
 
-    layout: "release", D-DiT's; or "sd3", without the parts that D-DiT added, and with SD3's pooled
-    CLIP branch at zero: the same velocity.  A trained [MASK] embedding is copied as a file.
-    Raises UserError."""
+    layout: "release", D-DiT's; or "sd3", without the parts that D-DiT added and with SD3's pooled
+    CLIP branch at zero: the velocity stays the same.  A trained [MASK] embedding is copied as a
+    file.  Raises UserError."""
     require((not target.exists() or not any(target.iterdir()),
              f"{target}: expected an empty folder"))
     part = find(source, "transformer")
@@ -473,7 +482,7 @@ def export(source: Path, target: Path, layout: str = "release",
 
 
 def inspect(path: Path) -> str:
-    """Return layout, parts, sizes, dtypes and parameter counts, a screenful."""
+    """Return a text with layout, parts, sizes, dtypes and parameter counts.  Raises UserError."""
     if is_ours(path):
         part = find(path, "transformer")
         config = part.config
@@ -497,8 +506,8 @@ def inspect(path: Path) -> str:
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("command", choices=["inspect", "export"])
-    parser.add_argument("source", type=Path, help="a folder or a file of any layout")
-    parser.add_argument("target", type=Path, nargs="?", help="export: the new folder")
+    parser.add_argument("source", type=Path, help="a folder or a file in any layout")
+    parser.add_argument("target", type=Path, nargs="?", help="export: the folder to write")
     parser.add_argument("--layout", choices=["release", "sd3"], default="release")
     parser.add_argument("--tokenizer", type=Path,
                         help="export: a folder with T5's tokenizer, if not in SRC")

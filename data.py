@@ -1,15 +1,15 @@
-"""Samples of images with texts: sources, mixed by weight, in an order that is computed, not stored.
+"""Mix sources of images and texts by weight, in an order that is computed, not stored.
 
-    python data.py show PATH[:WEIGHT] ... --out page.png     # what the trainer would see; errors
-    python data.py index SHARD.tar ...                       # where a tar's samples are
-    python data.py latents PATH FOLDER --vae VAE             # images encoded once, before training
-    python data.py build-emoji                               # the emoji set, built again
-    python data.py pack BOOK.txt WEB.jsonl.gz T.safetensors  # plain text as tokens
+    python data.py show PATH[:WEIGHT] ... --out page.png     # a page of samples; lists errors
+    python data.py index SHARD.tar ...                       # write an index beside each tar
+    python data.py latents PATH FOLDER --vae VAE             # encode images once, before training
+    python data.py build-emoji                               # build the emoji set again
+    python data.py pack BOOK.txt WEB.jsonl.gz T.safetensors  # store plain text as tokens
 
 A source is a path: a folder of images with captions, tars, a JSON list, stored latents or tokens
 (dataset/sources.py), published files of questions (dataset/questions.py), or the embedded emoji set
-(dataset/emoji.py).  An epoch of the emoji set has each emoji and style once or, with @each behind
-its path, each image.  docs/data.md shows how to add a kind of source.
+(dataset/emoji.py).  An epoch of the emoji set has each emoji once in each style; with @each after
+its path, it has each image once.  docs/data.md shows how to add a kind of source.
 
 The sample at position i of a run is a function of (run, i): there are no iterators, and nothing
 about the order is stored.
@@ -44,9 +44,9 @@ from dataset.sources import Location, Source
 from pretrained.safetensors_io import is_safetensors
 from viz import grids
 
-LOOK = 1000             # samples that `show` looks at
+LOOK = 1000             # about how many samples `show` checks
 Size = tuple[int, int]  # height and width
-EACH = "@each"          # behind the emoji tar's path: each image as often
+EACH = "@each"          # after the emoji tar's path: draw each image equally often
 
 
 # ------------------------------------------------------------------------------------------ order
@@ -61,9 +61,9 @@ class Place(NamedTuple):
 def permute(places: Tensor, size: int, key: str) -> Tensor:
     """Return where a random permutation of range(size) takes each place, (n,) int64 -> (n,).
 
-    Nothing is stored.  It is a Feistel network of six rounds on the smallest even number of bits
-    that holds `size`.  A result outside the range goes through the network again until it is inside
-    (cycle walking, Black and Rogaway 2002): at most four times, on average."""
+    The permutation is not stored: it is a Feistel network of six rounds on the smallest even number
+    of bits that holds `size`.  A result outside the range goes through the network again until it
+    is inside (cycle walking, Black and Rogaway 2002): at most four times, on average."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)            # bits of each half
     low = (1 << half) - 1                                        # mask of the lower half
     digest = hashlib.sha256(key.encode()).digest()
@@ -86,14 +86,14 @@ def permute(places: Tensor, size: int, key: str) -> Tensor:
 def locate(positions: Tensor, sizes: list[int], weights: list[float], key: str) -> list[Place]:
     """Return the place of each position (n,) in an endless mix of shuffled epochs.
 
-    weights: of all samples of a source together, len(source) times that of one.
-    Source k fills its share of positions as evenly as can be: of the first p positions that earlier
-    sources leave free, it fills floor(p share).  That count gives the epoch and the place in it."""
+    weights: one per source, the weight of all its samples together.
+    Source k spreads its share of positions evenly: it fills floor(p * share) of the first p
+    positions that earlier sources leave free.  That count gives the epoch and the place in it."""
     places = [Place(0, 0, 0)] * len(positions)
-    indices = torch.arange(len(positions))                       # of positions that are free
-    free = positions                                             # counted without those filled
+    indices = torch.arange(len(positions))                       # of the positions still free
+    free = positions                                             # renumbered without filled ones
     for k, size in enumerate(sizes):
-        share = round(weights[k] / sum(weights[k:]) * 2**24)     # in 2^-24, so that it is exact
+        share = round(weights[k] / sum(weights[k:]) * 2**24)     # in units of 2^-24: exact integers
         before = (free * share) >> 24                            # samples of k at earlier positions
         is_taken = ((free + 1) * share) >> 24 > before
         taken = indices[is_taken]
@@ -112,7 +112,7 @@ def locate(positions: Tensor, sizes: list[int], weights: list[float], key: str) 
 # ---------------------------------------------------------------------------------------- sources
 
 def open_tars(location: Location) -> Source:
-    """Open tars; the emoji set is recognised by its first sample."""
+    """Open tars as a source.  The first sample shows if they are the emoji set."""
     source = sources.Tars(location)
     if emoji.is_emoji(source):
         each = location.option == "each"
@@ -124,7 +124,7 @@ def is_list(path: Path) -> bool:
     return path.suffix == ".json"
 
 
-# a test of a path, and what opens it as a source; the first row that fits counts
+# (test of a path, function that opens it as a source); the first row that fits is used
 KINDS = [
     (is_list, questions.open_json),
     (sources.tars_at, open_tars),
@@ -136,7 +136,7 @@ WITH_OPTION = (emoji.Emoji, questions.Questions, sources.Listed)
 
 
 def split_option(path: str) -> tuple[str, str]:
-    """Split LIST.json@IMAGES or TAR@each; the second part is "" where there is none."""
+    """Split LIST.json@IMAGES or TAR@each into path and option, "" if there is no option."""
     name, at, folder = path.partition(".json@")
     if at:
         return f"{name}.json", folder
@@ -146,7 +146,9 @@ def split_option(path: str) -> tuple[str, str]:
 
 
 def open_source(path: str, pixels: int, length: int = 256) -> Source:
-    """Open a path as a source; plain text in pieces of `length` tokens.  Raises UserError."""
+    """Open a path as a source.  Plain text is cut into pieces of `length` tokens.
+
+    Raises UserError for a path that is missing or not a source."""
     pattern, suffix = split_option(path)
     paths = sources.expand(pattern)
     require((paths, f"{pattern}: no file has such a name"))
@@ -163,7 +165,7 @@ def open_source(path: str, pixels: int, length: int = 256) -> Source:
 
 
 def split_weight(spec: str) -> tuple[str, float]:
-    """Split PATH[:WEIGHT].  Raises UserError."""
+    """Split PATH[:WEIGHT]; the default weight is 1.  Raises UserError for a weight of 0."""
     path, _, weight = spec.rpartition(":")
     if not path or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
         return spec, 1.0
@@ -173,10 +175,10 @@ def split_weight(spec: str) -> tuple[str, float]:
 
 
 def fingerprint(spec: str) -> str:
-    """Return a hash that identifies a source, wherever it lies, with its weight and EACH.
+    """Return a hash that identifies a source, wherever it is stored, with its weight and EACH.
 
-    It covers a file's contents; of many files the names and sizes, and the beginning of the
-    first."""
+    The hash covers the contents of one file below 256 MiB.  Otherwise it covers the names and sizes
+    of all files, and the first 1024 bytes of the first file."""
     path, weight = split_weight(spec)
     each = EACH if path.endswith(EACH) else ""
     pattern, _ = split_option(path)
@@ -190,7 +192,7 @@ def fingerprint(spec: str) -> str:
 
 def list_files(paths: list[Path]) -> str:
     """List the names and sizes of the files at or below paths, and the beginning of the first."""
-    files = {}                                                   # their names
+    files = {}                                                   # path -> name to list
     for folder in filter(Path.is_dir, paths):
         for file in sorted(folder.rglob("*")):
             if file.name.startswith(".") or file.name.endswith(webdataset.INDEX):
@@ -210,9 +212,9 @@ def list_files(paths: list[Path]) -> str:
 
 @dataclass
 class Filters:
-    """Limits of the samples to train on."""
+    """Limits for the samples to train on."""
     min_side: int = 1               # pixels of an image's shorter side
-    max_ratio: float = 4.0          # of the longer side to the shorter
+    max_ratio: float = 4.0          # longer side / shorter side
     min_caption: int = 0            # characters of a caption
 
 
@@ -220,20 +222,20 @@ PUBLISHED = Filters(min_side=256, max_ratio=4.5, min_caption=6)
 
 
 class Filtered(UserError):
-    """A good sample that `Filters` leave out."""
+    """A readable sample that `Filters` leave out."""
 
 
 class Mix:
-    """Sources, PATH[:WEIGHT] each, in the order that `key` gives.
+    """A mixture of sources, each given as PATH[:WEIGHT], in a random order that `key` decides.
 
-    Images are cut to P x P, plain text to `length` tokens.  Every sample is drawn as often as any
-    other, WEIGHT times as often where a weight is given.  asks: training takes questions from this
-    mix, so that an empty list of them is a mistake.
+    Images are cut to P x P, plain text to `length` tokens.  All samples are drawn equally often; a
+    weight multiplies how often the samples of its source are drawn.  asks: training takes questions
+    from this mix, so an empty list of questions is an error.
 
-    stamp: "vae", "pixels" and "channels" of its latents, also where they are the pixels; None for
-    plain text.  bad: messages about unusable samples since `newly_bad` was called.  lost, seen:
-    how many samples were unreadable, of how many.  Raises UserError, also for sources that can't be
-    in one batch."""
+    stamp: "vae", "pixels" and "channels" of its latents ("vae" is "pixels" for images); None for
+    plain text.  bad: messages about unusable samples since the last call of `newly_bad`.  lost: the
+    number of unreadable samples among the `seen` ones.  Raises UserError for a source that can't be
+    opened, and for sources that can't be in one batch."""
 
     def __init__(self, specs: list[str], pixels: int, key: str = "", filters: Filters = Filters(),
                  length: int = 256, asks: bool = False):
@@ -263,7 +265,7 @@ class Mix:
                      f"{self.stamp}; one batch can't have both"))
 
     def stamp_of(self, source: Source) -> dict[str, str] | None:
-        """Return what decides if two sources can be in one batch; None for plain text."""
+        """Return the settings that must be equal in all sources of a batch; None for plain text."""
         if source.holds == "plain text":
             return None
         if source.holds == "images":
@@ -276,7 +278,7 @@ class Mix:
     def take(self, positions: Iterable[int], name: str, size: Size | None = None) -> list[dict]:
         """Return the samples at these positions of the run's order `name`, "image" or "text".
 
-        Each has "picture" (3, P, P) uint8, or of another size (height, width); or "latents"
+        Each sample has "picture" (3, P, P) uint8, or (3, *size) where `size` is given; or "latents"
         (C, h, w); or "ids" (L,)."""
         captioned = name == "image"
         return [self.read(place, captioned, size) for place in self.places(positions, name)]
@@ -287,10 +289,10 @@ class Mix:
         return locate(torch.tensor(list(positions)), sizes, self.weights, f"{self.key} {name}")
 
     def read(self, place: Place, captioned: bool, size: Size | None = None) -> dict:
-        """Return a sample; the source's next one stands in for an unreadable or filtered one.
+        """Return the sample at a place, or the next usable one of its source.
 
-        Raises UserError after 100 in a row, or when over 5 % are unreadable; filters may leave out
-        any share."""
+        Raises UserError after 100 unusable samples in a row, or if over 5 % are unreadable.
+        Filters may leave out any share."""
         source = self.sources[place.source]
         for row in range(place.row, place.row + 100):
             self.seen += 1
@@ -311,20 +313,20 @@ class Mix:
         return self.cut(self.at(place), captioned, size)
 
     def at(self, place: Place) -> dict:
-        """Return the sample at a place as its source has it."""
+        """Return the sample at a place, not yet decoded or cut."""
         return self.sources[place.source][self.index(place)]
 
     def index(self, place: Place) -> int:
-        """Return the index in its source of the sample at a place."""
+        """Return the index of a place's sample in its source."""
         source, epoch, row = place
         chance = fraction(f"{self.key} {source} {epoch} {row}")
         return self.sources[source].choose(row, chance)
 
     def buckets(self, name: str, unit: int) -> Buckets:
-        """Return batches of one shape each, of this mixture's order `name`.
+        """Group this mixture's samples into batches of images of one size, in the order `name`.
 
-        Raises UserError where there are no images to cut."""
-        source = self.sources[0]                                 # the others are of its kind
+        Raises UserError if the sources hold no images to cut."""
+        source = self.sources[0]                                 # all sources hold the same
         require((source.holds == "images",
                  f"--buckets: {source.name} has no images to cut, but {source.holds}"))
         return Buckets(self, name, unit)
@@ -339,9 +341,9 @@ class Mix:
         return messages
 
     def cut(self, sample: dict, captioned: bool = False, size: Size | None = None) -> dict:
-        """Return the sample with its image (3, P, P) uint8, or of a size (height, width).
+        """Return the sample with its image decoded to (3, P, P) uint8, or to (3, *size).
 
-        captioned: it must have a caption.  Raises UserError for an unusable sample."""
+        captioned: the sample must have a caption.  Raises UserError for an unusable sample."""
         if "ids" in sample and not captioned:
             return sample
         if isinstance(sample.get("picture"), bytes):
@@ -359,7 +361,7 @@ class Mix:
         return sample
 
     def check_size(self, image: Image.Image, name: str) -> None:
-        """Raise Filtered for an image that is too small or too long."""
+        """Raise Filtered for an image that is too small or too elongated."""
         short, long = sorted(image.size)
         if short < self.filters.min_side or long > self.filters.max_ratio * short:
             raise Filtered(f"{name}: an image of {image.width}x{image.height}, expected sides of "
@@ -367,7 +369,7 @@ class Mix:
                            f"{self.filters.max_ratio:g} to 1")
 
     def filter_captions(self, sample: dict, captioned: bool) -> None:
-        """Drop captions that are too short.  Raise Filtered where nothing is left to train on."""
+        """Drop captions that are too short.  Raise Filtered if no text is left to train on."""
         least = self.filters.min_caption
         captions = [text for text in sample["captions"] if len(text) >= least]
         recaption = sample.get("recaption")
@@ -389,12 +391,14 @@ class Mix:
         return texts
 
     def shown(self, count: int, held: bool, captioned: bool = True) -> list[dict]:
-        """Return samples of the first source to look at; held: held-out ones, where it has any."""
+        """Return up to `count` samples of the first source for display.
+
+        held: prefer held-out samples, if the source has any."""
         source = self.sources[0]
         if held and len(source.held):
             return [self.cut(source[i], captioned) for i in source.held[:count]]
         count = min(count, len(source))
-        # evenly spaced: a folder is often sorted
+        # evenly spaced, because neighbours in a sorted folder are often alike
         places = [Place(0, 0, i * len(source) // count) for i in range(count)]
         return [self.read(place, captioned) for place in places]
 
@@ -402,7 +406,8 @@ class Mix:
 # ----------------------------------------------------------------------------------------- checks
 
 def latent_factor(specs: list[str]) -> int | None:
-    """Return pixels per latent, along a side, of the first stored latents; None without any."""
+    """Return the pixels per latent, along a side, of the first stored latents; None if no source
+    has stored latents."""
     for spec in specs:
         path, _ = split_weight(spec)
         for file in sources.shards_at(Path(path)):
@@ -413,11 +418,11 @@ def latent_factor(specs: list[str]) -> int | None:
 
 def check_stamps(image: Mix | None, text: Mix, channels: int, trained: str | None,
                  encoder: str | None) -> str | None:
-    """Return what the latents of both losses are: "pixels", or the digest of their autoencoder.
+    """Return the autoencoder of the latents of both losses: its digest, or "pixels".
 
-    image: None in a stage without images.  channels: of the model's latents.  trained: the latents
-    that it was trained on, if any.  encoder: the autoencoder that is loaded, if any.  Raises
-    UserError."""
+    image: None in a stage without images.  channels: of the model's latents.  trained, encoder: the
+    digest of the autoencoder that the model was trained with, and of the one that is loaded, if
+    any.  Raises UserError if data, model and autoencoder do not agree."""
     require((not image or image.stamp,
              "--image-data is plain text, which has no images; give it as --text-data"),
             (image or text.stamp is None,
@@ -448,8 +453,8 @@ def check_stamps(image: Mix | None, text: Mix, channels: int, trained: str | Non
 
 
 def check_questions(mix: Mix, texts: list[str], tokenizer, length: int) -> None:
-    """Raise UserError where a mix that asks has no question among each source's first samples, or
-    where one of the texts leaves no room for its answer and the end token."""
+    """Raise UserError if a mix with `asks` has no question in the first samples of any source, or
+    if a question among `texts` leaves no room for its answer and the end token."""
     names = ", ".join(source.name for source in mix.sources)
     require((not mix.asks or any(map(has_questions, mix.sources)),
              f"{names}: no questions among the first 20 samples, and this stage trains on them; "
@@ -463,18 +468,18 @@ def check_questions(mix: Mix, texts: list[str], tokenizer, length: int) -> None:
 
 
 def has_questions(source: Source) -> bool:
-    """Tell if one of the first 20 samples has questions."""
+    """Return True if one of the first 20 samples has questions."""
     for i in range(min(20, len(source))):
         try:
             if source[i].get("questions"):
                 return True
-        except UserError:                                        # reported when it is drawn
+        except UserError:                                        # reported when training reads it
             continue
     return False
 
 
 def check_tokens(mix: Mix, tokenizer, name: str) -> None:
-    """Raise UserError for tokens of another tokenizer than that of the checkpoint `name`."""
+    """Raise UserError if stored tokens were made with another tokenizer than that of `name`."""
     for source in mix.sources:
         require((source.tokenizer in (None, tokenizer.digest()),
                  f"{source.name}: tokens of another tokenizer than that of {name}; pack its text "
@@ -486,15 +491,14 @@ def check_tokens(mix: Mix, tokenizer, name: str) -> None:
 @dataclass
 class ShowFlags:
     """Flags of `show`."""
-    out: Path = option(Path("data.png"), "the page")
-    pixels: int = option(256, "a side", low=8)
-    text_length: int = option(256, "tokens", low=2)
+    out: Path = option(Path("data.png"), "image file to write the page to")
+    pixels: int = option(256, "side of an image", low=8)
+    text_length: int = option(256, "tokens of a piece of plain text", low=2)
     tokenizer: str = option("gpt2", "gpt2, or a folder that has one")
 
 
 def show_sources(args: argparse.Namespace) -> None:
-    """Write a page of twelve samples as the trainer sees them; print counts, and each unreadable
-    sample."""
+    """Write a page of twelve samples as the trainer sees them; print counts and bad samples."""
     mix = Mix(args.paths, args.pixels, "show", length=args.text_length)
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
     check_tokens(mix, tokenizer, args.tokenizer)
@@ -543,8 +547,8 @@ def describe(sample: dict, tokenizer) -> list[str]:
 
 
 def preview(sample: dict) -> Tensor:
-    """Return an image (3, h, w) in [-1, 1]: the first three channels of latents, white for plain
-    text."""
+    """Return an image (3, h, w): the sample's image in [-1, 1], or the first three channels of its
+    latents; white for plain text."""
     latents = sources.latents_of([sample])
     return torch.ones(3, 8, 8) if latents is None else latents[0, :3]
 
@@ -553,13 +557,13 @@ def preview(sample: dict) -> Tensor:
 
 def make_indexes(args: argparse.Namespace) -> None:
     """Write an index beside each tar."""
-    for path in precompute.expand(args.paths):
+    for path in sources.expand_all(args.paths):
         require((not path.endswith(webdataset.PACKED), f"{path}: is packed; gunzip it to index it"))
         print(f"{path}: {len(webdataset.make_index(path)):,} samples")
 
 
 def part(text: str) -> tuple[int, int]:
-    """Read I/N, the I-th of N parts, from 0."""
+    """Read I/N, the I-th of N parts, counted from 0."""
     first, _, last = text.partition("/")
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
@@ -569,16 +573,16 @@ def part(text: str) -> tuple[int, int]:
 @dataclass
 class LatentsFlags:
     """Flags of `latents`."""
-    t5: str | None = option(None, "store its states of a caption as well")
-    dtype: str = option("bfloat16", "of what is stored", choices=["float32", "bfloat16", "float16"])
-    recaption: float | None = option(None, "of states: the share that is of re-captions (1)",
+    t5: str | None = option(None, "T5 weights; also store T5's states of one caption per image")
+    dtype: str = option("bfloat16", "of stored values", choices=["float32", "bfloat16", "float16"])
+    recaption: float | None = option(None, "share of states made from the re-caption (1)",
                                      low=0, high=1)
-    filtered: bool = option(False, "leave out what train.py --filtered does")
-    batch: int = option(16, "images at a time", low=1)
+    filtered: bool = option(False, "leave out the samples that train.py --filtered leaves out")
+    batch: int = option(16, "images encoded at a time", low=1)
     workers: int = option(0, "processes that read ahead", low=0)
-    device: str = option("auto", "where", choices=DEVICES)
-    pixels: int = option(256, "a side", low=8)
-    text_length: int | None = option(None, "tokens (256)", low=2)
+    device: str = option("auto", "device that encodes", choices=DEVICES)
+    pixels: int = option(256, "side of an image", low=8)
+    text_length: int | None = option(None, "tokens of a caption for T5 (256)", low=2)
     tokenizer: str | None = option(None, "gpt2, or a folder that has one (that of --t5)")
 
     def __post_init__(self):
@@ -591,7 +595,7 @@ class LatentsFlags:
 
 
 def store_latents(args: argparse.Namespace) -> None:
-    """Encode a source's images, once its networks are known to fit."""
+    """Load and check the networks, then encode a source's images and store their latents."""
     encoder = precompute.Encoder(args)
     filters = PUBLISHED if args.filtered else Filters()
     mix = Mix([args.source], args.pixels, filters=filters)
@@ -615,7 +619,7 @@ def build_emoji(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command and its flags.  A mistake ends the program."""
+    """Parse the command and its flags.  A wrong flag ends the program."""
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -627,24 +631,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return command
 
     page = add("show", show_sources, ShowFlags,
-               "a page of what the trainer would see; on stdout all that is wrong")
+               "write a page of samples as the trainer sees them; print errors on stdout")
     page.add_argument("paths", nargs="+", metavar="PATH[:WEIGHT]", help="sources")
     indexed = add("index", make_indexes, None,
-                  "where each sample of a tar is, in a file beside it; also made at first use")
+                  "write an index of a tar's samples beside it; also made at first use")
     indexed.add_argument("paths", nargs="+", metavar="TAR", help="tars, or patterns of them")
     encoded = add("latents", store_latents, LatentsFlags,
-                  "a source's images as latents, in shards; a stopped command resumes")
+                  "store a source's images as latents, in shards; a stopped command resumes")
     encoded.add_argument("source", metavar="PATH", help="a source of images")
-    encoded.add_argument("out", type=Path, metavar="FOLDER", help="of the shards")
+    encoded.add_argument("out", type=Path, metavar="FOLDER", help="for the shards")
     encoded.add_argument("--vae", required=True, metavar="PATH", help="autoencoder, of any layout")
     encoded.add_argument("--part", type=part, default=(0, 1), metavar="I/N",
-                         help="every N-th shard from I on: one process a GPU (0/1)")
+                         help="make every N-th shard, from I on: one process per GPU (0/1)")
     packed = add("pack", precompute.pack, PackFlags,
-                 "plain text as one file of tokens, an end token behind each document")
+                 "store plain text as one file of tokens, with an end token after each document")
     packed.add_argument("paths", nargs="+", metavar="FILE",
-                        help=".txt, or .jsonl with an object with \"text\" a line; also .gz")
-    packed.add_argument("out", type=Path, metavar="T.safetensors", help="the tokens")
-    add("build-emoji", build_emoji, BuildFlags, "the emoji set, built again from two npm packages")
+                        help=".txt, or .jsonl with one object with \"text\" per line; also .gz")
+    packed.add_argument("out", type=Path, metavar="T.safetensors", help="the token file to write")
+    add("build-emoji", build_emoji, BuildFlags, "build the emoji set again from two npm packages")
     return parser.parse_args(argv)
 
 
@@ -652,7 +656,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.flags:
         flags = cli.take(args.flags, vars(args))
-        vars(args).update(vars(flags))                           # with defaults
+        vars(args).update(vars(flags))                           # add the defaults
     args.run(args)
 
 

@@ -1,20 +1,20 @@
 """Measure a checkpoint.
 
-    python evaluate.py emoji                            # the emoji set: captions, answers, drawings
+    python evaluate.py emoji                            # the emoji set: captions, answers, images
     python evaluate.py draw geneval evaluation_metadata.jsonl out/geneval   # a benchmark's images
     torchrun --standalone --nproc_per_node=8 evaluate.py draw coco captions_val2014.json out/coco
     python evaluate.py fid out/drawn photos --inception pt_inception-2015-12-05-6726825d.pth
     python evaluate.py coco out/coco val2014 captions_val2014.json --inception ... --clip clip-large
     python evaluate.py mjhq out/mjhq mjhq30k_imgs meta_data.json --inception ...
     python evaluate.py clip out/drawn --clip clip-large
-    python evaluate.py score geneval results.jsonl --made out/geneval         # its scorer's results
+    python evaluate.py score geneval results.jsonl --made out/geneval   # from GenEval's own scorer
     python evaluate.py answer vqav2 v2_OpenEnded_mscoco_val2014_questions.json val2014 vqa.jsonl
-    python evaluate.py score vqav2 vqa.jsonl                                   # their accuracy
+    python evaluate.py score vqav2 vqa.jsonl                            # accuracy of these answers
 
-`draw` and `answer` give each prompt and question its seed: the results are the same with any number
-of processes, and an interrupted run resumes.  OUT.json has the settings, which are printed with
-every score.  Each command ends with what had to be left out; --json writes all of it.  metrics/
-explains the scores.
+`draw` and `answer` give each prompt or question its own seed: the results are the same with any
+number of processes, and an interrupted run resumes.  OUT.json has the settings, which are printed
+with every score.  At its end, each command lists what it left out; --json writes the whole list.
+The files in metrics/ explain the scores.
 """
 
 from common import cli
@@ -47,15 +47,15 @@ from metrics.tables import print_left_out, read_note, table, tell
 from viz import grids
 
 ANSWERED = [*answers.READ, "captions"]
-SEEDS = 2**50           # the largest; those of drawings follow from it
-ANSWER_ROOM = 32        # tokens of an answer behind the longest prompt with --shots
+SEEDS = 2**50           # the largest --seed; drawings add their number to it
+ANSWER_ROOM = 32        # tokens kept free for an answer after the longest prompt with --shots
 
 
 # ------------------------------------------------------------------------------------------ drawing
 
 def write_notes(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
                 settings: dict[str, str]) -> None:
-    """Write OUT.json, and the files that the benchmark's scorer reads."""
+    """Write the settings to OUT.json, and the files that the benchmark's scorer reads."""
     args.out.mkdir(parents=True, exist_ok=True)
     note = dict(made_by=args.command_line, benchmark=args.benchmark, files=len(benchmark.jobs),
                 drawings_a_file=benchmark.each, settings=settings)
@@ -67,7 +67,7 @@ def write_notes(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Draw a benchmark's images; torchrun's processes share the work."""
+    """Draw a benchmark's images.  Under torchrun the processes share the work."""
     rank, world, device = processes.start(args.device)
     with processes.one_voice():
         config = cli.take(DrawConfig, vars(args))
@@ -76,7 +76,7 @@ def draw(args: argparse.Namespace) -> None:
         parts.silent = True
         config.negative_prompt = read_prompt(parts, config.negative_prompt, "negative prompt")
         jobs = [(parts.tokenizer.lowered(prompt), seed) for prompt, seed in benchmark.jobs]
-        # one process hashes the weights
+        # hashing the weights is slow: one process does it for all
         settings = processes.first(lambda: image_folder.settings(parts, config))
         folder = ImageFolder(args.out, jobs, benchmark.names, settings, benchmark.each)
         missing = folder.missing(range(rank, len(jobs), world))
@@ -96,7 +96,7 @@ def draw(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------- answering
 
 def read_questions(args: argparse.Namespace) -> tuple[list[Ask], list[str]]:
-    """Return what `answer` asks, and a line for each thing that it can't ask."""
+    """Return the questions for `answer`, and a line for each one that is left out."""
     if args.benchmark == "captions":
         _, names, left_out = captions.read_captions(Path(args.questions[0]))
         asks = [Ask(image_id, file) for image_id, file in names.items()]
@@ -115,15 +115,15 @@ def read_questions(args: argparse.Namespace) -> tuple[list[Ask], list[str]]:
 
 
 def make_room(parts: Parts, asks: list[Ask], args: argparse.Namespace) -> None:
-    """Lengthen the answers' positions so that the longest prompt with its --shots fits.
+    """Raise `parts.answer_length` so that the longest prompt with its --shots fits.
 
-    Raises UserError where --length, or the checkpoint's position table, leaves room for none."""
+    Raises UserError if --length, or the checkpoint's position table, has no room for any prompt."""
     prompts = [question_prompt(ask.question) for ask in asks]
     sizes = sorted(map(len, parts.tokenizer.many(prompts)))
     needed = sizes[-1] + ANSWER_ROOM
     if needed <= parts.answer_length:
         return
-    # T5 has no position table
+    # only T5, which has no position table, can read longer texts
     if vars(args).get("length", "auto") == "auto" and not parts.own:
         parts.answer_length = needed
         return
@@ -164,7 +164,7 @@ def answer(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------ scoring
 
 def score(args: argparse.Namespace) -> None:
-    """Print the paper's tables, from the results of a benchmark's scorer or from answers."""
+    """Print scores as the paper's tables have them, from answers or from a benchmark's scorer."""
     note = read_note(args.made or args.results)
     if args.benchmark in benchmarks.SCORES:
         scores, left_out = benchmarks.SCORES[args.benchmark](args.results)
@@ -190,7 +190,7 @@ def score_captions(args: argparse.Namespace, note: dict) -> None:
 
 
 def score_answers(args: argparse.Namespace, note: dict) -> None:
-    """Print the accuracy of answers, of POPE's by subset."""
+    """Print the accuracy of answers; for POPE, one row for each subset."""
     scored, left_out = answers.questions(args.benchmark, args.questions)
     by_id, more = answers.read_answers(args.results)
     scores, problems = answers.score(args.benchmark, scored[:note.get("limit")], by_id)
@@ -205,7 +205,7 @@ def score_answers(args: argparse.Namespace, note: dict) -> None:
 # -------------------------------------------------------------------------------------------- emoji
 
 def measure_emoji(args: argparse.Namespace) -> None:
-    """Measure the emoji set, as the paper's tables: drawings, reading, POPE."""
+    """Measure drawing, reading and POPE on the emoji set, in tables like the paper's."""
     drawing = cli.take(DrawConfig, vars(args))
     reading = cli.take(ReadConfig, vars(args))
     parts = open_parts(cli.take(ModelConfig, vars(args)))
@@ -223,7 +223,7 @@ def measure_emoji(args: argparse.Namespace) -> None:
             scores = {}
             if args.prompts:
                 scores |= test.draw(split, args.prompts, seed, drawing)
-            if args.limit and (is_random or not runs):           # else every seed reads the same
+            if args.limit and (is_random or not runs):           # else every seed gives one result
                 scores |= test.read(split, args.limit, seed, reading)
             runs.append(scores)
     settings = image_folder.settings(parts, drawing) | {"reading": vars(complete)}
@@ -237,43 +237,43 @@ def measure_emoji(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------- the command line
 
 def count(low: int, default: int | None = None, high: int | None = None) -> dict:
-    """Return how argparse reads a whole number."""
+    """Return the arguments of `add_argument` for a whole number from low to high."""
     return dict(type=cli.number(int, low, high), default=default, metavar="N")
 
 
 def emoji_flags(add: Callable) -> None:
     add("--splits", nargs="+", choices=emoji.SPLITS, default=emoji.SPLITS)
     add("--seeds", nargs="+", type=cli.number(int, 0, SEEDS), default=[0],
-        help="of the drawings, and of reading where that is random (0)")
-    add("--limit", **count(0, 200), help="images of a split that are read (200)")
-    add("--prompts", **count(0, 200), help="prompts of a split that are drawn (200)")
-    add("--page", type=Path, help="measure nothing: an image of what is drawn and read")
+        help="seeds of the drawings, and of reading if that is random (0)")
+    add("--limit", **count(0, 200), help="number of images to read from each split (200)")
+    add("--prompts", **count(0, 200), help="number of prompts to draw from each split (200)")
+    add("--page", type=Path, help="measure nothing; write an image with drawings and captions")
 
 
 def draw_flags(add: Callable) -> None:
     add("benchmark", choices=list(benchmarks.READ), help="see metrics/benchmarks.py")
-    add("prompts", nargs="+", help="its published file, or files")
-    add("out", type=Path, help="a folder")
-    add("--n", **count(1, high=1000), help="drawings of a prompt (as published, or 1)")
+    add("prompts", nargs="+", help="the benchmark's published file or files")
+    add("out", type=Path, help="the folder to write")
+    add("--n", **count(1, high=1000), help="drawings per prompt (as published, or 1)")
 
 
 def answer_flags(add: Callable) -> None:
     add("benchmark", choices=ANSWERED, help="see metrics/answers.py; captions: COCO's file")
-    add("questions", nargs="+", help="its published file, or files")
-    add("pictures", type=Path, help="the folder of its images")
+    add("questions", nargs="+", help="the benchmark's published file or files")
+    add("pictures", type=Path, help="the folder of the benchmark's images")
     add("out", type=Path, metavar="OUT.jsonl")
-    add("--shots", **count(0, 0), help="questions with their answers before each (0)")
+    add("--shots", **count(0, 0), help="number of answered examples before each question (0)")
     add("--examples", nargs="+", help="the files that --shots come from")
-    add("--suffix", help="follows each question (as in training)")
+    add("--suffix", help="text after each question (as in training)")
     add("--by", choices=["writing", "likelihood"], default="writing",
-        help="likelihood: the likeliest of --choices is the answer (writing)")
+        help="likelihood: answer with the likeliest of --choices (writing)")
     add("--choices", nargs="+")
 
 
 def score_flags(add: Callable) -> None:
     add("benchmark", choices=[*benchmarks.SCORES, *ANSWERED])
-    add("results", type=Path, help="what `answer` wrote; GenEval's results.jsonl; DPG-Bench's "
-        "results.txt; for T2I-CompBench the folder that was drawn")
+    add("results", type=Path, help="the file that `answer` wrote; GenEval's results.jsonl; "
+        "DPG-Bench's results.txt; for T2I-CompBench the folder of drawings")
     add("--made", type=Path, help="the drawings whose settings to print")
     add("--questions", nargs="+", help="the files that `answer` read, if no OUT.jsonl.json names "
         "them")
@@ -286,13 +286,13 @@ def pairwise_flags(add: Callable) -> None:
 
 
 def fid_flags(add: Callable) -> None:
-    add("sources", nargs=2, help="a folder, a tar, emoji:SPLIT, or an .npz")
+    add("sources", nargs=2, help="a folder, a tar, emoji:SPLIT, or an .npz, each")
 
 
 def statistics_flags(add: Callable) -> None:
     add("source", help="a folder, a tar, or emoji:SPLIT")
     add("out", type=Path, metavar="OUT.npz")
-    add("--features", action="store_true", help="keep them too, for KID: 8 kB an image")
+    add("--features", action="store_true", help="also keep the features, for KID: 8 kB per image")
 
 
 def clip_flags(add: Callable) -> None:
@@ -301,17 +301,17 @@ def clip_flags(add: Callable) -> None:
     add("--clip", **SHARED["--clip"], required=True)
 
 
-# flags of several commands
+# flags that several commands share
 SHARED = {
     "--limit": dict(count(1), help="the first N prompts or questions (all)"),
-    "--seed": dict(count(0, 0, SEEDS), help="each one's seed follows from it (0)"),
-    "--inception": dict(type=Path, required=True, help="pytorch-fid's file of its weights; random: "
-                        "to see that all runs"),
+    "--seed": dict(count(0, 0, SEEDS), help="seeds each prompt or question (0)"),
+    "--inception": dict(type=Path, required=True, help="pytorch-fid's file of Inception's weights; "
+                        "random: only test that the command runs"),
     "--clip": dict(type=Path, help="CLIP's Hugging Face folder"),
-    "--json": dict(type=Path, help="also write all of it here"),
+    "--json": dict(type=Path, help="also write the full results to this file"),
     "--device": dict(choices=DEVICES, default="auto", help="(auto)"),
 }
-# name=(function, function that adds its flags, keys of SHARED, dataclasses with a flag a field)
+# name=(function, function that adds its flags, keys of SHARED, dataclasses with a flag per field)
 COMMANDS = dict(
     emoji=(measure_emoji, emoji_flags, "--json", DrawConfig, ReadConfig, ModelConfig),
     draw=(draw, draw_flags, "--limit --seed", DrawConfig, ModelConfig),
@@ -325,7 +325,7 @@ COMMANDS = dict(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command and its flags.  A mistake ends the program."""
+    """Parse the command and its flags.  A wrong flag ends the program with status 2."""
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, add_flags, shared, *configs) in COMMANDS.items():
@@ -344,7 +344,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check(parser: cli.Parser, args: argparse.Namespace) -> None:
-    """Refuse flags that do not fit each other, with status 2."""
+    """End the program with status 2 if flags contradict each other."""
     if vars(args).get("json"):
         parser.check_folder("--json", args.json)
     if args.command == "draw" and vars(args).get("length") == "auto":

@@ -4,8 +4,8 @@
 
 This is the image half of L = L_image + lambda L_text in "Dual Diffusion for Unified Image
 Generation and Understanding" (arXiv 2501.00289).  Times and noise levels are those of Stable
-Diffusion 3 (arXiv 2403.03206).  Nothing here knows a network: `velocity` is any callable
-(x_t, t) -> v.
+Diffusion 3 (arXiv 2403.03206).  This file does not depend on the network: `velocity` is any
+callable (x_t, t) -> v.
 
 Shapes: B batch, C latent channels, h and w latent height and width.
 """
@@ -20,7 +20,7 @@ Pin = Callable[[Tensor, Tensor], Tensor]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return x in float32 or wider: in bfloat16 a time of 0.501 would be 0.5."""
+    """Convert x to float32, or keep a wider dtype: bfloat16 would round a time of 0.501 to 0.5."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -36,11 +36,12 @@ def device_of(generator: torch.Generator | None) -> torch.device | None:
 
 
 def logit_normal_times(batch: int, generator: torch.Generator | None) -> Tensor:
-    """Draw times as SD3 does: most are in the middle, where the velocity is hardest to predict."""
+    """Draw times (B,) as SD3 does, most near 0.5, where the velocity is hardest to predict."""
     return torch.sigmoid(torch.randn(batch, generator=generator, device=device_of(generator)))
 
 
 def uniform_times(batch: int, generator: torch.Generator | None) -> Tensor:
+    """Draw times (B,), uniform in [0, 1)."""
     return torch.rand(batch, generator=generator, device=device_of(generator))
 
 
@@ -48,7 +49,7 @@ TIMES = {"logit-normal": logit_normal_times, "uniform": uniform_times}
 
 
 def shifted(t: Tensor | float, shift: float) -> Tensor | float:
-    """Move times towards noise: the logit of t grows by log(shift)."""
+    """Move times towards noise, for a shift above 1: add log(shift) to the logit of t."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -56,9 +57,9 @@ def draw(shape: tuple[int, ...], generator: torch.Generator | None = None, shift
          times: str = "logit-normal") -> tuple[Tensor, Tensor]:
     """Draw the random part of the loss: times t (B,) in (0, 1), and noise of this shape (B, ...).
 
-    A shift above 1 moves the times towards noise, where the content of an image is decided; 2
-    moves the middle from 0.5 to 0.67.  Drawing is separate from the loss, so that a batch keeps its
-    draws when it is split over processes."""
+    A shift above 1 moves the times towards noise, where the content of an image is decided: a shift
+    of 2 moves the median from 0.5 to 0.67.  Drawing is separate from the loss, so that a batch
+    keeps its draws when it is split over processes."""
     t = shifted(TIMES[times](shape[0], generator), shift)
     return t, torch.randn(shape, generator=generator, device=device_of(generator))
 
@@ -70,8 +71,9 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
     x: clean latents (B, C, h, w).
     t (B,) and noise (B, C, h, w): from `draw` unless both are given; one without the other raises
     ValueError.
-    floor: for a network that predicts x and returns v = (x_t - x) / max(t, floor).  The target is
-    divided in the same way (JiT, arXiv 2511.13720): a perfect network has an error of 0 at every t.
+    floor: above 0 for a network that predicts x and returns v = (x_t - x) / max(t, floor).  The
+    target is divided in the same way (JiT, arXiv 2511.13720), so that a perfect network has an
+    error of 0 at every t.
     """
     if (t is None) != (noise is None):
         raise ValueError("flow takes t and noise together, or neither")
@@ -101,10 +103,10 @@ def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None
 def sigmas(steps: int, shift: float = 3.0, least: float = 1e-3) -> Tensor:
     """Return the noise levels of a sampling run, (steps + 1,) float32, from 1 down to 0.
 
-    The shift spends more steps at high noise, which large images need.  least: the lowest level
-    above 0, before the shift.  It is shifted twice, once by itself and once with the grid: SD3's
-    published scheduler does so with 1/1000, and the released weights are sampled with it.  Raises
-    ValueError for less than one step."""
+    The shift places more steps at high noise, which large images need.  least: the lowest level
+    above 0, before the shift.  It is shifted twice, first by itself and then with the grid, because
+    SD3's published scheduler does so (with least = 1/1000), and the released weights are sampled
+    with that scheduler.  Raises ValueError for fewer than one step."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     grid = torch.linspace(1, shifted(least, shift), steps, dtype=torch.float64)
@@ -113,14 +115,16 @@ def sigmas(steps: int, shift: float = 3.0, least: float = 1e-3) -> Tensor:
 
 
 def euler_step(velocity: Velocity, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Take a step of the paper's solver; its error falls like the step size."""
+    """Take an Euler step from t to s, as the paper does; the error is of first order.
+
+    x, v: (B, C, h, w).  t, s: scalars."""
     return x + (s - t) * v
 
 
 def heun_step(velocity: Velocity, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Average the velocities at both ends: the error falls like the square of the step size.
+    """Take a Heun step, with the mean velocity of t and s; the error is of second order.
 
-    A step that removes more than half of the noise is an Euler step."""
+    If the step removes more than half of the noise, take an Euler step instead."""
     x_s = euler_step(velocity, x, v, t, s)
     if not leaves_half(float(t), float(s)):
         return x_s
@@ -131,15 +135,15 @@ def heun_step(velocity: Velocity, x: Tensor, v: Tensor, t: Tensor, s: Tensor) ->
 def leaves_half(t: float, s: float) -> bool:
     """Return True if a step from t to s leaves at least half of the noise.
 
-    Below that, Heun's second velocity, (x - x_clean) / s, multiplies an error of the predicted
-    clean image by |s - t| / 2s, which is more than 1/2."""
+    In a larger step, Heun's second velocity, (x - x_clean) / s, would multiply an error of the
+    predicted clean image by |s - t| / 2s, which is more than 1/2."""
     return 2 * s >= t * (1 - 1e-6)
 
 
 class Solver(NamedTuple):
     """A row of SOLVERS."""
     step: Callable[..., Tensor]     # step(velocity, x_t, v_t, t, s) -> x_s
-    evaluations: int                # of the velocity in a step, v_t included
+    evaluations: int                # of the velocity in a step, at most; v_t included
 
 
 SOLVERS = {"euler": Solver(euler_step, 1), "heun": Solver(heun_step, 2)}
@@ -159,8 +163,9 @@ def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler
     """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1].
 
     Yield (t, x_t, the clean image predicted at t) before each step, and (sigmas[-1], x, x) at the
-    end.  `velocity` gets t of shape (1,), one time for the whole batch.  pin(x, t) replaces x after
-    each step, if a part of the image is given.  Raises ValueError for an unknown solver."""
+    end.  `velocity` receives t of shape (1,), one time for the whole batch.  pin(x, t), if given,
+    returns a replacement of x after each step, to keep a part of an image.  Raises ValueError for
+    an unknown solver."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     x = at_least_float32(noise)
@@ -184,13 +189,14 @@ def euler(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Tensor:
 def guide(velocity: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
     """Return the velocity of classifier-free guidance, v_null + scale (v_text - v_null).
 
-    Outside the interval of times it is v_text, for half the work (arXiv 2404.07724).  `velocity` is
-    called in two ways: inside with 2B images, the first B for the text and the others for the null
-    text; outside with B images for the text.  Raises ValueError for a reversed interval."""
+    At times outside the interval it is v_text, at half the cost (arXiv 2404.07724).  Inside the
+    interval, `velocity` receives 2B images: the first B use the text, the others the null text.
+    Outside, it receives B images, which use the text.  Raises ValueError if the interval is
+    reversed."""
     low, high = interval
     if low > high:
         raise ValueError(f"the interval must be from low to high, got {interval}")
-    everywhere = interval == (0.0, 1.0)          # then float(t) need not wait for the GPU
+    everywhere = interval == (0.0, 1.0)          # if so, skip float(t): it waits for the GPU
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         if not everywhere and not low <= float(t) <= high:

@@ -1,19 +1,18 @@
 """Absorbing-state diffusion for text.  Time runs from t = 1 (all [MASK]) to t = 0 (clean text).
 
 Each token is [MASK] with probability t, independently (MDLM's log-linear schedule, arXiv
-2406.07524).  The negative evidence bound is then a cross-entropy at the masked tokens, weighted
-1/t:
+2406.07524).  The bound of -log p(x) is then a cross-entropy at the masked tokens, weighted by 1/t:
 
     -log p(x) <= E_t [ 1/t * sum_{i masked} -log p(x_i | x_t) ],   t ~ U(0, 1]
 
-This is the text half of L = L_image + lambda L_text (arXiv 2501.00289).  Nothing here knows a
-network, and t is no input of the network: the number of [MASK]s shows it.  A network comes in one
-of two forms:
+This is the text half of L = L_image + lambda L_text (arXiv 2501.00289).  This file does not depend
+on the network.  The network does not receive t, because the number of [MASK]s shows it.  Functions
+take the network in one of two forms:
 
     logits_fn(ids) -> (B, L, V)             for `loss` and `sample`
-    logits_at(ids, at) -> (n, V)            at n positions of B x L: the head is the largest cost
+    logits_at(ids, at) -> (n, V)            at n positions only: the text head is the largest cost
 
-Shapes: B batch, L tokens, V vocabulary, n positions out of B x L, counted row by row.
+Shapes: B batch, L tokens, V vocabulary, n positions among the B x L tokens, numbered row by row.
 """
 
 import itertools
@@ -31,17 +30,17 @@ T_MIN = 1e-3        # smallest training time: 1/t would otherwise let one token 
 
 
 def at_positions(logits_fn: LogitsFn) -> LogitsAt:
-    """Turn the first form into the second."""
+    """Turn a `logits_fn` into a `logits_at`."""
     return lambda ids, at: logits_fn(ids).flatten(0, 1)[at]
 
 
 def positions(marked: Tensor) -> Tensor:
-    """Return the positions (n,) that are True in (B, L), for `logits_at`."""
+    """Return the positions (n,) of the True entries of (B, L), for `logits_at`."""
     return marked.flatten().nonzero()[:, 0]
 
 
 def forbid(logits: Tensor, mask_id: int) -> Tensor:
-    """Set the logit of [MASK] to minus infinity (MDLM's SUBS): it is never predicted."""
+    """Set the logit of [MASK] to minus infinity, so that it is never predicted (MDLM's SUBS)."""
     column = torch.tensor([mask_id]).to(logits.device, non_blocking=True)
     return logits.index_fill(-1, column, float("-inf"))
 
@@ -51,8 +50,8 @@ def forbid(logits: Tensor, mask_id: int) -> Tensor:
 def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw the random part of the loss: times t (B,) in (1e-3, 1], and uniform numbers (B, L).
 
-    Times are antithetic: one offset plus i/B, so that every batch covers (0, 1] evenly.  A token
-    is masked where its number is below its row's time."""
+    Times are antithetic: a random offset plus i/B, so that every batch covers (0, 1] evenly.  A
+    token is masked if its uniform number is below the time of its row."""
     device = generator.device if generator else None
     offset = torch.rand(1, generator=generator, device=device)
     spread = torch.arange(shape[0], device=device) / shape[0]
@@ -61,15 +60,15 @@ def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tu
 
 
 def inverse_time(errors: Tensor, t: Tensor) -> Tensor:
-    """Weigh errors by 1/t, as in the bound."""
+    """Weight errors by 1/t, as in the bound."""
     return errors / t
 
 
 def flat(errors: Tensor, t: Tensor) -> Tensor:
-    """Weigh all times equally, with 2.
+    """Weight errors by 2 at all times.
 
-    A share t of the tokens is masked, so that the total weight of a token over all times is 1, as
-    it is with 1/t: the integral of 2 t is 1."""
+    A token is masked with probability t.  Its mean weight over all times is the integral of 2 t,
+    which is 1, the same as with 1/t."""
     return 2 * errors
 
 
@@ -81,12 +80,13 @@ def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None
            uniform: Tensor | None = None, weight: str = "1/t") -> Tensor:
     """Return the weighted cross-entropy of each text, summed over its masked tokens, (B,) float32.
 
-    ids: clean tokens (B, L) int64, with their padding: predicting the padding teaches where texts
-    end.
+    ids: clean tokens (B, L) int64, padding included: by predicting it, the network learns where
+    texts end.
     frozen: (B, L) bool, True at prompt tokens, which are never masked and have no loss.
     t (B,) and uniform (B, L): from `draw` unless both are given; one without the other raises
-    ValueError.  They and frozen may stay on the CPU: then nothing waits for the GPU to count masks.
-    weight: a row of WEIGHTS."""
+    ValueError.  t, uniform and frozen may stay on the CPU, so that counting the masks does not wait
+    for the GPU.
+    weight: a key of WEIGHTS."""
     if (t is None) != (uniform is None):
         raise ValueError("mask_diffusion takes t and uniform together, or neither")
     if t is None:
@@ -107,7 +107,7 @@ def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None
 
 def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
          generator: torch.Generator | None = None, **drawn: Tensor) -> Tensor:
-    """Return L_text, a float32 scalar: `errors` per token that is not frozen, masked or not."""
+    """Return L_text, a float32 scalar: the sum of `errors`, per unfrozen token, masked or not."""
     tokens = ids.numel()
     if frozen is not None:
         tokens = (~frozen).sum().clamp(min=1)
@@ -116,15 +116,16 @@ def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None =
 
 # --------------------------------------------------------------------------------- unmasking orders
 
-# An order is exact if texts have the model's joint distribution.  Orders see probabilities, but
-# never the tokens that are drawn: so each is exact as long as it reveals one token at a time.
+# An order is exact if the sampled texts follow the model's joint distribution.  An order sees the
+# probabilities, but never the drawn tokens.  So it is exact as long as it reveals one token at a
+# time.
 
 class State(NamedTuple):
     """The input of an order's `select`."""
     masked: Tensor                      # (B, L) bool
     reveal_step: Tensor                 # (B, L) int64: a random step for each token, 1 to steps
-    steps_left: int                     # evaluations until the text must be done
-    level: float | None                 # of the order, if it has one
+    steps_left: int                     # evaluations that are left, this one included
+    level: float | None                 # the order's parameter, if it has one
     probabilities: Tensor | None = None # (n, V) at the n masked tokens, for orders that need them
 
 
@@ -142,29 +143,32 @@ def largest(scores: Tensor, count: Tensor | int) -> Tensor:
 
 
 def select_random(state: State) -> Tensor:
-    """Select the tokens whose step is next: the paper's order, exact in the limit of many steps."""
+    """Select tokens with the earliest step, as in the paper; exact in the limit of many steps."""
     never = state.reveal_step.max() + 1
     soonest = torch.where(state.masked, state.reveal_step, never).amin(1, keepdim=True)  # (B, 1)
     return state.reveal_step == soonest
 
 
 def select_confidence(state: State) -> Tensor:
-    """Select the most probable tokens, as many in each step; exact with one token a step."""
+    """Select the most probable tokens, equally many per step; exact with one token per step."""
     masked = state.masked.sum(1, keepdim=True)                                    # (B, 1)
     count = (masked + state.steps_left - 1) // state.steps_left                   # rounded up
     return largest(scatter_scores(state.probabilities.amax(-1), state.masked), count)
 
 
 def select_threshold(state: State) -> Tensor:
-    """Select all tokens of at least this probability (Fast-dLLM, arXiv 2505.22618); exact at 1."""
+    """Select all tokens with a probability of at least `level`, or else the most probable one.
+
+    This is exact at level 1 (Fast-dLLM, arXiv 2505.22618)."""
     highest = scatter_scores(state.probabilities.amax(-1), state.masked)
     return (highest >= state.level) | largest(highest, 1)
 
 
 def select_entropy_bounded(state: State) -> Tensor:
-    """Select by entropy, the least first, while the entropies before sum to at most the level.
+    """Select tokens by rising entropy, while the sum of the earlier entropies is at most `level`.
 
-    That bounds the error of drawing them independently (arXiv 2505.24857); exact towards 0."""
+    This bounds the error of drawing the tokens independently (arXiv 2505.24857).  It is exact in
+    the limit of level 0."""
     entropy = torch.special.entr(state.probabilities).sum(-1)                     # (n,)
     scores = scatter_scores(-entropy, state.masked)                               # (B, L)
     ascending = (-scores).sort(dim=1).values.clamp(max=1e9)      # infinity - infinity would be NaN
@@ -175,8 +179,8 @@ def select_entropy_bounded(state: State) -> Tensor:
 
 class Order(NamedTuple):
     """A row of ORDERS."""
-    select: Callable[[State], Tensor]   # -> (B, L) bool; `walk` leaves out what is not masked
-    level: float | None = None          # its default; None: the order has none
+    select: Callable[[State], Tensor]   # -> (B, L) bool; `walk` ignores unmasked tokens
+    level: float | None = None          # the default; None: the order has no level
     needs_probabilities: bool = True    # False: only the selected tokens' logits are computed
 
 
@@ -192,14 +196,14 @@ ORDERS = {
 
 @dataclass
 class SampleConfig:
-    """Settings of the sampler; the defaults are the paper's.  Raises ValueError."""
+    """Settings of the sampler, by default the paper's.  Raises ValueError for a wrong value."""
     steps: int = 128
-    temperature: float = 1.0            # 0 takes the likeliest token
-    order: str = "random"               # a row of ORDERS
-    level: float | None = None          # of the order, if it has one
+    temperature: float = 1.0            # 0: take the most probable token
+    order: str = "random"               # a key of ORDERS
+    level: float | None = None          # None: the default of the order, if it has a level
     end_id: int | None = None           # once it is revealed, all later [MASK]s become padding
     pad_id: int | None = None
-    length_at: float | None = None      # put the end where it has this probability at first
+    length_at: float | None = None      # end the text where end_id has this probability at first
 
     def __post_init__(self):
         if self.steps < 1:
@@ -224,21 +228,22 @@ class SampleConfig:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on Apple's MPS, which has nothing wider.
+    """Return float64, or float32 on Apple's MPS, which does not support float64.
 
     float32 noise quietly lowers the temperature (arXiv 2409.02908)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def exact_logits(logits_at: LogitsAt, ids: Tensor, at: Tensor, mask_id: int) -> Tensor:
-    """Evaluate the network at positions (n,) -> (n, V), for drawing."""
+    """Return logits (n, V) at positions (n,), in `exact_dtype` and without [MASK], to draw from."""
     return forbid(logits_at(ids, at).to(exact_dtype(ids.device)), mask_id)
 
 
 def uniforms(shape: tuple[int, int], device: torch.device, generator: Draws) -> Tensor:
     """Draw numbers in [0, 1), (B, L).
 
-    With a CPU generator for each row, its numbers depend on neither the batch nor the device."""
+    generator: one for all rows, or a list of CPU generators, one per row; then the numbers of a row
+    depend on neither the batch nor the device."""
     if isinstance(generator, list):
         rows = [torch.rand(shape[1], generator=row, dtype=torch.float64) for row in generator]
         return torch.stack(rows).to(device, exact_dtype(device))
@@ -249,31 +254,33 @@ def uniforms(shape: tuple[int, int], device: torch.device, generator: Draws) -> 
 
 
 def choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
-    """Draw tokens (n,) from softmax(logits / temperature), (n, V), by a uniform number (n,) each.
+    """Draw tokens (n,) from softmax(logits / temperature), by a uniform number for each token.
 
-    A token is drawn if the number lies in its interval of the cumulative distribution."""
+    logits: (n, V).  uniform: (n,) in [0, 1); each number selects the token with this number in its
+    interval of the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)
     mass = cumulative[:, -1]
-    below = torch.nextafter(mass, torch.zeros_like(mass))        # uniform * mass can round up to it
+    below = torch.nextafter(mass, torch.zeros_like(mass))     # uniform * mass can round to mass
     threshold = (uniform * mass).minimum(below)
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
 def cut_after_end(ids: Tensor, ends: Tensor, written: Tensor, config: SampleConfig) -> Tensor:
-    """End each row at its first of `ends`, with padding behind it, where text is `written`.
+    """End each row at its first token that is in `ends` and `written`; pad the rest.
 
-    All are (B, L), the latter two bool."""
+    ids: (B, L).  ends: (B, L) bool.  written: (B, L) bool; only these tokens may change."""
     ended = (ends & written).cumsum(1) > 0                                   # from the first end on
     ids = torch.where(ended & written, config.pad_id, ids)
     return torch.where(ended.cumsum(1) == 1, config.end_id, ids)
 
 
 def place_end(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig) -> Tensor:
-    """End each row at the first [MASK] that is the end token with a probability of `length_at`.
+    """End each row at the first [MASK] with an end-token probability of at least `length_at`.
 
-    While all is masked, these probabilities are the distribution of the text's length."""
+    While all tokens are masked, these probabilities are the distribution of the text's length.
+    Without `length_at`, return ids (B, L) unchanged."""
     masked = ids == mask_id
     if config.length_at is None or not masked.any():
         return ids
@@ -288,18 +295,18 @@ def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
     """Replace every [MASK] of ids (B, L) by a token; other tokens stay.
 
     Yield (step (B,), ids (B, L)) at the start and after each evaluation: the step that each row has
-    reached, and the text.  generator: one for all rows, or a list of one for each.
+    reached, and the text.  generator: one for all rows, or a list of CPU generators, one per row.
 
-    "random" is the published (ancestral) sampler.  There t goes from 1 to 0 in `steps` steps, and
-    a masked token is revealed in the step t -> s with probability (t - s)/t.  So its step is
-    uniform and independent of the model, and can be drawn beforehand.  The network sees no time,
-    so a step that reveals nothing changes nothing: each row jumps to its next step that does.  The
-    distribution of texts is the same."""
+    Order "random" is the published (ancestral) sampler: t goes from 1 to 0 in `steps` steps, and a
+    masked token is revealed in the step t -> s with probability (t - s)/t.  So the step of each
+    token is uniform and independent of the model, and can be drawn beforehand.  The network does
+    not see the time, so a step that reveals no token changes nothing.  Each row therefore jumps to
+    its next step that reveals a token; the distribution of texts stays the same."""
     order = ORDERS[config.order]
     written = ids == mask_id
     reveal_step = uniforms(ids.shape, ids.device, generator) * config.steps
     reveal_step = reveal_step.long() + 1                         # (B, L) in 1 .. steps
-    uniform = uniforms(ids.shape, ids.device, generator)                      # one draws each token
+    uniform = uniforms(ids.shape, ids.device, generator)                      # chooses each token
     ids = place_end(logits_at, ids.clone(), mask_id, config)
     yield torch.zeros_like(reveal_step[:, 0]), ids
     for evaluation in itertools.count():
@@ -307,7 +314,7 @@ def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
         if not masked.any():
             return
         state = State(masked, reveal_step, max(1, config.steps - evaluation), config.level)
-        wanted = masked                                          # logits are computed here
+        wanted = masked                                          # tokens that need logits
         if not order.needs_probabilities:
             wanted = masked & order.select(state)
         logits = exact_logits(logits_at, ids, positions(wanted), mask_id)         # (n, V)
@@ -325,7 +332,7 @@ def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
 
 def sample_at(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
               generator: Draws = None) -> Tensor:
-    """Return the end of `walk`, (B, L)."""
+    """Run `walk`, and return its last ids (B, L)."""
     for _, ids in walk(logits_at, ids, mask_id, config, generator):
         pass
     return ids
@@ -333,15 +340,16 @@ def sample_at(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConf
 
 def sample(logits_fn: LogitsFn, ids: Tensor, mask_id: int, steps: int,
            generator: Draws = None, **settings) -> Tensor:
-    """Fill in the [MASK]s of ids (B, L).  settings: of SampleConfig, by default the paper's."""
+    """Fill in the [MASK]s of ids (B, L).  settings: other fields of SampleConfig."""
     config = SampleConfig(steps, **settings)
     return sample_at(at_positions(logits_fn), ids, mask_id, config, generator)
 
 
 def guide(logits: Tensor, null_logits: Tensor, scale: float, mask_id: int) -> Tensor:
-    """Guide text without a classifier: log p_null + scale (log p - log p_null), both normalised.
+    """Apply classifier-free guidance: log p_null + scale (log p - log p_null), (n, V).
 
-    logits (n, V) come from a network that sees the image, null_logits from one that does not."""
+    logits (n, V) come from a network that sees the image, null_logits (n, V) from one that does
+    not.  p and p_null are normalised; the result is not."""
     exact = exact_dtype(logits.device)
     log_p = forbid(logits.to(exact), mask_id).log_softmax(-1)
     log_p_null = forbid(null_logits.to(exact), mask_id).log_softmax(-1)
@@ -354,8 +362,8 @@ def guide(logits: Tensor, null_logits: Tensor, scale: float, mask_id: int) -> Te
 def fix_mask_counts(t: Tensor, uniform: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
     """Change t (B,) and uniform (B, L) so that `errors` masks an exact number of tokens.
 
-    Of a row's n tokens that are not frozen, l = ceil(t n) are masked, instead of each one with
-    probability t.  The weight 1/t is then n/l."""
+    In a row with n unfrozen tokens, l = ceil(t n) of them are masked, instead of each one with
+    probability t.  The weight 1/t becomes n/l."""
     n = (~frozen).sum(1, keepdim=True)                                            # (B, 1)
     rank = uniform.masked_fill(frozen, 2).argsort(1).argsort(1)            # frozen tokens come last
     l = (t[:, None] * n).ceil().clamp(min=1)
@@ -364,12 +372,13 @@ def fix_mask_counts(t: Tensor, uniform: Tensor, frozen: Tensor) -> tuple[Tensor,
 
 def likelihood(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
                levels: int = 64, generator: torch.Generator | None = None) -> tuple[float, float]:
-    """Return the bound of -log p of one text (L,), in nats, and its standard error.
+    """Return an upper bound of -log p of one text (L,), in nats, and its standard error.
 
         -log p(x) <= E_l [ n/l sum of the masked tokens' cross-entropies ],   l of n are masked
 
-    l is spread evenly over 1 .. n, which gives far less noise than 1/t (LLaDA, arXiv 2502.09992,
-    appendix B).  logits_at gets `levels` rows, each with another mask."""
+    l takes values spread evenly over 1 .. n, which gives far less noise than the weight 1/t (LLaDA,
+    arXiv 2502.09992, appendix B).  logits_at receives `levels` copies of the text, each with a
+    different mask."""
     if frozen is None:
         frozen = torch.zeros_like(ids, dtype=torch.bool)
     if frozen.all():

@@ -23,47 +23,47 @@ from torch import Tensor
 
 
 def size(default: int):
-    """Return a field for a size of the model; a value below 1 in config.json is refused."""
+    """Return a dataclass field for a size of the model; config.json can't set it below 1."""
     return field(default=default, metadata=dict(low=1))
 
 
 @dataclass
 class MMDiTConfig:
-    """Sizes of the model.  A new field only needs a default that JSON can hold."""
+    """Sizes of the model.  To add one, add a field with a default that JSON can store."""
     depth: int = size(24)           # blocks
     heads: int = size(24)           # attention heads
-    width: int = size(1536)    # D; the size of a head is width / heads, 64 in every published model
+    width: int = size(1536)    # D; a head has size width / heads, 64 in every published model
     patch: int = size(2)            # p, latents per side of an image token
     channels: int = size(16)        # C
     position_size: int = size(192)  # side of the position table, in patches: the largest image
-    position_base: int = size(64)  # side that the table spans in unit steps: SD3's first resolution
-    text_width: int = size(4096)    # E, of T5-XXL or of TokenEmbedding
-    vocab_size: int = size(32100)  # V, rows of the text head: the tokenizer's size, [MASK] included
+    position_base: int = size(64)  # unit steps that the table spans: 1024 pixels in SD3
+    text_width: int = size(4096)    # E, the width of T5-XXL's or TokenEmbedding's output
+    vocab_size: int = size(32100)  # V, rows of the text head: the tokenizer's size with [MASK]
     null_tokens: int = size(8)      # trained tokens that stand in for a missing image
     qk_norm: bool = False           # RMSNorm on q and k, as in SD3.5; SD3 and D-DiT have none
-    # positions of TokenEmbedding; 0: the text states are T5's
+    # positions of TokenEmbedding; 0: the text states come from T5
     text_length: int = field(default=0, metadata=dict(low=0))
-    predicts: str = "velocity"      # by the image head: "velocity", or "data", the clean latents
+    predicts: str = "velocity"      # image head's output: "velocity", or "data" (clean latents)
 
 
 PRESETS = {
     # SD3-medium with D-DiT's heads, "2B": 2.10 B parameters and a 56.6 M position table.
     "sd3-medium": dict(),
-    # The end-to-end variant.  The paper gives its size, 1.1 B, and no shape.  SD3's head size of 64
-    # and its growth of width with depth give 18 x 1216: 1.09 B with the token embedding.
+    # The end-to-end variant.  The paper gives its size, 1.1 B, but no shape.  With heads of size 64
+    # and, as in SD3, about one head per block, 18 x 1216 has 1.09 B with the token embedding.
     "e2e-1.1b": dict(depth=18, heads=19, width=1216, text_width=1216, vocab_size=50258,
                      text_length=256),
     # The end-to-end variant for a laptop: 64x64 pixels in patches of 8, with room for 128x128 in
-    # the table.  8.3 M parameters and the vocabulary.  A patch has 192 numbers, as many as the
-    # width: the network has no room for a patch of noise beside its features, but has some for a
-    # clean patch.  So the head predicts the clean image.
+    # the table.  8.3 M parameters, without the vocabulary.  A patch has 192 numbers, as many as the
+    # width.  So the network has no room to carry a patch of noise besides its features, but it has
+    # room for a clean patch.  Therefore the head predicts the clean image.
     "emoji": dict(depth=6, heads=6, width=192, patch=8, channels=3, position_size=16,
                   position_base=16, text_width=192, vocab_size=50258, qk_norm=True, text_length=28,
                   predicts="data"),
 }
 
 
-T_FLOOR = dict(train=0.05, draw=1e-3)   # of the division that turns predicted data into a velocity
+T_FLOOR = dict(train=0.05, draw=1e-3)   # smallest divisor when data become a velocity
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def velocity_to(data: Tensor, latents: Tensor, t: Tensor, floor: float) -> Tenso
         v = (x_t - x) / max(t, floor) = e - x    from t = floor on
 
     t: (B,) or (1,).  The squared error of v is that of x over t^2: in training a floor of 0.05
-    keeps a rare small t from outweighing the batch (JiT, arXiv 2511.13720).  Sampling has a floor
-    of at most its smallest level, so that it ends at x."""
+    keeps a rare small t from outweighing the batch (JiT, arXiv 2511.13720).  In sampling, the floor
+    is at most the smallest noise level, so that the last step ends at x."""
     t = t.to(torch.promote_types(t.dtype, torch.float32)).clamp(min=floor)
     t = t.view(-1, *[1] * (data.ndim - 1))                                # (B or 1, 1, 1, 1)
     difference = latents.to(t.dtype) - data.to(t.dtype)
@@ -92,7 +92,7 @@ def velocity_to(data: Tensor, latents: Tensor, t: Tensor, floor: float) -> Tenso
 def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10_000.0) -> Tensor:
     """Return sinusoids of 1000 t, cosine half first: t (B,) in [0, 1] -> (B, channels) float32.
 
-    Always float32: in bf16, 1000 t = 501 would become 500."""
+    The result is always float32: bfloat16 would round 1000 t = 501 to 500."""
     half = channels // 2
     exponents = torch.arange(half, device=t.device, dtype=torch.float32)
     frequencies = torch.exp(-math.log(max_period) * exponents / half)
@@ -101,7 +101,7 @@ def timestep_embedding(t: Tensor, channels: int = 256, max_period: float = 10_00
 
 
 def position_table(width: int, size: int, base: int) -> Tensor:
-    """Return fixed 2-D sin-cos positions, (size, size, width) float32, columns first as in SD3.
+    """Return fixed 2-D sin-cos positions (size, size, width), float32, columns first as in SD3.
 
     The `size` positions span `base` unit steps: neighbours are base / size apart."""
     if torch.get_default_device().type == "meta":
@@ -164,10 +164,10 @@ class RMSNorm(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """The effect of the time on one stream of a block, in DiT's order, (B or 1, D) each."""
+    """Shifts, scales and gates that the time sets in a stream, in DiT's order, (B or 1, D) each."""
     shift: Tensor
     scale: Tensor
-    gate: Tensor                # of the attention's output
+    gate: Tensor                # on the attention's output
     mlp_shift: Tensor
     mlp_scale: Tensor
     mlp_gate: Tensor
@@ -202,6 +202,7 @@ class Stream(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def finish(self, x: Tensor, attended: Tensor, mod: Modulation) -> Tensor:
+        """Add the attention's output and the MLP: x, attended (B, T, D) -> (B, T, D)."""
         x = x + mod.gate.unsqueeze(1) * self.out(attended)
         y = modulate(layer_norm(x), mod.mlp_shift, mod.mlp_scale)
         hidden = F.gelu(self.fc1(y), approximate="tanh")
@@ -210,7 +211,7 @@ class Stream(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) v, each (B, H, T, d)."""
-    if q.requires_grad and q.device.type == "cpu":       # 0.7 of the time of torch's kernel
+    if q.requires_grad and q.device.type == "cpu":       # takes 0.7 of the time of torch's kernel
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -233,23 +234,23 @@ def merge_heads(y: Tensor) -> Tensor:
 
 
 class BlockCache(NamedTuple):
-    """Keys, values and modulation of a block that a fixed image and time decide, for `read`."""
+    """A block's image keys and values, and text modulation, which `Block.read` reuses."""
     keys: Tensor                # (B, H, N, D/H)
     values: Tensor              # (B, H, N, D/H)
-    txt_modulation: Modulation  # of one time for the batch
+    txt_modulation: Modulation  # one time for the whole batch
 
     def rows(self, index: Tensor) -> "BlockCache":
-        """Keep these rows of the batch."""
+        """Return the cache of these rows of the batch."""
         return BlockCache(self.keys[index], self.values[index], self.txt_modulation)
 
 
 class Block(nn.Module):
     """Joint attention: both streams' queries see both streams' keys under one unmasked softmax."""
 
-    attention = staticmethod(attention)         # an attribute: plan.py replaces it in a block
-    stores_attention = False                    # True: `attend` keeps its attention map
-    stored_attention: Tensor | None = None      # of the last call, (queries, keys)
-    image_tokens = 0                            # the first N of these keys are the image's
+    attention = staticmethod(attention)         # an attribute, so that plan.py can replace it
+    stores_attention = False                    # True: `attend` stores its attention map
+    stored_attention: Tensor | None = None      # map of the last call, (queries, keys)
+    image_tokens = 0                            # N: the first N keys of that map are the image's
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -260,14 +261,14 @@ class Block(nn.Module):
                 need: str = "both") -> tuple[Tensor, Tensor]:
         """img (B, N, D), txt (B, L, D), vec (B or 1, D) -> the same shapes.
 
-        need: "both", "velocity" or "logits".  In the last block, the stream that no head reads
-        stops after its keys and values, and is returned unchanged."""
+        need: "both"; or, in the last block, "velocity" or "logits": then the stream that no head
+        reads stops after its keys and values, and is returned unchanged."""
         img, txt, _ = self.joint(img, txt, vec, need)
         return img, txt
 
     def joint(self, img: Tensor, txt: Tensor, vec: Tensor,
               need: str) -> tuple[Tensor, Tensor, BlockCache]:
-        """Run the block, and also return the cache of its image and time for `read`."""
+        """Run the block; also return the cache of its image and time, for `read`."""
         N = img.shape[1]
         L = txt.shape[1]
         vec = F.silu(vec)
@@ -290,7 +291,7 @@ class Block(nn.Module):
         return img, txt, BlockCache(img_k, img_v, txt_mod)
 
     def read(self, txt: Tensor, cache: BlockCache) -> Tensor:
-        """Run the text's half of the block, (B, L, D), beside a cached image and time."""
+        """Run only the text stream (B, L, D), with the image and the time from the cache."""
         mod = cache.txt_modulation
         q, k, v = self.txt.attention_input(txt, mod)                              # (B, H, L, D/H)
         k = torch.cat([cache.keys, k], dim=2)                             # (B, H, N + L, D/H)
@@ -299,7 +300,7 @@ class Block(nn.Module):
         return self.txt.finish(txt, y, mod)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, N: int) -> Tensor:
-        """Attend to keys, the image's N first, and merge the heads: (B, T, D)."""
+        """Attend to the keys, the first N from the image, and merge the heads: (B, T, D)."""
         if self.stores_attention:
             self.stored_attention = attention_map(q, k)
             self.image_tokens = N
@@ -307,7 +308,9 @@ class Block(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """The whole model.  Under `torch.device("meta")` it takes no memory, to count parameters."""
+    """The whole model.  Under `torch.device("meta")` it takes no memory, to count parameters.
+
+    Raises ValueError for a width or `predicts` that is not possible."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -347,7 +350,7 @@ class MMDiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def crop_positions(self, rows: int, columns: int) -> Tensor:
-        """Return the centre of the position table, of rows x columns patches, (N, D)."""
+        """Return the central rows x columns of the position table, (N, D).  Raises ValueError."""
         size = self.config.position_size
         if max(rows, columns) > size:
             raise ValueError(f"an image of {rows}x{columns} patches, the position table has "
@@ -357,7 +360,7 @@ class MMDiT(nn.Module):
 
     def embed(self, latents: Tensor | None, text: Tensor,
               t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the blocks' input: image (B, N, D), text (B, L, D) and time (B or 1, D)."""
+        """Return the input of the blocks: image (B, N, D), text (B, L, D) and time (B or 1, D)."""
         txt = self.txt_in(text)
         vec = self.time_in(t)
         if latents is None:
@@ -388,7 +391,7 @@ class MMDiT(nn.Module):
 
     def text_head(self, txt: Tensor, at: Tensor | None) -> Tensor:
         """txt (B, L, D) -> logits (B, L, V), or (n, V) at positions `at`."""
-        with torch.autocast(txt.device.type, enabled=False):     # bfloat16 errs by 0.06 nats each
+        with torch.autocast(txt.device.type, enabled=False):     # bfloat16: errors of 0.06 nats
             if at is not None:
                 txt = txt.flatten(0, 1).index_select(0, at)                       # (n, D)
             txt = layer_norm(txt)
@@ -396,15 +399,16 @@ class MMDiT(nn.Module):
 
     def forward(self, latents: Tensor | None, text: Tensor, t: Tensor, need: str = "both",
                 at: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Return the velocity (B, C, h, w), predicting noise - data, and logits (B, L, V) over
+        """Return the velocity (B, C, h, w), a prediction of noise - data, and logits (B, L, V) over
         clean tokens.
 
         latents: (B, C, h, w) at noise level t, h and w multiples of the patch.  None for text
         without an image: the trained null image stands in, and the velocity is None.
         text: embeddings (B, L, E).
-        t: (B,) in [0, 1], the noise level of the image, 0 for a clean one; or (1,), one for all.
-        need: "both", "velocity" or "logits"; the other result is None.
-        at: positions (n,) out of B x L, for logits (n, V): the head is most of a text's work.
+        t: (B,) in [0, 1], the noise level of each image, 0 for a clean one; or (1,), one for all.
+        need: "both", "velocity" or "logits"; a result that is not needed is None.
+        at: positions (n,) among the B x L tokens; logits are then (n, V).  This saves most of the
+        text head, which is most of the work of a text.
         Raises ValueError for latents that the patch does not divide, or larger than the position
         table."""
         img, txt, vec = self.embed(latents, text, t)
@@ -433,8 +437,8 @@ class MMDiT(nn.Module):
                     at: Tensor | None = None) -> Tensor:
         """Return the logits of another text, without computing the image's stream again.
 
-        This is an approximation: the image's stream depends on the text, and the cache on the
-        earlier text."""
+        This is an approximation: the image's stream depends on the text, and the cache comes from
+        an earlier text."""
         txt = self.txt_in(text)
         for block, block_cache in zip(self.blocks, cache, strict=True):
             txt = block.read(txt, block_cache)

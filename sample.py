@@ -8,9 +8,10 @@
     python sample.py --image apple.png --score "red apple, noto style"      # how likely
     python sample.py --image apple.png --strength 0.6 --prompt "green apple, noto style"
 
-The weights are those in assets/emoji, which train.py trained, or --checkpoint: any layout that
-checkpoint.py reads, such as the releases of D-DiT and SD3.  The same seed gives the same result.
-Defaults are in brackets; those of D-DiT's and SD3's published weights come second.
+Without --checkpoint, the weights are those in assets/emoji, which train.py trained.  A checkpoint
+can have any layout that checkpoint.py reads, such as the releases of D-DiT and SD3.  The same seed
+gives the same result.  Defaults are in brackets; "published" is the default for the published
+weights of D-DiT and SD3, where it differs.
 """
 
 from common import cli
@@ -40,42 +41,43 @@ from viz import grids, trajectory
 
 # ------------------------------------------------------------------------------------- the request
 
-# names of rows of TASKS, below: what DrawConfig's and ReadConfig's settings work in
+# rows of TASKS, below, in which the settings of DrawConfig and ReadConfig have an effect
 DRAW = "draw folder edit"
 READ = "caption answer questions fill chat"
 
 
 @dataclass
 class Request:
-    """The flags of sample.py beside DrawConfig, ReadConfig and ModelConfig.
+    """The flags of sample.py, besides those of DrawConfig, ReadConfig and ModelConfig.
 
-    tasks: those in which a flag works."""
-    prompt: str = option("", "draw this", tasks="draw edit", group="what to do")
-    prompts: Path | None = option(None, "draw these, a line each, into a folder", tasks="folder")
-    image: list[Path] = option([], "write a caption of each, or what follows",
+    tasks: rows of TASKS in which a flag has an effect."""
+    prompt: str = option("", "draw an image of this text", tasks="draw edit", group="what to do")
+    prompts: Path | None = option(None, "draw an image of each line, into a folder", tasks="folder")
+    image: list[Path] = option([], "write a caption of each, or do what the next flags say",
                                tasks=f"edit score choose {READ}")
     strength: float | None = option(None, "draw --prompt over --image: 0 keeps it, 1 draws anew",
                                     low=0, high=1, tasks="edit")
     mask: Path | None = option(None, "draw --prompt over --image where this image is white",
                                tasks="edit")
-    question: str = option("", "answer this", tasks="answer score choose")
-    questions: Path | None = option(None, "answer these, a line each", tasks="questions")
-    chat: bool = option(False, "answer in the terminal, until an empty line", tasks="chat")
-    text: str = option("", "replace each [MASK] of this; --image is optional", tasks="fill")
-    score: list[str] = option([], "how likely these captions, or answers, are", tasks="score")
+    question: str = option("", "answer this question", tasks="answer score choose")
+    questions: Path | None = option(None, "answer each line of this file", tasks="questions")
+    chat: bool = option(False, "answer questions as they are typed", tasks="chat")
+    text: str = option("", "replace each [MASK] of this text; --image is optional", tasks="fill")
+    score: list[str] = option([], "print how likely these captions, or answers, are", tasks="score")
     choices: list[str] = option([], "rank these answers to --question", tasks="choose")
-    out: Path | None = option(None, "enlarged to 256 pixels (sample.png, without --trajectory); of "
-                              "--prompts a folder of images as drawn (drawn)", tasks=DRAW,
+    out: Path | None = option(None, "image file, enlarged to 256 pixels (sample.png, without "
+                              "--trajectory); with --prompts, folder of images in the size in "
+                              "which they were drawn (drawn)", tasks=DRAW,
                               group="results")
-    trajectory: Path | None = option(None, "how it forms: FILE.gif, or FILE.html with attention",
+    trajectory: Path | None = option(None, "show each step: FILE.gif, or FILE.html with attention",
                                      tasks="draw edit caption answer fill")
-    n: int = option(1, "images of a prompt, of seeds SEED, SEED + 1, ...", low=1, tasks=DRAW)
+    n: int = option(1, "images per prompt, with seeds SEED, SEED + 1, ...", low=1, tasks=DRAW)
     best: bool = option(False, "sort the --n images by how likely they make the prompt",
                         tasks="draw edit")
-    seed: int = option(0, "of noise and tokens", low=0, high=2**63 - 1, tasks=f"{DRAW} {READ}")
-    # used in drawing and reading; it stands here for --help
-    steps: int | None = option(None, "to draw (28); in the orders random and confidence, to write "
-                               "(128) or answer (32)", low=1, tasks=f"{DRAW} {READ}")
+    seed: int = option(0, "seed of noise and tokens", low=0, high=2**63 - 1, tasks=f"{DRAW} {READ}")
+    # used in drawing and reading; --help lists it here, once
+    steps: int | None = option(None, "steps to draw (28); with --order random or confidence, to "
+                               "write (128) or answer (32)", low=1, tasks=f"{DRAW} {READ}")
     drawing: DrawConfig = field(default_factory=DrawConfig)
     reading: ReadConfig = field(default_factory=ReadConfig)
     models: ModelConfig = field(default_factory=ModelConfig)
@@ -91,7 +93,7 @@ def read_lines(path: Path) -> list[str]:
 # --------------------------------------------------------------------------------------- the tasks
 
 def draw(pipeline: Pipeline, args: Request, start: Edit | None = None) -> None:
-    """Draw --n images of a prompt, as one grid; start: over this image."""
+    """Draw --n images of a prompt, as one grid.  start: the image to draw over, if any."""
     if args.best:
         pipeline.parts.check_text_head()
     [prompt] = pipeline.read_prompts(args.prompt, args.drawing)
@@ -118,14 +120,14 @@ def draw(pipeline: Pipeline, args: Request, start: Edit | None = None) -> None:
 
 
 def score_images(pipeline: Pipeline, images: list[Tensor], prompt: str) -> list[float]:
-    """Estimate a bound of -log p(prompt | image) of each image (3, H, W), in nats."""
+    """Estimate an upper bound of -log p(prompt | image) for each image (3, H, W), in nats."""
     ids = pipeline.parts.tokenizer.encode(prompt, pipeline.parts.length)
     latents = image_to_text.encode(pipeline.parts, torch.stack(images))
     return [image_to_text.score(pipeline.parts, x[None], ids)[0] for x in latents]
 
 
 def edit(pipeline: Pipeline, args: Request) -> None:
-    """Draw over an image."""
+    """Draw --prompt over --image; with --mask, only where it is white."""
     parts = pipeline.parts
     image = read_picture(args.image[0])
     mask = None
@@ -135,7 +137,7 @@ def edit(pipeline: Pipeline, args: Request) -> None:
 
 
 def draw_folder(pipeline: Pipeline, args: Request) -> None:
-    """Draw --n images of each prompt, a file each."""
+    """Draw --n images of each prompt, one file per image."""
     prompts = pipeline.read_prompts(read_lines(args.prompts), args.drawing)
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     skipped = image_folder.fill(pipeline.parts, jobs, args.out, args.drawing)
@@ -181,7 +183,7 @@ def fill(pipeline: Pipeline, args: Request) -> None:
 
 def show_reading(pipeline: Pipeline, args: Request, image: Image.Image | None,
                  latents: Tensor | None, states: image_to_text.States) -> None:
-    """Write --trajectory of a text about an image, of latents (1, C, h, w), or about none."""
+    """Write --trajectory of a text.  image, latents (1, C, h, w): None if it is about no image."""
     pixels = None
     if image is not None:
         [pixels] = pipeline.fit(image)
@@ -222,14 +224,14 @@ def chat(pipeline: Pipeline, args: Request) -> None:
         check_question(pipeline.parts, question)
         try:
             print(pipeline.write(latents, [question], args.seed, args.reading)[0], flush=True)
-        except UserError as error:                               # such as too long a question
+        except UserError as error:                               # for example, too long a question
             print(error, flush=True)
 
 
 class Task(NamedTuple):
     """A row of TASKS."""
     run: Callable[[Pipeline, Request], None]
-    flags: set[str]             # the task is the first whose flags are all given
+    flags: set[str]             # the first task with all of these flags given is run
     one_image: bool = False
 
 
@@ -249,7 +251,7 @@ TASKS = {
 
 # ------------------------------------------------------------------------------------- the command
 
-# flags of older versions, and what does it now
+# flags of older versions, and the flag that replaces each
 RENAMED = {"--refresh": "--image-cache", "--separate": "--prompts", "--tokens-per-step": "--steps",
            "--top-p": "--temperature", "--vary": "--strength"}
 
@@ -266,12 +268,12 @@ def tasks_of_flags() -> dict[str, list[str]]:
 
 
 def name_flags(task: str) -> str:
-    """Name the flags that ask for a task."""
+    """Return the flags that select a task, as one text."""
     return " ".join(map(cli.flag, sorted(TASKS[task].flags)))
 
 
 def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
-    """Read the flags; return the task that they ask for.  A mistake ends the program."""
+    """Return the task that the flags select, and the flags.  A wrong flag exits with status 2."""
     parser = cli.Parser(__doc__, RENAMED,
                         usage="sample.py --prompt TEXT | --image FILE ... | --text TEXT  [FLAGS]")
     for config in (Request, DrawConfig, ReadConfig, ModelConfig):
@@ -322,7 +324,7 @@ def check(parser: cli.Parser, task: str, args: Request) -> None:
 
 
 def check_paths(parser: cli.Parser, task: str, args: Request) -> None:
-    """Refuse files that can't be written, before minutes of work."""
+    """Refuse files that can't be written, before the slow work starts."""
     if args.trajectory:
         if args.trajectory == args.out:
             parser.error(f"--out and --trajectory are both {args.out}; name two files")

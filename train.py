@@ -5,19 +5,19 @@
     bash runs/emoji.sh                                      # the recipe of the shipped weights
     torchrun --standalone --nproc_per_node=2 train.py       # the same, sharded by FSDP2
 
-From SD3's weights, as in the paper (training/config.py has the table of stages), and the
-end-to-end variant of its size:
+To start from SD3's weights, as in the paper (training/config.py has the table of stages), or to
+train the paper's end-to-end variant:
 
     torchrun --nproc_per_node=8 train.py --init SD3 --image-data 'recap/{000..999}.tar'
     torchrun --nproc_per_node=8 train.py --stage mask-emb --init out/pretrain --image-data ...
     torchrun --nproc_per_node=8 train.py --stage text --preset e2e-1.1b --text-data t.safetensors
-    python train.py --init SD3 --print-plan 8               # memory, arithmetic and days, first
+    python train.py --init SD3 --print-plan 8               # print memory, arithmetic and days
 
-A run lives in its folder --out (out/STAGE unless given): its log, its checkpoints, and the averaged
-weights that sample.py reads.  Give the same command again and it resumes from the newest step_*
-folder, with any number of processes.  Ctrl-C and SIGTERM save first.
+The folder --out (out/STAGE unless given) holds a run: its log, its checkpoints, and the averaged
+weights that sample.py reads.  The same command resumes the run from the newest step_* folder, with
+any number of processes.  Ctrl-C and SIGTERM save a checkpoint first.
 
-With --cuda-graph the loop and the text loss are those of training/cuda_graph.py.
+With --cuda-graph, training/cuda_graph.py replaces the loop and the text loss.
 """
 
 from common import cli
@@ -57,7 +57,7 @@ def image_errors(models: Models, batch: ImageBatch) -> Tensor:
     mmdit = models.learns["mmdit"]
     text = models.captions(batch.ids, batch.dropped, batch.states)                # (B, L, E)
     latents = models.latents(batch.images)                                        # (B, C, h, w)
-    # a network that predicts data divides by max(t, floor), and so does the target
+    # if the network predicts data, its velocity and the target are divided by max(t, floor)
     floor = T_FLOOR["train"] if mmdit.config.predicts == "data" else 0.0
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ def image_errors(models: Models, batch: ImageBatch) -> Tensor:
 def text_errors(models: Models, batch: TextBatch) -> Tensor:
     """Return -log p(masked tokens | the others, image) / t of each text, (B,).
 
-    L_text is the sum over texts, divided by B L: all positions, prompts included.  The image is
-    clean, so its time is 0.  --text-loss has other weights than 1/t."""
+    L_text is the sum over texts, divided by B L, the number of all positions, prompts included.
+    The image is clean, so its time is 0.  --text-loss selects another weight than 1/t."""
     mmdit = models.learns["mmdit"]
     latents = models.latents(batch.images)                                # (B, C, h, w) or None
     time_zero = torch.zeros(1, device=batch.ids.device)
@@ -89,8 +89,8 @@ def accumulate(errors: Errors, models: Models, batch: Batch, weight: float, conf
                reduce_gradients: bool) -> Tensor:
     """Add up the gradient of weight * L, in micro-batches, and return L of this process's rows.
 
-    reduce_gradients: FSDP2 reduces what both losses share after this loss, because it is the step's
-    last, or because the gradient meter reads its gradient."""
+    reduce_gradients: FSDP2 reduces the gradients that both losses share after this loss, because it
+    is the last one of the step, or because the gradient meter reads its gradient."""
     device = models.device
     loss = torch.zeros((), device=device)
     micro_batches = batch.split(config.micro_batch)
@@ -108,17 +108,17 @@ def accumulate(errors: Errors, models: Models, batch: Batch, weight: float, conf
 @torch.no_grad()
 def update_average(model: nn.Module, average: dict[str, Tensor], decay: float) -> None:
     """Move the averaged weights (EMA): average += (1 - decay) (weights - average)."""
-    # both in the order of named_parameters(); one kernel for all of them
+    # both lists follow named_parameters(), so one kernel can update all of them
     averages = [distributed.local(tensor) for tensor in average.values()]
     weights = [distributed.local(p) for p in model.parameters()]
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def check_step(run: Run, signals: list[int], grad_norm: Tensor, losses: dict[str, Tensor]) -> bool:
-    """Return whether training stops after this step; all processes agree.
+    """Return True if training stops after this step; all processes agree.
 
-    Raises UserError where the gradient is not finite, or a save has failed, on any process: it is
-    called before anything is updated."""
+    Call it before the weights are updated: it raises UserError if the gradient is not finite, or a
+    save has failed, on any process."""
     votes = bool(signals), not grad_norm.isfinite(), bool(run.error)
     stopping, is_unsound, save_failed = processes.agree(*votes, device=grad_norm.device)
     if is_unsound or save_failed:
@@ -133,7 +133,7 @@ def check_step(run: Run, signals: list[int], grad_norm: Tensor, losses: dict[str
 # ---------------------------------------------------------------------------------- the loop
 
 def train(job: Job, signals: list[int]) -> None:
-    """Train until --steps, or until a signal handler adds to `signals`."""
+    """Train until step --steps, or until a signal handler adds to `signals`."""
     config, maker, models, run = job
     model = models.learns
     validation = reports.make_validation(job, ERRORS)
@@ -172,7 +172,7 @@ def train(job: Job, signals: list[int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # expected: torch's checkpoints warn where one process saves, AdamW before a graph is captured
+    # torch's checkpoints warn if one process saves, AdamW before a graph is captured: both expected
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="This instance was constructed")
     config = parse(argv, __doc__)

@@ -1,12 +1,13 @@
-"""The command line's manners, the same for every program.
+"""Parse flags and report errors in the same way in every program.
 
     from common import cli
-    cli.interruptible(__name__)     # before torch is imported: Ctrl-C then, too, is one line
+    cli.interruptible(__name__)     # before torch is imported, so that Ctrl-C prints no traceback
     ...
     if __name__ == "__main__":
         cli.run(main)
 
-A program that can't go on says so in one line on stderr; its status is 1, or 2 for flags it can't take.
+A program that can't continue prints one line on stderr and exits with status 1, or 2 for wrong
+flags.
 """
 
 import argparse
@@ -20,12 +21,12 @@ import types
 from pathlib import Path
 from typing import Any, Callable, Iterable, get_args, get_origin, get_type_hints
 
-ROOT = Path(__file__).parents[1]                # of the project
+ROOT = Path(__file__).parents[1]                # the project's folder
 METAVARS = {str: "TEXT", Path: "FILE"}
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend; `run` prints it as one line and exits with 1."""
+    """An error that the user can fix; `run` prints it as one line and exits with status 1."""
 
 
 def require(*conditions: tuple[bool, str]) -> None:
@@ -38,9 +39,9 @@ def require(*conditions: tuple[bool, str]) -> None:
 def option(default: Any, help: str, **limits):
     """Return a dataclass field that `Parser.add_fields` turns into a flag.
 
-    limits: `low` and `high` of a number; `choices`; `bare`, the value of the flag without a number;
-    `word`, a text that stands in place of a number; `group`, a title in --help above this field and
-    those that follow it.  More of them are kept as the field's metadata."""
+    limits: `low` and `high` of a number; `choices`; `bare`, the value if the flag has no number;
+    `word`, a text that is allowed in place of a number; `group`, a title in --help above this field
+    and the following ones.  All limits, also others, are kept in the field's metadata."""
     metadata = dict(help=help, **limits)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -49,7 +50,7 @@ def option(default: Any, help: str, **limits):
 
 def number(kind: type, low: float | None = None, high: float | None = None,
            word: str | None = None) -> Callable[[str], float | str]:
-    """Return a reader of finite numbers for argparse, from low to high, or of a word."""
+    """Return a function for argparse that reads a finite number from low to high, or `word`."""
     def read(text: str) -> float | str:
         if text == word:
             return text
@@ -73,17 +74,17 @@ def number(kind: type, low: float | None = None, high: float | None = None,
 
 
 def flag(name: str) -> str:
-    """"text_batch" -> "--text-batch"."""
+    """Return a field's flag: "--text-batch" for "text_batch"."""
     return "--" + name.replace("_", "-")
 
 
 def own_default(field: dataclasses.Field) -> Any:
-    """Return the default of a dataclass field, whichever way it was given."""
+    """Return the default of a dataclass field, from its default or its default_factory."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def help_text(field: dataclasses.Field, default: Any) -> str:
-    """Return a field's help, with its default behind it unless that is empty."""
+    """Return a field's help, followed by its default in brackets unless that is empty."""
     text = field.metadata.get("help", "").replace("%", "%%")
     if default is None or default is False or default in ("", []):
         return text
@@ -93,7 +94,7 @@ def help_text(field: dataclasses.Field, default: Any) -> str:
 
 
 def reader(field: dataclasses.Field, kind: type) -> dict:
-    """Return the arguments of `add_argument` by which a field's type is read."""
+    """Return the arguments of `add_argument` that fit a field's type and limits."""
     limits = field.metadata
     if kind is bool:
         return dict(action="store_true")
@@ -118,7 +119,8 @@ def reader(field: dataclasses.Field, kind: type) -> dict:
 
 
 def take(config: type, values: dict) -> Any:
-    """Make a dataclass of those values that are its fields.  Its ValueErrors become UserErrors."""
+    """Make a `config` from those values that are its fields.  Raises UserError for its ValueError.
+    """
     names = {field.name for field in dataclasses.fields(config)}
     try:
         return config(**{name: value for name, value in values.items() if name in names})
@@ -127,26 +129,27 @@ def take(config: type, values: dict) -> Any:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Leave more room for the help of each flag."""
+    """A help formatter that leaves more room for the help of each flag."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=26)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that names the closest flag for an unknown one, takes no abbreviation and ends in one line.
+    """An argparse parser that suggests the closest flag for an unknown one, accepts no abbreviated
+    flags, and reports an error in one line.
 
-    renamed: flags that somebody may try, and those that do it here."""
+    renamed: flags that users may try -> the flags to suggest."""
 
     def __init__(self, doc: str, renamed: dict[str, str] = {}, **more):
         self.renamed = renamed
         super().__init__(description=doc, formatter_class=Formatter, allow_abbrev=False, **more)
 
     def add_fields(self, config: type, defaults: dict = {}) -> None:
-        """Add a flag for each field of a dataclass; only flags that are given are in the result.
+        """Add a flag for each field of a dataclass; the result has only the flags that were given.
 
-        `defaults` are shown in place of the class's own: the chosen stage's.  A flag that is there
-        already stays."""
+        defaults: shown in --help in place of the class's own, for example those of a stage.  A flag
+        that already exists is kept."""
         kinds = get_type_hints(config)
         group = self
         for field in dataclasses.fields(config):
@@ -178,12 +181,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def check_folder(self, flag: str, path: Path) -> None:
-        """Refuse a path in no folder, before minutes of work."""
+        """Exit with an error, before the long work, if the path's folder does not exist."""
         if not path.parent.is_dir():
             self.error(f"{flag} {path}: the folder {path.parent} does not exist")
 
     def check_path(self, flag: str, path: Path, suffixes: Iterable[str]) -> None:
-        """Refuse a path in no folder, or of another kind of file."""
+        """Exit with an error if the path's folder does not exist or its suffix is not allowed."""
         self.check_folder(flag, path)
         if path.suffix.lower() not in suffixes or path.is_dir():
             self.error(f"{flag} {path}: expected a file name that ends in {', '.join(suffixes)}")
@@ -193,14 +196,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def interruptible(name: str) -> None:
-    """Make Ctrl-C during the imports end in one line, with status 130; call it first, with __name__."""
+    """Make Ctrl-C during the imports print one line and exit with status 130.  Call it before the
+    other imports, with __name__."""
     if name == "__main__":
         signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped\n"), os._exit(130)))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a program and end as it should: a mistake, a file that can't be opened and Ctrl-C (status 130) in
-    one line, a closed pipe in silence.  What the terminal's encoding lacks is printed as \\N{SNOWMAN}."""
+    """Call a program.  Print a UserError, an OSError and Ctrl-C (status 130) as one line; end
+    silently if a pipe is closed.  Print characters that the terminal lacks as \\N{SNOWMAN}."""
     for stream in filter(None, (sys.stdout, sys.stderr)):        # a closed one is None
         stream.reconfigure(errors="namereplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -212,12 +216,12 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         sys.exit(130)
-    except BrokenPipeError:                                    # python would complain once more while it ends
+    except BrokenPipeError:                        # else Python prints a second error when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.errno is None:
             raise
-        if error.filename is None:                             # stdout, as when a disk is full
+        if error.filename is None:                             # stdout, for example on a full disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")

@@ -1,6 +1,6 @@
 """Choose the device that a program runs on, and the precision that is fast there.
 
-Apple's MPS lacks autocast and float64: this file and `mask_diffusion.exact_dtype` avoid them there.
+Apple's MPS lacks autocast and float64; this file and `mask_diffusion.exact_dtype` avoid them there.
 Nobody has run this project on MPS yet.
 """
 
@@ -19,7 +19,7 @@ NATIVE_BFLOAT16 = r"\b(avx512_bf16|amx_bf16|bf16)\b"            # flags of x86 a
 
 
 def choose_device(name: str) -> str:
-    """Return "cuda", "mps" or "cpu" for a --device; auto takes the first available one.
+    """Return "cuda", "mps" or "cpu" for a --device; auto takes the first available, in this order.
 
     Raises UserError for a device that is not available."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1           # processes; MPS can't connect them
@@ -34,7 +34,7 @@ def choose_device(name: str) -> str:
 
 
 def processor_flags() -> str:
-    """Return /proc/cpuinfo; an empty text on systems without it."""
+    """Return the text of /proc/cpuinfo; "" on systems without it."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -44,8 +44,8 @@ def processor_flags() -> str:
 def has_bfloat16(device: torch.device) -> bool:
     """Return True if the device multiplies bfloat16 natively.
 
-    If it does not, float32 can be 70 times faster.  On a CPU both the processor and oneDNN must do
-    so: ONEDNN_MAX_CPU_ISA=AVX2 gives False."""
+    If it does not, float32 can be 70 times faster than bfloat16.  On a CPU both the processor and
+    oneDNN must support it: with ONEDNN_MAX_CPU_ISA=AVX2 the result is False."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -68,17 +68,17 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def autocast(device: torch.device, dtype: str, **settings) -> AbstractContextManager:
-    """Return a context that computes matrix products in `dtype`.  settings: of torch.autocast."""
+    """Return a context that computes matrix products in `dtype`; settings go to torch.autocast."""
     if dtype == "float32":
         return nullcontext()                                     # the only dtype on MPS
     return torch.autocast(device.type, getattr(torch, dtype), **settings)
 
 
 def allow_tf32(device: torch.device, dtype: str) -> None:
-    """Allow TF32 on a GPU where other products are bfloat16: the text head's stay in float32.
+    """Allow TF32 on a GPU for the text head's float32 products, if all others are in bfloat16.
 
-    On an H100 float32 has 67 TFLOP/s and TF32 about 490.  TF32's rounding changes a token's
-    cross-entropy by 0.0017 nats at most, bfloat16's by 0.06 (`python -m experiments.tf32_head`, a
-    simulation on the shipped weights)."""
+    On an H100 float32 reaches 67 TFLOP/s and TF32 about 490.  TF32's rounding changes a token's
+    cross-entropy by at most 0.0017 nats, bfloat16's by 0.06 (`python -m experiments.tf32_head`, a
+    simulation with the shipped weights)."""
     if device.type == "cuda" and dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""Read whole files, with one-line errors, and write files whole or not at all."""
+"""Read files with one-line errors (UserError), and replace files atomically."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict:
-    """Return a JSON object, for example a checkpoint's config.json.  Raises UserError."""
+    """Read a JSON object from a file, for example config.json.  Raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: no such file; a checkpoint has it beside a model.safetensors")
     content = read_json(path)
@@ -55,7 +55,7 @@ def read_lines(path: Path) -> list[tuple[str, bytes]]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("PATH:NUMBER", value) for each line of a JSON Lines file.  Raises UserError."""
+    """Yield ("PATH:NUMBER", value) for each JSON line that is not blank.  Raises UserError."""
     for where, line in read_lines(path):
         yield where, parse_json(line, where)
 
@@ -67,9 +67,9 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends, its file replaces `path`.
+    """Yield a temporary path beside `path`; when the block ends, this file replaces `path`.
 
-    After an error the temporary file is deleted: on a full disk it would keep the disk full."""
+    After an error the temporary file is deleted, since it could keep a full disk full."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary

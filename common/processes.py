@@ -1,6 +1,6 @@
 """Run as one process, or as several under torchrun.
 
-Every function here is collective: all processes call it, or none.
+The functions that communicate are collective: either all processes call them or none.
 """
 
 import ctypes
@@ -24,10 +24,11 @@ def several() -> bool:
 
 
 def keep_memory(keep: bool = True) -> None:
-    """Make malloc keep freed memory for the next step (glibc; elsewhere nothing happens).
+    """Make malloc keep freed memory for the next step (with glibc only).
 
-    Otherwise each large tensor gets new pages, zeroed one fault at a time: a third of the step of
-    the emoji preset at 50,258 tokens.  keep False: the values that glibc reaches by itself."""
+    Otherwise each large tensor gets new pages, and the kernel zeroes them one page fault at a time:
+    a third of the step time of the emoji preset with a vocabulary of 50,258.  keep=False sets the
+    values that glibc reaches by itself."""
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
@@ -39,7 +40,7 @@ def keep_memory(keep: bool = True) -> None:
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
-    """Return (rank, world, device) for a --device; a process group is made only under torchrun."""
+    """Return (rank, world size, device) for a --device; join a process group if under torchrun."""
     kind = choose_device(device)
     if kind == "cpu":
         keep_memory()
@@ -57,8 +58,8 @@ def start(device: str) -> tuple[int, int, torch.device]:
     is_master = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=is_master)
-    # torchrun keeps its store over restarts: without a prefix an attempt would find the addresses
-    # of dead processes
+    # torchrun keeps its store across restarts: without this prefix, a new attempt would find the
+    # addresses of dead processes
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", 0)
     store = dist.PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -71,7 +72,7 @@ def sync() -> None:
 
 
 def mean(x: Tensor) -> Tensor:
-    """Replace x by its mean over processes, in place."""
+    """Replace x by its mean over all processes, in place, and return it."""
     if several():
         dist.all_reduce(x)
         x /= dist.get_world_size()
@@ -79,13 +80,13 @@ def mean(x: Tensor) -> Tensor:
 
 
 def agree(*flags: bool, device: torch.device) -> list[bool]:
-    """Return for each flag if any process sets it, in one exchange."""
+    """Return for each flag True if any process sets it; all flags share one exchange."""
     votes = torch.tensor(flags, dtype=torch.float32, device=device)
     return (mean(votes) > 0).tolist()
 
 
 def gather(items: list, group: dist.ProcessGroup | None = None) -> list:
-    """Return the items of all processes' lists.  group: another one than the default."""
+    """Return the items of all processes' lists, joined.  group: None for the default group."""
     lists = [items]
     if several():
         lists = [None] * dist.get_world_size()
@@ -94,7 +95,7 @@ def gather(items: list, group: dist.ProcessGroup | None = None) -> list:
 
 
 def first(function: Callable[[], Any]) -> Any:
-    """Call a function on process 0; return its result, or raise its UserError, on all of them."""
+    """Call a function on process 0, and return its result or raise its UserError on all."""
     outcome = [None, None]                                       # result, error
     if not several() or dist.get_rank() == 0:
         try:
@@ -110,7 +111,7 @@ def first(function: Callable[[], Any]) -> Any:
 
 
 def last() -> bool:
-    """Return True on the process that calls this last, without waiting: it does what is left."""
+    """Return True on the process that calls this last.  No process waits."""
     if not several():
         return True
     store = dist.distributed_c10d._get_default_store()
@@ -119,7 +120,8 @@ def last() -> bool:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """End all processes when an error ends one of them; the first one prints it, in one line."""
+    """End all processes when one of them fails; only the first to fail prints its error, as a line.
+    """
     try:
         yield
     except (UserError, KeyboardInterrupt, RuntimeError) as error:
@@ -138,7 +140,7 @@ def one_voice() -> Iterator[None]:
                 sys.stderr.write(f"{message}\n")
                 sys.stderr.flush()
                 store.set("printed", "")
-            store.wait(["printed"], timedelta(seconds=5))        # torchrun ends all with the first
+            store.wait(["printed"], timedelta(seconds=5))   # torchrun ends all at the first exit
         except RuntimeError:                             # torchrun is gone, and has printed why
             pass
         os._exit(status)

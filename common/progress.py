@@ -1,4 +1,4 @@
-"""Print how far a long job is: a line on stderr every two seconds, with rate and time left."""
+"""Print the progress of a long job: a line on stderr every two seconds, with time left."""
 
 import sys
 import time
@@ -6,8 +6,8 @@ from typing import Iterator, Sequence
 
 
 def pace(per_second: float, unit: str = "") -> str:
-    """Return "12.0 steps/s" or, below one a second, "2.5 s/step"; without a unit "12.0/s" or
-    "2.5 s each"."""
+    """Return a speed as "12.0 steps/s" or, below one per second, "2.5 s/step"; without a unit as
+    "12.0/s" or "2.5 s each"."""
     if per_second >= 1:
         return f"{per_second:,.1f} {unit}s/s" if unit else f"{per_second:,.1f}/s"
     return f"{1 / per_second:,.1f} s/{unit}" if unit else f"{1 / per_second:,.1f} s each"
@@ -18,7 +18,7 @@ def time_left(seconds: float) -> str:
 
 
 class Progress:
-    """Count how many of `total` are done.  Only the first of several processes prints."""
+    """Count how many of `total` items are done, and print it; only the first process prints."""
 
     def __init__(self, title: str, total: int = 0, rank: int = 0, world: int = 1,
                  silent: bool = False):
@@ -47,7 +47,7 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
 
 
 def batches(title: str, items: list, size: int) -> Iterator[list]:
-    """Yield `chunks` of a list, and print how many items are done."""
+    """Yield `chunks` of a list, and print the progress."""
     progress = Progress(title, len(items))
     for batch in chunks(items, size):
         yield batch

@@ -1,4 +1,4 @@
-"""Random numbers that depend only on a key, the same on every machine."""
+"""Random numbers that depend only on a key, and are the same on every machine."""
 
 import hashlib
 
@@ -6,12 +6,12 @@ import torch
 
 
 def fraction(text: str) -> float:
-    """Return a text's hash as a number in [0, 1), so that splits never move."""
+    """Return a text's hash as a number in [0, 1).  Splits that use it never change."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def seeded(*key) -> torch.Generator:
-    """Return a generator of random numbers that depend only on the key."""
+    """Return a random generator on the CPU, with a seed that depends only on the key."""
     seed = int(fraction(repr(key)) * 2**53)
     return torch.Generator().manual_seed(seed)

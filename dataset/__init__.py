@@ -1,4 +1,4 @@
-"""Sources of images with texts, and what is computed from them before training.
+"""Sources of images with texts, and the results that are computed from them before training.
 
-Imports common, pretrained and checkpoint.py; data.py and whatever stands above it may import it.
+Imports common, pretrained and checkpoint.py; data.py and the modules above it may import it.
 """

@@ -1,10 +1,10 @@
-"""Batches of images of about one shape, for train.py --buckets.
+"""Batches of images of similar shape, for train.py --buckets.
 
-WINDOW batches in a row have one size each, in an order that is drawn anew for every window.  The
-sizes follow the shapes of the data.  A row of the batch has one image for each of the WINDOW
-batches; the tallest goes to the tallest batch, and so on.  So each image is seen as often as
-without buckets, nothing is stored, and a row depends on no other row: any number of processes sees
-the same batches.  The paper's images are all square.
+WINDOW consecutive batches form a window.  Each batch of a window has one image size, chosen from
+the shapes of the data; the order of the sizes is random in each window.  Row r of the WINDOW
+batches shares WINDOW images: the tallest image goes to the batch with the tallest size, and so on.
+So each image is used as often as without buckets, nothing is stored, and a row depends on no other
+row: any number of processes gets the same batches.  The paper uses square images only.
 """
 
 import math
@@ -15,14 +15,15 @@ import torch
 from common import seeding
 
 WINDOW = 8
-LOOK = 256              # images whose shapes decide on the sizes
+LOOK = 256              # the shapes of the first images, this many, decide the sizes
 
 
 def sizes(pixels: int, unit: int) -> list[tuple[int, int]]:
-    """Return (height, width) from tall to wide, up to 2 to 1, of about the square's area.
+    """Return sizes (height, width) from tall to wide, with ratios up to 2 to 1, of about the area
+    of a square of `pixels` a side.
 
-    Sides are multiples of an eighth of the square's (64 at 512 pixels) or, where `unit` does not
-    divide that, of the next less."""
+    Sides are multiples of pixels / 8 (64 at 512 pixels), rounded down to a multiple of `unit`, but
+    at least to `unit`."""
     step = max(pixels // 8 // unit, 1) * unit
     wide = []
     for height in range(step, pixels, step):
@@ -36,7 +37,7 @@ def sizes(pixels: int, unit: int) -> list[tuple[int, int]]:
 class Buckets:
     """Group the samples of a `data.Mix` by shape, in its order `name`.
 
-    unit: pixels that divide every side of a batch."""
+    unit: every side of a batch is a multiple of this many pixels."""
 
     def __init__(self, mix, name: str, unit: int):
         self.mix = mix
@@ -45,14 +46,15 @@ class Buckets:
         share = LOOK // WINDOW
         table = sizes(mix.pixels, unit)
         self.sizes = []
-        for shape in shapes[share // 2::share]:                  # the middle of each share
+        for shape in shapes[share // 2::share]:                  # the median of each share
             distances = [abs(math.log(width / height) - shape) for height, width in table]
             nearest = distances.index(min(distances))
             self.sizes.append(table[nearest])
 
     def rows(self, step: int, count: int, rows: range) -> tuple[list[int], tuple[int, int]]:
-        """Return the positions of these rows of the batch of `count` at a step, and their height
-        and width."""
+        """Return the positions of these rows of a step's batch, and the batch's (height, width).
+
+        count: rows of the whole batch, over all processes."""
         window, batch = divmod(step, WINDOW)
         generator = seeding.seeded(self.mix.key, self.name, "sizes", window)
         rank = int(torch.randperm(WINDOW, generator=generator)[batch])
@@ -70,9 +72,9 @@ class Buckets:
 
     @lru_cache(maxsize=2**16)
     def shape(self, place: tuple) -> float:
-        """Return log(width / height) of the image at a place; 0, a square's, if unreadable."""
+        """Return log(width / height) of the image at a place; 0, as for a square, if unreadable."""
         try:
             width, height = self.mix.picture_size(place)
             return math.log(width / height)
-        except Exception:                # the read that follows says what is wrong
+        except Exception:                # reading the whole sample will report the error
             return 0.0

@@ -1,7 +1,7 @@
 """The emoji set: 7,572 images that come with the repository.
 
-It has every emoji of Unicode 16 in the styles of Google (Noto) and Twitter (Twemoji), with one
-caption each, and questions that Unicode's metadata answers.
+It has every emoji of Unicode 16 in the styles of Google (Noto) and Twitter (Twemoji).  Each image
+has one caption, and questions with answers from Unicode's metadata.
 
     python data.py build-emoji      # assets/emoji.tar.gz from two npm packages (needs npm, 140 MB)
 
@@ -49,14 +49,15 @@ FIELD_QUESTIONS = {             # phrasings of the question that a field answers
     "style": ["Which style is it drawn in?", "What style is this?"],
 }
 YES_NO = ["Is this {}?", "Does this show {}?", "Can you see {} here?"]
-KINDS = {                       # a kind, and its noun in yes/no questions
+KINDS = {                       # a kind -> its noun in yes/no questions
     "smileys & emotion": "a smiley", "people & body": "a person or a body part",
     "animals & nature": "an animal or a plant", "food & drink": "food or drink",
     "travel & places": "a place or a vehicle", "activities": "an activity", "objects": "an object",
     "symbols": "a symbol", "flags": "a flag", "component": "a skin tone swatch",
 }
-# Everyday nouns.  Each has two patterns of "kind/group/name": where it is true, and where that is
-# unclear, so that no question uses it.  Similar nouns are neighbours.
+# Everyday nouns, each with two regexes on "kind/group/name".  The first matches emoji for which the
+# noun is true; the second, emoji for which this is unclear, so that no question uses the noun.
+# Similar nouns are neighbours.
 SORTS = [
     ("a person", r"/person(?! symbol| fantasy)[^/]*/(?!(men|women|wrestlers|sleep|bath|horse r))",
      r"^(people|smileys|component)|snow|statue|doll|mens$|children|pedestrian|baby|wheelchair"
@@ -114,10 +115,10 @@ SORTS = [
 ]
 
 
-# ------------------------------------------------------------------------- from Unicode to records
+# ------------------------------------------------------------------ records from Unicode's metadata
 
 def plain_name(name: str) -> str:
-    """Return Unicode's name in lower case, as a person would say it."""
+    """Return Unicode's name in lower case, in everyday words."""
     if name.endswith(" Flag"):
         return "flag of " + name.removesuffix(" Flag")
     name = re.sub("( symbol)?( sign)?$", "", name.lower())
@@ -127,7 +128,7 @@ def plain_name(name: str) -> str:
 
 
 def unique_names(entries: list[dict]) -> list[str]:
-    """Return the plain name of each emoji; where two share it, the npm package's short names."""
+    """Return the plain name of each emoji; for emoji that share one, the package's short name."""
     names = [plain_name(entry["name"]) for entry in entries]
     counts = Counter(names)
     for i, name in enumerate(names):
@@ -137,7 +138,7 @@ def unique_names(entries: list[dict]) -> list[str]:
 
 
 def caption_of(name: str, tone: str, style: str) -> str:
-    """Return for example "waving hand, dark skin tone, noto style"."""
+    """Return a caption, for example "waving hand, dark skin tone, noto style"."""
     if tone == "none":
         return f"{name}, {style} style"
     plural = "s" if " and " in tone else ""
@@ -149,8 +150,10 @@ def image_key(file: str, style: str) -> str:
 
 
 def split_of(record: dict) -> str:
-    """Return "style" for 5 % of the emoji in one of their styles, "tone" for 10 % of the images
-    with a skin tone, and "train" for the others.  It depends on hashes, so splits never change."""
+    """Return the split of a record: "style" for 5 % of the emoji, in one of their styles; "tone"
+    for 10 % of the other images with a skin tone; else "train".
+
+    Hashes decide, so splits never change."""
     held_style = "twemoji"
     if fraction("which style of " + record["emoji"]) >= 0.5:
         held_style = "noto"
@@ -167,7 +170,7 @@ def describe(entries: list[dict]) -> list[dict]:
     for entry, name in zip(entries, unique_names(entries)):
         variants = {"": entry} | entry.get("skin_variations", {})
         for tone_codes, variant in variants.items():
-            tones = dict.fromkeys(map(TONES.get, tone_codes.split("-")))    # of one or two people
+            tones = dict.fromkeys(map(TONES.get, tone_codes.split("-")))    # for one or two people
             tone = " and ".join(tones)
             for style, package in STYLES.items():
                 if not variant[f"has_img_{package}"]:
@@ -185,7 +188,9 @@ def describe(entries: list[dict]) -> list[dict]:
 # --------------------------------------------------------------------------------- building the tar
 
 def fetch_packages(folder: str) -> tuple[list[dict], dict[str, bytes]]:
-    """Return the entries of the npm packages, and their images by `image_key`."""
+    """Return the metadata entries of the npm packages, and the image files' bytes by `image_key`.
+
+    Raises UserError if npm is missing or fails."""
     require((shutil.which("npm"),
              "npm was not found: install Node.js, or use the committed assets/emoji.tar.gz"))
     images = {}
@@ -206,7 +211,7 @@ def fetch_packages(folder: str) -> tuple[list[dict], dict[str, bytes]]:
 def build(out: Path = TAR) -> None:
     """Write the emoji tar from the npm packages, with the same bytes each time.
 
-    The order of the samples is random, but fixed: that of the hashes of their keys."""
+    The order of the samples is random but fixed: they are sorted by the hash of their key."""
     with tempfile.TemporaryDirectory() as folder:
         entries, images = fetch_packages(folder)
     records = describe(entries)
@@ -233,7 +238,7 @@ def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 # ---------------------------------------------------------------------------------------- questions
 
 def article(name: str) -> str:
-    """Return a name with its article: "a taco", "an ox", "the flag of Chad"; plurals have none."""
+    """Return a name with its article: "a taco", "an ox", "the flag of Chad"; none for plurals."""
     if re.search(r"^(people|men|women|two) |(?<![suia])s$", name):
         return name
     if name.startswith("flag of"):
@@ -245,7 +250,7 @@ def article(name: str) -> str:
 
 @cache
 def match_sorts(description: str) -> tuple[list[int], list[int]]:
-    """Return the rows of SORTS that are true of a "kind/group/name", and those that are false."""
+    """Return the rows of SORTS that are true for a "kind/group/name", and those that are false."""
     true, false = [], []
     for row, (_, where_true, where_unclear) in enumerate(SORTS):
         if re.search(where_true, description):
@@ -256,11 +261,11 @@ def match_sorts(description: str) -> tuple[list[int], list[int]]:
 
 
 def rivals(names: list[str]) -> dict[str, list[str]]:
-    """Return for each name of a group the other names that are certainly wrong for its emoji.
+    """Return for each name in a group the other names that are certainly wrong for its emoji.
 
-    Two names may both be right when one has all words of the other (singer, man singer; words are
-    compared by three letters), or when only one of them tells the gender (bicyclist, man biking):
-    these pairs are left out."""
+    Two names may both be right if one contains all words of the other (singer, man singer), or if
+    only one tells the gender (bicyclist, man biking): these pairs are left out.  Words are compared
+    by their first three letters."""
     words = {name: {word[:3] for word in re.findall(r"\w+", name.lower())} for name in names}
     gendered = {name: bool(re.search(r"\b(wo)?m[ae]n\b", name)) for name in names}
     others = defaultdict(list)
@@ -272,7 +277,7 @@ def rivals(names: list[str]) -> dict[str, list[str]]:
 
 
 def add_questions(records: list[dict]) -> None:
-    """Give each record its "questions", dicts of type, question and answer.
+    """Add "questions" to each record, dicts with "type", "question" and "answer".
 
     Every answer follows from the record's name, kind, group, tone and style."""
     groups = defaultdict(set)
@@ -291,8 +296,8 @@ def field_questions(record: dict) -> Iterator[dict]:
 
 
 def yes_no_questions(record: dict, wrong_names: list[str]) -> Iterator[dict]:
-    """Yield as many questions with the answer yes as with no, in the same phrasings: a model that
-    always answers yes scores one half."""
+    """Yield yes/no questions, equally many with each answer and in the same phrasings, so that a
+    model that always answers yes scores one half."""
     for n, (field, *nouns) in enumerate(contrasts(record, wrong_names)):
         phrasings = YES_NO
         if field != "name":
@@ -304,7 +309,7 @@ def yes_no_questions(record: dict, wrong_names: list[str]) -> Iterator[dict]:
 
 
 def contrasts(record: dict, wrong_names: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield a type of question, a noun that is true of the image, and one that is false."""
+    """Yield (type of question, a noun that is true for the image, one that is false)."""
     kind, name = record["kind"], record["name"]
     wrong_kind = pick("not", record, [other for other in KINDS if other != kind])
     yield "kind", KINDS[kind], KINDS[wrong_kind]
@@ -315,22 +320,22 @@ def contrasts(record: dict, wrong_names: list[str]) -> Iterator[tuple[str, str, 
         return
     for row in true:
         noun = SORTS[row][0]
-        similar = min(false, key=lambda other: abs(other - row))             # man, woman
+        similar = min(false, key=lambda other: abs(other - row))         # for example man, woman
         yield "sort", noun, SORTS[similar][0]
         yield "sort", noun, SORTS[pick(f"no {noun}", record, false)][0]
 
 
 def pick(purpose: str, record: dict, choices: list):
-    """Choose by a hash of the purpose and the record's key."""
+    """Return one of the choices; a hash of the purpose and the record's key decides which."""
     return choices[int(fraction(f"{purpose} {record['key']}") * len(choices))]
 
 
 # ------------------------------------------------------------------------------------------ reading
 
 def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
-    """Return all records of the emoji tar, with questions, and the images, (n, 3, P, P) uint8.
+    """Read the emoji tar: all records, with questions, and the images (n, 3, P, P) uint8.
 
-    Raises UserError for another tar."""
+    Raises UserError for a tar of other content."""
     tar = path
     if isinstance(path, Path):
         tar = Tar(str(path))
@@ -349,7 +354,7 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
 
 
 def split_named(name: str) -> str:
-    """Return a split's name without "emoji:" in front.  Raises UserError for an unknown one."""
+    """Return a split's name without the prefix "emoji:".  Raises UserError for an unknown split."""
     split = name.removeprefix("emoji:")
     require((split in SPLITS, f"{name}: the emoji set has the splits {', '.join(SPLITS)}"))
     return split
@@ -361,7 +366,7 @@ def of_split(records: list[dict], *splits: str) -> list[int]:
 
 
 def texts(records: list[dict]) -> list[str]:
-    """Return every text of the emoji set, in the pieces in which it is tokenized."""
+    """Return every text of the emoji set; questions and answers apart, as they are tokenized."""
     result = [record["caption"] for record in records]
     for record in records:
         for pair in record["questions"]:
@@ -370,21 +375,21 @@ def texts(records: list[dict]) -> list[str]:
 
 
 def is_emoji(source) -> bool:
-    """Return True for a single tar with a record of the emoji set in its first sample."""
+    """Return True for a source of one tar, if its first sample has the emoji set's fields."""
     if not isinstance(source, Tars) or len(source.tars) > 1:
         return False
     _, files = source.tars[0][0]
     try:
         return set(FIELDS) <= parse_json(files["json"], "").keys()
     except (UserError, KeyError, AttributeError):
-        return False                            # reading this sample will show what is wrong
+        return False                            # reading this sample will report the error
 
 
 class Emoji(Source):
-    """The set as a source of `data.Mix`.
+    """The emoji set as a source of `data.Mix`; only its split "train" is trained on.
 
-    An epoch takes each emoji in each style once, in a skin tone that is drawn again: a farmer in
-    six skin tones is no more frequent than a red apple.  With `each` it takes each image once."""
+    An epoch has each emoji once in each style, in a skin tone that is drawn anew each epoch: a
+    farmer in six skin tones is as frequent as a red apple.  With `each` it has each image once."""
 
     def __init__(self, tar: Tar, pixels: int, each: bool = False):
         self.name = tar.path
@@ -405,7 +410,7 @@ class Emoji(Source):
         return len(self.groups)
 
     def choose(self, place: int, chance: float) -> int:
-        """Return the index of the image at a place of an epoch.  chance: in [0, 1)."""
+        """Return the index of the image at a place of an epoch; chance in [0, 1) picks the tone."""
         group = self.groups[place]
         return group[int(chance * len(group))]
 

@@ -1,4 +1,4 @@
-"""Read images as a viewer shows them, cut them to a size, and turn them into tensors and back.
+"""Read images as a viewer shows them, crop and resize them, and convert them to tensors and back.
 
 Shapes: P pixels a side.
 """
@@ -21,7 +21,7 @@ from common.files import read_bytes, replacing
 
 @contextmanager
 def decided() -> Iterator[None]:
-    """Make Pillow's warning of too many pixels an error, and drop its others about odd files."""
+    """Turn Pillow's warning of too many pixels into an error, and ignore its other warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -29,10 +29,12 @@ def decided() -> Iterator[None]:
 
 
 def picture_size(content: bytes) -> tuple[int, int]:
-    """Return (width, height) the right way up, from a file's header.  Raises what Pillow raises."""
+    """Return (width, height) of an image file as `read_picture` would show it, from its header.
+
+    Raises Pillow's errors."""
     with decided():
         image = Image.open(io.BytesIO(content))
-        if image.format == "TIFF":               # Pillow turns these itself, sooner or later
+        if image.format == "TIFF":               # Pillow itself rotates these while decoding
             return decode(content).size
         width, height = image.size
         if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
@@ -43,10 +45,10 @@ def picture_size(content: bytes) -> tuple[int, int]:
 def read_picture(source: Path | bytes, name: str = "an image") -> Image.Image:
     """Read any image file as RGB.
 
-    It is turned as the camera was held; grey of 16 bits and floats keep their range; transparent
-    parts are white; an animation is its first frame.  Raises UserError where the file is not whole,
-    as far as its format can tell (a PNG has checksums, a JPEG has none), or has more pixels than
-    Pillow takes."""
+    The EXIF orientation is applied; 16-bit and float grey values are scaled to 8 bits; transparent
+    parts become white; an animation gives its first frame.  Raises UserError for a file that is not
+    an image, is damaged as far as its format can tell (a PNG has checksums, a JPEG has none), or
+    has more pixels than Pillow accepts."""
     if isinstance(source, Path):
         require((source.exists(), f"{source}: no such image file"))
         name = str(source)
@@ -64,15 +66,15 @@ def read_picture(source: Path | bytes, name: str = "an image") -> Image.Image:
 
 
 def decode(content: bytes) -> Image.Image:
-    """Return a file's first image, the right way up, in its mode."""
+    """Decode a file's first image in its own mode, with its EXIF orientation applied."""
     image = Image.open(io.BytesIO(content))
     if image.format == "EPS":
         raise ValueError("PostScript is a program, and would be run")
     if image.format == "PNG":
-        image.verify()                                   # the decoder does not read the checksums
+        image.verify()                                   # Pillow's decoder skips the checksums
         image = Image.open(io.BytesIO(content))
         bits = content[24]
-        clear = image.info.get("transparency")           # in the file's bits, not in eight
+        clear = image.info.get("transparency")           # in the file's bit depth, not in 8 bits
         if image.mode == "L" and clear is not None:
             image.info["transparency"] = clear * {2: 85, 4: 17}.get(bits, 1)
         elif image.mode == "RGB" and clear and bits == 16:
@@ -82,7 +84,7 @@ def decode(content: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB, with transparent parts on white."""
+    """Convert an image of any mode to RGB; transparent parts become white."""
     clear = image.info.get("transparency")                       # a colour, or a palette's alphas
     if image.mode[0] in "IF":
         image = to_eight_bits(image, clear)
@@ -94,7 +96,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
-    """Scale grey integers from 0 to 65535, or floats from 0 to 1.  clear: a transparent value."""
+    """Scale grey integers from 0 to 65535, or floats from 0 to 1, to 8 bits.
+
+    clear: the transparent value.  Raises ValueError for values outside the range."""
     values = np.asarray(image).astype(np.float64)
     most = 1 if image.mode == "F" else 65535
     if not 0 <= values.min() <= values.max() <= most:
@@ -108,31 +112,30 @@ def to_eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
 
 def fit_picture(image: Image.Image, height: int, width: int | None = None,
                 filter: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """Return the largest middle part of the shape of height x width (a square without a width),
-    resized.
+    """Crop the largest central part with the shape of height x width, and resize it to that size.
 
-    It is cut before it is resized: with 100,000 x 1 pixels the other order would make
-    gigabytes."""
+    width: by default the height.  Resizing first would take gigabytes for an image of 100,000 x 1
+    pixels."""
     return ImageOps.fit(image, (width or height, height), filter)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Turn an RGB image into (3, P, P) float32 in [-1, 1]."""
+    """Convert an RGB image to (3, P, P) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
 def to_picture(tensor: Tensor) -> Image.Image:
-    """Turn (3, P, P) in [-1, 1], clipped, into an RGB image."""
+    """Clip (3, P, P) to [-1, 1] and convert it to an RGB image."""
     values = (tensor.float().clamp(-1, 1) + 1) * 127.5
     values = values.round().to(torch.uint8).permute(1, 2, 0)     # (P, P, 3)
     return Image.fromarray(values.cpu().numpy())
 
 
 def read_mask(path: Path, like: Image.Image, height: int, width: int, factor: int) -> Tensor:
-    """Return where a mask file, of the size of the image `like`, is white, (1, 1, h, w) bool.
+    """Read a mask file as (1, 1, h, w) bool, True where it is white.
 
-    It is cut as the image is, and a latent is masked where any of its pixels is.  Raises
-    UserError."""
+    The mask must have the size of the image `like`, and is cropped in the same way.  A latent, of
+    factor x factor pixels, is masked if any of its pixels is.  Raises UserError."""
     mask = read_picture(path)
     require((mask.size == like.size,
              f"{path}: a mask of {mask.size} pixels, expected the image's {like.size}"))
@@ -144,7 +147,7 @@ def read_mask(path: Path, like: Image.Image, height: int, width: int, factor: in
 
 
 def write_png(path: Path, image: Image.Image, fields: dict[str, str]) -> None:
-    """Write a PNG with text fields, whole or not at all.  Raises UserError."""
+    """Write a PNG with text fields, atomically.  Raises UserError."""
     info = PngImagePlugin.PngInfo()
     for name, value in fields.items():
         info.add_itxt(name, value)
@@ -156,8 +159,8 @@ def write_png(path: Path, image: Image.Image, fields: dict[str, str]) -> None:
 
 
 def text_fields(path: Path) -> dict[str, str]:
-    """Return the text fields of a PNG; none of another image.  Raises UserError."""
-    read_picture(path)                                           # refuses a damaged file by name
+    """Return the text fields of a PNG; {} for other images.  Raises UserError."""
+    read_picture(path)                                           # raises UserError if damaged
     with Image.open(path) as image:
-        fields = getattr(image, "text", {})                      # PNGs have it
+        fields = getattr(image, "text", {})                      # only PNGs have this attribute
         return {name: str(value) for name, value in fields.items()}

@@ -1,9 +1,9 @@
 """Compute once, before training: latents of images, T5's states of captions, tokens of plain text.
 
-Stored latents are the mean of the autoencoder's posterior, in shards of 512 samples with their
-texts, and a stamp of the settings that made them.  T5's states of a clean caption can be stored
-too.  States of masked text can't: a mask is drawn anew each time, and T5 reads both ways, so that
-every state depends on all masks.
+Latents are the mean of the autoencoder's posterior.  They are stored in shards of 512 samples, with
+the texts and a stamp of the settings that made them.  T5's states of a clean caption can be stored
+too.  States of masked text can't be stored: each mask is drawn anew, and as T5 attends in both
+directions, every state depends on the whole mask.
 
 Shapes: B batch, L tokens, E width of T5's states, C channels, h and w latent height and width.
 """
@@ -36,8 +36,8 @@ from pretrained.safetensors_io import finite
 from pretrained.t5 import T5Encoder
 from pretrained.tokenizer import Tokenizer
 
-SHARD = 512             # samples of a file of latents
-DOCUMENT = 2**16        # characters: a longer text is cut into pieces of about this length
+SHARD = 512             # samples per file of latents
+DOCUMENT = 2**16        # characters; longer texts are tokenized in pieces of about this length
 HEADER = 512            # bytes of a token file before its tokens
 
 
@@ -51,7 +51,9 @@ def states_stamp(t5: T5Encoder, tokenizer: Tokenizer, length: int,
 
 
 class Encoder:
-    """The networks that encode samples; stamp: the settings that decide their results."""
+    """The networks that encode samples.  stamp: the settings that the results depend on.
+
+    Raises UserError for a network that can't be loaded or does not fit the flags."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -67,16 +69,16 @@ class Encoder:
         self.t5 = None
         if args.t5:
             self.tokenizer = checkpoint.load_tokenizer(args.tokenizer or args.t5)
-            self.tokenizer.pad_id = self.tokenizer.end_id                # as train.py pads
+            self.tokenizer.pad_id = self.tokenizer.end_id                # train.py pads so, too
             self.t5 = checkpoint.load_text_encoder(args.t5, torch.bfloat16, self.tokenizer)
             self.stamp |= states_stamp(self.t5, self.tokenizer, args.text_length, args.recaption)
             self.t5.to(self.device)
 
     @torch.inference_mode()
     def encode(self, samples: list[dict]) -> dict[str, Tensor]:
-        """Return latents (B, C, h, w) and, with T5, states (B, L, E) of a caption of each sample.
+        """Return "latents" (B, C, h, w) and, with T5, "states" (B, L, E) of a caption per sample.
 
-        That caption becomes the sample's "stated"."""
+        The caption is added to each sample as "stated"."""
         images = sources.latents_of(samples).to(self.device)
         encoded = dict(latents=self.vae.encode(images))
         if self.t5:
@@ -92,9 +94,9 @@ class Encoder:
 
 def missing_shards(args: argparse.Namespace, shards: list[Sequence[int]],
                    stamp: dict[str, str]) -> dict[Path, Sequence[int]]:
-    """Return the files of this --part that don't exist yet, with the positions of their samples.
+    """Return the missing shard files of this --part, with the indices of their samples.
 
-    Raises UserError for an existing file with other settings."""
+    Raises UserError if an existing file was made with other settings."""
     missing = {}
     first, step = args.part
     for number in range(first, len(shards), step):
@@ -108,7 +110,7 @@ def missing_shards(args: argparse.Namespace, shards: list[Sequence[int]],
 
 
 def read(mix, captioned: bool, batches: list[Sequence[int]], number: int) -> list[dict]:
-    """Return the samples of a batch of positions; print a line for each unreadable one."""
+    """Return the samples of batches[number]; print a line for each sample that is left out."""
     samples = []
     for position in batches[number]:
         try:
@@ -119,9 +121,9 @@ def read(mix, captioned: bool, batches: list[Sequence[int]], number: int) -> lis
 
 
 def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: str) -> None:
-    """Encode the source of a `data.Mix` into shards; existing ones stay.
+    """Encode the one source of a `data.Mix` into shards; existing shards are kept.
 
-    fingerprint: the source's.  Raises UserError for a shard without a readable sample."""
+    fingerprint: identifies the source.  Raises UserError for a shard without a usable sample."""
     [source] = mix.sources
     require((source.holds == "images", f"{args.source}: has no images to encode"))
     shards = chunks(source.every, SHARD)
@@ -153,7 +155,9 @@ def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: 
 
 def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
                 stamp: dict[str, str]) -> None:
-    """Write samples as one file, whole or not at all: tensors, and texts as JSON, end to end."""
+    """Write samples as one file, atomically: their tensors, and their texts as concatenated JSON.
+
+    Raises UserError for tensors that are not finite."""
     for name, tensor in tensors.items():
         require((finite(tensor), f"{file}: {name} are not finite in {stamp['dtype']}"))
     texts = []
@@ -172,10 +176,10 @@ def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
 # --------------------------------------------------------------------------------------------- pack
 
 def documents(path: str) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of a file in pieces, each with True if a document ends behind it.
+    """Yield the texts of a file in pieces, each with True if a document ends after it.
 
-    A long .txt is cut where a single line break stands between two letters: there the tokens stay
-    the same.  Raises UserError."""
+    A long .txt is cut only at a line break that has no other white space before or after it: a cut
+    there does not change the tokens.  Raises UserError."""
     is_plain = path.removesuffix(".gz").endswith(".txt")
     text = ""
     try:
@@ -204,7 +208,7 @@ def documents(path: str) -> Iterator[tuple[str, bool]]:
 
 
 def tokenize(paths: list[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
-    """Yield the tokens of each piece of `documents`, with an end token behind each document."""
+    """Yield the tokens of each piece of `documents`, with an end token after each document."""
     pieces = itertools.chain.from_iterable(map(documents, paths))
     while batch := list(itertools.islice(pieces, 64)):
         texts = [text for text, _ in batch]
@@ -215,11 +219,11 @@ def tokenize(paths: list[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int]
 
 
 def pack(args: argparse.Namespace) -> None:
-    """Write documents as one safetensors file of tokens, in uint16 if the vocabulary allows it,
-    else uint32."""
+    """Write documents as one safetensors file of tokens, in uint16 if the vocabulary fits, else in
+    uint32.  Raises UserError."""
     require((args.out.suffix == ".safetensors", f"{args.out}: expected the .safetensors to write"))
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
-    paths = expand(args.paths)
+    paths = sources.expand_all(args.paths)
     for path in paths:
         require((path.endswith(sources.TEXTS), f"{path}: expected {', '.join(sources.TEXTS)}"),
                 (os.path.exists(path), f"{path}: no such file"))
@@ -240,8 +244,3 @@ def pack(args: argparse.Namespace) -> None:
         file.write((HEADER - 8).to_bytes(8, "little"))
         file.write(header.encode().ljust(HEADER - 8))
     print(f"{args.out}: {tokens:,} tokens, {count:,} document(s)")
-
-
-def expand(patterns: list[str]) -> list[str]:
-    """Return the paths of all patterns, in order."""
-    return sum(map(sources.expand, patterns), [])

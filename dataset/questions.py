@@ -1,17 +1,16 @@
 """Images with questions: LLaVA-1.5, and the published files of seven benchmarks.
 
-    PATH[@IMAGES]                                                  IMAGES: the folder of its images
-    llava_v1_5_mix665k.json@images                       entries without an image are left out
-    v2_OpenEnded_mscoco_train2014_questions.json@train2014     VQAv2; its annotations stand beside
-    OpenEnded_mscoco_train2014_questions.json@train2014            OK-VQA, likewise
-    train_balanced_questions.json@images                           GQA
-    TextVQA_0.5.1_train.json@train_images                          TextVQA
-    train.json@train                                               VizWiz
+    PATH[@IMAGES]                                             IMAGES: the folder of its images
+    llava_v1_5_mix665k.json@images                            entries without an image are left out
+    v2_OpenEnded_mscoco_train2014_questions.json@train2014    VQAv2; annotations in the same folder
+    OpenEnded_mscoco_train2014_questions.json@train2014       OK-VQA, likewise
+    train_balanced_questions.json@images                      GQA
+    TextVQA_0.5.1_train.json@train_images                     TextVQA
+    train.json@train                                          VizWiz
 
-READ has one reader of each format. Training (`open_json`) takes the most common answer to a
-question, and puts the suffix of the published code behind the question; `question_prompt` gives the
-paper's prompt format. Scoring (metrics/answers.py) takes all answers, and reads ChartQA and POPE
-too.
+READ has one reader per format.  Training (`open_json`) takes the most common answer to a question,
+and adds the suffix of the published code after the question; `question_prompt` gives the paper's
+prompt format.  Scoring (metrics/answers.py) takes all answers, and also reads ChartQA and POPE.
 """
 
 import json
@@ -27,7 +26,7 @@ from common import files
 from common.cli import UserError, require
 from dataset import sources
 
-# a problem that a reader skips -> the ids of its questions
+# {a problem: the ids of the questions that a reader skips because of it}
 Issues = dict[str, list[str]]
 
 
@@ -40,16 +39,16 @@ def question_prompt(question: str) -> str:
 
 @dataclass
 class Question:
-    """A question about an image, as a benchmark's file has it."""
+    """A question about an image, from a benchmark's file."""
     id: str | int | None
     image: str                          # file name
     question: str
-    answers: list[str]                  # of all annotators, or the true one; empty in a test set
-    types: tuple[str, ...] = ()         # further means that its score goes into
+    answers: list[str]                  # all annotators' answers, or the true one; [] in a test set
+    types: tuple[str, ...] = ()         # groups that get a mean score of their own
     balanced: bool = True               # GQA scores only its balanced set
 
     def common_answer(self) -> str:
-        """Return the answer that most annotators gave, the first one in a tie."""
+        """Return the most frequent answer; the first of them in a tie."""
         return Counter(self.answers).most_common(1)[0][0]
 
     def with_suffix(self, suffix: str) -> str:
@@ -60,11 +59,11 @@ def read_vqa(content: dict, path: Path, issues: Issues, annotations: Path | None
              ) -> Iterator[Question]:
     """Yield the questions of VQAv2 or OK-VQA.
 
-    annotations: the file of answers; by default it has its published name, and lies beside the
-    questions."""
+    annotations: the file of answers; by default the one with the published name, in the folder of
+    the questions."""
     published_name = path.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
     annotated = files.read_json(annotations or path.with_name(published_name))
-    type_names = annotated.get("question_types", {})             # OK-VQA numbers its types
+    type_names = annotated.get("question_types", {})             # OK-VQA's types are numbers
     notes = {}
     for note in annotated["annotations"]:
         key = str(note["question_id"])
@@ -126,8 +125,8 @@ def read_pope(content: Iterable[tuple], path: Path, issues: Issues) -> Iterator[
 
 @dataclass
 class Format:
-    """A reader (content, path, issues) -> questions, and the form of its content, for error
-    messages."""
+    """A published format.  read: (content, path, issues) -> questions.  form: the content's form,
+    for error messages."""
     read: Callable[..., Iterator[Question]]
     form: str
     load: Callable[[Path], object] = files.read_json
@@ -145,7 +144,7 @@ READ = dict(vqav2=VQA, okvqa=VQA,
             pope=Format(read_pope, "lines {question_id, image, text, label}",
                         files.read_json_lines))
 
-# training puts this behind a question
+# the text that training adds after a question
 SUFFIX = dict.fromkeys(READ, "Answer the question using a single word or phrase.")
 SUFFIX["vizwiz"] += " Reply unanswerable if information is not present in the image."
 
@@ -153,10 +152,10 @@ SUFFIX["vizwiz"] += " Reply unanswerable if information is not present in the im
 # ------------------------------------------------------------------------------------- training
 
 class Questions(sources.Source):
-    """Entries of an image and its questions.
+    """A source of images with questions, one entry per image.
 
-    They are kept as one block of bytes: as a list of dicts, 665,000 conversations would take
-    gigabytes, and each process that reads ahead would get a copy of the entries that it touches."""
+    The entries are kept as one block of bytes: as a list of dicts, 665,000 conversations would take
+    gigabytes, and each process that reads ahead would copy the entries that it touches."""
 
     def __init__(self, name: str, entries: list[dict], folder: Path):
         self.name = name
@@ -177,7 +176,7 @@ class Questions(sources.Source):
 
 
 def read_llava(content: list[dict]) -> Iterator[dict]:
-    """Yield LLaVA's conversations as pairs of question and answer; the trainer draws one."""
+    """Yield LLaVA's conversations as pairs of question and answer; training draws one of them."""
     for entry in content:
         pairs, question = [], None
         for turn in entry["conversations"]:
@@ -190,21 +189,22 @@ def read_llava(content: list[dict]) -> Iterator[dict]:
 
 
 def read_short_answers(kind: str, content, path: Path) -> Iterator[dict]:
-    """Yield a benchmark's questions with their most common answers.  Raises UserError if one has
-    none."""
+    """Yield a benchmark's questions with their most common answer.
+
+    Raises UserError for a question without an answer."""
     for q in READ[kind].read(content, path, defaultdict(list)):
         require((q.answers, f"{path}: question {q.id} has no answer, expected one to train on"))
         pair = dict(question=q.with_suffix(SUFFIX[kind]), answer=q.common_answer())
         yield dict(image=q.image, questions=[pair])
 
 
-# the keys of the file, or of its first entry, that tell its format
+# the keys, of the file or of its first entry, that identify a format
 KEYS = dict(captions={"image_path"}, llava={"conversations"}, vizwiz={"image", "question"},
             vqav2={"questions"}, textvqa={"data"}, gqa={"imageId"})
 
 
 def recognise(content, path: Path) -> str:
-    """Return the format, a key of KEYS, of a file's content.  Raises UserError."""
+    """Return the format of a file's content, a key of KEYS.  Raises UserError."""
     levels = [content]
     if isinstance(content, dict):
         levels += list(content.values())[:1]
@@ -219,7 +219,7 @@ def recognise(content, path: Path) -> str:
 
 
 def open_json(location: sources.Location) -> Questions | sources.Listed:
-    """Open a JSON file of questions, or a list of captions.  Raises UserError."""
+    """Open a JSON file as a source: questions, or a list of captions.  Raises UserError."""
     path = location.path
     folder = Path(location.option or path.parent)
     content = files.read_json(path)

@@ -1,15 +1,16 @@
-"""Kinds of sources: a source is a length, and a sample at each index, read on demand.
+"""Kinds of sources: a source has a length, and a sample at each index, read on demand.
 
-    photos/                   a folder of images, each with NAME.txt (a caption a line), or with a
-                              metadata.jsonl of {"file_name": ..., "text": ...}
-    shards/{000..127}.tar     tars in WebDataset layout, also as *.tar or as their folder: a jpg,
-                              jpeg, png or webp with a txt or a json ("caption", "re_caption") each
+    photos/                   a folder of images, each with NAME.txt (one caption per line), or with
+                              a metadata.jsonl of {"file_name": ..., "text": ...}
+    shards/{000..127}.tar     tars in WebDataset layout, also given as *.tar or as a folder; each
+                              sample is a jpg, jpeg, png or webp with a txt or a json ("caption",
+                              "re_caption")
     captions.json             a list of {image_path, height, width, caption, re_caption}
     latents/                  written by `python data.py latents`
     tokens.safetensors        plain text, written by `python data.py pack`
 
 Each is a subclass of `Source`; a row of `data.KINDS` names the class that opens a path.
-docs/data.md adds a kind step by step.
+docs/data.md shows step by step how to add a kind.
 """
 
 import glob
@@ -33,16 +34,16 @@ from pretrained.safetensors_io import Tensors
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 TEXTS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-CAPTIONS = ("caption", "re_caption")                             # of a record
+CAPTIONS = ("caption", "re_caption")                             # fields of a record
 SHARDS = "latents-{}.safetensors"
 
 
 @dataclass
 class Location:
-    """A path of the command line, and the settings of what is opened there."""
+    """A path from the command line, and the settings to open it with."""
     name: str                   # as written, without its weight
-    paths: list[str]            # more than one where `name` is a pattern
-    option: str                 # behind an @: the folder of a list's images, or "each"
+    paths: list[str]            # several if `name` is a pattern
+    option: str                 # text after @: the folder of a list's images, or "each"; else ""
     pixels: int                 # side of an image
     length: int                 # tokens of a piece of plain text
 
@@ -54,12 +55,12 @@ class Location:
 class Source:
     """Samples at indices: images with texts, stored latents with texts, or plain text.
 
-    A kind of source defines `__len__` and `__getitem__`; if all its texts can be listed without
-    reading the images, it defines `texts`, and the tokenizer then keeps only the tokens in use.
-    The rest has defaults.  All methods raise UserError, with the name of the file, for what is
-    unreadable."""
+    A kind of source defines `__len__` and `__getitem__`.  If all its texts can be listed without
+    reading the images, it also defines `texts`; then a tokenizer can keep only the tokens in use.
+    All other members have defaults.  All methods raise UserError, with the file's name, for an
+    unreadable file."""
 
-    name: str                                   # in messages
+    name: str                                   # for messages
     holds = "images"                            # or "stored latents", "plain text"
     stamp: dict[str, str] = {}                  # the settings that made stored latents
     states: dict[str, str] | None = None        # the settings that made T5's stored states
@@ -67,17 +68,18 @@ class Source:
     held: Sequence[int] = ()                    # indices of samples that are never trained on
 
     def __len__(self) -> int:
-        """Return how many samples an epoch has."""
+        """Return the number of samples in an epoch."""
 
     def __getitem__(self, index: int) -> dict:
         """Return a sample as a dict:
 
-        "key": its name in messages;
-        "picture", the bytes of an image file, or "latents" (C, h, w), or "ids" (L,) of plain text;
+        "key": the sample's name in messages;
+        "picture": the bytes of an image file or its pixels (3, P, P) uint8, or instead
+        "latents" (C, h, w), or "ids" (L,) of plain text;
         "captions": a list of texts, which may be empty;
-        "recaption", if there is one;
-        "questions", if there are any: [{"question": ..., "answer": ...}];
-        "states" (L, E) of T5 and the caption "stated" that they encode, if they are stored."""
+        "recaption": a text, if there is one;
+        "questions": [{"question": ..., "answer": ...}], if there are any;
+        "states": T5's (L, E), and "stated", the caption that they encode, if they are stored."""
 
     @cached_property
     def every(self) -> Sequence[int]:
@@ -85,33 +87,35 @@ class Source:
         return range(len(self))
 
     def texts(self) -> Iterable[str] | None:
-        """Return every text, or None where that would take reading every sample."""
+        """Return every text, or None if that would mean reading every sample."""
         return None
 
     def choose(self, place: int, chance: float) -> int:
-        """Return the index of the sample at a place of an epoch; chance: in [0, 1), new each epoch.
+        """Return the index of the sample at a place of an epoch.
 
-        A source that groups its samples draws one of the group."""
+        A source that groups its samples uses `chance`, in [0, 1) and new each epoch, to draw one of
+        the group."""
         return place
 
 
 # ----------------------------------------------------------------------------------------- records
 
 def is_text(value) -> bool:
-    """Tell a str without half a surrogate pair, which no encoding has."""
+    """Return True for a str without lone surrogates, which can't be encoded."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def text(value, where: str, field: str) -> str:
-    """Check a field of a record.  Raises UserError for null, another type, or half a surrogate
-    pair."""
+    """Check that a field's value is a text, and return it.  Raises UserError.
+
+    where: the record, for the message."""
     shown = "null" if value is None else ascii(value)[:60]
     require((is_text(value), f"{where}: \"{field}\" is {shown}, expected a text"))
     return value
 
 
 def identity(record, where: str, field: str) -> int | str:
-    """Return a record's id, a whole number or a text.  Raises UserError for anything else."""
+    """Return a record's id, a whole number or a text.  Raises UserError for any other type."""
     value = record.get(field) if isinstance(record, dict) else None
     require((type(value) is int or is_text(value),
              f"{where}: expected an object with \"{field}\", a whole number or a text, found "
@@ -120,9 +124,9 @@ def identity(record, where: str, field: str) -> int | str:
 
 
 def described(record, where: str) -> dict:
-    """Return the texts of a record, as a sample has them; null or "" is no caption.
+    """Return a record's texts under a sample's names: "captions", "recaption" and "questions".
 
-    Raises UserError for one of the wrong type."""
+    A caption of null or "" is left out.  Raises UserError for a field of the wrong type."""
     require((isinstance(record, dict),
              f"{where}: expected a JSON object, found {ascii(record)[:60]}"))
     sample = {}
@@ -144,9 +148,9 @@ def described(record, where: str) -> dict:
 # ----------------------------------------------------------------------------------------- samples
 
 def choose_caption(sample: dict, recaption: float, chance: float) -> str:
-    """Return one of a sample's captions or, for a share `recaption` of draws, the re-caption.
+    """Return one of a sample's captions or, if `chance` < `recaption`, its re-caption.
 
-    chance: in [0, 1)."""
+    chance: random in [0, 1).  recaption: the share of re-captions."""
     again = sample.get("recaption")
     captions = sample["captions"]
     if again and (not captions or chance < recaption):
@@ -157,7 +161,8 @@ def choose_caption(sample: dict, recaption: float, chance: float) -> str:
 
 
 def latents_of(samples: list[dict]) -> Tensor | None:
-    """Return stored latents or images in [-1, 1], (B, C, h, w) float32; None for text."""
+    """Return the samples' latents, or their images in [-1, 1], (B, C, h, w) float32; None for plain
+    text."""
     if "ids" in samples[0]:
         return None
     rows = []
@@ -194,7 +199,7 @@ class Folder(Source):
             yield file, [text(caption, where, "text")]
 
     def pair(self, folder: Path) -> Iterator[tuple[Path, list[str]]]:
-        images, texts = {}, {}                                   # by their path without suffix
+        images, texts = {}, {}                                   # by path without suffix
         for file in sorted(folder.rglob("*")):
             if not file.is_file() or file.name.startswith("."):
                 continue
@@ -224,7 +229,7 @@ class Folder(Source):
 
 
 class Listed(Source):
-    """A JSON list of {image_path, height, width, caption, re_caption}, with paths from a folder."""
+    """A JSON list of {image_path, height, width, caption, re_caption}; paths start at `folder`."""
 
     def __init__(self, path: Path, content: list[dict], folder: Path):
         self.name = str(path)
@@ -249,27 +254,27 @@ class Listed(Source):
 
 
 class Sharded(Source):
-    """Rows of several files, one file after the other."""
+    """Rows of several files, one file after another."""
 
-    starts: np.ndarray          # the index at which each file begins; then the number of all rows
+    starts: np.ndarray          # index of each file's first row; last, the number of all rows
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def find(self, index: int) -> tuple[int, int]:
-        """Return the file that has a row, and the row's place in it."""
+        """Return the number of the file that holds a row, and the row's place in it."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return shard, index - int(self.starts[shard])
 
 
 def tars_at(path: Path) -> list[str]:
-    """Return the tars of a folder, in order; a tar by itself."""
+    """Return the tars in a folder, sorted; for the path of a tar, this path."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [str(file) for file in files if file.name.endswith(webdataset.KINDS)]
 
 
 class Tars(Sharded):
-    """WebDataset shards (webdataset.py), read at random."""
+    """WebDataset shards (webdataset.py), read in any order."""
 
     def __init__(self, location: Location):
         paths = location.paths
@@ -301,11 +306,11 @@ class Tars(Sharded):
 
 
 class Latents(Sharded):
-    """Latents with their texts, a row at a time from mapped files.
+    """Stored latents with their texts, read a row at a time from mapped files.
 
-    stamp: the settings that made them, the same in all files of a folder: "source", "shards",
-    "dtype", "vae" (the digest of its weights), "pixels" and "channels"; with T5's states also those
-    of `states`."""
+    stamp: the settings that made the latents, the same in all files of a folder: "source",
+    "shards", "dtype", "vae" (the digest of its weights), "pixels" and "channels"; if T5's states
+    are stored, also the settings in `states`."""
 
     holds = "stored latents"
 
@@ -336,7 +341,7 @@ class Latents(Sharded):
 
 
 def shards_at(path: Path) -> list[str]:
-    """Return the files of stored latents in a folder, in order."""
+    """Return the files of stored latents in a folder, sorted."""
     return sorted(map(str, path.glob(SHARDS.format("*"))))
 
 
@@ -354,7 +359,7 @@ def read_stamp(file: str) -> dict[str, str]:
 
 
 class Tokens(Source):
-    """Plain text as one row of tokens, mapped, and cut into texts of L tokens."""
+    """Plain text as one long row of tokens in a mapped file, cut into texts of L tokens."""
 
     holds = "plain text"
 
@@ -384,8 +389,8 @@ def mapped(path: str):
 
 
 def expand(pattern: str) -> list[str]:
-    """Return the paths of a pattern with {000..127} ranges and *; in order."""
-    if Path(pattern).exists():                                   # its name may have brackets
+    """Return the paths that match a pattern with {000..127} ranges and *, in order."""
+    if Path(pattern).exists():                                   # a real name may have brackets
         return [pattern]
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not match:
@@ -396,3 +401,8 @@ def expand(pattern: str) -> list[str]:
         number = str(i).zfill(len(first))
         paths += expand(pattern[:match.start()] + number + pattern[match.end():])
     return paths
+
+
+def expand_all(patterns: list[str]) -> list[str]:
+    """Return the paths of all patterns, in order."""
+    return sum(map(expand, patterns), [])

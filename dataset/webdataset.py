@@ -1,11 +1,11 @@
-"""Tars in WebDataset layout: neighbouring files with one key are a sample.
+"""Tars in WebDataset layout: consecutive files with the same key are a sample.
 
-A damaged tar is refused.
+A damaged tar raises UserError.
 
-A plain tar is read at random, by an index beside it; a packed one, .tar.gz or .tgz, is held in
-memory, and gzip's checksum is checked.  Tars that `cat` joined are read to the end.  Other files
-are left out: folders, hidden files (macOS leaves ._x and .DS_Store), READMEs and licences, names
-without an extension.
+A plain tar is read in any order, with the help of an index file beside it.  A packed tar, .tar.gz
+or .tgz, is held in memory, and gzip's checksum is checked.  Tars that were joined by `cat` are read
+to the end.  Some files are skipped: folders, hidden files (macOS leaves ._x and .DS_Store), READMEs
+and licences, and names without an extension.
 """
 
 import gzip
@@ -25,16 +25,16 @@ from common.files import replacing
 
 KINDS = (".tar", ".tar.gz", ".tgz")
 PACKED = KINDS[1:]
-WHOLE_GZIP = 2**31      # bytes of a packed tar once unpacked: it is held in memory
-BLOCK = bytes(512)      # of zeros: behind the last file
-INDEX = ".index.npy"    # behind a tar's name; its last row holds the tar's size and
-RULES = 2               # the version of the rules by which files are grouped into samples
+WHOLE_GZIP = 2**31      # most bytes that a packed tar may have once unpacked: it is held in memory
+BLOCK = bytes(512)      # a block of zeros, which follows the last file
+INDEX = ".index.npy"    # added to a tar's name; the index's last row holds the tar's size and RULES
+RULES = 2               # version of the rules that group files into samples
 BESIDE = re.compile(r"(readme|licen[sc]e|copying|notice)\.(md|txt|rst|html)", re.IGNORECASE)
 
 
 @contextmanager
 def whole(path: str) -> Iterator[None]:
-    """Turn the errors of reading a tar into a UserError of one line."""
+    """Turn any error while reading a tar into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -47,19 +47,19 @@ def whole(path: str) -> Iterator[None]:
 
 
 def members(file) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Yield each member of a tar, and of tars joined to it, with the end of its last block."""
+    """Yield each member of a tar, and of tars joined to it, with the byte where its blocks end."""
     end, size = 0, file.seek(0, 2)
     while True:
         file.seek(end)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                tar.members.clear()          # it would keep the headers of a whole shard
+                tar.members.clear()          # else tarfile keeps the headers of a whole shard
                 end = tar.offset
                 if end > size:
                     raise tarfile.ReadError("unexpected end of data")
                 yield member, end
         file.seek(end)
-        if file.read(512) != BLOCK:              # tarfile takes a damaged header for the end
+        if file.read(512) != BLOCK:              # tarfile mistakes a damaged header for the end
             raise tarfile.ReadError(f"no header and no end at byte {end}")
         end += 512
         while (block := file.read(512)) == BLOCK:
@@ -69,9 +69,9 @@ def members(file) -> Iterator[tuple[tarfile.TarInfo, int]]:
 
 
 def part(path: str, member: tarfile.TarInfo) -> tuple[str, str] | None:
-    """Return (key, extension) of a member that belongs to a sample, None for another.
+    """Return (key, extension) of a member that belongs to a sample; None for a skipped one.
 
-    The key is the name up to the first dot of its last part.  Raises UserError for a link."""
+    The key is the path up to the first dot of the file name.  Raises UserError for a link."""
     *folders, file = member.name.split("/")
     stem, _, extension = file.partition(".")
     beside = file.startswith(".") or BESIDE.fullmatch(file) or "__MACOSX" in folders
@@ -103,17 +103,16 @@ def scan(path: str, content: bytes | None = None) -> np.ndarray:
 
 
 def unpacked(path: str) -> bytes:
-    """Read a packed tar into memory: it can't be read at random otherwise.  Raises UserError above
-    2 GiB."""
+    """Unpack a tar into memory: gzip allows no random access.  Raises UserError above 2 GiB."""
     with whole(path), gzip.open(path) as file:
-        content = file.read(WHOLE_GZIP + 1)              # to the end, where the checksum is
+        content = file.read(WHOLE_GZIP + 1)              # up to the end, to check gzip's checksum
     require((len(content) <= WHOLE_GZIP,
              f"{path}: over 2 GiB unpacked, and a .tar.gz is held in memory; gunzip it"))
     return content
 
 
 class Tar:
-    """The samples of one tar at random, one contiguous read each.  Raises UserError."""
+    """The samples of one tar, by index; each takes one contiguous read.  Raises UserError."""
 
     def __init__(self, path: str):
         self.path, self.content = path, None
@@ -127,7 +126,7 @@ class Tar:
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[str, dict[str, bytes]]:
-        """Return (key, its files by extension)."""
+        """Return a sample's key and the bytes of its files by extension.  Raises UserError."""
         offset, length = map(int, self.index[i])
         files = {}
         with whole(self.path):
@@ -144,8 +143,9 @@ class Tar:
 
 @lru_cache(maxsize=1024)
 def read_index(path: str) -> np.ndarray:
-    """Return a tar's index, mapped; make it where there is none.  Raises UserError for a stale
-    one."""
+    """Return a tar's index as `scan` does, memory-mapped; make the index file if there is none.
+
+    Raises UserError if it is damaged or older than the tar."""
     file = Path(path + INDEX)
     if not file.exists():
         return make_index(path)
@@ -163,7 +163,7 @@ def read_index(path: str) -> np.ndarray:
 
 
 def make_index(path: str) -> np.ndarray:
-    """Scan a tar and leave its index beside it, where that can be written."""
+    """Scan a tar, and write its index beside it if the folder is writable; return the index."""
     index = scan(path)
     last = [Path(path).stat().st_size, RULES]
     with suppress(OSError), replacing(Path(path + INDEX)) as temporary:

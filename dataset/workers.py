@@ -1,4 +1,4 @@
-"""Results that other processes compute ahead, in order."""
+"""Compute results ahead of time in other processes, and return them in order."""
 
 import signal
 from contextlib import contextmanager
@@ -12,7 +12,8 @@ from common.cli import UserError
 
 @dataclass
 class Ahead(torch.utils.data.Dataset):
-    """Return make(step) from another process; a UserError comes back as a result."""
+    """A dataset with make(step) as item `step`.  A UserError is returned as the item: torch would
+    add a traceback to the message of a raised one."""
     make: Callable[[int], Any]
 
     def __getitem__(self, step: int) -> Any:
@@ -27,10 +28,10 @@ def ignore_sigterm(_: int) -> None:
 
 
 def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any]:
-    """Yield make(step) for each step in order, here or from `workers` processes that compute ahead.
+    """Yield make(step) for each step, in order.  workers: processes that compute ahead; 0: none.
 
-    A job that is stopped (SLURM, `timeout`) gets SIGTERM in all of its processes.  The workers
-    ignore it: the main process writes a checkpoint first, and ends them."""
+    When a job is stopped (SLURM, `timeout`), all its processes get SIGTERM.  The workers ignore it:
+    the main process first writes a checkpoint, then ends them."""
     results = map(make, steps)
     if workers:
         results = torch.utils.data.DataLoader(Ahead(make), sampler=steps, batch_size=None,
@@ -43,9 +44,9 @@ def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any
 
 @contextmanager
 def readers_watched() -> Iterator[None]:
-    """Raise UserError when a worker of `feed` was killed.
+    """Raise UserError if a worker of `feed` was killed.
 
-    torch raises its errors wherever the main process is, also while it receives a tensor."""
+    torch raises its errors anywhere in the main process, also while it receives a tensor."""
     try:
         yield
     except (RuntimeError, ConnectionResetError, EOFError) as error:

@@ -1,2 +1,2 @@
-"""Programs that measure or compare, run as python -m experiments.NAME; nothing imports them.
+"""Programs that measure or compare.  Run one as python -m experiments.NAME.
 """

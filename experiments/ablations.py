@@ -1,11 +1,11 @@
-"""The ablation flags of train.py, each against the defaults, three seeds: the README's table.
+"""Compare each ablation flag of train.py with the defaults, with three seeds: the README's table.
 
-    python -m experiments.ablations OUT                 # 15 runs, two at a time, a quarter of an hour of two cores
-    python -m experiments.ablations OUT --steps 20      # a look at whether it works
+    python -m experiments.ablations OUT             # 15 runs, two at a time: 15 minutes, two cores
+    python -m experiments.ablations OUT --steps 20  # a quick test that it works
 
-Small runs of the emoji preset: 32x32 pixels, 16 pictures and 16 texts a step.  All are measured alike, by
-training/validation.py: whatever they learn by, the velocity's error and the text's nats are of the same 160 pictures.  A
-run that is there is not made again.
+The runs are small runs of the emoji preset: 32 x 32 pixels, 16 images and 16 texts per step.
+training/validation.py measures all of them in the same way, independent of their training loss: the
+velocity's error and the text's nats on the same 160 images.  Finished runs are not repeated.
 """
 
 import json
@@ -30,7 +30,7 @@ FLAGS = {
 
 
 def run(out: Path, name: str, flags: list[str], seed: int, steps: int) -> dict:
-    """The last row of a run's log."""
+    """Run train.py, which skips finished steps, and return the last row of the run's log."""
     folder = out / f"{name.replace('--', '').replace(' ', '_')}_{seed}"
     command = [sys.executable, "train.py", "--preset", "emoji", "--pixels", "32", "--image-batch", "16",
                "--text-batch", "16", "--dtype", "float32", "--ema", "0.99", "--steps", str(steps),

@@ -1,14 +1,16 @@
-"""How long a step of training, a drawing and a caption take, on a CPU or a GPU.
+"""Measure the time of a training step, a drawing and a caption, on a CPU or a GPU.
 
     python -m experiments.bench train                                        # the emoji preset, random data
     python -m experiments.bench train --preset sd3-medium --image-batch 4 --text-batch 4 --dtype bfloat16
     python -m experiments.bench sample                                       # the shipped weights
     python -m experiments.bench sample --preset sd3-medium --pixels 512 --dtype bfloat16 --n 4 --compile
 
-A preset has random weights, SD3's autoencoder where it works on latents, and constant states in place of T5's;
-captions of random weights never end, and take all of their steps.  Prints a table, then the same as JSON.
+With --preset, all weights are random, a preset that works on latents gets SD3's autoencoder, and
+constant states replace T5's.  Captions of random weights never end, so they take all of their
+steps.  The program prints a table, then the same as JSON.
 
-    MFU = arithmetic / (time x peak of dense products); arithmetic: plan.sample_flops, forward and backward
+    MFU = FLOPs / (time x peak FLOP/s of dense products)
+    FLOPs: plan.sample_flops, forward and backward
 """
 
 from common import cli
@@ -44,7 +46,7 @@ from training.optimizers import make_optimizers
 
 
 def median_seconds(function: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Return the median time of a call, after one that is not counted."""
+    """Return the median time of a call in seconds, after one warm-up call."""
     seconds = []
     for _ in range(1 + rounds):
         if device.type == "cuda":
@@ -58,7 +60,8 @@ def median_seconds(function: Callable[[], object], rounds: int, device: torch.de
 
 
 def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Models:
-    """Return a new model with random gates, so that all of it is computed, and constant text states."""
+    """Return a new model with random gates, so that no part has zero effect, and constant text
+    states."""
     torch.manual_seed(0)
     learns = nn.ModuleDict(dict(mmdit=MMDiT(sizes)))
     vae, states, t5 = Pixels(), None, None
@@ -77,7 +80,7 @@ def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Mode
 
 
 def random_batches(config: TrainConfig, sizes: MMDiTConfig, side: int) -> tuple[ImageBatch, TextBatch]:
-    """Return both losses' batches, of latents of side x side."""
+    """Return random batches for both losses, with latents of side x side."""
     generator = torch.Generator().manual_seed(0)
     length, mask_id = config.text_length, sizes.vocab_size - 1
     shape = (sizes.channels, side, side)
@@ -95,7 +98,8 @@ def random_batches(config: TrainConfig, sizes: MMDiTConfig, side: int) -> tuple[
 
 
 def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dict:
-    """Time the trainer's step: both losses, their gradients, clipping, optimizers and the average."""
+    """Time a training step: both losses, their gradients, clipping, optimizers and weight
+    averaging."""
     device = torch.device(choose_device(config.device))
     sizes = MMDiTConfig(**PRESETS[config.preset])
     sizes = replace(sizes, vocab_size=vocab_size or sizes.vocab_size,
@@ -130,7 +134,7 @@ def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dic
 
 
 def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: torch.dtype) -> Parts:
-    """Return what inference needs of `random_models`."""
+    """Return inference parts made of `random_models`."""
     sizes = MMDiTConfig(**PRESETS[preset])
     length, mask_id = sizes.text_length or 256, sizes.vocab_size - 1
     models = random_models(sizes, length, device)
@@ -147,9 +151,9 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
 
 @torch.no_grad()
 def bench_sample(parts: Parts, n: int, steps: int, guidance: float | None, compiled: bool, rounds: int) -> dict:
-    """Time n drawings at once, and n captions of noise."""
+    """Time a batch of n drawings, and a batch of n captions of noise images."""
     trace, states = text_to_image.Trace(), []
-    generator = torch.Generator().manual_seed(0)                 # the same evaluations in every run
+    generator = torch.Generator().manual_seed(0)             # so that every run evaluates as often
     images = torch.randn(n, 3, parts.height, parts.width, generator=generator).clamp(-1, 1)
     blank = torch.full((n, parts.length), parts.tokenizer.mask_id)
 
@@ -177,12 +181,12 @@ def parse_args() -> argparse.Namespace:
     for name in ("image-batch", "text-batch", "pixels"):
         training.add_argument(f"--{name}", type=count, help="(the stage's)")
     training.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
-    training.add_argument("--vocab-size", type=count, help="(the preset's; the shipped weights have 4441)")
+    training.add_argument("--vocab-size", type=count, help="(the preset's; shipped weights: 4441)")
     sampling = kinds.add_parser("sample", doc="drawings and captions")
     sampling.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
     sampling.add_argument("--preset", choices=list(PRESETS), help="random weights of these sizes")
-    sampling.add_argument("--n", type=count, default=16, help="drawings, and captions, at once (16)")
-    sampling.add_argument("--steps", type=count, default=28, help="of a drawing (28)")
+    sampling.add_argument("--n", type=count, default=16, help="drawings, captions per batch (16)")
+    sampling.add_argument("--steps", type=count, default=28, help="steps of a drawing (28)")
     sampling.add_argument("--guidance", type=cli.number(float, 1e-3), help="of a drawing (as sample.py)")
     sampling.add_argument("--pixels", type=count, help="side of the images (as trained; 64 or 512)")
     for command, rounds in ((training, 9), (sampling, 3)):

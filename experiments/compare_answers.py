@@ -1,14 +1,16 @@
-"""metrics/answers.py against the code that the benchmarks publish, on random answers of what it looks at.
+"""Compare metrics/answers.py with the benchmarks' published code, on random answers full of special
+cases.
 
-    git clone https://github.com/GT-Vision-Lab/VQA                               # runs in Python 2 alone
+    git clone https://github.com/GT-Vision-Lab/VQA                               # needs Python 2
     git clone https://github.com/facebookresearch/mmf                            # TextVQA's
     git clone https://github.com/google-research/pix2struct                      # ChartQA's
     git clone https://github.com/AoiDragon/POPE
     python -m experiments.compare_answers . --python2 python2.7
 
-In the folder named are any of the four.  VQA: 2,000 questions of ten annotators, the mean of all, of both
-sorts of types, and each question, rounded and not.  TextVQA: each of 2,000.  ChartQA: 20,000 pairs.  POPE:
-its own 3 x 3,000 questions, five figures each.  Some 20 seconds; not part of the test run.
+The folder may hold any of the four.  VQA: 2,000 questions of ten annotators; the means over all,
+over both kinds of types, and each question's score are compared, rounded and not.  TextVQA: each of
+2,000 questions.  ChartQA: 20,000 pairs.  POPE: its own 3 x 3,000 questions, five figures each.  It
+takes some 20 seconds and is not part of the test run.
 """
 
 import argparse
@@ -44,17 +46,18 @@ MARKS = ';/[]"{}()=+\\_-><@`,?!.:\'&%$#'
 WORDS = ["yes", "no", "red", "dog", "3", "3.5", "1,000", "10,000.5", "2015", ".5", "u.s.a.", "mr.", "x",
          "it's", "éclair", "a", "an", "the", *answers.NUMBERS, *answers.CONTRACTED, *answers.CONTRACTIONS,
          "Im", "Ive", "Id've", "let's", "lets", "she's", "shes", "couldntve", "." * 40]
-ARABIC = ["\u0663,\u0664", "\u0663.\u0664"]             # 3,4 and 3.4: no digits to Python 2, digits to 3
+ARABIC = ["\u0663,\u0664", "\u0663.\u0664"]         # 3,4 and 3.4: digits in Python 3, not in 2
 
 
 def rounded(scores: dict[str, float]) -> dict[str, float]:
-    """Round scores as the official code does: to two decimals, halves up, as Python 2 rounds."""
+    """Round scores as the official code does in Python 2: to two decimals, halves away from zero.
+    """
     return {name: float(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
             for name, value in scores.items()}
 
 
 def variant(words: list[str], draw: random.Random) -> str:
-    """The words as somebody else may type them: often, but not always, of the same normal form."""
+    """Return the words as another person may type them, often with the same normal form."""
     names, said = {value: key for key, value in answers.NUMBERS.items()}, []
     for word in words:
         said += [draw.choice(("a", "The", "an"))] * (draw.random() < 0.2)
@@ -70,7 +73,8 @@ def variant(words: list[str], draw: random.Random) -> str:
 
 
 def pairs(count: int, seed: int, words: list[str]) -> list[tuple[str, list[str]]]:
-    """(said, the ten annotators' answers): in 15 % of one mind, else 0 to 10 of them of the same meaning."""
+    """Return pairs (answer, ten annotators' answers).  In 15 % all annotators agree; in the others,
+    0 to 10 of them give a variant of the answer."""
     draw, found = random.Random(seed), []
     for _ in range(count):
         one, other = ([draw.choice(words) for _ in range(draw.choice((1, 1, 1, 2, 2, 3)))] for _ in "12")
@@ -129,7 +133,7 @@ def compare_textvqa(path: Path, count: int) -> None:
 
 
 def compare_relaxed(path: Path, count: int) -> None:
-    tree = ast.parse(path.read_text())                     # one function: the file imports much more
+    tree = ast.parse(path.read_text())             # take one function: the file imports much more
     tree.body = [part for part in tree.body if getattr(part, "name", "") == "relaxed_correctness"]
     names = dict(Optional=Optional)
     exec(compile(tree, str(path), "exec"), names)
@@ -139,7 +143,7 @@ def compare_relaxed(path: Path, count: int) -> None:
         near = value * draw.choice((1, 0.95, 1.05, draw.uniform(0.9, 1.1), 0.01, 100))
         true, said = (draw.choice((f"{x}", f"{x:g}", f"{x}%", f"{x:.1f}", "Yes", "yes"))
                       for x in (value, near))
-        if answers.number(true) != 0:                                            # theirs is a text
+        if answers.number(true) != 0:                      # pix2struct compares 0 as a text
             equal.append(names["relaxed_correctness"](true, said) == answers.relaxed(said, [true]))
             right += answers.relaxed(said, [true])
     print(f"ChartQA: {sum(equal)} of {len(equal)} pairs equal, {right:.0f} right")

@@ -1,12 +1,14 @@
-"""metrics/captions.py against the package pycocoevalcap: its scorers, and Stanford's words where java runs.
+"""Compare metrics/captions.py with the package pycocoevalcap: its scorers and, if java runs, its
+tokenizer.
 
     pip install --no-deps --target peers pycocoevalcap==1.2     # 100 MB; the project does not need it
     PYTHONPATH=peers python -m experiments.compare_captions           # with the project's python, ten seconds
 
-200 sets of one to six captions and a candidate each are made up, some of them empty, of one word, of a
-hundred, or of one word over and over.  Both score the same words; tests/fixtures/captions.json, which the
-tests read, is written with the package's figures.  Then 1,000 made-up captions full of what is awkward, and
-3,000 sentences of the standard library's docstrings, are taken apart by both.
+The program makes up 200 sets of one to six captions and a candidate, some of them empty, of one
+word, of a hundred words, or of one repeated word.  Both programs score the same words, and the
+package's scores are written to tests/fixtures/captions.json, which the tests read.  Then both
+tokenize 1,000 made-up captions full of special cases, and 3,000 sentences of the standard library's
+docstrings.
 """
 
 import ast
@@ -62,7 +64,8 @@ def sentence(draw: random.Random, parts: list[str]) -> str:
 
 
 def candidate(draw: random.Random, kind: int, references: list[list[str]]) -> list[str]:
-    """Of ten kinds: words kept, lost, doubled, changed or moved, and what nobody would write."""
+    """Return a candidate of one of ten kinds: words kept, lost, doubled, changed or moved, or
+    nonsense."""
     words = list(draw.choice(references))
     other = sentence(draw, PARTS).split()
     at = draw.randrange(len(words) + 1)
@@ -83,7 +86,7 @@ def make_sets() -> dict[str, dict]:
 
 
 def by_theirs(references: dict, candidates: dict) -> tuple[list[float], list[list[float]]]:
-    """(the corpus's six figures, each picture's)."""
+    """Return pycocoevalcap's six scores of the corpus, and those of each image."""
     golden = {i: [" ".join(words) for words in some] for i, some in references.items()}
     said = {i: [" ".join(words)] for i, words in candidates.items()}
     bleu, bleus = Bleu(4).compute_score(golden, said, verbose=0)

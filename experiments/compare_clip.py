@@ -1,4 +1,5 @@
-"""metrics/clip.py against transformers' CLIP, and the fixture of tests/commands/test_clip.py made by it.
+"""Compare metrics/clip.py with transformers' CLIP, and make the fixture of
+tests/commands/test_clip.py.
 
     python3.11 -m venv /tmp/clipenv
     /tmp/clipenv/bin/pip install torch==2.13.0                # first, and this one: the pin is a CPU's build
@@ -6,10 +7,10 @@
     /tmp/clipenv/bin/pip install --no-deps open_clip_torch==3.3.0         # for its vocabulary, 1.3 MB
     OMP_NUM_THREADS=1 nice -n 19 /tmp/clipenv/bin/python -m experiments.compare_clip
 
-It writes tests/fixtures/clip: a random CLIP of two blocks and its features, 600 of the published merges, and
-the ids of 50 texts.  Then it compares with the whole vocabulary, and with random weights of the sizes of
-ViT-B/32 and ViT-L/14 (a minute, some GB), and keeps nothing of these.  Not part of the test run, since it
-needs packages that the project does not.
+The program writes tests/fixtures/clip: a random CLIP of two blocks and its features, 600 of the
+published merges, and the ids of 50 texts.  Then it compares ids of the whole vocabulary, and
+features of random weights in the sizes of ViT-B/32 and ViT-L/14 (a minute, some GB); these are not
+kept.  It is not part of the test run, since it needs packages that the project does not need.
 """
 
 import gzip
@@ -50,7 +51,8 @@ TEXTS = [
 
 
 def vocabulary(count: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(ids by token, merges): the first of OpenAI's, numbered as its tokenizer's source does."""
+    """Return ids by token, and the first `count` of OpenAI's merges, numbered as in OpenAI's
+    tokenizer."""
     lines = gzip.decompress(VOCABULARY.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1:count + 1]]
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -60,7 +62,8 @@ def vocabulary(count: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def random_clip(txt: dict, img: dict, joint: int, vocab: int) -> CLIPModel:
-    """Everything drawn, biases and norms too, so that no part is without effect."""
+    """Return a CLIP with random weights, also for biases and norms, so that every part has an
+    effect."""
     ends = dict(vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=vocab - 1)
     model = CLIPModel(CLIPConfig(text_config=txt | ends, vision_config=img, projection_dim=joint)).eval()
     with torch.no_grad():
@@ -78,7 +81,7 @@ def features(model: CLIPModel, ids: torch.Tensor, pixels: torch.Tensor) -> tuple
 
 @torch.no_grad()
 def compare(title: str, folder: Path, ids: torch.Tensor, pixels: torch.Tensor, theirs: tuple) -> None:
-    """Prints the largest difference of the features, and the largest value."""
+    """Print the largest difference of the features, and the largest value."""
     ours = clip.load(folder)
     got = ours.text(ids), ours.image(pixels)
     print(f"{title}: " + ", ".join(
@@ -87,7 +90,7 @@ def compare(title: str, folder: Path, ids: torch.Tensor, pixels: torch.Tensor, t
 
 
 def tiny() -> None:
-    """The fixture's model, its features, and those with GELU."""
+    """Write the fixture's model, its features, and its features with GELU."""
     torch.manual_seed(0)
     txt = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48)
     img = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -110,7 +113,7 @@ def tiny() -> None:
 
 
 def texts() -> None:
-    """The fixture's vocabulary and ids; then ids of the whole vocabulary."""
+    """Write the fixture's vocabulary and ids; then compare ids of the whole vocabulary."""
     assert len(TEXTS) == len(set(TEXTS)) == 50
     for count in (600, PUBLISHED):
         vocab, merges = vocabulary(count)
@@ -131,14 +134,14 @@ def texts() -> None:
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", OPEN_CLIP / "pretrained/tokenizer.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    python = module.SimpleTokenizer(clean="lower")               # OpenAI's, with specials of other names
+    python = module.SimpleTokenizer(clean="lower")       # OpenAI's, with renamed special tokens
     others = [text for text, known in zip(TEXTS, ids) if python([text])[0][:len(known)].tolist() != known]
     print(f"OpenAI's tokenizer in Python, by way of open_clip, differs for {len(others)}: "
           + ", ".join(ascii(text[:30]) for text in others))
 
 
 def sizes() -> None:
-    """Random weights of the published sizes."""
+    """Compare features of random weights of the published sizes."""
     ids = torch.tensor([[49406, 320, 1125, 539, 320, 2368] + [49407] * 71,                # a photo of a cat
                         [49406, *range(1000, 1075), 49407]])
     base = dict(hidden_size=512, num_hidden_layers=12, num_attention_heads=8, intermediate_size=2048), dict(
@@ -157,7 +160,8 @@ def sizes() -> None:
 
 
 def preparation() -> None:
-    """The same as resizing all of a picture and cutting its middle out, in levels of 255."""
+    """Compare `prepare` with resizing a whole image and cropping its centre; print levels of 255.
+    """
     draw, worst, unlike, mean, std = np.random.default_rng(0), 0.0, [], *(
         torch.tensor(numbers).view(3, 1, 1) for numbers in (clip.MEAN, clip.STD))
     for width, height in ((224, 224), (640, 480), (333, 1000), (225, 224), (1024, 1024), (300, 2999)):

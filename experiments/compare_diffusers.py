@@ -1,11 +1,13 @@
-"""Forward time of our MMDiT against diffusers' SD3Transformer2DModel, alternating in one process.
+"""Compare the forward time of our MMDiT with diffusers' SD3Transformer2DModel, in turns in one
+process.
 
     python -m venv peers && peers/bin/pip install diffusers==0.42.1 transformers==5.23.0 torch safetensors
     peers/bin/python -m experiments.compare_diffusers
 
-Depth 12 of SD3-medium's width, 256 image and 128 text tokens, batch 2, two threads.  The peer is SD3's class:
-the last block's text stream and the text head, which D-DiT has in addition, are left out here as well
-(need="velocity").  Not part of the test run, since it needs packages that the project does not.
+Both have 12 blocks of SD3-medium's width, and read 256 image and 128 text tokens, batch 2, on two
+threads. diffusers' class is SD3, so we also skip what D-DiT adds, the last block's text stream and
+the text head (need="velocity").  This is not part of the test run, since it needs packages that the
+project does not need.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""FID by metrics/fid.py against the package pytorch-fid, on the same pictures and weights.
+"""Compare FID by metrics/fid.py with the package pytorch-fid, on the same images and weights.
 
     python3.11 -m venv peers            # a scratch environment; the project does not need these
     peers/bin/pip install torch==2.13.0 numpy safetensors tokenizers pillow scipy==1.17.1
@@ -6,9 +6,10 @@
     peers/bin/python -m experiments.compare_fid                       # ten minutes of two cores
     peers/bin/python -m experiments.compare_fid --weights pt_inception-2015-12-05-6726825d.pth
 
-500 emoji as Google and 500 as Twitter draws them; random weights, norms too, unless the published ones are
-named.  "reference" is by the singular values of the centred features, in float64, without a covariance.  The
-last line is of the 64 features that vary most, of which 500 pictures have a covariance of full rank.
+The images are 500 emoji in Google's style and 500 in Twitter's.  Weights are random, including the
+norms', unless --weights gives the published ones.  "reference" uses the singular values of the
+centred features, in float64, without a covariance.  The last line uses only the 64 features that
+vary most: 500 images give them a covariance of full rank.
 """
 
 import argparse
@@ -23,15 +24,16 @@ import torch
 from dataset import emoji
 from metrics import fid, inception
 
-OPERATORS = torch.library.Library("torchvision", "DEF")    # its wheel is for CUDA: on a CPU it lacks what it
-for _name in ("nms", "qnms"):                              # registers, which Inception does without
+# torchvision's CUDA wheel can't be imported on a CPU without these operators, which are not used
+OPERATORS = torch.library.Library("torchvision", "DEF")
+for _name in ("nms", "qnms"):
     OPERATORS.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 import pytorch_fid.fid_score as theirs
 import pytorch_fid.inception as their_network
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:
-    """A folder of each style."""
+    """Write `count` images of each style, and return the styles' folders."""
     folders = [folder / style for style in emoji.STYLES]
     for n, path in enumerate(folders):
         path.mkdir()
@@ -42,7 +44,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
 
 
 def write_weights(path: Path) -> Path:
-    """Random ones in the published layout."""
+    """Write random weights in the published layout."""
     state, draw = inception.untrained().state_dict(), torch.Generator().manual_seed(1)
     for name, x in state.items():
         if ".bn." in name:
@@ -53,7 +55,8 @@ def write_weights(path: Path) -> Path:
 
 
 def reference(x: np.ndarray, y: np.ndarray) -> float:
-    """(m, D), (n, D): the nuclear norm of the product of the centred features is tr (S_x S_y)^(1/2)."""
+    """Return FID from features x (m, D) and y (n, D).  The nuclear norm of the product of the
+    centred features is tr (S_x S_y)^(1/2)."""
     centred = [(z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y)]
     shared = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + sum((z ** 2).sum() for z in centred) - 2 * shared

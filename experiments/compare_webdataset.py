@@ -1,10 +1,12 @@
-"""How fast samples are read, against the package `webdataset` on the same shards with the same transforms.
+"""Compare the reading speed with the package `webdataset`, on the same shards with the same
+transforms.
 
     pip install webdataset                      # in a scratch environment; the project does not need it
     python -m experiments.compare_webdataset          # two minutes
 
-Each sample is a JPEG of 640 x 480 with a caption: decoded, its shorter side resized to 256 (bicubic), cropped
-to the centre, and its caption tokenized (GPT-2, 256 tokens).  Two processes read batches of 32 ahead.
+Each sample is a JPEG of 640 x 480 with a caption.  The image is decoded, its shorter side resized
+to 256 (bicubic), and its centre cropped; the caption is tokenized (GPT-2, 256 tokens).  Two
+processes read batches of 32 ahead.
 """
 
 import argparse
@@ -30,7 +32,7 @@ SHARDS, EACH, BATCH = 4, 400, 32
 
 
 def write_shards(folder: Path) -> list[str]:
-    """Pictures with edges and gradients, about 60 kB each as a JPEG."""
+    """Write shards of images with edges and gradients, about 60 kB each as a JPEG."""
     draw, paths = np.random.default_rng(0), []
     for shard in range(SHARDS):
         paths.append(str(folder / f"shard-{shard:03d}.tar"))
@@ -54,7 +56,7 @@ def make(mix: data.Mix, tokenizer, step: int) -> dict:
 
 
 def ours(paths: list[str], tokenizer, count: int) -> float:
-    """Samples a second, in random order over all shards."""
+    """Return our samples per second, in random order over all shards."""
     mix = data.Mix([str(Path(paths[0]).parent / "shard-*.tar")], 256, "run")
     started, steps = time.time(), range(count // BATCH)
     seen = sum(len(made["images"]) for made in workers.feed(partial(make, mix, tokenizer), steps, 2))
@@ -62,7 +64,8 @@ def ours(paths: list[str], tokenizer, count: int) -> float:
 
 
 def theirs(paths: list[str], tokenizer, count: int) -> float:
-    """Samples a second, shards in random order and a buffer of 200 samples shuffled."""
+    """Return webdataset's samples per second, with shards in random order and a shuffle buffer of
+    200."""
     def transform(sample):
         picture = fit_picture(sample[0].convert("RGB"), 256)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), tokenizer.encode(sample[1], 256)

@@ -1,9 +1,10 @@
-"""Hashes of samples of every kind of source, to compare the data code of two commits.
+"""Print hashes of samples of every kind of source, to compare the data code of two commits.
 
     python -m experiments.data_hashes                # a minute; at both commits, then diff
 
-2,000 samples of each kind, at positions 0 to 1,999 of both losses, through data.Mix.  The sources are made
-from the emoji set in a temporary folder, always the same ones.  Copy this file to an older commit.
+For each kind, data.Mix gives 2,000 samples, at positions 0 to 1,999 of both losses.  The sources
+are made from the emoji set in a temporary folder, and are always the same.  To test an older
+commit, copy this file there.
 """
 
 import contextlib

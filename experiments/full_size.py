@@ -1,12 +1,13 @@
-"""The published weights at full size, as random numbers: memory of drawing and captioning, time of loading.
+"""Measure memory and loading time with random weights of the published, full size.
 
     python -m experiments.full_size make FOLDER         # 18 GB: a D-DiT release with T5-XXL, an SD3 file, float16
-    python -m experiments.full_size memory FOLDER       # peak memory of two steps of each, in bfloat16, as if short
+    python -m experiments.full_size memory FOLDER       # peak memory, as if memory were short
     python -m experiments.full_size decode FOLDER       # the autoencoder's decoder at 1024x1024, float32
     python -m experiments.full_size load FOLDER         # time to load the transformer against reading its bytes
 
-Not part of the test run.  `memory` reports what the kernel counts as the process's largest resident set,
-which is what `/usr/bin/time -v` prints.
+This is not part of the test run.  `memory` draws and captions with two steps in bfloat16; it
+reports the process's largest resident set as the kernel counts it, the number that `/usr/bin/time
+-v` prints.
 """
 
 import gzip
@@ -33,7 +34,7 @@ PARTS = {"transformer": "dual_diff_release.transformer", "vae": "sd3_diffusers.v
 
 
 def write(path: Path, shapes: dict[str, list[int]]) -> None:
-    """A safetensors file of float16 noise, scaled by fan-in, a tensor at a time."""
+    """Write a safetensors file of float16 noise, scaled by fan-in, a tensor at a time."""
     header, at = {}, 0
     for name, shape in shapes.items():
         header[name] = dict(dtype="F16", shape=shape, data_offsets=[at, at + 2 * math.prod(shape)])
@@ -74,7 +75,8 @@ def make(folder: Path) -> None:
 
 
 def real_tokenizer(folder: Path) -> None:
-    """A tokenizer of the real size: filler after the fixture's words, so that <extra_id_0> moves to 32099."""
+    """Write a tokenizer of the real size: filler follows the fixture's words, so that <extra_id_0>
+    is 32099."""
     shutil.copytree(FIXTURES / "release" / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
     content["model"]["vocab"] += [[f"\u2581filler{i}", -20.0] for i in range(32100 - 110)]
@@ -108,7 +110,7 @@ def decode(folder: Path) -> None:
 
 
 def load(folder: Path, repeats: int = 5) -> None:
-    """Reading is of the bytes that loading needs: all that the file holds of the transformer."""
+    """Compare the time to load the transformer with the time to read its bytes from the file."""
     import checkpoint
     for path, what in ((folder / "sd3_medium.safetensors", "SD3, one file"), (folder, "D-DiT release")):
         tensors = checkpoint.find(path, "transformer").tensors
@@ -123,7 +125,7 @@ def load(folder: Path, repeats: int = 5) -> None:
         jobs = {"read": read} | {name: lambda dtype=getattr(torch, name): checkpoint.load_mmdit(path, dtype)
                                  for name in ("float16", "bfloat16", "float32")}
         times = {name: [] for name in jobs}
-        read()                                               # the page cache holds the file from here on
+        read()                                               # fills the page cache
         for _ in range(repeats):
             for name, job in jobs.items():
                 started = time.perf_counter()

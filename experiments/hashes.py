@@ -1,9 +1,11 @@
-"""Hashes of what the commands draw, read and learn, to compare two commits on one machine.
+"""Print hashes of the commands' drawings, texts and trained weights, to compare two commits on one
+machine.
 
     python -m experiments.hashes                     # three minutes; at both commits, then diff
 
-It calls the commands as a user does, with the shipped weights and flags that stay, so that it runs at any
-commit: copy this file to an older one.  Nothing else should run meanwhile, and both with as many threads.
+It calls the commands as a user does, with the shipped weights and flags that do not change, so that
+it runs at any commit: copy this file to an older one.  Run nothing else at the same time, and use
+equally many threads.
 """
 
 import argparse

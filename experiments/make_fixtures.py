@@ -1,14 +1,16 @@
-"""How tests/fixtures was made: tiny random checkpoints in the published layouts, and what the published
-implementations compute from them.  Not part of the test run, and it needs packages that the project does not:
+"""Make tests/fixtures: tiny random checkpoints in the published layouts, and the outputs of the
+published implementations.  It is not part of the test run, and needs packages that the project does
+not need:
 
     python -m venv peers && peers/bin/pip install diffusers==0.42.1 transformers==5.23.0 torch safetensors
     peers/bin/python -m experiments.make_fixtures REFERENCE
 
-REFERENCE is a folder with `dual_diff_release/` and `expected.safetensors`: a tiny D-DiT release (width 128,
-depth 2) with the outputs of D-DiT's published model class and of transformers' T5, which are copied; and
-with `full_size_keys.json`, every tensor's name and shape in the published files. SD3 and its autoencoder
-are made here, smaller still (width 64, depth 3; widths 32 and 64), under the single file's names, and
-turned into the folder layout by diffusers' own converters; diffusers computes what is expected of both.
+REFERENCE is a folder with three entries, which are copied: `dual_diff_release/`, a tiny D-DiT
+release (width 128, depth 2); `expected.safetensors`, the outputs of D-DiT's published model class
+and of transformers' T5; and `full_size_keys.json`, the name and shape of every tensor in the
+published files.  SD3 and its autoencoder are made here, even smaller (width 64, depth 3; widths 32
+and 64), with the single file's names.  diffusers' own converters turn them into the folder layout,
+and diffusers computes the expected outputs of both.
 """
 
 import gzip
@@ -87,7 +89,8 @@ def autoencoder(widths=(32, 64), blocks: int = 1, latent: int = 16) -> dict[str,
 
 
 def small(tensors: dict) -> dict:
-    """float8, half the bytes of half precision; everything expected is computed from the rounded values."""
+    """Return the tensors as float8, half the size of float16.  Expected outputs use these rounded
+    values."""
     return {name: tensor.to(torch.float8_e4m3fn).contiguous() for name, tensor in tensors.items()}
 
 
@@ -124,7 +127,7 @@ def main() -> None:
     x, text, t = expected["ddit.latents"], expected["ddit.context"], expected["ddit.t"]
     x = x[:, :, :12, :16].contiguous()
     expected["sd3.latents"] = x
-    # diffusers adds the pooled branch's biases to the time; "pooled embedding zero" is that branch at zero
+    # diffusers adds the pooled branch's biases to the time; "pooled embedding zero" needs all zero
     for parameter in model.time_text_embed.text_embedder.linear_2.parameters():
         parameter.zero_()
     expected["sd3.velocity"] = model(x, text, torch.zeros(2, 32), 1000 * t).sample

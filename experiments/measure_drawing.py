@@ -1,14 +1,16 @@
-"""Solvers and guidance on the emoji set: how often the right emoji is drawn, how far off, for how much work.
+"""Measure solvers and guidance on the emoji set: share of right emoji, pixel error, and network
+evaluations.
 
-    python -m experiments.measure_drawing                    # all rows, 192 prompts, some minutes of two cores
+    python -m experiments.measure_drawing            # all rows, 192 prompts; minutes on two cores
     python -m experiments.measure_drawing solvers --prompts 96 --checkpoint out/instruct
-    python -m experiments.measure_drawing --page assets/drawing.webp      # the README's picture, and no table
-    python -m experiments.measure_drawing objects --page objects.png      # twenty things, four drawings of each
-    python -m experiments.measure_drawing outside --page outside.png      # the same of what the set doesn't have
+    python -m experiments.measure_drawing --page assets/drawing.webp  # the README's image, no table
+    python -m experiments.measure_drawing objects --page objects.png  # four drawings of 20 things
+    python -m experiments.measure_drawing outside --page outside.png  # of things not in the set
 
-Every row draws the same captions of the split with the same seeds. `emoji`: of the whole set the nearest
-picture, pixel by pixel, has the emoji asked for; `distance`: root mean square of the difference to the
-picture asked for, of 255; `evaluations`: of the network, a picture. Not part of the test run.
+Every row draws the same captions of the split with the same seeds.  `emoji`: how often the image of
+the whole set that is nearest pixel by pixel shows the prompted emoji; `distance`: root mean square
+difference from the prompted image, in levels of 255; `evaluations`: network evaluations per image.
+This is not part of the test run.
 """
 
 import argparse
@@ -46,7 +48,8 @@ OUTSIDE = ["blue apple, noto style", "a blue apple", "a cat on a train", "pizza"
 @torch.no_grad()
 def measured(parts: Parts, captions: list[str], own: list[int], records: list[dict], pictures: torch.Tensor,
              how: dict) -> dict[str, float]:
-    """One row.  own: the captions' pictures among all (n, 3, P, P)."""
+    """Return one row of the table.  own: the indices of the captions' images in `pictures` (n, 3,
+    P, P)."""
     trace, begun = text_to_image.Trace(), time.time()
     drawn = text_to_image.draw(parts, captions, trace=trace, **how)
     seconds, found = time.time() - begun, emojis.nearest(drawn, pictures)
@@ -59,7 +62,8 @@ def measured(parts: Parts, captions: list[str], own: list[int], records: list[di
 
 @torch.no_grad()
 def write_page(parts: Parts, records: list[dict], pictures: torch.Tensor, path: Path) -> None:
-    """A walk, solvers at 7 evaluations, guidance, strengths, a hat drawn anew, variations; none chosen."""
+    """Write a page: a sampling run, solvers at 7 evaluations, guidance, strengths, a hat drawn
+    anew, variations.  The samples are not cherry-picked."""
     draw = lambda prompt, **how: text_to_image.draw(parts, [prompt], seed=0, **how)[0]
     number = {record["caption"]: i for i, record in enumerate(records)}
     apple, farmer = "red apple, noto style", "woman farmer, medium skin tone, noto style"
@@ -86,7 +90,8 @@ def write_rows(path: Path, cells: list[tuple[torch.Tensor, str]]) -> None:
 
 @torch.no_grad()
 def objects(parts: Parts, records: list[dict], pictures: torch.Tensor, style: str, path: Path) -> None:
-    """Each as `sample.py --n 4` draws it: how often it is the nearest, and a picture of all."""
+    """Draw each object as `sample.py --n 4` does; print how often it is the nearest, and write an
+    image of all."""
     number, cells, right = {record["caption"]: i for i, record in enumerate(records)}, [], []
     for name in OBJECTS:
         caption = f"{name}, {style} style"
@@ -101,7 +106,7 @@ def objects(parts: Parts, records: list[dict], pictures: torch.Tensor, style: st
 
 @torch.no_grad()
 def outside(parts: Parts, path: Path) -> None:
-    """To look at: there is nothing to compare with."""
+    """Write a page of objects that the set does not have.  Nothing can be measured on them."""
     write_rows(path, [(x, prompt) for prompt in OUTSIDE for x in text_to_image.draw(parts, [prompt] * 4, seed=0)])
 
 
@@ -114,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=cli.number(int, 1), default=192, help="(192)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(as sample.py)")
     parser.add_argument("--json", type=argparse.FileType("w"), help="also write the rows here")
-    parser.add_argument("--page", type=Path, help="a picture of it all")
+    parser.add_argument("--page", type=Path, help="write an image of the drawings here")
     args = parser.parse_args(argv)
     cli.require(*((name not in args.tables or len(args.tables) == 1, f"{name}: is measured alone")
                   for name in alone))

@@ -1,13 +1,13 @@
-"""What the shipped weights read, by every way to read: the README's figures.
+"""Measure how well the shipped weights read images, in every way of reading: the README's figures.
 
-    python -m experiments.measure_reading orders                      # captions by each order
-    python -m experiments.measure_reading choices                     # yes or no: written, and ranked by likelihood
-    python -m experiments.measure_reading infill --limit 200          # held-out captions with gaps at random
-    python -m experiments.measure_reading page --out page.png         # unmasking, filling, likelihoods, to look at
+    python -m experiments.measure_reading orders               # captions by each order
+    python -m experiments.measure_reading choices              # yes or no: written, and ranked
+    python -m experiments.measure_reading infill --limit 200   # held-out captions with random gaps
+    python -m experiments.measure_reading page --out page.png  # unmasking, filling, likelihoods
 
-Not part of the test run.  Right: word for word, of 192 captions a split.  Evaluations: of the network, a text
-(of those rows that were not done).  Time: against the exact order that looks at the picture each time, one
-token a step, in the same run.
+This is not part of the test run.  Right: share of 192 captions per split that are right word for
+word.  Evaluations: network evaluations per text, without finished rows.  Time: relative to the
+exact order without the image cache, one token per step, in the same run.
 """
 
 import random
@@ -38,7 +38,7 @@ CACHES = ("off", "once")
 
 
 def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float, float]:
-    """Percent right, evaluations a text, seconds."""
+    """Return the percentage of right captions, the evaluations per text, and the seconds."""
     calls, mmdit = [], parts.mmdit.forward
     parts.mmdit.forward = lambda *a, **k: calls.append(len(a[1])) or mmdit(*a, **k)      # a[1]: the text
     started = time.perf_counter()
@@ -68,7 +68,7 @@ def orders(parts: Parts, records: list[dict], latents, limit: int) -> None:
 
 
 def choices(parts: Parts, records: list[dict], latents, limit: int) -> None:
-    """One question of each type and answer."""
+    """Measure answers to one question of each type and answer."""
     right = lambda said, asked: 100 * sum(a == q["answer"] for a, (_, q) in zip(said, asked)) / len(asked)
     print("| split | all questions, look each time | once | yes or no, each time | once | ranked |")
     for split in ("tone", "train"):
@@ -87,7 +87,8 @@ def choices(parts: Parts, records: list[dict], latents, limit: int) -> None:
 
 
 def infill(parts: Parts, records: list[dict], latents, limit: int) -> None:
-    """One or two words of a held-out caption are gaps; the picture is looked at once, and each time."""
+    """Measure filling in one or two missing words of held-out captions, with and without the image
+    cache."""
     some = emoji.of_split(records, "tone")
     for cache in CACHES:
         chance, right, kept, gaps = random.Random(0), 0, 0, 0
@@ -105,8 +106,8 @@ def infill(parts: Parts, records: list[dict], latents, limit: int) -> None:
 
 
 def page(parts: Parts, records: list[dict], latents, out: Path) -> None:
-    """The first three held-out pictures: their captions being unmasked, filled, and answers' likelihoods.
-    These weights' latents are the pictures."""
+    """Write a page of the first three held-out images: unmasking and filling of captions, and
+    likelihoods of answers.  These weights work on pixels, so the latents are the images."""
     begin, fill, answer = [], [], []
     for i in emoji.of_split(records, "tone")[:3]:
         record, look, states = records[i], latents[i:i + 1], []

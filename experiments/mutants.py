@@ -1,12 +1,13 @@
-"""Do the tests notice?  Break one line at a time, and see which test files fail.
+"""Test the tests: break one line at a time, and see which test files fail.
 
     python -m experiments.mutants                        # every mutant, against the test files named beside it
     python -m experiments.mutants flow.py training/      # the mutants of these files
     python -m experiments.mutants --tests tests          # against all tests: a suite for each mutant
     python -m experiments.mutants --out mutants.md       # the table as Markdown
 
-A mutant replaces one piece of code, which must occur exactly once in its file, in a copy of the working tree.
-It is killed when a test fails, or when the tests run out of time.  A survivor is a fault that no test would see.
+A mutant is a copy of the working tree in which one piece of code, which must occur exactly once in
+its file, is replaced.  It is killed if a test fails or the tests run out of time.  A survivor is a
+fault that no test sees.
 """
 
 import re
@@ -29,7 +30,7 @@ LARGE = ("assets", "tests/fixtures")     # linked into the copies, which only re
 
 
 class Mutant(NamedTuple):
-    about: str          # what is wrong now
+    about: str          # the fault, in words
     file: str
     old: str
     new: str
@@ -190,7 +191,8 @@ MUTANTS = [
 
 
 def copy_tree(target: Path) -> None:
-    """Copy the files that git tracks or would track; large folders that nothing writes to are links."""
+    """Copy the files that git tracks or would track; large folders, which are only read, become
+    links."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True,
                             capture_output=True, text=True).stdout.splitlines()
     for name in listed:
@@ -202,7 +204,7 @@ def copy_tree(target: Path) -> None:
 
 
 def apply(mutant: Mutant, folder: Path) -> None:
-    """Change the one line.  Raises UserError where the code is not there exactly once."""
+    """Replace the mutant's code.  Raises UserError if it does not occur exactly once."""
     file = folder / mutant.file
     source = file.read_text(encoding="utf-8")
     count = source.count(mutant.old)
@@ -212,7 +214,7 @@ def apply(mutant: Mutant, folder: Path) -> None:
 
 
 def killers(mutant: Mutant, tests: list[str]) -> list[str]:
-    """Return the test files that fail; ["timeout"] where they take too long."""
+    """Return the test files that fail; ["timeout"] if they take too long."""
     with tempfile.TemporaryDirectory() as folder:
         copy_tree(Path(folder))
         apply(mutant, Path(folder))
@@ -221,7 +223,7 @@ def killers(mutant: Mutant, tests: list[str]) -> list[str]:
             result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             return ["timeout"]
-        if result.returncode < 0:                                # pytest itself died of it
+        if result.returncode < 0:                                # the fault killed pytest itself
             return [f"signal {-result.returncode}"]
         require((result.returncode in (0, 1), f"{mutant.about}: the tests did not run\n{result.stdout[-2000:]}"))
         return sorted(set(re.findall(r"^(?:FAILED|ERROR) tests/(\S+?\.py)", result.stdout, re.MULTILINE)))

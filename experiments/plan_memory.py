@@ -1,10 +1,11 @@
-"""The memory that --print-plan tells beside what a run on this CPU takes.
+"""Compare the memory that --print-plan predicts with the memory that a run on this CPU takes.
 
-    python -m experiments.plan_memory small      # two steps of a small end-to-end model, each way of training it
-    python -m experiments.plan_memory full       # a step at SD3-medium's full width and picture, four of its blocks
+    python -m experiments.plan_memory small    # a small end-to-end model, in each way of training
+    python -m experiments.plan_memory full     # four blocks of SD3-medium, at full width and pixels
 
-Not part of the test run.  What is told is the growth of the resident set over that after the imports, at its
-largest before anything is saved.  `full` has random weights, SD3's autoencoder, and a T5 of one narrow block.
+This is not part of the test run.  The memory taken is the largest growth of the resident set after
+the imports, before anything is saved.  `full` has random weights, SD3's autoencoder, and a T5 of
+one narrow block.
 """
 
 import json
@@ -42,7 +43,8 @@ def resident(field: str) -> int:
 
 
 def parts(folder: Path) -> list[str]:
-    """SD3's autoencoder, a T5 of one block with its width, a tokenizer of its size; flags that name them."""
+    """Write SD3's autoencoder, a T5 of one block with the real width, and a tokenizer of the real
+    size; return flags for them."""
     torch.manual_seed(0)
     vae, t5 = AutoencoderKL(VAEConfig()), T5Encoder(T5Config(depth=1, heads=4, hidden=256))
     for name, part, entries in (("vae", vae, layouts.vae_entries(vae, "folder")),
@@ -56,7 +58,7 @@ def parts(folder: Path) -> list[str]:
 
 
 def measure(kind: str, flags: list[str]) -> None:
-    """In a process of its own: trains, and prints what it took and what the plan says."""
+    """Train in this process, and print the memory that it took and that the plan predicts."""
     preset, sizes = SIZES[kind]
     model.PRESETS[preset].update(sizes)
     with tempfile.TemporaryDirectory() as out:
@@ -66,7 +68,7 @@ def measure(kind: str, flags: list[str]) -> None:
         config = train.parse([*flags, "--print-plan", "1"])
         before = resident("VmRSS")
         job = train.set_up(config)
-        Path("/proc/self/clear_refs").write_text("5")            # the largest resident set from here on
+        Path("/proc/self/clear_refs").write_text("5")        # resets the peak of the resident set
         train.train(job, [])
         took = resident("VmHWM") - before
     print(json.dumps(dict(took=took, told=told(train.parse([*flags, "--print-plan", "1"])), row=job.run.rows[-1])))

@@ -1,5 +1,5 @@
-"""Kill a training run with SIGKILL at random moments, half of them while it saves, and see that it ends with
-the weights of a run that nobody touched.
+"""Kill a training run with SIGKILL at random moments, half of them while it saves, and check that
+it ends with the weights of an undisturbed run.
 
     python -m experiments.survive --kills 20        # 60 steps, a save every 5; two minutes on two cores
 
@@ -37,16 +37,17 @@ def lines(out: Path) -> int:
 
 
 def killed_run(out: Path, flags: list[str], kills: int, seed: int) -> tuple[int, int]:
-    """Run to the end through `kills` SIGKILLs; returns (kills, those of them during a save).
+    """Run to the end through `kills` SIGKILLs; return (kills, kills during a save).
 
-    Every other kill comes a random while after the first new step, the others just after a save has begun.
+    Every second kill comes a random time after the first new step, the others just after a save
+    begins.
     """
     draw, done, saving = random.Random(seed), 0, 0
     while done < kills:
         process, before = start(out, flags), lines(out)
         while process.poll() is None and lines(out) in (0, before):
             time.sleep(0.002)
-            before = min(before, lines(out))  # a resume first drops what came after its save
+            before = min(before, lines(out))  # a resume first drops the log's rows after the save
         if done % 2 == 0:
             time.sleep(draw.uniform(0, 0.3))
         else:
@@ -54,7 +55,7 @@ def killed_run(out: Path, flags: list[str], kills: int, seed: int) -> tuple[int,
             while process.poll() is None and not list(out.glob(".tmp_step_*")) and time.time() < until:
                 time.sleep(0.0005)
             time.sleep(draw.uniform(0, 0.03))
-        if process.poll() is not None:                           # it came to its end first
+        if process.poll() is not None:                           # it ended before the kill
             finish(process)
             break
         saving += bool(list(out.glob(".tmp_*")) + list(out.glob(".*.tmp")))
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--random", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--random", type=int, default=0, help="seed of the kills' moments")
     args, flags = parser.parse_known_args()
     flags = ["--steps", "60", "--save-every", "5", "--image-batch", "4", "--text-batch", "4", "--log-every",
              "1",

@@ -1,9 +1,9 @@
-"""How far TF32 moves the text head's cross-entropy, simulated on a CPU, beside bfloat16.
+"""Simulate on a CPU how much TF32, and bfloat16, change the text head's cross-entropy.
 
     python -m experiments.tf32_head                  # half a minute
 
-TF32 keeps 10 bits of mantissa of both factors and adds up in float32: here the factors are rounded so.  The
-texts are 512 captions of the emoji set, masked at random, read by the shipped weights.
+TF32 keeps 10 mantissa bits of both factors and adds up in float32: here the factors are rounded in
+this way.  The shipped weights read 512 randomly masked captions of the emoji set.
 """
 
 import torch

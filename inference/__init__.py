@@ -1,4 +1,5 @@
-"""From a checkpoint to images and texts, for commands, notebooks and the trainer's own samples.
+"""Make images and texts with a checkpoint, for commands, notebooks and the trainer's own samples.
 
-Imports data.py and what stands below it; viz, training, metrics and the commands may import it.
+This package imports data.py and the layers below it; viz, training, metrics and the commands may
+import this package.
 """

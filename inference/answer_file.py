@@ -1,12 +1,13 @@
-"""Write answers to questions, or captions, into a file, a line each, in the order of the questions.
+"""Write answers to questions, or captions, to a file: one per line, in the order of the questions.
 
     answers = AnswerFile(Path("answers.jsonl"), asks, Path("val2014"), note)
     answers.fill(parts)             # writes {"question_id": "42", "answer": "a cat"}
 
-The questions are cut into blocks, always the same ones.  A finished block is a file beside the
-answers.  So an interrupted run resumes, several processes share the missing blocks, and the lines
-are the same either way.  The last process joins the blocks.  A question that can't be answered has
-no line; OUT.json, the settings of the answers, says why.
+The questions are always cut into the same blocks.  Each finished block is a file in OUT.blocks,
+beside the answers.  So an interrupted run can resume, and several processes can share the missing
+blocks; the lines are the same in all cases.  The process that finishes last joins the blocks.  A
+question that can't be answered has no line; OUT.json, which holds the settings of the answers,
+gives the reason.
 """
 
 import json
@@ -32,7 +33,7 @@ BLOCK = 64              # questions
 
 @dataclass
 class Ask:
-    """One line to write."""
+    """A question to answer, or an image to caption: one line of the file."""
     id: str | int
     image: str                  # file name
     question: str | None = None     # None: a caption
@@ -44,11 +45,11 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 @dataclass
 class AnswerFile:
-    """The questions of a file, and how they are answered."""
+    """A file of answers: its questions, and the settings that answer them."""
     out: Path
     asks: list[Ask]
     folder: Path                # of the images
-    note: dict                  # the settings that make the answers, written beside them
+    note: dict                  # all settings of the answers, written to OUT.json
     config: ReadConfig = field(default_factory=ReadConfig)
     choices: list[str] | None = None    # the answer is the likeliest of these
     seed: int = 0
@@ -65,9 +66,9 @@ class AnswerFile:
         return self.blocks / f"{at // BLOCK:06}.jsonl"
 
     def start(self) -> list[int] | None:
-        """Return where the unfinished blocks begin; None if all answers are there.
+        """Return the index where each unfinished block begins; None if all answers are there.
 
-        Raises UserError for answers that were made with another note."""
+        Raises UserError if OUT has answers with another note, or with none."""
         if self.note_path.exists():
             old = read_json(self.note_path)
             different = []
@@ -79,7 +80,7 @@ class AnswerFile:
         else:
             require((not self.out.exists(),
                      f"{self.out}: is there, and no {self.note_path.name}; name another file"))
-            shutil.rmtree(self.blocks, ignore_errors=True)            # of settings that are not known
+            shutil.rmtree(self.blocks, ignore_errors=True)            # their settings are unknown
         if self.out.exists():
             return None
         self.blocks.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ class AnswerFile:
         return [at for at in range(0, len(self.asks), BLOCK) if not self.block_path(at).exists()]
 
     def read_images(self, parts: Parts, asks: list[Ask]) -> tuple[dict[str, Tensor], dict]:
-        """Return the images (3, H, W) by name, and a row for each ask that can't be answered."""
+        """Return images (3, H, W) by name, and a row by id for each Ask that can't be answered."""
         images, left_out = {}, {}
         for ask in asks:
             try:
@@ -102,9 +103,9 @@ class AnswerFile:
         return images, left_out
 
     def answer(self, parts: Parts, asks: list[Ask], latents: Tensor) -> list[str]:
-        """Answer questions about images, of latents (B, C, h, w).
+        """Answer questions about the images with these latents (B, C, h, w).
 
-        Each has a seed of its own, so its answer does not depend on the other questions."""
+        Each question has its own seed, so its answer does not depend on the other questions."""
         if self.choices:
             texts = []
             for ask, x in zip(asks, latents):
@@ -115,8 +116,9 @@ class AnswerFile:
         return write(parts, latents, [ask.question for ask in asks], self.config, seeds)
 
     def block(self, parts: Parts, asks: list[Ask]) -> list[dict]:
-        """Return a line for each: {"question_id", "answer"}, {"image_id", "caption"}, or {"id",
-        "left_out": why} if the image can't be read or the question is too long."""
+        """Return a row for each `Ask`: {"question_id", "answer"} or {"image_id", "caption"}.
+
+        It is {"id", "left_out": why} if the image can't be read or the question is too long."""
         images, rows = self.read_images(parts, asks)
         answerable = [ask for ask in asks if ask.id not in rows]
         if answerable:
@@ -131,10 +133,10 @@ class AnswerFile:
 
     def fill(self, parts: Parts, rank: int = 0, world: int = 1,
              tell: Callable[[int, int], None] = lambda done, total: None) -> list[str] | None:
-        """Write the file; return a line for each question that had to be left out.
+        """Write the file; return a message for each question that had to be left out.
 
-        All processes but the last one return None.  tell(done, total): the questions of this
-        process's share, in whole blocks."""
+        Only the process that finishes last returns them; the others return None.  tell(done, total)
+        is called after each block, with counts of questions in this process's share."""
         missing = processes.first(self.start)
         if missing is None:
             left_out = read_json(self.note_path).get("left_out", [])
@@ -148,7 +150,7 @@ class AnswerFile:
         return self.join()
 
     def join(self) -> list[str]:
-        """Join the blocks into the file; return a line for each question that was left out."""
+        """Join the blocks into the file; return a message for each question that was left out."""
         answered, left_out = [], []
         for at in range(0, len(self.asks), BLOCK):
             for _, row in read_json_lines(self.block_path(at)):

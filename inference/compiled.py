@@ -12,15 +12,15 @@ from model import MMDiT
 
 
 def compile_blocks(mmdit: MMDiT) -> None:
-    """Compile each block, for each shape that it meets."""
-    # a block is compiled again for each shape, for each `need`, and as the last one
+    """Compile each block, once for each shape of its input."""
+    # blocks are compiled for each shape, each `need`, and once more for the last block
     torch._dynamo.config.recompile_limit = 64
     for block in mmdit.blocks:
         block.compile(dynamic=False)
 
 
 def fast_network(mmdit: MMDiT) -> "MMDiT | CapturedNetwork":
-    """Compile the network's blocks, in place; on a GPU return it as a CUDA graph for velocities."""
+    """Compile the blocks, in place; on a GPU, return a CapturedNetwork, for velocities only."""
     compile_blocks(mmdit)
     if next(mmdit.parameters()).is_cuda:
         return CapturedNetwork(mmdit)
@@ -30,7 +30,7 @@ def fast_network(mmdit: MMDiT) -> "MMDiT | CapturedNetwork":
 class CapturedNetwork:
     """The network as one CUDA graph for each shape: one launch replays all of its kernels.
 
-    A graph belongs to the weights in memory: weights that are loaded again need a new one."""
+    A graph reads the weights at their address.  If they are loaded again, make a new graph."""
 
     def __init__(self, mmdit: MMDiT):
         self.mmdit = mmdit

@@ -1,11 +1,12 @@
-"""A folder of drawings: PNG files, each with the settings that made it in its text fields.
+"""Fill a folder with drawings: PNG files, each with its settings in its text fields.
 
     jobs = [("red apple, noto style", 0), ("snowman, noto style", 0)]      # (prompt, seed)
     fill(parts, jobs, Path("drawn"), DrawConfig())      # drawn/00000.png, drawn/00001.png
 
-A file is written whole or not at all, and one that is there is skipped, so an interrupted run
-resumes.  Its text fields are compared first: they name the transformer, but not --length, nor the
-other parts.  Several processes can share the work, as those of evaluate.py do.
+A file is written completely or not at all.  An existing file is skipped, so an interrupted run
+can resume.  Before that, its text fields are compared with the settings.  They identify the
+transformer, but not --length or the other models.  Several processes can share the work, as those
+of evaluate.py do.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ RECORDED = dict(steps="steps", solver="solver", guidance_interval="interval",
 
 
 def settings(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> dict[str, str]:
-    """Return the text fields that all drawings of a folder share."""
+    """Return the text fields that are the same for all drawings of a folder."""
     complete = parts.complete(config)
     shared = {name: str(getattr(complete, field)) for field, name in RECORDED.items()}
     if edit:
@@ -40,7 +41,7 @@ def settings(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> dict
 
 @dataclass
 class ImageFolder:
-    """The files of a folder, and what each one shows."""
+    """The files of a folder, and the drawings in each one."""
     path: Path
     jobs: list[tuple[str, int]]     # (prompt, seed of a file's first drawing)
     names: list[str]                # of the files
@@ -54,9 +55,9 @@ class ImageFolder:
         return dict(prompt=prompt, seed=seeds) | self.shared
 
     def missing(self, among: Iterable[int]) -> list[int]:
-        """Return those `among` the jobs that have no file.
+        """Return the jobs in `among` (indices) that have no file.
 
-        Raises UserError for a file that shows another drawing than it should."""
+        Raises UserError for a file with other text fields than this job has."""
         lacking = []
         for i in among:
             path = self.path / self.names[i]
@@ -89,9 +90,9 @@ class ImageFolder:
 
 def fill(parts: Parts, jobs: list[tuple[str, int]], path: Path, config: DrawConfig,
          edit: Edit | None = None) -> int:
-    """Draw the files that are missing, and return how many were there.
+    """Draw the files that are missing, and return the number of files that existed before.
 
-    Raises UserError for a file that shows another drawing, before anything is drawn."""
+    Raises UserError, before anything is drawn, for a file with other text fields than expected."""
     path.mkdir(exist_ok=True)
     names = [f"{i:05}.png" for i in range(len(jobs))]
     folder = ImageFolder(path, jobs, names, settings(parts, config, edit))

@@ -1,4 +1,4 @@
-"""Write text about images: captions, answers, filled masks; and score how likely a text is.
+"""Write text about images (captions, answers, filled masks), and score how likely a text is.
 
     texts = write(parts, latents, [None] * len(latents))                   # a caption for each
     texts = write(parts, latents, ["Is this food?"] * len(latents))        # an answer
@@ -30,28 +30,30 @@ MAX_MASK_TOKENS = 3     # infill tries one to three tokens for a [MASK]
 
 @dataclass
 class ReadConfig:
-    """Settings of a text; each one is a flag of sample.py.  None: the checkpoint's default."""
-    steps: int | None = option(None, "of the orders random and confidence (128; to answer 32)", low=1)
+    """Settings of writing text; each is a flag of sample.py.  None: the checkpoint's default."""
+    steps: int | None = option(None, "of --order random and confidence (128; to answer 32)", low=1)
     temperature: float | None = option(None, "0: the likeliest token; 1: sampled (0; published 1)",
                                        low=0, group="reading, with --image or --text")
-    order: str | None = option(None, "of revealing [MASK]s (threshold; published random)",
+    order: str | None = option(None, "order of revealing [MASK]s (threshold; published random)",
                                choices=mask_diffusion.ORDERS)
     level: float | None = option(None, "threshold: a probability (0.99); eb: an entropy (0.05)", low=1e-9)
-    image_cache: str | None = option(None, "once is fast, off is exact (once; published off)",
+    image_cache: str | None = option(None, "once: fast; off: exact (once; published off)",
                                      choices=["once", "off"])
-    text_guidance: float = option(1.0, "away from what is likely without the image", low=0.001)
-    max_tokens: int | None = option(None, "of a caption or an answer; it may exceed --length",
+    text_guidance: float = option(1.0, "guide away from what is likely without the image; "
+                                  "1: none", low=0.001)
+    max_tokens: int | None = option(None, "of a caption or an answer; may be more than --length",
                                     low=1, tasks="caption answer questions chat")
-    length_at: float | None = option(None, "first, end where an end has this probability", low=0,
+    length_at: float | None = option(None, "at first, end the text where the end token has this "
+                                    "probability", low=0,
                                      high=1, tasks="caption answer questions chat")
 
     def __post_init__(self):
         if self.order:
-            SampleConfig(order=self.order, level=self.level)     # checks them
+            SampleConfig(order=self.order, level=self.level)     # raises ValueError
 
 
 def with_steps(config: ReadConfig, question: str | None) -> ReadConfig:
-    """Return the config with the usual steps of a text or an answer in place of None."""
+    """Return the config; if steps is None, with the default steps of a text or of an answer."""
     if config.steps is not None:
         return config
     return replace(config, steps=STEPS["text" if question is None else "answer"])
@@ -60,9 +62,9 @@ def with_steps(config: ReadConfig, question: str | None) -> ReadConfig:
 # ------------------------------------------------------------------------------------- the network
 
 class ImageCache:
-    """The keys and values of a batch of images, computed beside the first texts that are read.
+    """The keys and values of a batch of images, computed once, together with the first texts.
 
-    That is an approximation, because the image's stream sees the text."""
+    Using them with later texts is an approximation, because the image's stream sees the text."""
 
     def __init__(self, mmdit: MMDiT, latents: Tensor):
         self.mmdit, self.latents = mmdit, latents
@@ -71,8 +73,8 @@ class ImageCache:
     def logits(self, text: Tensor, rows: Tensor, at: Tensor) -> Tensor:
         """Return the logits (n, V) at positions `at` of text (R, L, E).
 
-        rows (R,): the rows of the batch that the text holds, ascending.  A row that is absent is
-        finished, and leaves the cache."""
+        rows (R,): the rows of the batch that are in `text`, ascending.  A row that is absent is
+        finished, and is removed from the cache."""
         if self.blocks is None:
             clean = torch.zeros(1, device=text.device)
             logits, self.blocks = self.mmdit.read_and_cache(self.latents[rows], text, clean, at)
@@ -86,9 +88,9 @@ class ImageCache:
 
 
 class Reader:
-    """The text half of the model beside clean latents (B, C, h, w), or none.
+    """The model with fixed clean latents (B, C, h, w), or without an image.
 
-    It is the function (ids, at) -> logits that mask_diffusion.py asks for."""
+    It is a function (ids, at) -> logits, as mask_diffusion.py needs it."""
 
     def __init__(self, parts: Parts, latents: Tensor | None, image_cache: str = "off",
                  guidance: float = 1.0):
@@ -101,11 +103,11 @@ class Reader:
         """Return the logits (n, V) at positions `at` (n,) of ids (B, L)."""
         L = ids.shape[1]
         rows, row_of = torch.unique_consecutive(at // L, return_inverse=True)
-        at = row_of * L + at % L                                 # in the rows that have positions
+        at = row_of * L + at % L                                 # numbered within these rows
         text = self.parts.text(ids[rows])                                         # (R, L, E)
         if self.guidance == 1:
             return self.logits(text, rows, at)
-        # without the image first, so that the blocks store the attention of the pass with it
+        # the pass without the image is first: the blocks keep the attention of the last pass
         clean = torch.zeros(1, device=text.device)
         _, null = self.parts.mmdit(None, text, clean, need="logits", at=at)
         mask_id = self.parts.tokenizer.mask_id
@@ -124,7 +126,7 @@ class Reader:
 
 @torch.no_grad()
 def encode(parts: Parts, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Encode images (B, 3, H, W) to clean latents (B, C, h, w), the posterior's means.
+    """Encode images (B, 3, H, W) in [-1, 1] to clean latents (B, C, h, w), the posterior's means.
 
     dtype: parts.dtype unless given."""
     parts.hold("vae")
@@ -139,9 +141,9 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig =
          seeds: Sequence[int] | None = None, states: States | None = None) -> Tensor:
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no image.
 
-    Text behind the first end token becomes padding.  seeds: one for each row, whose
-    text is then the same in any batch; 0 unless given.  states: a list that gets the states of
-    `mask_diffusion.walk`.  Raises UserError for a level that the order can't have."""
+    Text after the first end token becomes padding.  seeds: one for each row, by default 0; a row
+    with the same seed has the same text in any batch.  states: a list to which the states of
+    `mask_diffusion.walk` are appended.  Raises UserError for a level that the order can't have."""
     config = with_steps(parts.complete(config), None)
     tokenizer = parts.tokenizer
     try:
@@ -163,7 +165,7 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig =
 
 
 def prompt_ids(parts: Parts, question: str | None) -> list[int]:
-    """Return the tokens before an answer; a caption has none."""
+    """Return the tokens of a question before its answer; [] for a caption."""
     return [] if question is None else parts.tokenizer.pieces(question_prompt(question))
 
 
@@ -171,8 +173,8 @@ def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = N
            before: Sequence[int] = ()) -> Tensor:
     """Return the ids (L,) that a caption or an answer is written on.
 
-    They are the question, the part of the text that was written `before`, [MASK]s, and padding
-    from max_tokens on."""
+    They are the question, the tokens that were written `before`, at most max_tokens [MASK]s, and
+    padding.  Raises UserError if the question leaves no room."""
     tokenizer = parts.tokenizer
     given = [*prompt_ids(parts, question), *before]
     length = parts.length if question is None else parts.answer_length
@@ -187,10 +189,10 @@ def canvas(parts: Parts, question: str | None = None, max_tokens: int | None = N
 def write(parts: Parts, latents: Tensor, questions: Sequence[str | None],
           config: ReadConfig = ReadConfig(), seeds: Sequence[int] | None = None,
           states: States | None = None) -> list[str]:
-    """Write the answer to a question for each image, of latents (B, C, h, w), or captions.
+    """Write an answer, or a caption, about each of the images with latents (B, C, h, w).
 
-    questions: all None for captions.  seeds: as for `fill`.  states: gets those of the first block
-    of each text, if max_tokens is above the model's length."""
+    questions: one for each image; all None for captions.  seeds: as in `fill`.  states: as in
+    `fill`, but only of the first block, if max_tokens is above the model's length."""
     config = with_steps(config, questions[0])
     seeds = seeds or [0] * len(questions)
     canvases = [canvas(parts, question, config.max_tokens) for question in questions]
@@ -209,7 +211,7 @@ def go_on(parts: Parts, latents: Tensor, question: str | None, text: list[int],
           config: ReadConfig, seed: int) -> list[int]:
     """Continue a text that has no end token yet, block by block, up to config.max_tokens.
 
-    Each block sees the question, and the last tokens of the text in half of the room."""
+    Each block sees the question and the end of the text so far, up to half of the room."""
     ends = {parts.tokenizer.end_id, parts.tokenizer.pad_id}
     room = len(canvas(parts, question)) - len(prompt_ids(parts, question))
     while len(text) < config.max_tokens and ends.isdisjoint(text):
@@ -224,11 +226,11 @@ def go_on(parts: Parts, latents: Tensor, question: str | None, text: list[int],
 # -------------------------------------------------------------------------------- filling in masks
 
 def cuts(parts: Parts, text: str) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """Tokenize a text in all ways to give each [MASK] 1 to 3 tokens.
+    """Tokenize a text in all ways that give each [MASK] 1 to 3 tokens.
 
-    Return the ids (n, L), and how many tokens each [MASK] got.
-    More than two [MASK]s get one token each.  A [MASK] takes the space before it along, as GPT-2's
-    tokens do.  Raises UserError for a text that is too long."""
+    Return the ids (n, L), and for each row the number of tokens of each [MASK].  More than two
+    [MASK]s get one token each.  The space before a [MASK] belongs to it, as in GPT-2's tokens.
+    Raises UserError for a text that is too long."""
     tokenizer = parts.tokenizer
     first, *others = text.replace(" [MASK]", "[MASK]").split("[MASK]")
     pieces_after = [tokenizer.continuation(other) for other in others]
@@ -247,7 +249,7 @@ def cuts(parts: Parts, text: str) -> tuple[Tensor, list[tuple[int, ...]]]:
 
 
 def insert_words(parts: Parts, text: str, words: list[Tensor]) -> str:
-    """Put words, as ids (n,), in the place of the [MASK]s of a text; the rest stays to the letter."""
+    """Replace the [MASK]s of a text by words, given as ids (n,); the rest is unchanged."""
     filled, *others = text.split("[MASK]")
     for ids, other in zip(words, others, strict=True):
         word = parts.tokenizer.behind(ids)
@@ -260,10 +262,10 @@ def insert_words(parts: Parts, text: str, words: list[Tensor]) -> str:
 @torch.no_grad()
 def infill(parts: Parts, latents: Tensor | None, text: str, config: ReadConfig = ReadConfig(),
            seed: int = 0, states: States | None = None) -> str:
-    """Fill the [MASK]s of a text about one image, of latents (1, C, h, w), or about none.
+    """Fill the [MASK]s of a text about the image with latents (1, C, h, w), or without an image.
 
     All ways to cut the masks into tokens are filled as one batch, and the likeliest is kept.
-    states: gets those of the likeliest row."""
+    states: a list to which the states of this likeliest row are appended."""
     rows, widths = cuts(parts, parts.tokenizer.lowered(text))                     # (n, L)
     batch_states = []
     seeds = [seed] * len(rows)
@@ -281,7 +283,7 @@ def infill(parts: Parts, latents: Tensor | None, text: str, config: ReadConfig =
 
 
 def repeat(latents: Tensor | None, count: int) -> Tensor | None:
-    """Return copies of one image, (1, C, h, w) -> (count, C, h, w), without memory."""
+    """Return copies of one image, (1, C, h, w) -> (count, C, h, w), as a view."""
     if latents is None:
         return None
     return latents.expand(count, -1, -1, -1)
@@ -290,7 +292,7 @@ def repeat(latents: Tensor | None, count: int) -> Tensor | None:
 # ----------------------------------------------------------------------------------------- scoring
 
 class Likelihood(NamedTuple):
-    """The probability of a text beside an image."""
+    """How probable a text is, given an image."""
     text: str
     share: float                # its probability among the texts that are compared
     nats: float                 # a bound of -log p(text | image)
@@ -302,10 +304,10 @@ def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
           levels: int | None = None) -> tuple[float, float]:
     """Estimate an upper bound of -log p(text | image) in nats; return it and its standard error.
 
-    latents: (1, C, h, w) or None.  It is `mask_diffusion.likelihood` of ids (L,), padding included,
-    without the first `given` tokens.  levels: the numbers of masks that are tried, by default 64,
-    or 16 beside T5.  Texts of one length meet the same random numbers, so that they compare; the
-    image is never cached."""
+    latents: (1, C, h, w) or None.  ids: (L,), padding included; the first `given` tokens are not
+    scored.  levels: how many numbers of masks are tried, by default 64, or 16 for models that read
+    T5.  Texts of the same length get the same random numbers, so that their scores can be compared.
+    The image is never cached."""
     parts.hold("text", "mmdit")
     levels = levels or (64 if parts.own else 16)
     reader = Reader(parts, repeat(latents, levels))
@@ -317,7 +319,7 @@ def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
 
 
 def rows_to_rank(parts: Parts, texts: list[str], question: str | None) -> list[Tensor]:
-    """Return the ids (L,) of each text behind the question.  Raises UserError if one is too long."""
+    """Return the ids (L,) of the question with each text.  Raises UserError if one is too long."""
     length = len(canvas(parts, question))
     rows = []
     for text in texts:
@@ -330,9 +332,9 @@ def rows_to_rank(parts: Parts, texts: list[str], question: str | None) -> list[T
 
 def rank(parts: Parts, latents: Tensor | None, texts: list[str],
          question: str | None = None) -> list[Likelihood]:
-    """Score captions of an image, of latents (1, C, h, w), or answers; the likeliest comes first.
+    """Score captions of the image with latents (1, C, h, w), or answers to a question about it.
 
-    Raises UserError for a text that is too long."""
+    The likeliest text comes first.  Raises UserError for a text that is too long."""
     prompt = prompt_ids(parts, question)
     rows = rows_to_rank(parts, texts, question)
     scores = [score(parts, latents, row, len(prompt)) for row in rows]

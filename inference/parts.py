@@ -1,4 +1,4 @@
-"""The models of one checkpoint, in any layout, and which of them are in memory.
+"""Load the models of one checkpoint, in any layout, and keep in memory those that are needed.
 
     parts = Parts("assets/emoji")
     parts.hold("text", "mmdit")             # load these; then parts.text(ids), parts.mmdit(...)
@@ -25,8 +25,8 @@ from pretrained.vae import Pixels
 
 EMOJI = ROOT / "assets" / "emoji"               # the shipped weights
 
-# What None means in a DrawConfig or ReadConfig.  OWN: for models with a token embedding of their
-# own; PUBLISHED: for models that read T5, as D-DiT and SD3 are sampled (the batch is ours).
+# The values that replace None in a DrawConfig or ReadConfig.  OWN: for models with their own token
+# embedding.  PUBLISHED: for models that read T5, as D-DiT and SD3 are sampled (the batch is ours).
 OWN = dict(guidance=1.5, shift=1.0, batch=16,
            temperature=0.0, order="threshold", image_cache="once")
 PUBLISHED = dict(guidance=7.0, shift=3.0, batch=4,
@@ -35,15 +35,15 @@ PUBLISHED = dict(guidance=7.0, shift=3.0, batch=4,
 
 @dataclass
 class ModelConfig:
-    """Which weights are used, and how; each field is a flag of sample.py and evaluate.py."""
-    checkpoint: Path = option(EMOJI, "a file or a folder, in any layout", group="models")
+    """The weights to use, and how; each field is a flag of sample.py and evaluate.py."""
+    checkpoint: Path = option(EMOJI, "weights: a file or a folder, in any layout", group="models")
     device: str = option("auto", "where to compute", choices=DEVICES)
-    dtype: str | None = option(None, "(bfloat16; the shipped weights: where native)",
+    dtype: str | None = option(None, "dtype (bfloat16; the shipped weights: where native)",
                                choices=["float32", "bfloat16"])
-    height: int | None = option(None, "pixels (as trained; published 512)", low=1)
-    width: int | None = option(None, "pixels (as trained; published 512)", low=1)
-    length: int | str | None = option(None, "tokens (as trained; published 256, to answer 128); "
-                                      "auto: --length-at 0.95", low=2, word="auto")
+    height: int | None = option(None, "of an image, in pixels (as trained; published 512)", low=1)
+    width: int | None = option(None, "of an image, in pixels (as trained; published 512)", low=1)
+    length: int | str | None = option(None, "of a text, in tokens (as trained; published 256, to "
+                                      "answer 128); auto: --length-at 0.95", low=2, word="auto")
     vae: Path | None = option(None, "autoencoder, in place of the checkpoint's")
     t5: Path | None = option(None, "T5 encoder, in place of the checkpoint's")
     tokenizer: Path | None = option(None, "T5's tokenizer.json, in place of the checkpoint's")
@@ -59,7 +59,7 @@ def available(device: torch.device) -> int:
         kilobytes = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
         return int(kilobytes[1]) * 1024
     except (OSError, TypeError):                                 # no such file, or no such line
-        if not hasattr(os, "sysconf"):                           # Windows has none
+        if not hasattr(os, "sysconf"):                           # Windows has no sysconf
             return 0
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
@@ -67,16 +67,16 @@ def available(device: torch.device) -> int:
 class Parts:
     """The parts of a checkpoint: text (T5 or an embedding), mmdit, vae; `hold` loads them.
 
-    keep: all parts stay in memory once loaded, by default where they take up at most two thirds of
-    what is free.  Otherwise `hold` frees the others, and drawing takes the memory of the largest
-    part."""
+    keep: True keeps all parts in memory once loaded.  The default is True if they take at most two
+    thirds of the free memory.  With False, `hold` frees the parts that it does not name, and
+    drawing takes only the memory of the largest part."""
 
     def __init__(self, path: str | Path = EMOJI, device: str | torch.device = "cpu",
                  dtype: str | torch.dtype | None = None, keep: bool | None = None, **more):
-        """more: the other fields of ModelConfig.  Raises UserError where parts don't fit."""
+        """more: the other fields of ModelConfig.  Raises UserError if parts don't fit together."""
         config = ModelConfig(path, **more)
         self.family, self.sizes = checkpoint.read_sizes(path)
-        saved = {"null_image": True}                             # D-DiT's joint training has it
+        saved = {"null_image": True}                             # D-DiT's joint training trains it
         if self.family == "ours":
             saved = checkpoint.read_config(path)
         self.own = self.sizes.text_length > 0                    # the end-to-end variant's embedding
@@ -96,11 +96,11 @@ class Parts:
         self.check_text(config)
         self.choose_size(config, saved.get("pixels"), bool(saved.get("buckets")))
         self.keep = 1.5 * self.weight() < available(self.device) if keep is None else keep
-        if keep or (self.own and self.keep):                     # small, or asked for
+        if keep or (self.own and self.keep):                     # small, or keep=True was given
             self.hold("text", "mmdit", "vae")
 
     def choose_length(self, config: ModelConfig) -> None:
-        """Choose the tokens of a text."""
+        """Choose the number of tokens of a text, and of a question with its answer."""
         length = config.length
         if length == "auto":
             length = None
@@ -127,7 +127,7 @@ class Parts:
             self.trained += aspect_buckets.sizes(pixels, unit)
 
     def check_text(self, config: ModelConfig) -> None:
-        """Check that tokenizer, text encoder and text head fit, before minutes of loading."""
+        """Check that tokenizer, text encoder and text head fit, before the slow loading starts."""
         path, width = self.paths["mmdit"], self.sizes.text_width
         self.vector = None
         if self.own:
@@ -146,7 +146,7 @@ class Parts:
 
     @classmethod
     def of(cls, models, pixels: int, length: int, dtype: torch.dtype = torch.float32) -> "Parts":
-        """Take the models that are being trained (`training.models.Models`); nothing is read."""
+        """Wrap models that are being trained (`training.models.Models`); no file is read."""
         parts = cls.__new__(cls)
         mmdit = models.learns["mmdit"]
         own = models.t5 is None
@@ -215,7 +215,7 @@ class Parts:
         return vae
 
     def hold(self, *names: str) -> None:
-        """Have these of text, mmdit and vae in memory; unless all are kept, free the others."""
+        """Load these of "text", "mmdit" and "vae"; free the others first, unless all are kept."""
         loaded = vars(self)
         for name in {"text", "mmdit", "vae"}.difference(names):
             if not self.keep:
@@ -227,7 +227,7 @@ class Parts:
 
 
 def open_parts(config: ModelConfig, device: str | torch.device | None = None) -> Parts:
-    """Open the models that the flags name, on config.device unless another one is given."""
+    """Open the models that the flags name, on config.device unless `device` is given."""
     settings = vars(config).copy()
     path, name = settings.pop("checkpoint"), settings.pop("device")
     parts = Parts(path, device or choose_device(name), **settings)

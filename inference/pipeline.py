@@ -1,4 +1,4 @@
-"""A checkpoint for notebooks and sample.py: PIL images and strings in, PIL images and strings out.
+"""Use a checkpoint in notebooks and sample.py: PIL images and strings in, the same out.
 
     from inference.pipeline import Pipeline
     pipeline = Pipeline()                   # the shipped weights; or a path, in any layout
@@ -9,7 +9,7 @@
     text = pipeline.fill(images[0], "red [MASK], [MASK] style")
     nats = pipeline.score(images[0], "red apple, noto style")      # lower is likelier
 
-A text that is too long is a UserError; unknown words are a warning on stderr.
+A text that is too long raises UserError; unknown words print a warning on stderr.
 """
 
 import sys
@@ -33,7 +33,7 @@ Images = Image.Image | Sequence[Image.Image]
 
 
 def as_list(value) -> list:
-    """Return a list of one image or string, or of several."""
+    """Return a list, also for a single image or string."""
     return [value] if isinstance(value, (str, Image.Image)) else list(value)
 
 
@@ -50,13 +50,13 @@ class Pipeline:
 
     @classmethod
     def of(cls, parts: Parts) -> "Pipeline":
-        """Use models that are open already."""
+        """Return a pipeline with models that are already open."""
         pipeline = cls.__new__(cls)
         pipeline.parts = parts
         return pipeline
 
     def read_prompts(self, prompts: str | Sequence[str], config: DrawConfig) -> list[str]:
-        """Return prompts as `texts.read_prompt` does; that of `config` is replaced likewise."""
+        """Apply `texts.read_prompt` to prompts, and in place to config.negative_prompt."""
         negative = config.negative_prompt
         config.negative_prompt = read_prompt(self.parts, negative, "negative prompt")
         return [read_prompt(self.parts, prompt) for prompt in as_list(prompts)]
@@ -76,12 +76,12 @@ class Pipeline:
              mask: Tensor | None = None, seed: int = 0, **settings) -> list[Image.Image]:
         """Draw over an image, as `draw` does.
 
-        strength: the noise level to begin at, by default 0.7, with a mask 1.  mask: (1, 1, h, w) of
-        latents, True where to draw; see `dataset.images.read_mask`."""
+        strength: the noise level to start at, by default 0.7, or 1 with a mask.  mask: (1, 1, h,
+        w), in the size of the latents, True where to draw; see `dataset.images.read_mask`."""
         return self.draw(prompts, seed, self.start_edit(image, strength, mask), **settings)
 
     def start_edit(self, image: Image.Image, strength: float | None, mask: Tensor | None) -> Edit:
-        """Encode an image to draw over, in float32: what is not drawn keeps its exact pixels."""
+        """Encode an image to draw over, in float32, so that kept parts have their exact values."""
         if strength is None:
             strength = 0.7 if mask is None else 1.0
         latents = image_to_text.encode(self.parts, self.fit(image), torch.float32)
@@ -108,9 +108,9 @@ class Pipeline:
 
     def fill(self, image: Image.Image | None, text: str, seed: int = 0, states: list | None = None,
              **settings) -> str:
-        """Return the text with its [MASK]s filled in, beside an image or none.
+        """Return the text with its [MASK]s filled in, given an image or None.
 
-        The rest stays to the letter.  settings: fields of ReadConfig."""
+        The rest of the text is unchanged.  settings: fields of ReadConfig."""
         latents = None
         if image is not None:
             latents = self.encode(image)
@@ -139,7 +139,7 @@ class Pipeline:
 
     def rank(self, images: Images, texts: Sequence[str],
              question: str | None = None) -> Iterator[list[Likelihood]]:
-        """Yield for each image its captions, or the answers to a question, the likeliest first."""
+        """Yield, for each image, the captions or answers in `texts`, the likeliest first."""
         if question is not None:
             check_question(self.parts, question)
         texts = [read_text(self.parts, text, "text") for text in texts]

@@ -1,7 +1,7 @@
-"""Draw images from text: from noise, or over another image, parts of which may stay as they are.
+"""Draw images from text, from noise or over another image; a mask keeps parts of that image.
 
     images = draw(parts, ["red apple, noto style"], seed=0, steps=28)      # (1, 3, H, W)
-    edit = Edit(latents, strength=0.6)          # begin with that image at t = 0.6
+    edit = Edit(latents, strength=0.6)          # start from that image at t = 0.6
     edit = Edit(latents, mask=mask)             # draw only where the mask is True
 
 t = 1 is noise, t = 0 is the image.  Shapes: B batch, L tokens, E width of text states, C latent
@@ -26,14 +26,14 @@ from model import T_FLOOR
 @dataclass
 class DrawConfig:
     """Settings of a drawing; each one is a flag of sample.py.  None: the checkpoint's default."""
-    steps: int = option(28, "evaluations of the velocity at most", low=1)
+    steps: int = option(28, "largest number of velocity evaluations", low=1)
     solver: str = option("euler", "heun: up to two evaluations a step", choices=flow.SOLVERS,
                          group="drawing, with --prompt or --prompts")
-    guidance_interval: tuple[float, float] = option((0.0, 1.0), "noise levels with guidance",
+    guidance_interval: tuple[float, float] = option((0.0, 1.0), "guide between these noise levels",
                                                     low=0, high=1)
     negative_prompt: str = option("", "guide away from this, not from the empty prompt")
-    guidance: float | None = option(None, "classifier-free; 1: none (1.5; published 7)", low=0.001)
-    shift: float | None = option(None, "towards high noise (1; published 3)", low=0.001)
+    guidance: float | None = option(None, "guidance scale; 1: none (1.5; published 7)", low=0.001)
+    shift: float | None = option(None, "shift towards high noise (1; published 3)", low=0.001)
     batch: int | None = option(None, "images drawn at once (16; published 4)", low=1)
     compile: bool = option(False, "compile the blocks; on a GPU capture a CUDA graph")
 
@@ -47,9 +47,9 @@ class DrawConfig:
 
 @dataclass
 class Edit:
-    """An image to begin with."""
+    """An image to start from."""
     latents: Tensor                     # clean, (1, C, h, w)
-    strength: float = 1.0               # the t to begin at: 0 returns the image, 1 draws anew
+    strength: float = 1.0               # the t to start at: 0 returns the image, 1 ignores it
     mask: Tensor | None = None          # (1, 1, h, w), True where to draw; the rest stays
 
     def noised(self, noise: Tensor, t: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Edit:
         return (1 - t) * self.latents.to(noise) + t * noise
 
     def pin(self, noise: Tensor) -> flow.Pin | None:
-        """Return the function that keeps the rest of x on its straight line to the noise."""
+        """Return a function that keeps x outside the mask on the straight line to the noise."""
         if self.mask is None:
             return None
         return lambda x, t: torch.where(self.mask.to(x.device), x, self.noised(noise, t))
@@ -68,14 +68,14 @@ class Step:
     """All images of a sampling run at one noise level, (C, h, w) each."""
     t: float
     x: list[Tensor] = field(default_factory=list)
-    clean: list[Tensor] = field(default_factory=list)       # the image predicted there
+    clean: list[Tensor] = field(default_factory=list)       # predicted at t
 
 
 @dataclass
 class Trace:
     """A record of a sampling run, which `drawings` fills in."""
     evaluations: int = 0                # of the network, over all images
-    steps: list[Step] | None = None     # a list is filled, with the result as its last step
+    steps: list[Step] | None = None     # None: not recorded; the last step is the result
 
     def add(self, i: int, t: Tensor, x: Tensor, clean: Tensor) -> None:
         """Add step i of a batch, (B, C, h, w) each."""
@@ -90,9 +90,10 @@ class Trace:
 def noise_levels(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> Tensor:
     """Return the noise levels, from 1, or the edit's strength, down to 0.
 
-    `steps` is the most evaluations: a step of Heun's solver takes up to two, and an edit leaves out
-    the levels above its strength.  For a network that predicts the clean image, the lowest level
-    above 0 is the floor of its training's division: below it the prediction was hardly trained."""
+    config.steps limits the evaluations: a step of Heun's solver takes up to two, and an edit leaves
+    out the levels above its strength.  For a network that predicts the clean image, the lowest
+    level above 0 is the floor by which training divides (model.T_FLOOR): below it, the prediction
+    was hardly trained."""
     config = parts.complete(config)
     least = T_FLOOR["train"] if parts.sizes.predicts == "data" else 1e-3
     steps = math.ceil(config.steps / flow.SOLVERS[config.solver].evaluations)
@@ -103,7 +104,7 @@ def noise_levels(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> 
 
 
 def encode_prompts(parts: Parts, prompts: list[str]) -> dict[str, Tensor]:
-    """Return the states (1, L, E) of each text.
+    """Return the text states (1, L, E) of each prompt.
 
     Each one is encoded by itself, so that its rounding does not depend on the others."""
     parts.hold("text")
@@ -115,7 +116,7 @@ def encode_prompts(parts: Parts, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def draw_noise(parts: Parts, seeds: Sequence[int]) -> Tensor:
-    """Return one noise for each seed, (B, C, h, w), the same in any batch and on any device."""
+    """Return noise (B, C, h, w), one row for each seed, the same in any batch and on any device."""
     shape = (parts.sizes.channels, parts.height // parts.factor, parts.width // parts.factor)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(noise).to(parts.device)
@@ -124,8 +125,8 @@ def draw_noise(parts: Parts, seeds: Sequence[int]) -> Tensor:
 def text_velocity(network: Callable, text: Tensor, count: int, trace: Trace) -> flow.Velocity:
     """Return the velocity as a function of (x, t).
 
-    text: (2B, L, E), B prompts and then B negative prompts.  x of 2B images meets all of them, x of
-    B images only the prompts.  count: the images of the batch that are wanted, at most B."""
+    text: (2B, L, E), B prompts and then B negative prompts.  2B images use all of them, B images
+    only the prompts.  count: the images of the batch that trace.evaluations counts, at most B."""
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         passes = 2 * len(x) // len(text)                         # 2 with guidance
         trace.evaluations += passes * count
@@ -135,8 +136,8 @@ def text_velocity(network: Callable, text: Tensor, count: int, trace: Trace) -> 
 
 @torch.no_grad()
 def decode(parts: Parts, latents: Tensor) -> Tensor:
-    """Decode one image, (C, h, w) -> (3, H, W) on the CPU."""
-    return parts.vae.decode(latents[None])[0].float().cpu()
+    """Decode one image, (C, h, w) -> (3, H, W) in [-1, 1] on the CPU."""
+    return parts.vae.decode(latents[None])[0].float().cpu().clamp(-1, 1)
 
 
 def choose_network(parts: Parts, config: DrawConfig) -> Callable:
@@ -149,7 +150,7 @@ def make_batch(parts: Parts, jobs: list[tuple[str, int]], size: int, states: dic
                config: DrawConfig) -> tuple[Tensor, Tensor]:
     """Return the text states (2B, L, E) of B prompts and B negative prompts, and noise (B, C, h, w).
 
-    B is the number of jobs; a compiled network always sees `size`."""
+    B is the number of jobs, or `size` for a compiled network, which needs one shape."""
     if config.compile:
         jobs = jobs + jobs[-1:] * (size - len(jobs))
     prompts = [prompt for prompt, _ in jobs] + [config.negative_prompt] * len(jobs)
@@ -173,7 +174,7 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
              edit: Edit | None = None, trace: Trace | None = None) -> Iterator[Tensor]:
     """Yield an image for each prompt and its seed, (3, H, W) in [-1, 1], on the CPU.
 
-    A prompt and a seed give the same image in any batch.  Where the models don't fit in memory
+    A prompt and a seed give the same image in any batch.  If the models don't fit in memory
     together, 16 batches are drawn before they are decoded."""
     config = parts.complete(config)
     trace = trace or Trace()
@@ -196,16 +197,16 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
                 trace.add(i, t, x[:len(batch)], clean[:len(batch)])
                 progress.update(progress.done + 1)
             finished += x[:len(batch)]
-        if not parts.keep:                                       # the next parts need its memory
+        if not parts.keep:                                       # free it for the autoencoder
             network = velocity = None
         parts.hold("vae")
         for latents in finished:
-            yield decode(parts, latents).clamp(-1, 1)
+            yield decode(parts, latents)
 
 
 def draw(parts: Parts, prompts: Sequence[str], seed: int = 0, edit: Edit | None = None,
          trace: Trace | None = None, **settings) -> Tensor:
-    """Draw a list of prompts with this seed and the next ones, (B, 3, H, W) in [-1, 1].
+    """Return an image for each prompt, with this seed and the next ones, (B, 3, H, W) in [-1, 1].
 
     settings: fields of DrawConfig."""
     seeds = range(seed, seed + len(prompts))

@@ -1,4 +1,4 @@
-"""Read what a user types as the model reads it: in the letters and words of its training."""
+"""Prepare the text that a user types: lower case as in training, and warn of unknown words."""
 
 import sys
 
@@ -10,19 +10,19 @@ from inference.parts import Parts
 def read_text(parts: Parts, text: str, name: str) -> str:
     """Lower the case of words that no training caption capitalises, with a note on stderr.
 
-    Warn of words that no training text had or, where that is unknown, that the tokenizer has no
-    piece for.  name: how messages call the text."""
+    Warn of words that no training text had or, if the training texts are unknown, of words that the
+    tokenizer has no piece for.  name: the name of the text in messages."""
     lowered = parts.tokenizer.lowered(text)
     if lowered != text:
         print(f"note: {name} is read as {lowered!r}, as captions were written in training",
               file=sys.stderr)
-    # a [MASK] takes the space before it along
+    # the space before a [MASK] belongs to it
     warn_of_words(parts, lowered.replace(" [MASK]", "[MASK]").split("[MASK]"), name)
     return lowered
 
 
 def read_prompt(parts: Parts, prompt: str, name: str = "prompt") -> str:
-    """Read a text, and raise UserError if it has no room for its end."""
+    """Return `read_text` of a prompt.  Raises UserError if it leaves no room for the end token."""
     count = len(parts.tokenizer.pieces(parts.tokenizer.lowered(prompt)))
     require((count < parts.length, f"{name} {prompt[:40]!r} has {count} tokens, expected at most "
              f"{parts.length - 1}; cut it"))
@@ -30,7 +30,7 @@ def read_prompt(parts: Parts, prompt: str, name: str = "prompt") -> str:
 
 
 def check_question(parts: Parts, question: str) -> None:
-    """Warn of unknown words; a question keeps its capitals."""
+    """Warn of unknown words in a question.  Unlike a prompt, it keeps its capitals."""
     warn_of_words(parts, [question_prompt(question)], "question")
 
 

@@ -1,14 +1,13 @@
-"""Score answers to questions about images, from a benchmark's published files.  No model is
-imported.
+"""Score answers to questions about images, with a benchmark's published files and rules.
 
     scored, left_out = questions("vqav2", ["v2_OpenEnded_mscoco_val2014_questions.json"])
     ...                                   # a line {"question_id": q.id, "answer": "..."} for each q
     answers, damaged = read_answers("answers.jsonl")
     scores, problems = score("vqav2", scored, answers)    # {"overall": ..., "yes/no": ...}, percent
 
-    kind      files, as published                     an answer's score         means of
+    kind      files, as published                     an answer's score         means over
     vqav2     the questions; the annotations, if      vqa                       types of answer
-              they are not beside them                                          and question
+              they are in another folder                                        and question
     okvqa     the same                                vqa of stemmed answers    the same
     textvqa   TextVQA_0.5.1_val.json                  textvqa
     vizwiz    val.json; an id is the image's name     vizwiz                    answer types
@@ -19,9 +18,9 @@ imported.
     pope      coco_pope_{random,popular,              five figures (`pope`)     files, and the mean
               adversarial}.json; an id is random/1                              over them
 
-Any of the first four may be scored as another: score("vqav2", questions_of_textvqa, ...).  An id is
-a text here, whatever it is in the file.  What does not fit is counted and named, a line for each
-kind of trouble.
+Any of the first four may be scored with another's rule: score("vqav2", questions_of_textvqa, ...).
+Ids are converted to text.  Questions and answers that can't be scored are listed, with one line for
+each kind of problem.
 """
 
 import math
@@ -36,7 +35,7 @@ from common.files import read_json_lines
 from dataset.questions import READ, VQA, Issues, Question, question_prompt
 from dataset.sources import identity, text
 
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                  # not ' : . and, oddly, not & $ % # * either
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                  # as in VQA's code: without ' : . & $ % # *
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(),
                    map(str, range(11))),
                none="0")
@@ -50,7 +49,7 @@ CONTRACTED = """
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
     why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
     you'd've you'll you're you've""".split()
-# a word that lacks one apostrophe gets it; the last row is the official table's slip
+# a word that lacks one apostrophe -> the word; the last row is an error of the official table
 CONTRACTIONS = {word[:i] + word[i + 1:]: word
                 for word in CONTRACTED for i, c in enumerate(word) if c == "'"}
 CONTRACTIONS["somebody'd"] = "somebodyd"
@@ -66,11 +65,11 @@ def tidy(answer: str) -> str:
 def normal(answer: str) -> str:
     """Return VQA's normal form: its processPunctuation, then its processDigitArticle.
 
-    A mark that stands beside a space anywhere in the text is removed everywhere, as all marks are
-    where a comma stands between two digits; any other mark becomes a space.  Periods go unless a
-    digit follows, the first 32 of them: the official code passes re.UNICODE where `sub` takes its
-    count.  Then lower case, number words as digits, no articles, contractions with their
-    apostrophe."""
+    If the text has a comma between two digits, all punctuation marks are removed.  Otherwise a mark
+    is removed everywhere if it is next to a space anywhere in the text; else it becomes a space.
+    The first 32 periods that no digit follows are removed: the official code passes re.UNICODE, 32,
+    where `sub` expects a count.  Then the text is lower-cased, number words become digits, articles
+    are dropped, and contractions get their apostrophe."""
     has_thousands = re.search("[0-9],[0-9]", answer)
     bare = answer
     for mark in PUNCTUATION:
@@ -86,16 +85,16 @@ def normal(answer: str) -> str:
 
 
 def agreement(answer: str, annotators: list[str]) -> float:
-    """Return the mean over the annotators of min(1, n / 3), where n others gave the answer: of ten
-    annotators 0, 1, 2, 3, 4 that gave it make 0, 0.3, 0.6, 0.9, 1."""
+    """Return the mean over annotators of min(1, n / 3), where n of the other annotators gave the
+    answer.  If 0, 1, 2, 3 or 4 of ten annotators gave it, the result is 0, 0.3, 0.6, 0.9 or 1."""
     same = [annotator == answer for annotator in annotators]
     return sum(min(1, (sum(same) - itself) / 3) for itself in same) / len(same)
 
 
 def vqa(answer: str, annotators: list[str]) -> float:
-    """Return VQA accuracy in [0, 1] (arXiv 1505.00468), as GT-Vision-Lab/VQA's vqaEval.py has it:
-    where all annotators agree to the letter, nothing is normalised, and "Yes" is not their
-    "yes"."""
+    """Return VQA accuracy in [0, 1] (arXiv 1505.00468), as GT-Vision-Lab/VQA's vqaEval.py does: if
+    all annotators gave exactly the same text, nothing is normalised, and "Yes" differs from "yes".
+    """
     answer, *annotators = map(tidy, [answer, *annotators])
     if len(set(annotators)) > 1:
         answer, *annotators = map(normal, [answer, *annotators])
@@ -103,9 +102,10 @@ def vqa(answer: str, annotators: list[str]) -> float:
 
 
 def textvqa(answer: str, annotators: list[str]) -> float:
-    """Return TextVQA accuracy in [0, 1], as facebookresearch/mmf's m4c_evaluators.py has it after
-    EvalAI: all is normalised always, after commas and question marks are dropped and 's is made a
-    word."""
+    """Return TextVQA accuracy in [0, 1], as facebookresearch/mmf's m4c_evaluators.py does.
+
+    All texts are always normalised, after commas and question marks are dropped and 's is made a
+    word of its own."""
     forms = []
     for each in [answer, *annotators]:
         bare = each.lower().replace(",", "").replace("?", "").replace("'s", " 's")
@@ -114,20 +114,20 @@ def textvqa(answer: str, annotators: list[str]) -> float:
 
 
 def vizwiz(answer: str, annotators: list[str]) -> float:
-    """Return VizWiz accuracy in [0, 1], as its vqaEval.py has it: the answer is normalised always,
-    the annotators' never.  (Its table of contractions has curly apostrophes in many copies; here
-    they are straight.)"""
+    """Return VizWiz accuracy in [0, 1], as its vqaEval.py does: the answer is always normalised,
+    the annotators' answers never.  (Many copies of its table of contractions have curly
+    apostrophes; here they are straight.)"""
     return agreement(normal(tidy(answer)), annotators)
 
 
 def exact(answer: str, true: list[str]) -> float:
-    """Return GQA's accuracy, 0 or 1: the same word, whatever its case; a period at the end is
-    dropped, as LLaVA does before GQA's eval.py compares."""
+    """Return GQA's accuracy, 0 or 1: 1 if the texts are equal without regard to case.  A period at
+    the end of the answer is dropped, as LLaVA does before it calls GQA's eval.py."""
     return float(answer.strip().rstrip(".").lower() == true[0].strip().lower())
 
 
 def number(answer: str) -> float | None:
-    """Return the finite number that a text is, or None."""
+    """Return a text as a finite number, or None; "10%" is 0.1."""
     digits = answer.replace(",", "").removesuffix("%")
     try:
         value = float(digits)
@@ -139,9 +139,11 @@ def number(answer: str) -> float | None:
 
 
 def relaxed(answer: str, true: list[str]) -> float:
-    """Return ChartQA's relaxed accuracy (arXiv 2203.10244), 0 or 1: |value - true| / |true| <= 0.05
-    of numbers, any other text the same but for case.  As in google-research/pix2struct's metrics.py
-    "10%" is 0.1, so not "10"; commas in numbers are dropped, which pix2struct does not do."""
+    """Return ChartQA's relaxed accuracy (arXiv 2203.10244), 0 or 1.
+
+    It is 1 for numbers if |value - true| / |true| <= 0.05, and for other texts if they are equal
+    without regard to case.  As in google-research/pix2struct's metrics.py, "10%" is 0.1 and differs
+    from "10"; unlike there, commas in numbers are dropped."""
     answer = answer.strip()
     expected = true[0].strip()
     value = number(answer)
@@ -154,19 +156,19 @@ def relaxed(answer: str, true: list[str]) -> float:
 
 
 def yes_or_no(answer: str) -> str:
-    """Return how POPE's evaluate.py reads an answer: "no" if "No", "no" or "not" is a word of its
-    first sentence, else "yes", also where it is neither ("Not", "no!", "nope" and "" are a yes)."""
+    """Read an answer as POPE's evaluate.py does: "no" if its first sentence has the word "No", "no"
+    or "not"; else "yes", even for "Not", "no!", "nope" and ""."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def pope(answers: list[str], true: list[str]) -> dict[str, float]:
-    """Return POPE's five figures (arXiv 2305.10355) in percent, "yes" being the positive class:
+    """Return POPE's five figures (arXiv 2305.10355) in percent, with "yes" as the positive class:
 
         precision = hits / yes answers,  recall = hits / true yes,
         F1 = 2 hits / (yes answers + true yes)
 
-    0 where a ratio has a zero denominator.  An answer that is neither "yes" nor "no" counts as a
+    A ratio with a zero denominator is 0.  An answer that is neither "yes" nor "no" counts as a
     wrong no."""
     pairs = list(zip(answers, true))
     hits = pairs.count(("yes", "yes"))
@@ -183,7 +185,7 @@ def pope(answers: list[str], true: list[str]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------- questions
 
 def describe(issues: Issues, where: str = "") -> list[str]:
-    """Return a line for each kind of trouble, with how many ids it has and the first five."""
+    """Return a line for each kind of problem, with the number of its ids and the first five."""
     lines = []
     for problem, ids in issues.items():
         if ids:
@@ -193,7 +195,7 @@ def describe(issues: Issues, where: str = "") -> list[str]:
 
 
 def check_texts(q: Question, where: str) -> None:
-    """Raise UserError for a field of a question that should be a text and is none."""
+    """Raise UserError if a field of a question that should be a text is not one."""
     fields = dict(image=[q.image], question=[q.question], answer=q.answers, type=q.types)
     for field, values in fields.items():
         for value in values:
@@ -203,12 +205,12 @@ def check_texts(q: Question, where: str) -> None:
 def questions(kind: str, paths: list[str | Path], suffix: str = ""
               ) -> tuple[list[Question], list[str]]:
     """Return a benchmark's questions in the order of its files, and a line for each kind of
-    trouble.
+    problem.
 
-    suffix: follows every question; SUFFIX[kind] is the one of training.  Raises UserError for files
-    that are not of the kind, and where no question has a true answer."""
+    suffix: added after every question; training uses SUFFIX[kind].  Raises UserError for files of
+    another kind, and if no question has a true answer."""
     benchmark = READ[kind]
-    # VQA's second file has the annotations
+    # of VQA's two files, the second has the annotations
     parts = [paths] if benchmark is VQA else [[path] for path in paths]
     chosen, issues = {}, defaultdict(list)
     for part in parts:
@@ -235,9 +237,11 @@ def questions(kind: str, paths: list[str | Path], suffix: str = ""
 
 
 def shots(examples: list[Question], k: int, key: str, before: Question | None = None) -> str:
-    """Return k examples with their most common answer, "Q: ... A: ... Q: ... A: ... ", to stand
-    before the prompt of another question.  The key, a seed and that question's id, decides
-    which."""
+    """Return k examples with their most common answers, "Q: ... A: ... Q: ... A: ... ", as text to
+    put before the prompt of the question `before`, which is never one of them.
+
+    key: a seed and the id of `before`; it decides which examples are taken.  Raises UserError for
+    too few examples."""
     require((k <= len(examples),
              f"{k} examples, expected 0 to {len(examples)}, of as many questions"))
     sample = random.Random(key).sample(examples, min(k + 1, len(examples)))
@@ -253,8 +257,8 @@ ACCURACY = dict(vqav2=vqa, okvqa=vqa, textvqa=textvqa, vizwiz=vizwiz, gqa=exact,
 def read_answers(path: str | Path) -> tuple[dict[str, str], list[str]]:
     """Read lines {"question_id": ..., "answer": ...}.
 
-    Return the answers by id, and a line if a question has two of them, where the first counts.
-    Raises UserError for any line that is not of this form."""
+    Return the answers by id, and a line that lists questions with several answers, of which the
+    first is used.  Raises UserError for any line that is not of this form."""
     answers, issues = {}, defaultdict(list)
     for where, record in read_json_lines(Path(path)):
         key = str(identity(record, where, "question_id"))
@@ -267,12 +271,12 @@ def read_answers(path: str | Path) -> tuple[dict[str, str], list[str]]:
 
 def score(kind: str, scored: list[Question], answers: dict[str, str]
           ) -> tuple[dict[str, float], list[str]]:
-    """Return scores in percent, not rounded, and a line for each kind of trouble.
+    """Return scores in percent, not rounded, and a line for each kind of problem.
 
-    The scores are {"overall": ...} and a mean of each type; those of POPE are {"random: accuracy":
-    ..., ..., "mean: yes-ratio": ...}, the mean being over the files that were given.  A question
-    without an answer is wrong, and in POPE not a yes; the official code refuses such a file, and
-    one with an answer to no question of it."""
+    The scores are {"overall": ...} and a mean for each type.  For POPE they are {"random:
+    accuracy": ..., ..., "mean: yes-ratio": ...}, with means over the files that were given.  A
+    question without an answer counts as wrong, in POPE also as not a yes.  The official code
+    rejects a file with missing answers, or with answers to unknown questions."""
     by_id = {q.id: q for q in scored}
     left_out = describe({
         "questions without an answer, scored as wrong": [i for i in by_id if i not in answers],
@@ -288,7 +292,7 @@ def score(kind: str, scored: list[Question], answers: dict[str, str]
 
 
 def score_pope(scored: list[Question], answers: dict[str, str]) -> dict[str, float]:
-    """Return POPE's five figures of each subset, "random: accuracy" and so on, and their means."""
+    """Return POPE's five figures for each subset, "random: accuracy" and so on, and their means."""
     pairs = defaultdict(list)
     for q in scored:
         answer = yes_or_no(answers[q.id]) if q.id in answers else ""

@@ -1,6 +1,7 @@
 """Read the prompts of text-to-image benchmarks, write the files that their scorers read, and read
-their scores.
+the scorers' results.
 
+    name      files of prompts              files that are written                        arXiv
     geneval   evaluation_metadata.jsonl     00000/metadata.jsonl, 00000/samples/00000.png 2310.11513
     t2i       color_val.txt shape_val.txt   color/samples/PROMPT_000000.png               2307.06350
     dpg       a folder of NAME.txt          NAME.png, four drawings in one                2403.05135
@@ -9,8 +10,7 @@ their scores.
     lines     a prompt a line               00000.png
     emoji     train, tone or style          00000.png, the captions of a split of the emoji
 
-(The last column: arXiv.)  The k-th drawing of the i-th prompt is made with seed + 1000 i + k,
-whatever else is drawn.
+The k-th drawing of the i-th prompt always uses the seed `seed` + 1000 i + k.
 """
 
 import json
@@ -25,11 +25,11 @@ from dataset import emoji
 from dataset.sources import text
 from metrics import captions
 
-EACH = dict(geneval=4, t2i=10, dpg=4)                 # drawings of a prompt, as published; else one
-COCO = 30_000                                                    # captions, of as many images
+EACH = dict(geneval=4, t2i=10, dpg=4)                 # drawings per prompt, as published; else one
+COCO = 30_000                                                    # images, with one caption each
 GENEVAL = dict(single_object="single object", two_object="two objects", counting="counting",
                colors="colors", position="position", color_attr="color attribution")
-# where T2I-CompBench's scorers leave results in a category's folder; the first one found counts
+# the result files of T2I-CompBench's scorers in a category's folder; the first one found is used
 T2I = ["annotation_3_in_1/vqa_result.json", "annotation_blip/vqa_result.json",
        "labels/annotation_obj_detection_2d/vqa_result.json",
        "labels/annotation_obj_detection_3d/vqa_result.json", "annotation_num/vqa_result.json",
@@ -50,21 +50,21 @@ PUBLISHED = dict(
 
 
 class Benchmark:
-    """Prompts with their seeds, the file of each, and what goes with them."""
+    """The prompts, seeds and file names of a benchmark's drawings, and the other files it needs."""
 
     def __init__(self, n: int, seed: int):
-        self.n = n                                      # drawings of a prompt
+        self.n = n                                      # drawings per prompt
         self.seed = seed
-        self.each = 1                                   # drawings that a file shows
-        self.jobs = []                                  # (prompt, seed) of each file
-        self.names = []                                 # of the files
+        self.each = 1                                   # drawings that one file shows
+        self.jobs = []                                  # (prompt, seed) for each file
+        self.names = []                                 # file names, in the order of `jobs`
         self.files = {}                                 # content of files that a scorer reads
-        self.categories = defaultdict(list)             # the files of each
-        self.real = {}                                  # the real image of each file
-        self.left_out = []                              # a line for each
+        self.categories = defaultdict(list)             # category -> names of its files
+        self.real = {}                                  # name of a file -> its real image's
+        self.left_out = []                              # a line for each prompt left out
 
     def add(self, prompt: str, number: int, names: list[str]) -> None:
-        """Add the files of a prompt."""
+        """Add the files of the prompt with this number."""
         self.names += names
         for k in range(len(names)):
             self.jobs.append((prompt, self.seed + 1000 * number + k))
@@ -81,8 +81,8 @@ def read_geneval(benchmark: Benchmark, paths: list[str]) -> None:
 
 
 def read_t2i(benchmark: Benchmark, paths: list[str]) -> None:
-    """Number the drawings of each category; what follows a tab is not part of the prompt.  A slash,
-    which no file name can have, becomes a space."""
+    """Read a file for each category.  A line's prompt ends at a tab.  Drawings are numbered in each
+    category, and in file names a slash of the prompt becomes a space."""
     n = benchmark.n
     for path in paths:
         category = Path(path).stem.removesuffix("_val")
@@ -125,7 +125,7 @@ def read_mjhq(benchmark: Benchmark, paths: list[str]) -> None:
 
 
 def read_coco(benchmark: Benchmark, paths: list[str]) -> None:
-    """Read the first caption of each of 30,000 images, always the same ones: their ids decide."""
+    """Read the first caption of each of 30,000 images; hashes of the image ids decide which."""
     path = paths[0]
     references, names, benchmark.left_out = captions.read_captions(Path(path))
     chosen = sorted(references, key=lambda image_id: seeding.fraction(f"coco {image_id}"))[:COCO]
@@ -142,7 +142,7 @@ def read_coco(benchmark: Benchmark, paths: list[str]) -> None:
 
 
 def read_prompts(paths: list[str]) -> list[str]:
-    """Return the lines of files that are not blank."""
+    """Return the lines of all files, stripped, without blank ones."""
     prompts = []
     for path in paths:
         prompts += map(str.strip, read_text(Path(path)).splitlines())
@@ -161,7 +161,7 @@ def read_emoji(benchmark: Benchmark, paths: list[str]) -> None:
 
 
 def add_numbered(benchmark: Benchmark, prompts: list[str]) -> None:
-    """Add prompts with files that are named by their numbers."""
+    """Add prompts; their files are named by the drawing's number."""
     n = benchmark.n
     for i, prompt in enumerate(prompts):
         benchmark.add(prompt, i, [f"{number:05}.png" for number in range(i * n, i * n + n)])
@@ -173,10 +173,9 @@ READ = dict(geneval=read_geneval, t2i=read_t2i, dpg=read_dpg, mjhq=read_mjhq, co
 
 def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
          limit: int | None = None) -> Benchmark:
-    """Read what to draw for a benchmark: n drawings (as published) of each of the first `limit`
-    prompts.
+    """Read a benchmark's prompts, and plan n drawings of each of the first `limit` prompts.
 
-    Raises UserError for files that are not as that benchmark's are."""
+    n: by default as published.  Raises UserError for files of another form."""
     n = n or EACH.get(name, 1)
     require((name in ("t2i", "lines", "emoji") or len(paths) == 1,
              f"{name}: {len(paths)} files of prompts, expected one"),
@@ -189,18 +188,18 @@ def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
         count = limit * n // benchmark.each
         benchmark.jobs = benchmark.jobs[:count]
         benchmark.names = benchmark.names[:count]
-        first_files = list(benchmark.files.items())[:limit]      # GenEval's: one of each prompt
+        first_files = list(benchmark.files.items())[:limit]      # GenEval has one per prompt
         benchmark.files = dict(first_files)
     return benchmark
 
 
-# -------------------------------------------------------------------------------- scores, read back
+# ------------------------------------------------------------------------------ results of scorers
 
 def geneval_scores(path: Path) -> tuple[dict[str, float], list[str]]:
     """Read the results.jsonl of GenEval's evaluate_images.py.
 
-    Return the share of right images of each task and, "overall", the mean over tasks; and a line
-    for each missing task.  Raises UserError."""
+    Return the share of correct images for each task and, as "overall", the mean over tasks; and a
+    line for each missing task.  Raises UserError."""
     correct = defaultdict(list)
     for where, record in read_json_lines(path):
         is_result = isinstance(record, dict) and isinstance(record.get("correct"), bool)
@@ -219,8 +218,10 @@ def geneval_scores(path: Path) -> tuple[dict[str, float], list[str]]:
 
 
 def t2i_scores(folder: Path) -> tuple[dict[str, float], list[str]]:
-    """Read the mean score of each category, a subfolder, from a folder that T2I-CompBench's scorers
-    were run on, and a line for each category that was not scored in full.  Raises UserError."""
+    """Read the results that T2I-CompBench's scorers left in a folder of drawings.
+
+    Return the mean score of each category, which is a subfolder, and a line for each category that
+    was not scored completely.  Raises UserError."""
     scores, left_out = {}, []
     for samples in sorted(folder.glob("*/samples")):
         category = samples.parent
@@ -242,9 +243,9 @@ def t2i_scores(folder: Path) -> tuple[dict[str, float], list[str]]:
 
 
 def dpg_scores(path: Path) -> tuple[dict[str, float], list[str]]:
-    """Read the results.txt of compute_dpg_bench.py, a line for each image and a summary at the end.
+    """Read the results.txt of compute_dpg_bench.py: a line per image and a summary at the end.
 
-    Return the percentage of each broad category and "overall", and a line if the summary is
+    Return the scores of the broad categories and "overall" in percent, and a line if the summary is
     missing.  Raises UserError."""
     means, scores = {}, {}
     content = read_text(path)

@@ -1,15 +1,15 @@
-"""Score captions by what people wrote about the same images: BLEU, ROUGE-L and CIDEr-D as COCO
-counts them.
+"""Score captions against reference captions by people: BLEU, ROUGE-L and CIDEr-D as COCO's
+evaluation computes them.
 
     references, names, left_out = captions.read_captions(Path("captions_val2014.json"))
     written, repeated = captions.read_results(Path("results.json"))
     scores, unscored = captions.score(references, written)
 
-The figures are those of the package pycocoevalcap (COCO caption evaluation, arXiv 1504.00325), not
-in percent: BLEU and ROUGE-L from 0 to 1, CIDEr-D from 0 to 10 and around 1 for a good captioner.
-The package's METEOR and SPICE, which are Java programs with data files, are not here.
+The scores equal those of the package pycocoevalcap (COCO caption evaluation, arXiv 1504.00325) and
+are not in percent: BLEU and ROUGE-L go from 0 to 1, CIDEr-D from 0 to 10, with about 1 for a good
+captioner.  The package's METEOR and SPICE are Java programs with data files, and not implemented.
 
-Ids are an image's, an int or a str.  Words are what `tokens` makes of a text, in lower case.
+An id is an image's id, an int or a str.  Words are the lower-case results of `tokens`.
 """
 
 import html
@@ -24,12 +24,12 @@ from common.cli import require
 from common.files import read_json, read_json_lines, read_text
 from dataset.sources import identity, text
 
-References = dict[int | str, list[str]]     # an image's id -> its captions
+References = dict[int | str, list[str]]     # an image's id -> its reference captions
 Texts = dict[int | str, str]                # an image's id -> a text
 
 ORDERS = range(1, 5)            # the k of k-grams
-BETA = 1.2                      # of ROUGE-L
-SIGMA = 6.0                     # of CIDEr-D
+BETA = 1.2                      # ROUGE-L's weight of recall
+SIGMA = 6.0                     # CIDEr-D's tolerance of different lengths
 NAMES = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"]
 ASCII = str.maketrans({
     **dict.fromkeys("‘’‛‹›", "'"), **dict.fromkeys("“”«»", '"'), **dict.fromkeys("–—―", "--"),
@@ -37,7 +37,7 @@ ASCII = str.maketrans({
     "£": "#", "€": "$", "¢": " cents ", "¼": " 1/4 ", "½": " 1/2 ", "¾": " 3/4 ", "\xad": ""})
 BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-",
                           "}": "-rcb-"})
-# words that keep their full stop: in any case, with a capital only, before a number only
+# words that keep their full stop: SHORT always, STATES with a capital, COUNTED before a number
 SHORT = """
     adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bhd bldg blvd brig bros
     calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec esq
@@ -47,7 +47,7 @@ SHORT = """
     st ste supt supts tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo""".split()
 STATES = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash".split()
 COUNTED = "art ca figs? nos? op pp prop".split()
-# of a sentence: the letter before ends another
+# words that begin a sentence: a letter and full stop before them end another ("plan B. The ...")
 STARTS = "The|An?|In|At|It|He|She|They|We|This|There"
 L = r"[^\W\d_]"                                             # a letter
 W = r"[^\W_]"                                               # a letter or digit
@@ -74,19 +74,20 @@ TOKEN = re.compile(rf"""(?i:
 
 
 def tokens(caption: str) -> list[str]:
-    """Return the lower-case words of an English text, as COCO's evaluation makes them with
-    Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase) and a list of punctuation to leave
-    out; here without Java.
+    """Return the lower-case words of an English text.
 
-    "Don't!" is do n't, "gonna" gon na, "the dogs' U.S. T-shirt" the dogs u.s. t-shirt.  Quotes,
-    full stops, commas, colons and dashes are left out, a single ! or ? too, but "!!" is a word, and
-    brackets are -lrb- and -rrb-: the list has them in capitals, which never occur.
+    COCO's evaluation makes them with Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase) and
+    a list of punctuation to leave out; this function needs no Java.
 
-    Differences from Stanford's, which experiments/compare_captions.py counts: names with an
-    apostrophe come apart (Hawai'i, Po'Boy), as do c++, \\o/, "2.x" and "<a tag>", and (555) is
-    three words; a third slash joins too; accents are composed, and marks on letters of other scripts
-    are not handled.  A letter with a full stop that ends a caption loses it; with Stanford's it
-    does when the next caption begins with a word like "A"."""
+    "Don't!" becomes do n't; "gonna", gon na; "the dogs' U.S. T-shirt", the dogs u.s. t-shirt.
+    Quotes, full stops, commas, colons, dashes and a single ! or ? are left out.  "!!" is a word,
+    and brackets are kept as -lrb- and -rrb-: the list has these in capitals, which never occur.
+
+    experiments/compare_captions.py counts the differences from Stanford's tokenizer.  Here names
+    with an apostrophe are split (Hawai'i, Po'Boy), as are c++, \\o/, "2.x" and "<a tag>"; (555) is
+    three words; a third slash joins words, too; accents are composed; marks on letters of other
+    scripts are not handled.  A letter with a full stop at the end of a caption loses the full stop;
+    Stanford's does this only if the next caption begins with a word like "A"."""
     caption = re.sub("&(amp|lt|gt|quot|apos|nbsp);", lambda match: html.unescape(match[0]), caption)
     caption = unicodedata.normalize("NFC", caption).translate(ASCII)
     return [word.translate(BRACKETS).lower() for word in TOKEN.findall(caption)]
@@ -101,9 +102,10 @@ def bleu(references: dict, candidates: dict) -> list[float]:
 
         BP (p_1 ... p_k)^(1/k),  BP = min(1, exp(1 - r / c))
 
-    p_k: the share of the candidates' k-grams that a reference has, each as often as in one
-    reference at most.  c: the candidates' words; r: those of the references closest in length, of
-    equally close ones the shorter.  references: id -> lists of words; candidates: id -> words."""
+    p_k: the share of the candidates' k-grams that occur in a reference; a k-gram counts at most as
+    often as it occurs in one reference.  c: the number of the candidates' words.  r: the number of
+    words of the references that are closest in length, the shorter one in a tie.  references: id ->
+    lists of words; candidates: id -> words."""
     matched, total = Counter(), Counter()
     r = c = 0
     for name, words in candidates.items():
@@ -118,7 +120,7 @@ def bleu(references: dict, candidates: dict) -> list[float]:
             grams = ngrams(words, k)
             matched[k] += (grams & most).total()
             total[k] += grams.total()
-    # pycocoevalcap's way around 0 / 0, seen in scores of single images
+    # pycocoevalcap avoids 0 / 0 in this way; it shows in the scores of single images
     ratio = (c + 1e-15) / (r + 1e-9)
     penalty = math.exp(min(0.0, 1 - 1 / ratio))
     p = [(matched[k] + 1e-15) / (total[k] + 1e-9) for k in ORDERS]
@@ -126,7 +128,7 @@ def bleu(references: dict, candidates: dict) -> list[float]:
 
 
 def common(a: list[str], b: list[str]) -> int:
-    """Return the length of the longest common subsequence."""
+    """Return the length of the longest common subsequence of two lists of words."""
     row = [0] * (len(b) + 1)
     for word in a:
         before = row
@@ -138,13 +140,13 @@ def common(a: list[str], b: list[str]) -> int:
 
 
 def rouge_l(references: dict, candidates: dict) -> dict:
-    """Return id -> ROUGE-L, from 0 to 1 (Lin, 2004); the corpus has their mean:
+    """Return id -> ROUGE-L, from 0 to 1 (Lin, 2004); a corpus is scored by their mean:
 
         (1 + beta^2) P R / (R + beta^2 P)
         P = max LCS / len(candidate),  R = max LCS / len(reference)
 
-    The best P and the best R may be of two references.  A caption without words is one empty word,
-    as in pycocoevalcap."""
+    The best P and the best R may come from different references.  A caption without words counts
+    as one empty word, as in pycocoevalcap."""
     scores = {}
     for name, words in candidates.items():
         words = words or [""]
@@ -159,14 +161,15 @@ def rouge_l(references: dict, candidates: dict) -> dict:
 
 
 def cider_d(references: dict, candidates: dict) -> dict:
-    """Return id -> CIDEr-D, from 0 to 10 (arXiv 1411.5726, section 6); the corpus has their mean:
+    """Return id -> CIDEr-D, from 0 to 10 (arXiv 1411.5726, section 6); a corpus is scored by the
+    mean:
 
         10 / 4 sum_k mean_ref  exp(-(l_c - l_ref)^2 / 2 sigma^2)
                                min(g_c, g_ref) . g_ref / |g_c| |g_ref|
 
-    g: how often each k-gram, k from 1 to 4, is in the text times its idf, log(images / images with
-    it in a reference).  l is the number of bigrams, as in pycocoevalcap.  For a single image the
-    result is 0, since every idf is."""
+    g: for each k-gram, k from 1 to 4, its count in the text times its idf, log(images / images with
+    it in a reference).  l: the number of bigrams, as in pycocoevalcap.  For a single image the
+    result is 0, since every idf is 0."""
     image_counts = Counter()
     for name in candidates:
         grams = set()
@@ -203,10 +206,10 @@ def read_captions(path: Path) -> tuple[References, Texts, list[str]]:
 
         {"id": 42, "file_name": ...},  {"image_id": 42, "id": 7, "caption": ...}
 
-    Return the captions of each image by its id, in the order of their ids; the file name of
-    every image by its id; and a line for each record that is left out: an image without a caption,
-    the second of two records with the same id, and a caption of an image that is not listed.
-    Raises UserError for any other file, and for one without a caption."""
+    Return the captions of each image by its id, sorted by caption id; the file name of each image
+    by its id; and a line for each record that is left out: an image without a caption, a record
+    with the id of an earlier one, and a caption of an unlisted image.  Raises UserError for any
+    other file, and for one without captions."""
     content = read_json(path)
     is_coco = isinstance(content, dict) and all(
         isinstance(content.get(part), list) for part in ("images", "annotations"))
@@ -243,9 +246,10 @@ def read_captions(path: Path) -> tuple[References, Texts, list[str]]:
 
 
 def read_results(path: Path) -> tuple[Texts, list[str]]:
-    """Read COCO's results, a list of {"image_id": 42, "caption": ...}, or one a line.
+    """Read captions in COCO's results format: a list of {"image_id": 42, "caption": ...}, or one
+    object per line.
 
-    Return the caption of each image by its id, and a line for each second caption of an image,
+    Return the caption of each image by its id, and a line for each further caption of an image,
     which is left out.  Raises UserError for any other file."""
     if read_text(path).lstrip().startswith("["):
         rows = [(f"{path}: [{n}]", record) for n, record in enumerate(read_json(path))]
@@ -265,11 +269,11 @@ def read_results(path: Path) -> tuple[Texts, list[str]]:
 
 
 def score(references: References, written: Texts) -> tuple[dict[str, float], list[str]]:
-    """Return the scores of a corpus by name, and a line for each image that is left out.
+    """Return a corpus's scores by name, and a line for each image that is left out.
 
-    references: one or more for each image; written: a blank text scores 0.  Images that lack one or
-    the other are left out, of the document frequencies too.  Raises
-    UserError when none is left."""
+    references: one or more per image.  written: a blank text scores 0.  An image that lacks a
+    reference or a written caption is left out, also from CIDEr-D's idf.  Raises UserError if no
+    image is left."""
     true, candidates, left_out = {}, {}, []
     for name, captions in references.items():
         if name in written:

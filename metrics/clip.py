@@ -1,4 +1,4 @@
-"""Measure how well images and captions fit, as the cosine of their CLIP embeddings (arXiv
+"""Measure how well images fit their captions, by the cosine of their CLIP embeddings (arXiv
 2103.00020).
 
     folder = Path("clip-vit-large-patch14")
@@ -6,8 +6,8 @@
     cosines, left_out = score(read_pairs(Path("drawn")), clip, tokenizer, "cuda")
     print(summarize(cosines), len(cosines), "pairs", len(left_out), "left out")
 
-Two transformers of the same block read a text and an image, and each projects one of its tokens
-into a shared space: the text's end token, the image's class token.  Weights and tokenizer are read
+Two transformers of the same design read a text and an image.  Each projects one of its tokens into
+a shared space: the text's end token, or the image's class token.  Weights and tokenizer are read
 from a Hugging Face folder.
 
 Shapes: B batch, L text tokens, N image tokens (a class token and g x g patches), W width of a
@@ -35,7 +35,8 @@ from metrics.fid import image_files
 from pretrained.layouts import Config, Entry, rename
 from pretrained.safetensors_io import Tensors
 
-# our names in Hugging Face's files; {q,k,v} are three tensors stacked, as in pretrained/layouts.py
+# Our names and those in Hugging Face's files, as in pretrained/layouts.py; {q,k,v} are three
+# tensors that we stack.
 HUGGING_FACE = {
     "txt.positions": "text_model.embeddings.position_embedding.weight",
     "img.positions": "vision_model.embeddings.position_embedding.weight",
@@ -56,12 +57,12 @@ HUGGING_FACE = {
     ".fc1.": ".mlp.fc1.",
     ".fc2.": ".mlp.fc2.",
 }
-# in the files, and not a part of the towers: the temperature, 0 1 2 3 ...
+# tensors in the files that are not used here: the temperature, and the numbers 0 1 2 3 ...
 BESIDE = ("logit_scale", "text_model.embeddings.position_ids",
           "vision_model.embeddings.position_ids")
-# each tower's section of config.json, which leaves the number of heads out where it is this one
+# each tower's section of config.json, and the number of heads if the section does not give it
 SECTIONS = dict(txt=("text_config", 8), img=("vision_config", 12))
-MEAN = 0.48145466, 0.4578275, 0.40821073                         # of RGB in [0, 1]
+MEAN = 0.48145466, 0.4578275, 0.40821073                         # of the RGB values in [0, 1]
 STD = 0.26862954, 0.26130258, 0.27577711
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -80,15 +81,15 @@ class TowerConfig:
     width: int                  # W
     depth: int                  # blocks
     heads: int                  # H
-    hidden: int                 # of the MLP
+    hidden: int                 # hidden width of the MLP
     length: int                 # rows of the position table
-    causal: bool                # each token sees only those before it: in the text
+    causal: bool                # attend only to earlier tokens; True for the text
     activation: str             # a key of ACTIVATIONS
-    eps: float                  # of the layer norms
+    eps: float                  # epsilon of the layer norms
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each after its norm, (B, L, W) -> (B, L, W)."""
+    """A transformer block: norm and attention, then norm and MLP, (B, L, W) -> (B, L, W)."""
 
     def __init__(self, c: TowerConfig):
         super().__init__()
@@ -111,7 +112,8 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Blocks that map embedded tokens (B, L, W), one of which (B,) is read, to (B, E)."""
+    """Blocks over embedded tokens (B, L, W).  The token at position `at` (B,) is projected to
+    (B, E)."""
 
     def __init__(self, c: TowerConfig, joint: int):
         super().__init__()
@@ -128,7 +130,7 @@ class Tower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Embed texts and images in one space.  The embeddings are not normalised."""
+    """Embed texts and images in one space.  The embeddings (B, E) are not normalised."""
 
     def __init__(self, txt: TowerConfig, img: TowerConfig, vocab_size: int, patch: int, joint: int):
         super().__init__()
@@ -141,10 +143,10 @@ class CLIP(nn.Module):
         self.size = patch * math.isqrt(img.length - 1)                            # S
 
     def text(self, ids: Tensor) -> Tensor:
-        """Embed ids (B, L) int64, with an end token in each row, as (B, E).  What follows the first
-        end token is not seen."""
+        """Embed ids (B, L) int64, with an end token in each row, as (B, E).  Tokens after the first
+        end token have no effect."""
         x = self.embed(ids) + self.txt.positions[:ids.shape[1]]                   # (B, L, W)
-        return self.txt(x, ids.argmax(-1))  # the end token has the highest id; the first of several
+        return self.txt(x, ids.argmax(-1))      # the end token has the largest id; take the first
 
     def image(self, x: Tensor) -> Tensor:
         """Embed images (B, 3, S, S) from `prepare` as (B, E)."""
@@ -155,13 +157,12 @@ class CLIP(nn.Module):
 
 
 def key_of(name: str) -> str:
-    """Return the published name of a parameter of ours; of "qkv", the name of "q"."""
+    """Return the published name of one of our parameters; for "qkv", that of "q"."""
     return rename(name, HUGGING_FACE)[0]
 
 
 def tower_config(tensors: Tensors, part: str, config: dict) -> TowerConfig:
-    """Read the sizes of the "txt" or "img" tower from the shapes and config.json.  Raises
-    UserError."""
+    """Read the sizes of the "txt" or "img" tower from shapes and config.json.  Raises UserError."""
     name, default_heads = SECTIONS[part]
     section = config.get(name) or {}
     values = Config(tensors, section)
@@ -182,10 +183,10 @@ def tower_config(tensors: Tensors, part: str, config: dict) -> TowerConfig:
 
 
 def load(folder: Path, device: str = "cpu") -> CLIP:
-    """Load CLIP with ViTs of any size from a Hugging Face folder, in float32 and eval mode.
+    """Load CLIP, with a ViT of any size, from a Hugging Face folder, in float32 and eval mode.
 
-    config.json has what no shape shows: the heads, "quick_gelu" or "gelu", and the norms' eps.
-    Raises UserError with all tensors that are missing, left over, misshapen or not finite."""
+    config.json gives what no shape shows: heads, "quick_gelu" or "gelu", and the norms' epsilon.
+    Raises UserError for tensors that are missing, unexpected, of a wrong shape or not finite."""
     tensors = Tensors(shards(folder))
     config = read_json_object(folder / "config.json")
     vocab_size = tensors.size(key_of("embed.weight"), 0)
@@ -206,10 +207,10 @@ def load(folder: Path, device: str = "cpu") -> CLIP:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load CLIP's byte-level BPE from tokenizer.json in a Hugging Face folder.
 
-    It puts a start and an end token around a text, cuts it to 77 tokens with the end token kept,
-    and pads the shorter texts of a batch with end tokens.  OpenAI's does html.unescape and ftfy
-    first: "&amp;", ligatures, wide letters and garbled encodings give other ids.  In both,
-    "<|endoftext|>" in a text is the end token.  Raises UserError."""
+    It puts a start and an end token around a text, cuts it to 77 tokens including these, and pads
+    the shorter texts of a batch with end tokens.  OpenAI's tokenizer first applies html.unescape
+    and ftfy: "&amp;", ligatures, wide letters and garbled encodings get other ids there.  In both,
+    "<|endoftext|>" in a text becomes the end token.  Raises UserError."""
     file = folder / "tokenizer.json"
     try:
         bpe = Tokenizer.from_file(str(file))
@@ -225,11 +226,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def prepare(image: Image.Image, size: int) -> Tensor:
-    """Return an RGB image as (3, S, S) float32, as OpenAI does it: resize the short side to S by a
-    bicubic filter, cut out the middle, and normalise.  Only the middle is resized, since all of
-    100,000 x 1 would take gigabytes.  So in an image that is not square, up to 0.3% of the values
-    are one level of 255 off."""
-    starts, ends = [], []                                               # of the middle, in pixels
+    """Convert an RGB image to (3, S, S) float32 as OpenAI does: resize the short side to S with a
+    bicubic filter, crop the centre, and normalise.
+
+    Here only the centre is resized, since all of an image of 100,000 x 1 would take gigabytes.  In
+    an image that is not square, this changes up to 0.3 % of the values by one level of 255."""
+    starts, ends = [], []                                              # of the centre, in pixels
     for side in image.size:
         resized = size * side // min(image.size)
         start = round((resized - size) / 2)
@@ -249,8 +251,8 @@ def score(pairs: Pairs, clip: CLIP, tokenizer: Tokenizer, device: str,
     """Return 100 cos(image, caption) of each pair, and a line for each pair that is left out.
 
     A pair is left out if its image can't be read, or if its caption is missing or blank.  Negative
-    cosines stay (torchmetrics puts a mean below 0 at 0; CLIPScore, arXiv 2104.08718, is 2.5
-    max(cosine, 0)).  Raises UserError when no pair is left."""
+    cosines are kept (torchmetrics raises a negative mean to 0; CLIPScore, arXiv 2104.08718, is 2.5
+    max(cosine, 0)).  Raises UserError if no pair is left."""
     cosines, left_out = [], []
     for rows in batches("CLIP, pairs", pairs, batch):
         images, captions = [], []
@@ -274,7 +276,8 @@ def score(pairs: Pairs, clip: CLIP, tokenizer: Tokenizer, device: str,
 
 
 def summarize(cosines: list[float]) -> dict[str, float]:
-    """Return the CLIP score, their mean, and its standard error if there are several."""
+    """Return the CLIP score, which is the mean of `cosines`, and its standard error if there are
+    several.  cosines: as `score` returns them, times 100."""
     scores = {"CLIP": float(np.mean(cosines))}
     if len(cosines) > 1:
         scores["its standard error"] = float(np.std(cosines, ddof=1) / math.sqrt(len(cosines)))
@@ -282,18 +285,20 @@ def summarize(cosines: list[float]) -> dict[str, float]:
 
 
 def read_pairs(folder: Path) -> Pairs:
-    """Return the images below a folder with their captions.  Raises UserError if there is none."""
+    """Return the images in and below a folder with their captions.
+
+    Raises UserError if there is no image."""
     return [(str(file.relative_to(folder)), file, read_caption(file))
             for file in image_files(folder)]
 
 
 def read_caption(file: Path) -> str | None:
-    """Return the text field "prompt" of a PNG, as `draw` writes it, or else the first line of
-    NAME.txt."""
+    """Return an image's caption: a PNG's text field "prompt", as `draw` writes it, else the first
+    line of NAME.txt, else None."""
     try:
         fields = text_fields(file)
     except UserError:
-        fields = {}                                             # `score` names the file
+        fields = {}                                             # `score` will report the file
     text_file = file.with_suffix(".txt")
     if "prompt" in fields or not text_file.is_file():
         return fields.get("prompt")

@@ -1,6 +1,6 @@
-"""The commands of evaluate.py that compare images with images, or with their captions.
+"""The commands of evaluate.py that compare images with images or with captions.
 
-They are functions of the command line's flags, which evaluate.py declares.
+Each is a function of the parsed flags, which evaluate.py declares.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from metrics.tables import print_left_out, read_note, tell
 
 
 def load_network(args: argparse.Namespace) -> tuple[inception.Inception, dict[str, str]]:
-    """Return Inception, and what to print about it."""
+    """Return Inception, and its settings to print."""
     if str(args.inception) == "random":
         network = inception.untrained().to(args.device)
         return network, dict(inception="random weights: this shows that it runs, and no quality")
@@ -27,7 +27,7 @@ def load_network(args: argparse.Namespace) -> tuple[inception.Inception, dict[st
 
 
 def fid_command(args: argparse.Namespace) -> None:
-    """Measure FID, and KID where both have features."""
+    """Measure FID, and KID if features of both sources are available."""
     network, settings = load_network(args)
     first, second = args.sources
     a, left_out = fid.measure(first, network, args.device)
@@ -43,7 +43,7 @@ def fid_command(args: argparse.Namespace) -> None:
 
 
 def statistics_command(args: argparse.Namespace) -> None:
-    """Write a source's statistics to a file that `fid`, and pytorch-fid, take in its place."""
+    """Write a source's statistics to a file.  `fid` and pytorch-fid accept it as a source."""
     network, _ = load_network(args)
     statistics, left_out = fid.measure(args.source, network, args.device)
     fid.save(args.out, statistics, args.features)
@@ -54,8 +54,10 @@ def statistics_command(args: argparse.Namespace) -> None:
 def read_statistics(args: argparse.Namespace, network: inception.Inception,
                     groups: dict[str, list[str]], side: str, read: Callable[[str], Image.Image]
                     ) -> tuple[dict[str, fid.Statistics], list[str]]:
-    """Return the statistics of each group of names, and of "overall" if there are several groups;
-    and a line for each image that can't be read, and each group without two that can."""
+    """Return the statistics of each group of images, and of "overall" if there are several groups;
+    and a line for each unreadable image, and for each group with fewer than two readable ones.
+
+    side: "drawn" or "real", for messages.  read: returns the image of a name."""
     features, left_out = {}, []
     for group, names in groups.items():
         listing = [(name, functools.partial(read, name)) for name in names]
@@ -78,10 +80,11 @@ def read_statistics(args: argparse.Namespace, network: inception.Inception,
 def compare(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
             groups: dict[str, list[str]], size: tuple[int, int] | None = None
             ) -> tuple[dict[str, float], list[str], dict[str, str]]:
-    """Return the FID of each group of drawings against the real images, a line for each thing that
-    can't be measured, and the settings.
+    """Return the FID of each group of drawings against its real images, a line for each image or
+    group that is left out, and the settings.
 
-    size: (height, width) that real images are cut to.  Raises UserError if nothing is left."""
+    size: (height, width) to crop and resize real images to.  Raises UserError if no group is left.
+    """
     def read_drawn(name: str) -> Image.Image:
         return read_picture(args.drawn / name)
 
@@ -99,9 +102,9 @@ def compare(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
 
 
 def coco(args: argparse.Namespace) -> None:
-    """Measure FID of 30,000 drawings against real images, cut to the same shape, and CLIP score."""
+    """Measure FID of 30,000 drawings against real images, cut to the same size, and CLIP score."""
     benchmark = benchmarks.read("coco", [str(args.captions)])
-    # all drawings have the size of the first one
+    # `draw` makes all drawings in one size, so the first one shows it
     first = min(args.drawn.glob("*.png"), default=args.drawn / benchmark.names[0])
     width, height = read_picture(first).size
     groups = {"FID": benchmark.names}
@@ -112,13 +115,13 @@ def coco(args: argparse.Namespace) -> None:
             pairs.append((name, args.drawn / name, prompt))
         cosines, more = clip_cosines(args, pairs)
         scores.update(clip.summarize(cosines))
-        left_out = list(dict.fromkeys(left_out + more))     # an unreadable image is in both
+        left_out = list(dict.fromkeys(left_out + more))     # both list the unreadable drawings
     left_out = benchmark.left_out + left_out
     tell(args, {"these drawings": scores}, left_out, read_note(args.drawn), settings)
 
 
 def mjhq(args: argparse.Namespace) -> None:
-    """Measure FID against the real images of the same prompts, of all and of each category."""
+    """Measure FID against the real images of the same prompts, for all and for each category."""
     benchmark = benchmarks.read("mjhq", [str(args.captions)])
     scores, left_out, settings = compare(args, benchmark, benchmark.categories)
     left_out = benchmark.left_out + left_out
@@ -131,7 +134,7 @@ def clip_cosines(args: argparse.Namespace, pairs: clip.Pairs) -> tuple[list[floa
 
 
 def clip_command(args: argparse.Namespace) -> None:
-    """Measure how well images fit their captions."""
+    """Measure how well images fit their captions, as CLIP score."""
     cosines, left_out = clip_cosines(args, clip.read_pairs(args.drawn))
     rows = {str(args.drawn): clip.summarize(cosines)}
     settings = dict(pairs=len(cosines), clip=str(args.clip))

@@ -1,13 +1,13 @@
 """Measure captions, answers and drawings on the emoji set.
 
-    caption     the caption written for an image is the true one, word for word
-    answers     the answer written to a question is the true one, by type of question, in one
-                phrasing of each; all yes/no questions also as POPE reports them (arXiv
-                2305.10355), "yes" being the positive class
-    drawing     the image of the whole set that is nearest to a drawing in pixel distance has the
-                right emoji ("emoji"; people, who come in many variants, and all else apart), or
-                is the image of the prompt ("exact"); the caption that the model then writes for
-                its own drawing is the prompt ("read back")
+    caption     the caption written for an image equals the true one, word for word
+    answers     the answer written to a question equals the true one; by type of question, one
+                phrasing of each.  Yes/no questions also get POPE's figures (arXiv 2305.10355), with
+                "yes" as the positive class
+    drawing     "emoji": the image of the whole set that is nearest to a drawing in pixel distance
+                shows the right emoji; also separately for "people", who come in many variants, and
+                for "all else".  "exact": the nearest image is the prompt's own.  "read back": the
+                caption that the model writes for its own drawing equals the prompt
 
 Each is measured on the images trained on and on the two held-out splits: `tone`, an emoji in a skin
 tone not trained on in that style, and `style`, an emoji not trained on in that style.
@@ -36,19 +36,19 @@ from viz import grids
 from viz.samples import caption_cells
 
 BATCH = 64
-PEOPLE = "people & body"                        # a record's kind, Unicode's
+PEOPLE = "people & body"                        # a record's "kind", from Unicode
 TYPES = [*emoji.FIELD_QUESTIONS, "yes/no kind", "yes/no sort", "yes/no name"]
 
 
 def nearest(drawn: Tensor, images: Tensor) -> list[int]:
-    """Return for each drawing (B, 3, P, P) the index of the nearest image (n, 3, P, P) in L2
-    distance."""
+    """Return for each drawing (B, 3, P, P) the index of the nearest of the images (n, 3, P, P), by
+    L2 distance."""
     return torch.cdist(drawn.flatten(1), images.flatten(1)).argmin(1).tolist()
 
 
 def one_of_each(record: dict) -> list[dict]:
-    """Return one question of an image for each type and answer, in a phrasing that the image's key
-    decides."""
+    """Return one question of a record for each type and answer; a hash of the record's key decides
+    which phrasing."""
     def order(question: dict) -> float:
         return seeding.fraction(f"{record['key']} {question['question']}")
 
@@ -64,16 +64,16 @@ def percent(correct: list[bool]) -> float:
 
 @dataclass
 class EmojiTest:
-    """A model, and what it is measured on."""
+    """A model, and the images that it is measured on."""
     parts: Parts
     records: list[dict]
-    images: Tensor              # of all records, (n, 3, P, P) in [-1, 1]
+    images: Tensor              # one per record, (n, 3, P, P) in [-1, 1]
 
     def captions(self, indices: list[int]) -> list[str]:
         return [self.records[i]["caption"] for i in indices]
 
     def read(self, split: str, limit: int, seed: int, config: ReadConfig) -> dict[str, float]:
-        """Score captions and answers about the first images of a split, in percent."""
+        """Score captions and answers for the first `limit` images of a split, in percent."""
         shown = emoji.of_split(self.records, split)[:limit]
         require((bool(shown), f"no image of the emoji tar is in the split \"{split}\""))
         latents = dict(zip(shown, encode(self.parts, self.images[shown])))
@@ -92,7 +92,7 @@ class EmojiTest:
         return score_answers(answered)
 
     def draw(self, split: str, limit: int, seed: int, config: DrawConfig) -> dict[str, float]:
-        """Score drawings of the first captions of a split, in percent."""
+        """Score drawings for the first `limit` captions of a split, in percent."""
         correct = {name: [] for name in ("emoji", "people", "all else", "exact", "read back")}
         prompted = emoji.of_split(self.records, split)[:limit]
         for batch in batches(f"{split}, drawings, seed {seed}", prompted, BATCH):
@@ -111,8 +111,10 @@ class EmojiTest:
         return {f"drawing: {name}": percent(values) for name, values in correct.items() if values}
 
     def page(self, drawing: DrawConfig, reading: ReadConfig) -> Image.Image:
-        """Draw the first captions of each split, not cherry-picked: 14 objects and 7 people that
-        were trained on, and 7 held-out people; caption held-out images."""
+        """Return an image with drawings and captions.  They are not cherry-picked.
+
+        Drawn: the first captions of 14 objects and 7 people that were trained on, and of 7 held-out
+        people.  Captioned: ten held-out images."""
         train, tone, style = (emoji.of_split(self.records, split) for split in emoji.SPLITS)
         people = [i for i in train if self.records[i]["kind"] == PEOPLE]
         objects = [i for i in train if self.records[i]["kind"] != PEOPLE]
@@ -125,8 +127,8 @@ class EmojiTest:
 
 
 def score_answers(answered: list[tuple[dict, str]]) -> dict[str, float]:
-    """Return the accuracy of (question, answer) pairs by type, and POPE's figures of yes/no, in
-    percent."""
+    """Return the accuracy of (question, answer) pairs by type, and POPE's figures for the yes/no
+    questions, in percent."""
     correct, yes_no = defaultdict(list), []
     for question, answer in answered:
         kind = question["type"]

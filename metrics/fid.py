@@ -5,10 +5,11 @@
     real, _ = measure("shards/real.tar", network)
     frechet(drawn, real), kid(drawn.features, real.features)
 
-FID falls with the number of images: compare it at one number only (the field uses 50,000, and
-30,000 for COCO).  KID does not, and its spread is measured; use it for a few hundred images.
+FID falls as the number of images grows: compare FIDs of equal numbers only (50,000 is usual, 30,000
+for COCO).  KID does not depend on the number, and its spread is reported: use it for a few hundred
+images.
 
-Shapes: n images, D features of each, which are Inception's 2048.
+Shapes: n images, D features of each, 2048 for Inception.
 """
 
 import functools
@@ -37,14 +38,15 @@ Listing = list[tuple[str, Callable[[], Image.Image]]]
 @dataclass
 class Statistics:
     mu: np.ndarray                      # (D,) float64
-    sigma: np.ndarray                   # (D, D) float64, of n - 1
-    count: int | None = None            # n, which pytorch-fid's files don't have
+    sigma: np.ndarray                   # (D, D) float64, covariance with divisor n - 1
+    count: int | None = None            # n; None for a file of pytorch-fid
     features: np.ndarray | None = None  # (n, D) float32, for KID
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the image files in a folder and below it, sorted, without hidden ones.  Raises UserError
-    if there is none."""
+    """List the image files in and below a folder, sorted, without hidden ones.
+
+    Raises UserError if there is none."""
     require((folder.is_dir(),
              f"{folder}: expected a folder of images, or a tar or an .npz for FID"))
     files = []
@@ -57,8 +59,9 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def pictures(source: Path) -> Listing:
-    """List the images of a folder, or the samples of a tar, in its order, where reading one without
-    an image raises UserError.  Raises UserError for any other source."""
+    """List the images of a folder, or the samples of a tar in its order.
+
+    Raises UserError for any other source.  A tar's sample without an image raises it when read."""
     if source.name.endswith(KINDS):
         tar = Tar(str(source))
         return [sample(tar, i) for i in range(len(tar))]
@@ -75,13 +78,13 @@ def sample(tar: Tar, i: int) -> tuple[str, Callable[[], Image.Image]]:
     def read() -> Image.Image:
         where = f"{tar.path}: {name}"
         require((bool(suffix), f"{where}: no image in this sample"))
-        _, files = tar[i]                               # read again: all would not fit in memory
+        _, files = tar[i]                               # read again; not all samples fit in memory
         return read_picture(files[suffix[1:]], where)
     return name, read
 
 
 def emoji_images(source: str) -> Listing:
-    """List the images of emoji:SPLIT."""
+    """List the images of a source "emoji:SPLIT".  Raises UserError for an unknown split."""
     split = emoji.split_named(source)
     records, pixels = emoji.load()
     return [(records[i]["key"], functools.partial(to_picture, pixels[i] / 127.5 - 1))
@@ -91,10 +94,9 @@ def emoji_images(source: str) -> Listing:
 @torch.inference_mode()
 def features(network: Callable[[Tensor], Tensor], listing: Listing, device: str = "cpu",
              title: str = "images", batch: int = 32) -> tuple[np.ndarray, list[str]]:
-    """Return the features (n, D) float32 of the images that can be read, and a line for each other
-    one.
+    """Return the features (n, D) float32 of the readable images, and a line for each other image.
 
-    network: (B, 3, 299, 299) -> (B, D), on `device`.  title: of the progress."""
+    network: (B, 3, 299, 299) -> (B, D), on `device`.  title: for the progress messages."""
     results, left_out, images = [], [], []
     progress = Progress(title, len(listing))
     for done, (_, read) in enumerate(listing, 1):
@@ -111,8 +113,9 @@ def features(network: Callable[[Tensor], Tensor], listing: Listing, device: str 
 
 
 def statistics(features: np.ndarray) -> Statistics:
-    """Summarize two or more features (n, D), which are kept.  Raises UserError if one is not
-    finite."""
+    """Compute the statistics of features (n, D), n >= 2; they keep the features.
+
+    Raises UserError for features that are not finite."""
     require((np.isfinite(features).all(),
              "features that are not finite; are these the network's weights?"))
     n = len(features)
@@ -123,7 +126,9 @@ def statistics(features: np.ndarray) -> Statistics:
 
 
 def save(path: Path, statistics: Statistics, features: bool = False) -> None:
-    """Write an .npz, which pytorch-fid reads too; with the features on request, 8 kB an image."""
+    """Write an .npz, which pytorch-fid can read, too.  Raises UserError for another suffix.
+
+    features: write them as well, 8 kB per image."""
     require((path.suffix == ".npz", f"{path}: expected a name that ends in .npz"))
     arrays = {name: value for name, value in vars(statistics).items()
               if value is not None and (features or name != "features")}
@@ -132,10 +137,10 @@ def save(path: Path, statistics: Statistics, features: bool = False) -> None:
 
 
 def load(path: Path) -> Statistics:
-    """Read what `save` or pytorch-fid's --save-stats has written.  Raises UserError."""
+    """Read a file that `save` or pytorch-fid's --save-stats has written.  Raises UserError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            # the first two raise where they are missing
+            # naming mu and sigma raises an error if one is missing
             arrays = {name: file[name] for name in ["mu", "sigma", *file]}
         D = arrays["mu"].size
         count = arrays.get("count", np.array(0)).item()
@@ -156,7 +161,7 @@ def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu
     """Return the statistics of a folder, a tar, emoji:SPLIT or an .npz, and a line for each
     unreadable image.
 
-    Raises UserError for fewer than 2 images that can be read."""
+    Raises UserError for fewer than two readable images."""
     path = Path(source)
     if path.suffix == ".npz":
         return load(path), []
@@ -169,8 +174,8 @@ def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu
 
 
 def root(sigma: np.ndarray) -> np.ndarray:
-    """Return R (D, r) of rank r with R R^T = sigma, without the eigenvalues that are zero but for
-    rounding."""
+    """Return R (D, r) of rank r with R R^T = sigma (D, D), without the eigenvalues that are zero up
+    to rounding."""
     values, vectors = np.linalg.eigh(sigma)
     kept = values > max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
@@ -181,9 +186,9 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
         |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
-    The last trace is the sum of the singular values of R_a^T R_b, where S = R R^T: exact for
-    covariances of fewer images than features too, where a root of their product has only half the
-    digits.  Raises UserError for features of different lengths."""
+    tr (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b, where S = R R^T.  This is
+    exact also for fewer images than features, where a root of the product S_a S_b has only half
+    the digits.  Raises UserError for features of different lengths."""
     require((a.mu.shape == b.mu.shape,
              f"statistics of {len(a.mu)} and of {len(b.mu)} features, expected the "
              f"same network's"))
@@ -193,18 +198,18 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the paper's (x.y / D + 1)^3 of each x of (m, D) and y of (n, D), (m, n)."""
+    """Return KID's kernel (x.y / D + 1)^3 of all rows of x (m, D) and of y (n, D), as (m, n)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def mean_of_others(k: np.ndarray) -> float:
-    """Return the mean of k (n, n) outside its diagonal."""
+    """Return the mean of k (n, n) without its diagonal."""
     return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
 
 
 def unbiased(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the squared maximum mean discrepancy of (m, D) and (n, D), in which no image is
-    compared with itself:
+    """Return the squared maximum mean discrepancy of x (m, D) and y (n, D), without comparisons of
+    an image with itself:
 
         mean k(x, x') + mean k(y, y') - 2 mean k(x, y)"""
     x = x.astype(np.float64)
@@ -215,12 +220,12 @@ def unbiased(x: np.ndarray, y: np.ndarray) -> float:
 
 def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000
         ) -> tuple[float, float | None]:
-    """Return an estimate from features (m, D) and (n, D), and its spread.  Equal distributions give
-    about 0, as often below as above.
+    """Return an estimate of KID from features (m, D) and (n, D), and its spread.  For equal
+    distributions the estimate is about 0, and often negative.
 
-    Where neither side has more than `size`, it is one estimate of all, and the spread is None.
-    Else they are the mean and standard deviation over random subsets of `size` (or of the smaller
-    side's number), as clean-fid and torch-fidelity report it."""
+    If neither side has more than `size` images, all of them give one estimate, and the spread is
+    None.  Otherwise the results are the mean and standard deviation over random subsets of `size`
+    images (or of all images of the smaller side), as in clean-fid and torch-fidelity."""
     if max(len(x), len(y)) <= size:
         return unbiased(x, y), None
     random = np.random.default_rng(0)

@@ -3,9 +3,9 @@
     network = load(Path("pt_inception-2015-12-05-6726825d.pth"))
     network(prepare(image)[None])                                # (1, 2048)
 
-That file is TensorFlow's network of 2015, ported by github.com/mseitzer/pytorch-fid; its names,
-which are torchvision's, are the names here.  Torchvision's weights differ, and scores from them
-compare with no published ones.
+That file has TensorFlow's weights of 2015, ported by github.com/mseitzer/pytorch-fid.  Parameter
+names are the file's, which are torchvision's.  Torchvision's own weights differ: scores from them
+can't be compared with published ones.
 
 Shapes: B batch.
 """
@@ -27,15 +27,15 @@ from pretrained.safetensors_io import finite, read_any
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SIDE = 299              # pixels
-POOLS = dict(           # of a block; TensorFlow's average leaves out the zeros around the image
+POOLS = dict(           # as in TensorFlow, the average does not count the padding
     average=partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
     max=partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
     halve=partial(F.max_pool2d, kernel_size=3, stride=2))
 
 
-# The convolutions of each kind of block: channels, then height and width (1), then stride (1).
-# branch5x5_2 reads branch5x5_1, 2a and 2b both read 1, and branch_pool the pooled input; those that
-# none reads are concatenated.
+# The convolutions of each kind of block: [channels, height, width, stride]; the last three are 1
+# by default.  branch5x5_2 reads branch5x5_1, 2a and 2b both read 1, branch_pool reads the pooled
+# input, and all others read the block's input.  Outputs that no convolution reads are concatenated.
 DOUBLE = dict(branch3x3dbl_1=[64], branch3x3dbl_2=[96, 3, 3])
 
 
@@ -65,13 +65,13 @@ E = dict(branch1x1=[320],
 BLOCKS = dict(Mixed_5b=A(32), Mixed_5c=A(64), Mixed_5d=A(64),
               Mixed_6a=B, Mixed_6b=C(128), Mixed_6c=C(160), Mixed_6d=C(160), Mixed_6e=C(192),
               Mixed_7a=D, Mixed_7b=E, Mixed_7c=E)
-# where a block's pool is not the average; only FID's network has a maximum in the last one
+# blocks with another pool than the average; the maximum in the last block is special to FID
 POOL_OF = dict(Mixed_6a="halve", Mixed_7a="halve", Mixed_7c="max")
 
 
 class Conv(nn.Module):
-    """A convolution, its norm and a ReLU; the size of the image stays, but for a stride of 2 or no
-    padding."""
+    """A convolution, a batch norm and a ReLU.  The image keeps its size unless the stride is 2 or
+    `pad` is False."""
 
     def __init__(self, inputs: int, channels: int, height: int = 1, width: int = 1, stride: int = 1,
                  pad: bool = True):
@@ -85,12 +85,12 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches of one input, concatenated."""
+    """Branches that read one input; their outputs are concatenated.  table: a value of BLOCKS."""
 
     def __init__(self, width: int, table: dict, pool: str):
         super().__init__()
         self.pool = POOLS[pool]
-        self.inputs = {}                                         # of each convolution
+        self.inputs = {}                                         # convolution -> what it reads
         channels = dict(x=width, pooled=width)
         for name, shape in table.items():
             source = "pooled" if name == "branch_pool" else "x"
@@ -110,8 +110,8 @@ class Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """Map images (B, 3, 299, 299) in [-1, 1] to features (B, 2048) float32, the mean over positions
-    of the last block."""
+    """Map images (B, 3, 299, 299) in [-1, 1] to features (B, 2048) float32, the last block's mean
+    over positions."""
 
     def __init__(self):
         super().__init__()
@@ -139,28 +139,27 @@ class Inception(nn.Module):
 
 
 def prepare(image: Image.Image) -> Tensor:
-    """Return an RGB image as (3, 299, 299) in [-1, 1], resized as pytorch-fid does it: bilinear,
-    not antialiased, the shape not kept.  (clean-fid resizes otherwise and gets other scores: arXiv
+    """Convert an RGB image to (3, 299, 299) in [-1, 1], resized to a square as in pytorch-fid:
+    bilinear, without antialiasing.  (clean-fid resizes differently and gets other scores: arXiv
     2104.11222.)"""
     x = to_tensor(image)[None]                                           # (1, 3, H, W)
     return F.interpolate(x, (SIDE, SIDE), mode="bilinear")[0]
 
 
 def load(path: Path, device: str = "cpu") -> Inception:
-    """Load the network from the published file, unpickled with weights_only, without its
-    classifier.
+    """Load the network, without its classifier, from the published file, with weights_only.
 
-    Raises UserError with the tensors that are missing, misshapen or not finite."""
+    Raises UserError, which names tensors that are missing, of a wrong shape or not finite."""
     require((path.exists(),
              f"{path}: no such file; it is {FILE} of github.com/mseitzer/pytorch-fid"))
     tensors = read_any(path, f"a whole .pth of tensors only (others could run code); fetch {FILE}")
     network = build(Inception, path)
     require((isinstance(tensors, dict),
              f"{path}: found {type(tensors).__name__}, expected tensors by name"))
-    # without num_batches_tracked of the norms, which files may leave out
+    # without the norms' num_batches_tracked, which some files lack
     shapes = {name: list(x.shape) for name, x in network.state_dict().items() if x.dim()}
     problems = []
-    # torchvision's weights have the same names and shapes, but for 1000 classes
+    # fc tells FID's weights from torchvision's, which have 1000 classes and else the same shapes
     for name, expected in [*shapes.items(), ("fc.weight", [1008, 2048])]:
         tensor = tensors.get(name)
         shape = list(getattr(tensor, "shape", []))
@@ -175,7 +174,7 @@ def load(path: Path, device: str = "cpu") -> Inception:
 
 
 def untrained() -> Inception:
-    """Return random weights, to try the code around the network: their scores mean nothing."""
+    """Return a network with random weights, to test the code around it; the scores mean nothing."""
     network = Inception()
     generator = torch.Generator().manual_seed(0)
     for name, x in network.named_parameters():

@@ -1,6 +1,6 @@
-"""Print scores as a table, with their settings and what was left out; write the same as JSON.
+"""Print scores as a table, with their settings and a list of what was left out; write them as JSON.
 
-    note = read_note(Path("out/coco"))                  # what `draw` wrote about its images
+    note = read_note(Path("out/coco"))                  # the settings that `draw` noted
     tell(args, {"these drawings": {"FID": 9.4}}, left_out, note)
 """
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from common.files import read_json, write_json
 from metrics import benchmarks
 
-SHOWN = 10              # lines about what was left out
-# of a benchmark's scores, or a command's; else one
+SHOWN = 10              # lines printed of the list of what was left out
+# decimals in the scores of a benchmark or command; 1 for all others
 DECIMALS = dict(geneval=4, t2i=4, captions=4, fid=3, coco=2, mjhq=2, clip=2)
 
-# {row: {column: value, or a value for each seed}}
+# {row: {column: value, or a list of values, one for each seed}}
 Rows = dict[str, dict[str, list[float] | float]]
 
 
 def cell(values: list[float] | float, decimals: int) -> str:
-    """Return the mean of a value for each seed, with the range where they differ."""
+    """Return a value, or the mean over seeds with the range if the values differ, as text."""
     if not isinstance(values, list):
         values = [values]
     numbers = statistics.mean(values), min(values), max(values)
@@ -42,9 +42,10 @@ def table(rows: Rows, decimals: int = 1, corner: str = "") -> str:
 
 def tell(args: argparse.Namespace, rows: Rows, left_out: list[str], note: dict,
          settings: dict = {}, hidden: Rows = {}) -> None:
-    """Print a table with the paper's rows, all settings, and what was left out; write it to --json.
+    """Print a table that includes the paper's rows, all settings, and what was left out.  With
+    --json, write all of it to that file.
 
-    note: from `read_note`.  settings: of the measurement.  hidden: scores for --json only."""
+    note: from `read_note`.  settings: those of the measurement.  hidden: scores for --json only."""
     name = vars(args).get("benchmark", args.command)
     published = benchmarks.PUBLISHED.get(name, {})
     print(table(rows | published, DECIMALS.get(name, 1)))
@@ -67,6 +68,6 @@ def print_left_out(lines: list[str]) -> None:
 
 
 def read_note(path: Path) -> dict:
-    """Return what `draw` noted about a folder, or `answer` about a file; {} for any other."""
+    """Return the settings that `draw` noted for a folder, or `answer` for a file; {} if none."""
     file = Path(f"{path}.json")
     return read_json(file) if file.exists() else {}

@@ -1,4 +1,5 @@
-"""Write a transformer as the folder that its published pipeline loads, and describe a part."""
+"""Write a transformer as a folder that the published pipeline loads; describe a checkpoint's part.
+"""
 
 import shutil
 import sys
@@ -17,10 +18,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 def write_folder(model: MMDiT, target: Path, layout: str, dtype: torch.dtype, tokenizer: Path,
                  mask_embedding: Path) -> None:
-    """Write a transformer in `dtype`; the autoencoder and T5 come from the release or from SD3.
+    """Write a transformer in `dtype`, without the autoencoder and T5.
 
-    layout: "release" or "sd3", see `checkpoint.export`.  tokenizer: a folder with T5's;
-    mask_embedding: a file; both are copied where they exist."""
+    layout: "release" or "sd3", see `checkpoint.export`.  tokenizer: a folder with T5's tokenizer.
+    mask_embedding: a file.  Both are copied if they exist."""
     tokenizer_target = target / ("tokenizer" if layout == "release" else "tokenizer_3")
     for folder in (target / "transformer", target / "scheduler", tokenizer_target):
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ def write_folder(model: MMDiT, target: Path, layout: str, dtype: torch.dtype, to
 
 
 def describe(title: str, tensors: Tensors, sizes) -> str:
-    """Return two lines about a part: its tensors, and its sizes, a dataclass."""
+    """Return two lines of text about a part: its tensors, and its sizes.  sizes: a dataclass."""
     dtypes = ", ".join(sorted(set(tensors.dtype.values())))
     fields = ", ".join(f"{name} {value}" for name, value in vars(sizes).items())
     return (f"{title}: {len(tensors.file)} tensors, {tensors.values() / 1e6:,.1f} M values, "

@@ -1,4 +1,4 @@
-"""The published layouts: how a part is recognised, its sizes, and the names of its parameters.
+"""The published layouts: how to recognise a part, its sizes, and the names of its parameters.
 
 Nothing here opens a file.
 """
@@ -17,8 +17,8 @@ from pretrained.safetensors_io import Tensors
 from pretrained.t5 import T5Config, T5Encoder
 from pretrained.vae import AutoencoderKL, VAEConfig
 
-# Our names (left) in the published files (right); each row replaces once, in order.  {q,k,v} are
-# three tensors that we stack; {way} is "down" or "up".
+# Our names (left) and those in the published files (right).  Rows are applied in order, and each
+# replaces one occurrence.  {q,k,v}: three tensors that we stack; {way}: "down" or "up".
 SD3_FILE = {
     "positions": "pos_embed",
     "img_in.": "x_embedder.proj.",
@@ -111,16 +111,16 @@ TRANSFORMERS = dict(release=RELEASE, sd3=SD3_FOLDER, sd3_file=SD3_FILE)
 AUTOENCODERS = dict(folder=VAE_FOLDER, file=VAE_FILE)
 FAMILIES = dict(ours="ours", release="D-DiT", sd3="SD3", sd3_file="SD3")
 POOLED = ("y_embedder.", "time_text_embed.text_embedder.")      # SD3's CLIP branch; D-DiT drops it
-POOLED_WIDTH = 2048                                             # of its input
+POOLED_WIDTH = 2048                                             # width of that branch's input
 T5_TABLES = ("shared.weight", "encoder.embed_tokens.weight")    # the token table's two names
-# in a T5 file beside its encoder: the decoder, and the same table under both names
+# tensors of a T5 file that are not the encoder's: the decoder, and second copies of the token table
 BESIDE_T5 = ("decoder.", "lm_head.", "logit_scale", *T5_TABLES)
 
 SUBFOLDERS = dict(transformer=["transformer"], vae=["vae"], t5=["text_encoder_3", "text_encoder"],
                   tokenizer=["tokenizer_3", "tokenizer"])
 PREFIXES = dict(transformer="model.diffusion_model.", vae="first_stage_model.",
                 t5="text_encoders.t5xxl.transformer.")          # in a file of several parts
-# a tensor by which a part is recognised, in each layout; the first that is present decides
+# the tensor that identifies a part in each layout; the first one that is present decides
 SIGNS = dict(
     transformer=dict(release="text_proj_out.weight", sd3="transformer_blocks.0.attn.to_q.weight",
                      sd3_file="joint_blocks.0.x_block.attn.qkv.weight"),
@@ -134,8 +134,8 @@ TITLES = dict(transformer="SD3 or D-DiT transformer", vae="SD3 autoencoder", t5=
 class Part:
     """A transformer, VAE or T5 on disk."""
     tensors: Tensors
-    config: dict                # its config.json, {} where there is none
-    layout: str                 # "ours", or a key of its part's SIGNS
+    config: dict                # its config.json; {} if there is none
+    layout: str                 # "ours", or a key of SIGNS[part]
 
     @property
     def family(self) -> str:
@@ -145,15 +145,15 @@ class Part:
 
 @dataclass
 class Entry:
-    """The place of a parameter in a file."""
-    keys: list[str]                 # of the tensors that we stack along the first axis
-    shape: tuple[int, ...]          # of each of them in the file
+    """How a file stores one of our parameters."""
+    keys: list[str]                 # names of the tensors that we stack along the first axis
+    shape: tuple[int, ...]          # the shape of each of these tensors
     swap: bool = False              # the file has (scale, shift), our parameter (shift, scale)
-    fresh: Tensor | None = None     # last rows, which the file lacks
+    fresh: Tensor | None = None     # initial values of the last rows, which the file lacks
 
 
 def rename(name: str, table: dict[str, str]) -> list[str]:
-    """Return a parameter's keys in a file: one, or three that we stack."""
+    """Return the names of a parameter's tensors in a file: one, or q, k and v, which we stack."""
     for ours, theirs in table.items():
         name = name.replace(ours, theirs, 1)
     if "{q,k,v}" not in name:
@@ -166,9 +166,10 @@ def shown(value: Any) -> str:
 
 
 class Config:
-    """Values of a part's config.json that no shape shows, with defaults.
+    """Read the values of a part's config.json, with defaults.
 
-    A size that a shape shows is not read here.  Each method raises UserError for a wrong value."""
+    Only values that the tensors' shapes do not show are read from it; the others are compared
+    (`expect`).  Each method raises UserError for a wrong value."""
 
     def __init__(self, tensors: Tensors, values: dict):
         self.values = values
@@ -185,13 +186,13 @@ class Config:
         return value
 
     def expect(self, key: str, value: int) -> int:
-        """Return a size that the tensors have.  Another one in config.json is refused: the file may
-        lack its last blocks."""
+        """Return `value`, a size of the tensors.  config.json must agree: a difference may mean
+        that the file lacks its last blocks."""
         self.check(key, self.whole(key, value) == value, f"{value}, which its tensors have")
         return value
 
     def real(self, key: str, default: float, low: float = -math.inf) -> float:
-        """Read a number above `low`, which is 0 or nothing."""
+        """Read a finite number above `low`, which is 0 or minus infinity."""
         value = self.values.get(key, default)
         number = type(value) in (int, float) and math.isfinite(value)
         expected = "a number" if low else "a number above 0"
@@ -199,7 +200,7 @@ class Config:
         return float(value)
 
     def only(self, key: str, *accepted: Any) -> None:
-        """Refuse a value with a meaning that is not implemented here; the first is the default."""
+        """Check that a value is one that this code implements; the first is the default."""
         value = self.values.get(key, accepted[0])
         valid = any(type(value) is type(each) and value == each for each in accepted)
         self.check(key, valid, " or ".join(map(shown, accepted)))
@@ -217,7 +218,7 @@ def check_size(field: Field, kind: type, value: Any, where: Path) -> None:
 
 
 def our_config(values: dict, where: Path) -> MMDiTConfig:
-    """Return the "mmdit" of a config.json of ours.  Raises UserError for a wrong name or value."""
+    """Return the sizes in our config.json.  Raises UserError for a wrong name or value."""
     kinds = get_type_hints(MMDiTConfig)
     unknown = ", ".join(sorted(values.keys() - kinds))
     require((not unknown, f"{where}: unknown sizes {unknown}, expected {', '.join(kinds)}"))
@@ -233,7 +234,7 @@ def our_config(values: dict, where: Path) -> MMDiTConfig:
 
 
 def our_entries(module: nn.Module) -> dict[str, Entry]:
-    """Return the entries of a file of ours, which has the module's names and shapes."""
+    """Return the entries of a file in our layout: the module's own names and shapes."""
     entries = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         entries[name] = Entry([name], tuple(tensor.shape))
@@ -241,15 +242,16 @@ def our_entries(module: nn.Module) -> dict[str, Entry]:
 
 
 def mmdit_config(part: Part, vocab_size: int = 32100) -> MMDiTConfig:
-    """Return a transformer's sizes, from shapes and config.json.
+    """Return a transformer's sizes, from its tensors' shapes and config.json.
 
-    vocab_size: of the text head that SD3 lacks.  Raises UserError where the two differ."""
+    vocab_size: rows of the text head if the file, as SD3's, lacks one.  Raises UserError if shapes
+    and config.json differ."""
     tensors = part.tensors
     c = Config(tensors, part.config)
     if part.layout == "ours":
         sizes = part.config["mmdit"]
         blocks = tensors.count("blocks.")
-        # checked here: to build a model of a million blocks would take hours
+        # checked before the model is built: a depth of a million blocks would take hours
         require((sizes.depth == blocks, f"{c.where}: \"depth\" is {sizes.depth}, "
                  f"{tensors.files[0].name} has {blocks} blocks"))
         return sizes
@@ -277,7 +279,7 @@ def mmdit_config(part: Part, vocab_size: int = 32100) -> MMDiTConfig:
 
 
 def mmdit_entries(model: MMDiT, layout: str) -> dict[str, Entry]:
-    """Return the place of each parameter, and of the position table, in a transformer's layout."""
+    """Return the entry of each parameter, and of the position table, in a transformer's layout."""
     entries = our_entries(model)
     if layout == "ours":
         return entries
@@ -289,21 +291,21 @@ def mmdit_entries(model: MMDiT, layout: str) -> dict[str, Entry]:
     entries["positions"].shape = (1, c.position_size ** 2, c.width)
     entries["img_in.weight"].shape = (c.width, c.channels, c.patch, c.patch)
     for name in ("img_modulation.weight", "img_modulation.bias"):
-        entries[name].swap = layout != "sd3_file"                # diffusers swapped the halves
+        entries[name].swap = layout != "sd3_file"                # diffusers swaps the halves
     if layout != "release":
         add_fresh(entries, c, layout)
     return entries
 
 
 def add_fresh(entries: dict[str, Entry], c: MMDiTConfig, layout: str) -> None:
-    """Give the entries of SD3's transformer values for all that it lacks and D-DiT has."""
-    # a model of one block has everything that SD3's last block lacks
+    """Add initial values to the entries for the parameters that D-DiT has and SD3 lacks."""
+    # a new model of one block is enough: of the blocks, only SD3's last one lacks parameters
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         new = MMDiT(replace(c, depth=1, position_size=1)).state_dict()
     last = f"blocks.{c.depth - 1}.txt."
     for name, entry in entries.items():
-        if name.startswith(last + "modulation."):                # SD3: attention's shift and scale
+        if name.startswith(last + "modulation."):         # SD3 has only attention's shift and scale
             columns = entry.shape[1:]
             entry.swap = layout == "sd3"
             entry.fresh = torch.zeros(4 * c.width, *columns)
@@ -314,7 +316,7 @@ def add_fresh(entries: dict[str, Entry], c: MMDiTConfig, layout: str) -> None:
 
 
 def vae_config(part: Part) -> VAEConfig:
-    """Return an autoencoder's sizes, from shapes, its scale and shift from config.json or SD3."""
+    """Return an autoencoder's sizes from shapes; scale and shift from config.json, else SD3's."""
     tensors = part.tensors
     c = Config(tensors, part.config)
     c.only("latents_mean", None)
@@ -336,11 +338,11 @@ def vae_config(part: Part) -> VAEConfig:
 
 
 def vae_entries(vae: AutoencoderKL, layout: str) -> dict[str, Entry]:
-    """Return the place of each parameter of an autoencoder in the layout "file" or "folder"."""
+    """Return the entry of each parameter of an autoencoder in the layout "file" or "folder"."""
     entries = our_entries(vae)
     for name, entry in entries.items():
-        way, level = name.split(".")[1:3]               # of a level: "down" or "up", and its number
-        if layout == "file" and way == "up":            # numbered from the largest image
+        way, level = name.split(".")[1:3]               # "down" or "up", and the level's number
+        if layout == "file" and way == "up":            # the file counts from the largest image
             mirrored = len(vae.config.widths) - 1 - int(level)
             name = name.replace(level, str(mirrored), 1)
         if layout == "file" and ".attention." in name and len(entry.shape) == 2:
@@ -351,7 +353,7 @@ def vae_entries(vae: AutoencoderKL, layout: str) -> dict[str, Entry]:
 
 
 def t5_config(part: Part) -> T5Config:
-    """Return a T5 encoder's sizes, from shapes, and from config.json those that no shape shows."""
+    """Return a T5 encoder's sizes, from shapes, and from config.json what no shape shows."""
     tensors = part.tensors
     c = Config(tensors, part.config)
     c.only("feed_forward_proj", "gated-gelu")
@@ -370,13 +372,13 @@ def t5_config(part: Part) -> T5Config:
 
 
 def t5_table(tensors: Tensors) -> str:
-    """Return the name of a T5 file's token table; with both names, the first."""
+    """Return the name of a T5 file's token table; the first name if both are present."""
     first, second = T5_TABLES
     return first if first in tensors else second
 
 
 def t5_entries(t5: T5Encoder, table: str) -> dict[str, Entry]:
-    """Return the place of each parameter of T5; table: see `t5_table`."""
+    """Return the entry of each parameter of T5.  table: see `t5_table`."""
     entries = our_entries(t5)
     for name, entry in entries.items():
         entry.keys = rename(name, T5_NAMES)
@@ -385,14 +387,14 @@ def t5_entries(t5: T5Encoder, table: str) -> dict[str, Entry]:
 
 
 def published_state(model: MMDiT, layout: str) -> dict[str, Tensor]:
-    """Return a transformer's tensors as the "release" or the "sd3" layout names and shapes them."""
+    """Return a transformer's tensors with the names and shapes of the "release" or "sd3" layout."""
     ours = model.state_dict() | dict(model.named_buffers())
     state = {}
     for name, entry in mmdit_entries(model, layout).items():
         tensor = ours[name]
         if not entry.keys:
-            continue                                             # SD3 has no such part
-        if entry.fresh is not None:                              # nor these rows
+            continue                                             # SD3 has no such parameter
+        if entry.fresh is not None:                              # SD3 lacks the last rows
             tensor = tensor[:-len(entry.fresh)]
         if entry.swap:
             tensor = torch.cat(tensor.chunk(2)[::-1])
@@ -407,7 +409,7 @@ def published_state(model: MMDiT, layout: str) -> dict[str, Tensor]:
 
 
 def published_files(c: MMDiTConfig, layout: str) -> dict[str, dict]:
-    """Return the JSON files of a published folder, by name, as its pipeline reads them."""
+    """Return the contents of a published folder's JSON files, by file name, for its pipeline."""
     sizes = dict(
         attention_head_dim=c.width // c.heads, caption_projection_dim=c.width,
         dual_attention_layers=[], in_channels=c.channels, joint_attention_dim=c.text_width,

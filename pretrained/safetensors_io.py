@@ -1,4 +1,4 @@
-"""Safetensors files: read strictly and write, one tensor at a time."""
+"""Read and write safetensors files, one tensor at a time."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from common.files import replacing
 SUFFIXES = (".safetensors", ".sft")
 PICKLE = "a pickle, which can run code; convert it to safetensors first"
 WEB_PAGE = "a web page, not the file; fetch it again"
-# the first bytes of files that people have in place of safetensors
+# the first bytes of files that are often mistaken for safetensors
 OTHERS = {
     b"GGUF": "GGUF, quantised weights, which are not read here; fetch the same ones as safetensors",
     b"PK\3\4": PICKLE,
@@ -26,26 +26,26 @@ OTHERS = {
     b"<!do": WEB_PAGE,
 }
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}     # in safetensors
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # dtypes we write
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return True for a file name that ends as safetensors do."""
+    """Return True for a file name that ends in .safetensors or .sft."""
     return path.suffix.lower() in SUFFIXES
 
 
 class Tensors:
     """The tensors under a prefix in one or several safetensors files; only headers are in memory.
 
-    file, shape, dtype: of each tensor, by its name without the prefix.  Raises UserError for a file
-    that is missing, no safetensors, or cut off."""
+    file, shape, dtype: dicts from each tensor's name, without the prefix, to its file, shape and
+    dtype.  Raises UserError for a file that is missing, incomplete, or of another format."""
 
     def __init__(self, files: list[Path], prefix: str = ""):
         self.files = files
         self.prefix = prefix
-        self.opened = None                      # the file that is read
+        self.opened = None                      # the file that is mapped now
         self.handle = None
-        self.converted = 0                      # bytes since it was opened
+        self.converted = 0                      # bytes converted since it was opened
         self.file, self.shape, self.dtype = {}, {}, {}
         for file in files:
             with self.open(file) as handle:
@@ -81,27 +81,27 @@ class Tensors:
         return f"{file}: {self.prefix}{name}"
 
     def size(self, name: str, axis: int) -> int:
-        """Return one side of a tensor.  Raises UserError where it has none."""
+        """Return the size of a tensor along an axis.  Raises UserError if it is missing or 0."""
         shape = self.shape.get(name, ())
         require((len(shape) > axis and shape[axis] > 0,
                  f"{self.where(name)} is missing or empty, so the sizes can't be read"))
         return shape[axis]
 
     def values(self) -> int:
-        """Count the numbers in all tensors."""
+        """Return how many numbers all tensors hold together."""
         return sum(map(math.prod, self.shape.values()))
 
     def count(self, stem: str) -> int:
-        """Count the items of a list: with the stem "blocks.", 24 for blocks.0.a to blocks.23.b."""
+        """Count the modules of a list: 24 for the stem "blocks." of blocks.0.a to blocks.23.b."""
         items = [name.removeprefix(stem) for name in self.file if name.startswith(stem)]
         return len({item.split(".")[0] for item in items})
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Read a tensor in its stored dtype, mapped to the file, or converted to another one.
+        """Read a tensor in its stored dtype, mapped to the file, or converted to another dtype.
 
-        The pages of a mapped file that were touched count as this process's memory until it is
-        unmapped.  So the file is opened anew after each gigabyte that was converted: a conversion
-        takes no memory for both."""
+        Pages of a mapped file that were read count as this process's memory until it is unmapped.
+        So the file is opened again after each gigabyte of converted tensors: the process does not
+        hold the originals and the converted tensors together."""
         if self.opened != self.file[name] or self.converted > 2**30:
             self.handle = None                  # unmap before the file is mapped again
             self.converted = 0
@@ -117,7 +117,7 @@ class Tensors:
 def read_any(path: Path, expected: str):
     """Read a safetensors file as tensors by name, or unpickle a .pth with weights_only.
 
-    expected: what the message of a .pth that torch can't read names.  Raises UserError."""
+    expected: the kind of file, for the error message.  Raises UserError for an unreadable file."""
     if is_safetensors(path):
         tensors = Tensors([path])
         return {name: tensors.read(name) for name in tensors.file}
@@ -129,13 +129,14 @@ def read_any(path: Path, expected: str):
 
 
 def finite(tensor: Tensor) -> bool:
-    """Return True if no value is NaN or infinite, in one pass: both survive a minimum and a
-    maximum."""
+    """Return True if no value is NaN or infinite.
+
+    One pass is enough: the minimum or maximum of such a tensor is NaN or infinite."""
     return tensor.numel() == 0 or all(map(math.isfinite, tensor.detach().aminmax()))
 
 
 def make_header(tensors: dict[str, Tensor], dtype: torch.dtype) -> bytes:
-    """Return the bytes that a safetensors file of these tensors begins with."""
+    """Return the header of a safetensors file of these tensors, with its length, as bytes."""
     header = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in tensors.items():
@@ -149,9 +150,9 @@ def make_header(tensors: dict[str, Tensor], dtype: torch.dtype) -> bytes:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,
                   gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
-    """Write a safetensors file; `gather` makes a sharded tensor whole when its turn comes.
+    """Write tensors as `dtype` to a safetensors file; `gather` makes one sharded tensor whole.
 
-    Raises UserError for one that is not finite in `dtype`: reading it would fail."""
+    Raises UserError for a tensor that is not finite in `dtype`: loading it would fail."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(make_header(tensors, dtype))
         for name, tensor in tensors.items():

@@ -1,9 +1,9 @@
 """The T5 v1.1 encoder (arXiv 1910.10683, 2002.05202), which gives D-DiT its text embeddings.
 
-It differs from the usual transformer: RMSNorm without a mean, no bias in any layer, no 1/sqrt(head)
-in attention, and a gated tanh-GELU.  Positions enter as a learned bias of each head on the
-attention logits, by bucketed distance, shared by all blocks.  There is no attention mask: D-DiT was
-trained with padding that is read like any token.
+It differs from the usual transformer: RMSNorm without a mean, no bias in any layer, no 1/sqrt(K)
+in attention, and a gated tanh-GELU.  Positions enter as a learned bias on each head's attention
+logits, one value per bucket of distances; all blocks share it.  There is no attention mask: D-DiT
+was trained with padding tokens visible, like any other token.
 
 Shapes: B batch, L tokens, E width, H heads, K size of a head.
 """
@@ -24,21 +24,23 @@ class T5Config:
     depth: int = 24             # blocks
     heads: int = 64             # H
     head: int = 64              # K
-    hidden: int = 10240         # of the MLP
-    buckets: int = 32           # of distance, half of them for each direction
-    distance: int = 128         # beyond which all distances share the last bucket
-    eps: float = 1e-6           # of RMSNorm
+    hidden: int = 10240         # hidden width of the MLP
+    buckets: int = 32           # buckets of distances, half of them for each direction
+    distance: int = 128         # all longer distances share the last bucket
+    eps: float = 1e-6           # RMSNorm's epsilon
 
 
 def buckets(length: int, number: int, distance: int) -> Tensor:
-    """Return the bucket of key minus query, (L, L) int64: exact up to a quarter of the number, then
-    logarithmic.  Keys after the query take the upper half."""
+    """Return the bucket of the distance key - query, (L, L) int64.
+
+    Distances below number / 4 have a bucket each, longer ones share logarithmic buckets.  Keys
+    after the query use the upper half of the buckets."""
     positions = torch.arange(length)
     offset = positions[None] - positions[:, None]                                 # (L, L)
     half = number // 2
     exact = number // 4
     far = offset.abs()
-    # float32, as published: on the border of two buckets float64 may round to the other one
+    # float32, as published: at the border of two buckets float64 may choose the other one
     scaled = torch.log(far.clamp(min=1).float() / exact) / math.log(distance / exact)
     logarithmic = exact + (scaled * (half - exact)).long()
     bucket = torch.where(far < exact, far, logarithmic.clamp(max=half - 1))
@@ -46,7 +48,8 @@ def buckets(length: int, number: int, distance: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Normalise float32 x, and return the weight's dtype: the residual stream stays float32."""
+    """Normalise x (..., width) float32 and return it in the weight's dtype.  The residual stream
+    itself stays float32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -96,8 +99,8 @@ class T5Block(nn.Module):
 class MaskEmbedding(nn.Module):
     """T5's [MASK] row, the one part of T5 that D-DiT trains.
 
-    It replaces the embeddings (B, L, E) of ids (B, L) that are [MASK], so that its gradient comes
-    through the frozen blocks."""
+    It replaces the embeddings (B, L, E) of the [MASK] ids among ids (B, L).  Its gradient flows
+    back through the frozen blocks."""
 
     def __init__(self, vector: Tensor, mask_id: int):
         super().__init__()
@@ -126,7 +129,7 @@ class T5Encoder(nn.Module):
         self.embed.weight[token] = vector.to(self.embed.weight)
 
     def forward(self, ids: Tensor, mask: MaskEmbedding | None = None) -> Tensor:
-        """mask: replaces the table's [MASK] row while that is trained."""
+        """ids (B, L) -> (B, L, E).  mask: replaces the table's [MASK] row while it is trained."""
         bucket = buckets(ids.shape[1], self.config.buckets, self.config.distance)
         bias = self.position_bias(bucket.to(ids.device))                          # (L, L, H)
         bias = bias.permute(2, 0, 1)[None]                                        # (1, H, L, L)

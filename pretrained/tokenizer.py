@@ -1,4 +1,4 @@
-"""Text <-> ids: GPT-2's byte-level BPE, whole or cut to a small vocabulary, and T5's, with [MASK].
+"""Text <-> ids: GPT-2's byte-level BPE, full or with a small vocabulary, and T5's; with [MASK].
 
 Shapes: L tokens.
 """
@@ -26,36 +26,35 @@ MERGES = Path(__file__).parents[1] / "assets" / "gpt2" / "merges.txt"
 class Tokenizer:
     """Text <-> ids, with an end token, a padding token and [MASK].
 
-    Special tokens are never read out of text: "[MASK]" in a caption is six characters like any
-    others."""
+    Special tokens are never parsed from text: "[MASK]" in a caption is six ordinary characters."""
     bpe: BPE
     end_id: int
     pad_id: int
     mask_id: int
     vocab_size: int
-    specials: str = ""                  # a pattern of T5's, which are in its vocabulary
+    specials: str = ""                  # regex of T5's special tokens, which its vocabulary holds
     keep: list[int] | None = None       # the GPT-2 ids of a small vocabulary
-    seen: set[int] | None = None        # the ids of the training texts
-    capitals: set[str] = field(default_factory=set)     # words that training captions capitalise
-    warns: bool = True                  # about the first text that is cut
-    cut: int = 0                        # counts the texts that are cut
-    lost: str = ""                      # describes the first of them
+    seen: set[int] | None = None        # the ids of the training texts; None: unknown
+    capitals: set[str] = field(default_factory=set)     # words with capitals in training captions
+    warns: bool = True                  # print a warning for the first text that is cut
+    cut: int = 0                        # number of texts that were cut
+    lost: str = ""                      # describes the first text that was cut
 
     def plain(self, text: str) -> str:
-        """Pry special tokens apart: "</s>" becomes "< /s>"."""
+        """Break up special tokens in a text, so that they are read as text: "</s>" -> "< /s>"."""
         return re.sub(self.specials, r"< \1>", text) if self.specials else text
 
     def pieces(self, text: str) -> list[int]:
-        """Return the bare ids of a text, no end token, no padding."""
+        """Return the ids of a text, without end token and padding."""
         return self.bpe.encode(self.plain(text), add_special_tokens=False).ids
 
     def many(self, texts: list[str]) -> list[list[int]]:
-        """Return the bare ids of many texts, on all cores."""
+        """Return the ids of many texts, as `pieces` does, on all cores."""
         plain = [self.plain(text) for text in texts]
         return [encoding.ids for encoding in self.bpe.encode_batch(plain, add_special_tokens=False)]
 
     def digest(self) -> str:
-        """Hash the vocabulary and the special ids."""
+        """Return a hash of the vocabulary and the special ids, 16 hexadecimal digits."""
         vocabulary = sorted(self.bpe.get_vocab().items())
         identity = vocabulary, self.end_id, self.pad_id, self.mask_id
         return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
@@ -71,8 +70,8 @@ class Tokenizer:
         return {"tokenizer.json": json.dumps(content) + "\n"}
 
     def continuation(self, text: str) -> list[int]:
-        """Return the ids of a text that continues at the end of a token, where T5's would put a
-        space."""
+        """Return the ids of a text that follows other tokens directly, without the space that T5's
+        tokenizer would put before it."""
         ids = self.pieces(text)
         first = self.bpe.id_to_token(ids[0]) if ids else ""
         if text.startswith(" ") or not first.startswith("\u2581"):
@@ -83,11 +82,11 @@ class Tokenizer:
         return ids if bare is None else [bare, *ids[1:]]
 
     def behind(self, ids: Tensor | list[int]) -> str:
-        """Decode tokens that follow a text: T5's would lose the space that they begin with."""
+        """Decode tokens that follow a text, and keep a leading space (T5's decoder drops it)."""
         return self.decode([*self.pieces("a"), *ids])[1:]
 
     def meet(self, texts: list[str] | None) -> None:
-        """Remember the ids and capitals of training texts; None: forget them all."""
+        """Remember the ids and capitalised words of training texts; None: forget all of them."""
         if texts is None:
             self.seen = None
             self.capitals = set()
@@ -101,7 +100,7 @@ class Tokenizer:
             self.capitals.update(word for word in words if word != word.lower())
 
     def lowered(self, text: str) -> str:
-        """Lower the case of words that no training caption capitalises; [MASK] stays."""
+        """Lower the case of each word that no training caption has in this case; [MASK] stays."""
         if self.seen is None:
             return text
         kept = self.capitals | {"[MASK]"}
@@ -111,7 +110,7 @@ class Tokenizer:
         return re.sub(r"\[MASK\]|\w+", lower, text)
 
     def strange(self, text: str) -> list[str]:
-        """Return the words with a piece that is unknown, or that no training text had."""
+        """Return the words with a token that is unknown or that no training text has."""
         text = self.plain(text)
         encoding = self.bpe.encode(text, add_special_tokens=False)
         unknown = self.bpe.token_to_id("<unk>")
@@ -127,12 +126,13 @@ class Tokenizer:
         return list(dict.fromkeys(words))
 
     def encode(self, text: str, length: int) -> Tensor:
-        """Return ids (length,) int64: the text, the end token, padding.  See `fit`."""
+        """Return ids (length,) int64: the text, the end token, padding.  Long texts: see `fit`."""
         return self.fit(self.pieces(text), length)
 
     def fit(self, ids: list[int], length: int) -> Tensor:
-        """Cut or pad ids to (length,), with the end token; the first cut prints a warning on
-        stderr."""
+        """Add the end token and cut or pad ids to (length,) int64.
+
+        The first text that is cut triggers a warning on stderr."""
         room = length - 1
         if len(ids) > room:
             self.cut += 1
@@ -142,7 +142,7 @@ class Tokenizer:
         return torch.tensor(ids + [self.pad_id] * (length - len(ids)))
 
     def describe_cut(self, ids: list[int], room: int) -> None:
-        """Describe the first cut, of ids longer than `room`, in `lost` and in a warning."""
+        """Describe in `lost`, and in a warning, what `ids` lose after `room` tokens."""
         kept = self.decode(ids[:room])
         cut = self.decode(ids[room:])
         self.lost = (f"{len(ids)} tokens, room for {room}: kept up to {kept[-20:]!r}, cut off "
@@ -151,7 +151,7 @@ class Tokenizer:
             print(f"warning: {self.lost}; others are counted", file=sys.stderr)
 
     def decode(self, ids: Tensor | list[int]) -> str:
-        """Return the text up to the first end token; a [MASK] that is left reads "[MASK]"."""
+        """Return the text up to the first end or padding token; mask ids are shown as "[MASK]"."""
         text = ""
         run = []
         for i in [*map(int, ids), self.end_id]:
@@ -166,7 +166,7 @@ class Tokenizer:
 
 
 def read_merges() -> list[tuple[str, ...]]:
-    """Read GPT-2's pairs of pieces, in the order in which they are merged.  Raises UserError."""
+    """Read GPT-2's merges: pairs of pieces, in merging order.  Raises UserError."""
     lines = read_text(MERGES).splitlines()[1:]
     require((len(lines) == 50000,
              f"{MERGES}: {len(lines)} merges, expected 50000; restore the file from git"))
@@ -175,14 +175,14 @@ def read_merges() -> list[tuple[str, ...]]:
 
 def gpt2_tokenizer(keep: list[int] | None = None, seen: list[int] | None = None,
                    capitals: Iterable[str] = ()) -> Tokenizer:
-    """Make GPT-2's byte-level BPE, <|endoftext|> as end and padding, [MASK] as one more id (50257).
+    """Make GPT-2's byte-level BPE, with <|endoftext|> as end and padding and [MASK] as a new id.
 
-    keep: GPT-2 ids, renumbered in their order, for a small model's small head.  It must hold the
-    256 bytes and, for each id, the two ids it is merged from (`gpt2_subset` makes this list).  Text
-    made of kept tokens is cut up exactly as GPT-2 does; other text falls into smaller pieces, down
-    to bytes.  seen, capitals: see `Tokenizer`.  Raises UserError for a wrong `keep`."""
+    keep: GPT-2 ids, renumbered in their order, for a small model's small head.  The list must hold
+    the 256 bytes and, for each id, the two ids that it is merged from (`gpt2_subset` makes it).
+    Text made of kept tokens is split exactly as by GPT-2; other text is split into smaller pieces,
+    down to bytes.  seen, capitals: see `Tokenizer`.  Raises UserError for a wrong `keep`."""
     pairs = read_merges()
-    # GPT-2's order: 188 printable bytes first, then the other 68 moved up to 256 and on
+    # GPT-2's order: 188 printable bytes, then the other 68, written as characters 256 to 323
     codes = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]
     tokens = [chr(code) for code in codes]
     tokens += ["".join(pair) for pair in pairs]
@@ -204,10 +204,10 @@ def gpt2_tokenizer(keep: list[int] | None = None, seen: list[int] | None = None,
 
 
 def t5_tokenizer(file: Path) -> Tokenizer:
-    """Read T5's tokenizer.json: </s> as end, <extra_id_0> as [MASK].
+    """Read T5's tokenizer.json, with </s> as end token and <extra_id_0> as [MASK].
 
-    Padding is the pad_token of special_tokens_map.json or tokenizer_config.json beside it (D-DiT
-    pads with </s>), otherwise <pad>.  Raises UserError."""
+    The padding token is the pad_token of special_tokens_map.json or tokenizer_config.json in the
+    same folder (D-DiT pads with </s>), or <pad> without them.  Raises UserError."""
     try:
         bpe = BPE.from_file(str(file))
     except Exception as error:      # tokenizers raises a bare Exception
@@ -228,8 +228,8 @@ def t5_tokenizer(file: Path) -> Tokenizer:
 
 
 def gpt2_subset(texts: list[str]) -> list[int]:
-    """Return the GPT-2 ids that the texts use, those they are merged from, and the 256 bytes,
-    ascending."""
+    """Return the GPT-2 ids that the texts use, the ids that these are merged from, and the 256
+    bytes, ascending."""
     full = gpt2_tokenizer()
     id_of = full.bpe.get_vocab()
     halves = {}

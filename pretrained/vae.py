@@ -1,11 +1,10 @@
-"""Images in [-1, 1] to the latents that the transformer diffuses, and back.
+"""Encode images in [-1, 1] as the latents that the transformer diffuses, and decode them.
 
-`AutoencoderKL` is Stable Diffusion 3's autoencoder (arXiv 2403.03206): 8 pixels a side become one
-latent of 16 channels.  Its shift and scale, z = (mean - 0.0609) * 1.5305, are applied here and
-nowhere else.  `Pixels` is the identity behind the same two calls, for models small enough to work
-on pixels.
+`AutoencoderKL` is Stable Diffusion 3's autoencoder (arXiv 2403.03206): 8 x 8 pixels become one
+latent of 16 channels.  Its shift and scale, z = (mean - 0.0609) * 1.5305, are applied only here.
+`Pixels` has the same interface and is the identity, for models small enough to work on pixels.
 
-Shapes: B batch, H and W image height and width, C channels inside, h = H/8, w = W/8.
+Shapes: B batch, H and W image height and width, C inner channels, h = H/8, w = W/8.
 """
 
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from torch import Tensor
 
 
 class Pixels:
-    """Latents are the pixels: (B, 3, H, W) in [-1, 1] both ways."""
+    """The identity in place of an autoencoder: latents are the pixels, (B, 3, H, W) in [-1, 1]."""
 
     factor = 1      # pixels per latent, along a side
     channels = 3
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return the images; without a posterior to draw from, `generator` changes nothing."""
+        """Return the images; there is no posterior to sample, so `generator` is not used."""
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -35,10 +34,10 @@ class Pixels:
 @dataclass
 class VAEConfig:
     widths: tuple[int, ...] = (128, 256, 512, 512)  # each level but the last halves the side
-    blocks: int = 2             # residual blocks a level in the encoder; the decoder has one more
+    blocks: int = 2             # residual blocks per level of the encoder; one more in the decoder
     latent: int = 16            # channels of a latent
-    groups: int = 32            # of GroupNorm
-    scale: float = 1.5305       # of latents, after the shift
+    groups: int = 32            # groups of GroupNorm
+    scale: float = 1.5305       # latents = (mean - shift) * scale
     shift: float = 0.0609
 
     @property
@@ -47,11 +46,11 @@ class VAEConfig:
         return 2 ** (len(self.widths) - 1)
 
 
-GroupNorm = partial(nn.GroupNorm, eps=1e-6)     # as in Stable Diffusion; torch has 1e-5
+GroupNorm = partial(nn.GroupNorm, eps=1e-6)     # as in Stable Diffusion; torch's default is 1e-5
 
 
 def activate(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    # in place: at 1024 pixels one copy is half a gigabyte
+    # in place, because a copy takes half a gigabyte at 1024 pixels
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -70,7 +69,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions of the smallest level."""
+    """Attention with one head over all positions of the smallest level, (B, C, h, w) both ways."""
 
     def __init__(self, width: int, groups: int):
         super().__init__()
@@ -88,7 +87,7 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, then a change of size: to half ("down"), to twice ("up"), or none."""
+    """Residual blocks, then a change of size: half ("down"), double ("up"), or none ("none")."""
 
     def __init__(self, inner: int, outer: int, blocks: int, groups: int, change: str):
         super().__init__()
@@ -159,7 +158,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encode and decode, one image at a time: a batch takes no more memory than one image."""
+    """Encode and decode one image at a time, so that a batch needs the memory of one image."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -177,8 +176,9 @@ class AutoencoderKL(nn.Module):
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> shifted and scaled latents (B, 16, h, w).
 
-        They are the posterior's mean or, with a generator, a draw from it (the published code
-        draws, for captions too).  Raises ValueError for sides that are no multiples of 8."""
+        The latents are the posterior's mean or, with a generator, a sample of it (the published
+        code samples, also for captioning).  Raises ValueError for sides that are not multiples of
+        8."""
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"an image of {height} by {width}: the sides must be multiples of "
@@ -191,6 +191,6 @@ class AutoencoderKL(nn.Module):
         return (z - self.config.shift) * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 16, h, w) -> images (B, 3, H, W), not clipped."""
+        """latents (B, 16, h, w) -> images (B, 3, H, W), not clipped to [-1, 1]."""
         z = latents / self.config.scale + self.config.shift
         return torch.cat([self.decoder(latent) for latent in z.split(1)])

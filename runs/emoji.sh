@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The emoji weights from nothing, in out/each: three stages, a quarter of an hour of an H200, or most of a day
-# of two CPU cores.  Stop it as you like (Ctrl-C, kill): the same command goes on from the newest checkpoint,
-# and skips a stage that has all its steps.
+# Train the emoji weights from scratch, into out/each.  The three stages take a quarter of an hour on
+# an H200, or most of a day on two CPU cores.  You can stop at any time (Ctrl-C, kill): the same
+# command resumes from the newest checkpoint, and skips a stage that has all its steps.
 #
 #   bash runs/emoji.sh
-#   bash runs/emoji.sh --steps 6000 --decay-steps 3000          # when time is up: stage 3 ends at step 6000,
-#                                                               # its rate falling to zero from step 3000 on
+#   bash runs/emoji.sh --steps 6000 --decay-steps 3000      # if time is short: stage 3 ends at step
+#                                                           # 6000; its learning rate falls to zero
+#                                                           # from step 3000 on
 #
-# Flags go to the last stage.  A GPU has each step as one CUDA graph (--cuda-graph).  A CPU without a C++
-# compiler has nothing compiled; a step takes 1.1 to 1.4 times as long.
+# Flags go to the last stage.  On a GPU, each step runs as one CUDA graph (--cuda-graph).  On a CPU
+# without a C++ compiler, nothing is compiled, and a step takes 1.1 to 1.4 times as long.
 set -eu
 cd "$(dirname "$0")/.."
 compile=$(command -v c++ g++ clang++ >/dev/null && echo --compile || true)
@@ -22,20 +23,22 @@ batches="--image-batch 96 --text-batch 48"
 stage() {                                                    # NAME STEPS FLAG ...
     local name=$1 steps=$2; shift 2
     [ "$(steps_of "$name")" = "$steps" ] || python train.py --out "out/$name" --steps "$steps" $flags $recipe $batches "$@"
-    [ "$(steps_of "$name")" = "$steps" ] || exit 1           # it was stopped, and goes on next time
+    [ "$(steps_of "$name")" = "$steps" ] || exit 1           # it was stopped; the same command resumes it
 }
 
-# 1. Captions, at a constant rate.
+# 1. Captions, at a constant learning rate.
 stage pretrain 5000 --stage pretrain
 
-# 2. Captions and questions; over the last steps the rate falls to zero.  The shipped weights had a lambda of 1,
-#    and of 2 in the last stage, when the text loss was the mean over answers alone.  Now it is the mean over
-#    all positions, of which 79 % and 75 % are answers: 1.26 and 2.66 weigh them as much.
+# 2. Captions and questions; over the last steps the learning rate falls to zero.  The shipped weights
+#    were trained with a lambda of 1, and of 2 in the last stage, when the text loss was the mean over
+#    answers only.  Now it is the mean over all positions; 79 % and 75 % of them are answers.  So 1.26
+#    and 2.66 give answers the same weight as before.
 stage instruct 15000 --stage instruct --init out/pretrain --decay-steps 4000 --question-share 0.5 \
     --text-weight 1.26
 
-# 3. The same with more texts, each masked token alike, of each picture as often: two people come in 25 pairs
-#    of tones, of which an epoch had one until here.
+# 3. The same with more texts, the same weight for each masked token, and each image equally often.  An
+#    emoji of two people has 25 images with different pairs of skin tones; in stages 1 and 2 an epoch
+#    has only one of them.
 python train.py --out out/each --steps 25000 $flags $recipe --stage instruct --init out/instruct --decay-steps 15000 \
     --question-share 0.6 --text-weight 2.66 --text-loss flat --image-batch 64 --text-batch 96 \
     --text-data assets/emoji.tar.gz@each "$@"

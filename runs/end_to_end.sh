@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# The end-to-end variant, 1.1 B parameters from nothing but SD3's autoencoder (Table 4): text alone, then
-# pictures and captions, then a filtered subset, then questions.  Stop it as you like: the same command goes
-# on, and skips what is done.
+# Train the end-to-end variant (Table 4 of the paper): 1.1 B parameters from scratch; only the
+# autoencoder is SD3's.  The stages are text only, then images and captions, then a filtered subset,
+# then questions.  You can stop at any time: the same command resumes, and skips what is done.
 #
 #   VAE=sd3_medium.safetensors bash runs/end_to_end.sh           # LAUNCH as in runs/paper.sh
 #
-# data/openwebtext*.jsonl.gz and the shards of re-captioned DataComp are read once, as tokens and as latents.
+# data/openwebtext*.jsonl.gz is converted to tokens once, and the shards of re-captioned DataComp to
+# latents.
 #
-# The paper gives 350 B tokens of text, 400,000 and 100,000 steps; it gives no batches, rates or questions.
-# Ours: batches of 2,048 texts at 1e-4, documents packed end to end; then 2,560 pairs at 5e-5, for 400,000 steps
-# of that are an epoch of the 1.02 B pairs of DataComp-Recap-1B whose image we assume can still be fetched;
-# questions as in runs/paper.sh, at 256 pixels.
+# The paper gives 350 B tokens of text, 400,000 and 100,000 steps.  It gives no batch sizes, learning
+# rates or questions.  We chose batches of 2,048 texts at a learning rate of 1e-4, with documents
+# packed end to end; then 2,560 pairs at 5e-5; and the questions of runs/paper.sh, at 256 pixels.
+# 400,000 steps of 2,560 pairs are an epoch of the 1.02 B pairs of DataComp-Recap-1B with images that,
+# as we assume, can still be downloaded.
 set -eu
 cd "$(dirname "$0")/.."
 launch=${LAUNCH:-torchrun --standalone --nproc_per_node=8 --max-restarts=3}
 steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "$1/config.json" 2>/dev/null || true; }
 stage() {   # FOLDER STEPS FLAGS ...
     [ "$(steps_of "$1")" = "$2" ] || $launch train.py --out "$1" --steps "$2" "${@:3}"
-    [ "$(steps_of "$1")" = "$2" ] || exit 1                      # it was stopped, and goes on next time
+    [ "$(steps_of "$1")" = "$2" ] || exit 1                      # it was stopped; the same command resumes it
 }
 [ -f data/text.safetensors ] || python data.py pack 'data/openwebtext*.jsonl.gz' data/text.safetensors
-python data.py latents 'data/recap/{00000..09999}.tar' data/latents --vae "$VAE" --pixels 256   # goes on, too
+python data.py latents 'data/recap/{00000..09999}.tar' data/latents --vae "$VAE" --pixels 256   # resumes, too
 
 stage out/text 667000 --stage text --preset e2e-1.1b --vae "$VAE" --text-data data/text.safetensors \
     --micro-batch 32

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tunes the shipped weights on a folder of your own images (photo.jpg with photo.txt beside it), in some
-# minutes of two CPU cores; then draws a prompt with the result and captions the drawing.
+# Fine-tune the shipped weights on a folder of your own images (photo.jpg, with its caption in
+# photo.txt), in a few minutes on two CPU cores.  Then draw a prompt with the result, and caption the
+# drawing.
 #
-#   bash runs/own.sh FOLDER PROMPT [FLAG ...]        # further flags go to train.py, such as --steps 600
+#   bash runs/own.sh FOLDER PROMPT [FLAG ...]        # other flags go to train.py, such as --steps 600
 set -eu
 if [ $# -lt 2 ]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2

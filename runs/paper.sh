@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# The paper from SD3's weights (Table 1): four stages, each from the one before, on one node of 8 GPUs.  Stop
-# it as you like: the same command goes on from the newest checkpoint, and skips a stage that is done.
+# Train as in the paper, from SD3's weights (Table 1): four stages, each starting from the one before,
+# on one node of 8 GPUs.  You can stop at any time: the same command resumes from the newest
+# checkpoint, and skips a stage that is done.
 #
 #   SD3=sd3_medium_incl_clips_t5xxlfp16.safetensors TOKENIZER=tokenizer_3 bash runs/paper.sh
 #
-# Several nodes, the same on each: LAUNCH="torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d
-# --rdzv_endpoint=HOST:29500 --max-restarts=3" bash runs/paper.sh.  The sets are named as they lie below
-# data/.
+# On several nodes, run the same command on each: LAUNCH="torchrun --nnodes=4 --nproc_per_node=8
+# --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --max-restarts=3" bash runs/paper.sh.  The data sets
+# must be at the paths below, in data/.
 set -eu
 cd "$(dirname "$0")/.."
 launch=${LAUNCH:-torchrun --standalone --nproc_per_node=8 --max-restarts=3}
 steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "out/$1/config.json" 2>/dev/null || true; }
 stage() {   # NAME STEPS FLAGS ...
     [ "$(steps_of "$1")" = "$2" ] || $launch train.py --stage "$1" --steps "$2" --workers 8 --filtered "${@:3}"
-    [ "$(steps_of "$1")" = "$2" ] || exit 1                      # it was stopped, and goes on next time
+    [ "$(steps_of "$1")" = "$2" ] || exit 1                      # it was stopped; the same command resumes it
 }
 drawn='data/laion_aesthetic/{00000..01999}.tar data/midjourney/{000..199}.tar'
 read='data/sharegpt4v.json data/openimages/{000..499}.tar'
@@ -22,7 +23,7 @@ read='data/sharegpt4v.json data/openimages/{000..499}.tar'
 stage pretrain 60000 --init "$SD3" --tokenizer "$TOKENIZER" --micro-batch 8 \
     --image-data 'data/recap/{00000..09999}.tar'
 
-# 2. The same model, and T5's [MASK] with it, on better pictures and captions.
+# 2. The same model together with T5's [MASK], on better images and captions.
 stage mask-emb 200000 --init out/pretrain --micro-batch 8 --image-data $drawn --text-data $read
 
 # 3. At 512 pixels.

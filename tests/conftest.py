@@ -22,7 +22,7 @@ from pretrained.tokenizer import gpt2_subset, gpt2_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def cached_merges():
-    """Parse GPT-2's file of merges once a session: each small tokenizer would take 50 ms for it."""
+    """Parse GPT-2's file of merges once per session: it takes 50 ms for each tokenizer."""
     read_merges = tokenizer.read_merges
 
     @functools.cache
@@ -36,13 +36,13 @@ def cached_merges():
 
 @pytest.fixture(scope="session")
 def emoji_set():
-    """(records, images (7572, 3, 64, 64) uint8) of the whole emoji set."""
+    """Return (records, images (7572, 3, 64, 64) uint8) of the whole emoji set."""
     return emoji.load()
 
 
 @pytest.fixture
 def mistake(capsys):
-    """Call a program as `cli.run` does; return (exit status, stderr)."""
+    """Return a function that calls a program as `cli.run` does: -> (exit status, stderr)."""
     def call(main, flags):
         try:
             main(list(map(str, flags)))
@@ -56,7 +56,7 @@ def mistake(capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder that holds 40 MiB: four checkpoints of the tiny model and the files beside them."""
+    """A folder with room for 40 MiB: four checkpoints of the tiny model and a run's other files."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk]
@@ -68,7 +68,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="session")
 def small_tar(tmp_path_factory):
-    """A tar of the first 60 samples of the emoji set."""
+    """Write a tar of the first 60 samples of the emoji set, and return its path."""
     path = tmp_path_factory.mktemp("data") / "small.tar"
     with tarfile.open(emoji.TAR) as whole, tarfile.open(path, "w") as small:
         for _ in range(120):                                     # a webp and a json for each
@@ -104,7 +104,7 @@ def parts():
 
 @pytest.fixture(scope="session")
 def emoji_all(parts, emoji_set):
-    """(records, images (7572, 3, 64, 64) in [-1, 1]), as the shipped weights read them."""
+    """Return (records, images (7572, 3, 64, 64) in [-1, 1]) for the shipped weights."""
     assert parts.height == 64
     records, images = emoji_set
     return records, images.float() / 127.5 - 1
@@ -112,7 +112,7 @@ def emoji_all(parts, emoji_set):
 
 @pytest.fixture(scope="session")
 def apple(tmp_path_factory):
-    """The file of the red apple in the emoji set."""
+    """Write the red apple of the emoji set as an image file, and return its path."""
     for _, files in Tar(str(emoji.TAR)):
         if json.loads(files["json"])["caption"] == "red apple, noto style":
             path = tmp_path_factory.mktemp("apple") / "apple.webp"

@@ -1,7 +1,7 @@
 """Helpers that several test files use: programs in other processes, logs of runs, small files.
 
-A program runs under torchrun, as a person starts it, or in forks, which take a fifth of the time:
-the fork server of multiprocessing imports torch and its compiler once for all of them.
+A program runs under torchrun, as a user starts it, or in forks, which take a fifth of the time: the
+fork server of multiprocessing imports torch and its compiler once for all forks.
 """
 
 import importlib
@@ -42,7 +42,7 @@ def forked(name: str, flags: list[str], environment: dict[str, str], files: list
            prepare: Callable[[], None] | None = None) -> None:
     """Run a program in this fork as on the command line; its stdout and stderr go to two files.
 
-    prepare: called first, for example to plant a fault."""
+    prepare: called first, for example to insert a fault."""
     for file, stream in zip(files, (sys.stdout, sys.stderr)):
         with open(file, "w") as target:
             os.dup2(target.fileno(), stream.fileno())
@@ -52,12 +52,12 @@ def forked(name: str, flags: list[str], environment: dict[str, str], files: list
     sys.argv = [f"{name}.py", *flags]
     if prepare:
         prepare()
-    run = importlib.import_module("common.cli").run              # a fresh one, where `prepare` asks
+    run = importlib.import_module("common.cli").run              # `prepare` may replace the module
     run(importlib.import_module(name).main)
 
 
 class Forked:
-    """Run a program in forks, with a process group where there are several; used like a Popen."""
+    """A program that runs in one or several forks, like under torchrun; has a Popen's methods."""
 
     def __init__(self, processes: int, *flags, program: str = "train",
                  prepare: Callable[[], None] | None = None):
@@ -92,7 +92,7 @@ class Forked:
             rank.kill()
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
-        """Wait for the end, and return stdout and stderr of all ranks.  Raises TimeoutError."""
+        """Wait for the end; return stdout and stderr of all ranks.  Raises TimeoutError."""
         deadline = time.time() + timeout
         for rank in self.ranks:
             rank.join(max(0, deadline - time.time()))
@@ -123,7 +123,7 @@ def kill_when(process: subprocess.Popen | Forked, condition) -> None:
 
 
 def to_the_end(process: subprocess.Popen | Forked) -> tuple[str, str]:
-    """Wait for a successful end; return stdout and stderr."""
+    """Wait until the process ends, check that it succeeded, and return stdout and stderr."""
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors[-2000:]
     return output, errors
@@ -147,7 +147,7 @@ def equal_runs(one, other, tolerance=1e-5):
     for name, tensor in weights.items():
         difference = (tensor - other_weights[name]).abs()
         if name.endswith("qkv.bias"):
-            # a key's bias has only rounding as gradient, and AdamW makes full-size steps of that
+            # the gradient of a key's bias is only rounding, which AdamW scales to full-size steps
             query, _, value = difference.chunk(3)
             difference = torch.cat([query, value])
         assert float(difference.max()) <= tolerance, name
@@ -161,7 +161,7 @@ def jpeg(colour, size=(40, 30)):
 
 
 def write_tar(path, files):
-    """Write a tar of files, [(name or TarInfo, content)], and return its path."""
+    """Write a tar of files, [(name or TarInfo, content)]; return its path."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in files:
             member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
@@ -171,7 +171,7 @@ def write_tar(path, files):
 
 
 def forget_project() -> None:
-    """Drop all modules of this repository, but not its virtual environment's, nor the tests'."""
+    """Forget the imports of this repository's modules, except the tests' and installed packages."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not file or not Path(file).is_relative_to(ROOT):
@@ -181,7 +181,7 @@ def forget_project() -> None:
 
 
 def use_fresh_sources(folder: str, missing: tuple, environment: dict) -> None:
-    """Have the project imported again, from a folder, without the missing modules."""
+    """Make later imports load the project from a folder; imports of `missing` modules fail."""
     os.chdir(folder)
     os.environ.update(environment)
     forget_project()
@@ -190,9 +190,9 @@ def use_fresh_sources(folder: str, missing: tuple, environment: dict) -> None:
 
 
 def run_fresh(*calls, folder=ROOT, missing=(), environment={}) -> tuple[int, str]:
-    """Return (exit status, stderr) of calls, (program, flags) each, run until one of them fails.
+    """Run calls, (program, flags) each, until one fails; return (exit status, stderr).
 
-    folder: the copy of the repository that is imported; missing: modules that can't be imported."""
+    folder: the copy of the repository to import; missing: modules that can't be imported."""
     prepare = partial(use_fresh_sources, str(folder), missing, environment)
     errors = ""
     for program, flags in calls:

@@ -1,4 +1,4 @@
-"""The batches of both losses, each a function of nothing but the run and the step.
+"""Make the batches of both losses.  A batch depends only on the run and the step.
 
 Shapes: B rows of this process, L tokens, C latent channels, h and w latent height and width.
 """
@@ -29,11 +29,11 @@ class Batch:
 
     @property
     def denominator(self) -> int:
-        """Return what the sum of the errors is divided by."""
+        """Return the number by which the loss divides the sum of the errors."""
         raise NotImplementedError
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> "Batch":
-        """Return a batch in which every tensor is changed, given its name."""
+        """Return a batch with each tensor replaced by change(name, tensor)."""
         changed = {}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -42,9 +42,9 @@ class Batch:
         return replace(self, **changed)
 
     def move_large_tensors(self, device: torch.device) -> "Batch":
-        """Move images, ids, noise and states.
+        """Move images, ids, noise and states to the device.
 
-        Masks stay on the CPU: counting the masked tokens there does not wait for the device."""
+        Masks stay on the CPU, where counting the masked tokens does not wait for the device."""
         def move(name: str, tensor: Tensor) -> Tensor:
             if name not in ("images", "ids", "noise", "states"):
                 return tensor
@@ -54,10 +54,10 @@ class Batch:
         return self.map(move)
 
     def split(self, rows: int) -> list["Batch"]:
-        """Split into micro-batches of so many rows; 0: into one.
+        """Split into n micro-batches of `rows` rows; 0: into one.
 
-        Each takes every n-th row.  Times of masking fall along the batch: neighbours could have
-        nearly all of their tokens masked, and need much memory for their logits."""
+        Each one takes every n-th row.  Masking times fall along the batch, so neighbouring rows
+        could all have nearly all of their tokens masked, and need much memory for their logits."""
         if not rows:
             return [self]
         count = len(self.ids) // rows
@@ -69,7 +69,7 @@ class ImageBatch(Batch):
     """Images to be noised, with clean captions."""
     noise: Tensor                   # (B, C, h, w)
     dropped: Tensor                 # (B,) bool: the prompt is empty, for guidance
-    states: Tensor | None = None    # (B, L, E) T5's, where they are stored
+    states: Tensor | None = None    # (B, L, E) T5's, if the data store them
 
     @property
     def denominator(self) -> int:
@@ -81,29 +81,29 @@ class TextBatch(Batch):
     """Clean images, or none, with texts to be masked."""
     uniform: Tensor                 # (B, L): a token is masked where this is below t
     frozen: Tensor                  # (B, L) bool: a prompt
-    weight: str = "1/t"             # a row of mask_diffusion.WEIGHTS
+    weight: str = "1/t"             # a key of mask_diffusion.WEIGHTS
 
     @property
     def denominator(self) -> int:
-        """All positions, prompts included, as in the published mean."""
+        """Return the number of all positions, prompts included, as in the published mean."""
         return self.ids.numel()
 
 
-Errors = Callable[..., Tensor]      # of a loss: (models, batch) -> (B,)
+Errors = Callable[..., Tensor]      # the errors of a loss: (models, batch) -> (B,)
 
 
 @dataclass
 class StepBatches:
-    """The batches of a step, and what to log."""
+    """The batches of a step, and messages for the log."""
     image: ImageBatch | None
     text: TextBatch
-    unreadable: list[str]           # a message for each sample that the next one stands in for
-    cut: list[str]                  # as many as texts were too long; what the first one lost
+    unreadable: list[str]           # one message per unreadable sample; the next sample replaces it
+    cut: list[str]                  # one message per text that was cut, each about the first one
 
 
 @dataclass
 class BatchMaker:
-    """Makes the batches of a run.  Each process has one; only its rank differs."""
+    """Make the batches of a run.  Each process has its own maker; only the rank differs."""
     config: TrainConfig
     tokenizer: Tokenizer
     mixes: dict[str, data.Mix]      # "text", and "image" if the stage has that loss
@@ -122,13 +122,13 @@ class BatchMaker:
             self.buckets = {name: mix.buckets(name, unit) for name, mix in self.mixes.items()}
 
     def make_batches(self, step: int) -> StepBatches:
-        """Make this process's rows of both batches, on the CPU, at any time and in any process."""
+        """Make this process's rows of both batches, on the CPU, for steps in any order."""
         config = self.config
         self.tokenizer.cut = 0
         image = None
         if "image" in self.mixes:
             image = self.image_batch(*self.rows(step, config.image_batch, "image"))
-        # evenly spaced over the whole batch; dealt out row by row, each process has low and high t
+        # evenly spaced over the batch; processes take rows in turn, so each has low and high t
         t, _ = mask_diffusion.draw((config.text_batch, 0), seeding.seeded(self.key, "times", step))
         samples, generators = self.rows(step, config.text_batch, "text")
         text = self.text_batch(samples, generators, t[self.rank::self.world])
@@ -140,7 +140,7 @@ class BatchMaker:
     def rows(self, step: int, size: int, name: str) -> tuple[list[dict], list[torch.Generator]]:
         """Return the samples of this process's rows of a batch, and a generator for each.
 
-        A row's draws depend on the run and on its position, whatever the number of processes."""
+        A row's draws depend on the run and on its position, not on the number of processes."""
         rows = range(self.rank, size, self.world)
         if self.buckets:
             positions, shape = self.buckets[name].rows(step, size, rows)
@@ -151,7 +151,7 @@ class BatchMaker:
 
     def image_batch(self, samples: list[dict], generators: list[torch.Generator],
                     times: Tensor | None = None) -> ImageBatch:
-        """Draw noise and times, or take times (B,) that are given, and choose captions."""
+        """Draw noise and times, and choose captions.  times (B,): replace the drawn ones."""
         config = self.config
         images = sources.latents_of(samples)
         shape = self.latent_shape(images)
@@ -169,13 +169,13 @@ class BatchMaker:
         batch = ImageBatch(images, torch.stack(ids), torch.cat(t), torch.cat(noise),
                            torch.tensor(dropped))
         if times is not None:
-            batch.t = times      # drawn all the same, so that the noise stays
+            batch.t = times      # t is drawn nevertheless, so that the noise stays the same
         if self.stored_states:
             batch.states = torch.stack([sample["states"] for sample in samples])
         return batch
 
     def latent_shape(self, images: Tensor) -> tuple[int, ...]:
-        """Return (1, C, h, w) of what is noised, for images or for latents that are stored."""
+        """Return the shape (1, C, h, w) of one image's latents, for images or stored latents."""
         _, channels, height, width = images.shape
         are_latents = channels == self.channels
         factor = 1 if are_latents else self.factor
@@ -196,7 +196,7 @@ class BatchMaker:
     def choose_text(self, sample: dict, generator: torch.Generator) -> tuple[Tensor, int]:
         """Choose a caption, a question with its answer, or plain text.
 
-        Return its ids (L,) and the length of its prompt, 0 but for questions."""
+        Return its ids (L,) and the length of its prompt, which is 0 except for questions."""
         config, tokenizer = self.config, self.tokenizer
         if "ids" in sample:
             return sample["ids"], 0
@@ -215,6 +215,6 @@ class BatchMaker:
     def for_validation(self) -> "BatchMaker":
         """Return a maker without dropped captions or re-captions, and with the weight 1/t.
 
-        Runs that are trained otherwise are measured alike."""
+        So runs with other settings are measured in the same way."""
         plain = replace(self.config, text_dropout=0.0, recaption=0.0, text_loss="1/t")
         return replace(self, config=plain)

@@ -3,7 +3,7 @@
     text -> pretrain                                the end-to-end variant, from scratch
     pretrain -> mask-emb -> high-res -> instruct    from SD3's weights (Table 1 of arXiv 2501.00289)
 
-A setting is what its flag says.  Without a flag it is the stage's, or else TrainConfig's.
+A setting without a flag has the default of its stage or, if the stage has none, of TrainConfig.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from training.optimizers import OPTIMIZERS
 
 class Stage(NamedTuple):
     losses: str             # L = L_image + lambda L_text, or one of them
-    learns: str             # trained beside the transformer and the end-to-end token embedding
-    pixels: int             # side of an image; --init keeps that of its run, except in high-res
+    learns: str             # trained too, besides transformer and end-to-end token embedding
+    pixels: int             # side of an image; the run at --init decides it, except in high-res
     text_length: int        # tokens, padding included; at most the positions of a token embedding
     text_weight: float      # lambda
     image_batch: int        # images in the image loss of one update, over all processes
@@ -33,8 +33,9 @@ class Stage(NamedTuple):
     steps: int
 
 
-# Table 1; text lengths and resolutions are those of the published code.  `text`, of the end-to-end
-# variant, is 350 B tokens in the paper, which gives neither batch nor learning rate: both are ours.
+# Table 1 of the paper; text lengths and resolutions are those of the published code.  `text`, a
+# stage of the end-to-end variant, is 350 B tokens in the paper.  The paper gives neither its batch
+# nor its learning rate: both are ours.
 STAGES = {
     #                 losses         learns      pixels, tokens, lambda, batches, lr, warm-up, steps
     "text":     Stage("text",        "null image", 256, 256, 1.0,   0, 2048, 1e-4, 5000, 667_000),
@@ -43,8 +44,8 @@ STAGES = {
     "high-res": Stage("image, text", "",           512, 256, 0.2, 768,  768, 3e-5, 1000,  80_000),
     "instruct": Stage("image, text", "",           512, 128, 1.0, 512,  512, 3e-5, 1000,  50_000),
 }
-# In place of these for a model of pixels (the emoji preset): a first run takes a quarter of an hour
-# on a laptop.  runs/emoji.sh has the recipe of the shipped weights.
+# These settings replace those of STAGES for a model of pixels (the emoji preset), so that a first
+# run takes a quarter of an hour on a laptop.  runs/emoji.sh has the recipe of the shipped weights.
 SMALL = dict(pixels=64, text_length=28, image_batch=32, text_batch=32, lr=2.5e-3, warmup=50,
              steps=500, vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0,
              question_share=0.4)
@@ -52,7 +53,8 @@ SMALL = dict(pixels=64, text_length=28, image_batch=32, text_batch=32, lr=2.5e-3
 
 @dataclass
 class TrainConfig:
-    stage: str = option("pretrain", "row of the table of stages", choices=STAGES,
+    """Settings of a run; each one is a flag of train.py."""
+    stage: str = option("pretrain", "stage of training", choices=STAGES,
                         group="the model (the stage sets --pixels to --steps)")
     preset: str = option("emoji", "sizes of a new model; --init brings its own", choices=PRESETS)
     init: str = option("", "weights to start from, in any layout that checkpoint.py reads")
@@ -63,7 +65,7 @@ class TrainConfig:
     pixels: int = option(0, "side of the square images", low=1)
     text_length: int = option(0, "tokens of a text, padding included", low=2)
     text_weight: float = option(0.0, "lambda, the weight of the text loss", low=0)
-    image_weight: float = option(1.0, "weight of the image loss; 0 only computes it", low=0)
+    image_weight: float = option(1.0, "weight of the image loss; 0: only measure it", low=0)
     image_batch: int = option(0, "images in the image loss of a step, over all processes", low=1)
     text_batch: int = option(0, "texts in the text loss of a step, over all processes", low=1)
     lr: float = option(0.0, "peak learning rate", low=1e-12, high=1)
@@ -72,23 +74,23 @@ class TrainConfig:
 
     image_data: list[str] = option([], "data of the image loss",
                               group="the data (PATH or PATH:WEIGHT; see data.py)")
-    text_data: list[str] = option([], "data of the text loss, if it is not the same")
-    recaption: float = option(1.0, "share of re-captions where a sample has one", low=0, high=1)
+    text_data: list[str] = option([], "data of the text loss, if not --image-data")
+    recaption: float = option(1.0, "share of re-captions, if a sample has one", low=0, high=1)
     filtered: bool = option(False, "filter like the published trainer: leave out sides under 256, "
                             "aspect ratios over 4.5, captions under 6 characters")
-    buckets: bool = option(False, "keep the aspect ratio of images: batches of sizes of equal area")
+    buckets: bool = option(False, "keep aspect ratios: each batch has its own size, of equal area")
     text_dropout: float = option(0.1, "share of images with the empty prompt, for guidance",
                                  low=0, high=1)
-    question_share: float = option(1.0, "share of questions where a sample has captions too",
+    question_share: float = option(1.0, "share of questions, if a sample also has captions",
                                    low=0, high=1)
-    vocabulary: str = option("full", "all of GPT-2's tokens, or those that the texts use",
+    vocabulary: str = option("full", "used: the tokens in the texts; full: all of GPT-2's",
                              choices=["used", "full"])
     workers: int = option(0, "processes that prepare batches ahead; 0: the trainer itself",
                           low=0, high=256)
 
-    decay_steps: int = option(0, "last steps, over which the learning rate falls to zero; 0: none",
+    decay_steps: int = option(0, "last steps, in which the learning rate falls to zero; 0: none",
                               low=0, group="one step")
-    optimizer: str = option("adamw", "for the blocks' matrices; the rest always has AdamW",
+    optimizer: str = option("adamw", "for the blocks' matrices; AdamW trains the rest",
                             choices=OPTIMIZERS)
     weight_decay: float = option(1e-2, "weight decay of both optimizers", low=0, high=1)
     times: str = option("logit-normal", "distribution of the image loss's times",
@@ -98,17 +100,17 @@ class TrainConfig:
     predicts: str = option("", "what the image head predicts, in place of the preset's choice",
                            choices=["", "velocity", "data"])
     text_loss: str = option("1/t", "weight of a masked token", choices=mask_diffusion.WEIGHTS)
-    clip: float = option(2.0, "largest gradient norm", low=1e-6)
+    clip: float = option(2.0, "clip larger gradient norms to this", low=1e-6)
     ema: float = option(0.9999, "decay of the averaged weights", low=0, high=1)
     seed: int = option(0, "seed of weights, order, noise, times and masks", low=0, high=2**63 - 1)
 
-    micro_batch: int = option(0, "rows at once on each process; 0: all of them", low=1,
+    micro_batch: int = option(0, "rows in one pass on each process; 0: all of them", low=1,
                               group="the machine")
     checkpoint_activations: bool = option(False, "keep only each block's input, recompute the rest")
-    dtype: str = option("auto", "of matrix products; auto: bfloat16 where the device has it",
+    dtype: str = option("auto", "dtype of matrix products; auto: bfloat16 if supported",
                         choices=DTYPES)
     device: str = option("auto", "auto: CUDA, then Apple's MPS, then the CPU", choices=DEVICES)
-    cuda_graph: bool = option(False, "on a GPU, the step of a small model as one CUDA graph")
+    cuda_graph: bool = option(False, "on a GPU, run a small model's step as one CUDA graph")
     compile: bool = option(False, "torch.compile each block; on a CPU this needs a C++ compiler")
     shard: str = option("zero2", "what FSDP2 shards, see training/distributed.py",
                         choices=["zero2", "zero3", "hsdp", "none"])
@@ -126,12 +128,12 @@ class TrainConfig:
     sample_every: int | None = option(None, "steps between images of samples; 0: never "
                                       "(a tenth of --steps, at most 5000)", low=0)
     resume_step: int = option(0, "resume from this step_N; 0: from the newest", low=1)
-    fresh: bool = option(False, "start over in a folder that holds a run")
+    fresh: bool = option(False, "delete the run in the folder, and start over")
     print_plan: int = option(0, "print what the run needs on this many GPUs, and stop",
                              low=1, bare=1)
 
 
-# Share of --steps, and most steps, of each interval that is not given.
+# Intervals that are not given: --steps divided by the first number, at most the second.
 INTERVALS = {"eval_every": (20, 1000), "save_every": (10, 1000), "sample_every": (10, 5000)}
 
 # Removed flags, and the one that replaces each.
@@ -144,9 +146,10 @@ ONLY_WITH_IMAGES = ["image_data", "image_batch", "image_weight", "times", "time_
 
 
 def start(init: str, preset: str) -> tuple[str, MMDiTConfig, dict]:
-    """Return the family, sizes and config.json of --init; "", the sizes and {} of a preset.
+    """Return (family, sizes, config.json) of --init; without --init, ("", sizes, {}) of the preset.
 
-    Raises UserError for weights that checkpoint.py can't read."""
+    config.json is {} unless a run of ours wrote it.  Raises UserError for weights that
+    checkpoint.py can't read."""
     if not init:
         return "", MMDiTConfig(**PRESETS.get(preset, {})), {}    # parse refuses an unknown preset
     family, sizes = checkpoint.read_sizes(init)
@@ -168,10 +171,10 @@ def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
         if stage == "high-res":
             defaults.update(pixels=128, image_batch=16, text_batch=16)
     elif stage == "instruct":
-        defaults["recaption"] = 0.9                              # as the published code
+        defaults["recaption"] = 0.9                              # as in the published code
     elif stage == "pretrain" and sizes.text_length:
-        # 400,000 steps are "an epoch" of DataComp-Recap-1B.  2,560 a step assumes 1.02 B pairs:
-        # those of its 1.3 B that can still be downloaded
+        # in the paper, 400,000 steps are "an epoch" of DataComp-Recap-1B.  2,560 pairs a step make
+        # 1.02 B pairs: we assume that so many of its 1.3 B can still be downloaded
         defaults.update(steps=400_000, image_batch=2560, text_batch=2560)
     if sizes.text_length:
         defaults["text_length"] = min(defaults["text_length"], sizes.text_length)
@@ -181,7 +184,7 @@ def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
 
 
 def read_stage_defaults(argv: list[str] | None) -> dict:
-    """Return the defaults of the stage and the model on the command line, before it is checked."""
+    """Return the defaults of the stage and the model that unchecked arguments name."""
     parser = cli.Parser("", add_help=False)
     for name in ("stage", "preset", "init"):
         parser.add_argument(cli.flag(name), default=getattr(TrainConfig, name))
@@ -193,7 +196,7 @@ def read_stage_defaults(argv: list[str] | None) -> dict:
 
 
 def find_idle_flags(config: TrainConfig) -> dict[str, str]:
-    """Return the settings that change nothing in this run, and what each would need."""
+    """Return the settings that have no effect in this run, and what each one needs."""
     needs = {}
     if config.eval_every == 0:
         needs["compare"] = "--eval-every"
@@ -220,7 +223,7 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
         if name in needs:
             parser.error(f"{cli.flag(name)} changes nothing without {needs[name]}")
     if config.print_plan and config.dtype == "auto":
-        config.dtype = "bfloat16"                                # GPUs have it, if not this machine
+        config.dtype = "bfloat16"                                # GPUs support it
     if not config.out:
         config.out = f"out/{config.stage}"
     for name, (share, most) in INTERVALS.items():
@@ -231,8 +234,10 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step: it rises during the warm-up, then is constant, and over
-    the last --decay-steps falls to zero, which it would reach at step --steps."""
+    """Return the learning rate of a step, from 0.
+
+    It rises linearly during the warm-up, stays constant, and falls linearly over the last
+    --decay-steps, so that it would reach zero at step --steps."""
     warmup = (step + 1) / max(config.warmup, 1)
     rate = config.lr * min(1, warmup)
     if config.decay_steps:

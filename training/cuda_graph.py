@@ -1,10 +1,10 @@
 """Capture a step of a small model as one CUDA graph: train.py --cuda-graph.
 
-A step of so small a model is dominated by kernel-launch overhead.  Batches, the image loss,
-optimizers, averages and the run's folder are those of train.py, and a run resumes with or without a
-graph.  A graph needs static shapes, and the host may not read a result inside it.  So logits are
-computed at all tokens, and losses are read only when something is due.  A step that can't be
-captured ends the run.
+A small model spends most of a step on kernel-launch overhead; a graph launches all kernels at once.
+Batches, the image loss, optimizers, averages and the run's folder are those of train.py, and a run
+can resume with or without a graph.  A graph needs static shapes, and the host can't read a result
+inside it.  So logits are computed at all tokens, and losses are read only when logging, validation,
+saving or sampling is due.  A step that can't be captured ends the run with an error.
 """
 
 import math
@@ -28,7 +28,7 @@ from training.setup import Job
 
 
 def static_text_errors(models: Models, batch: TextBatch, mask_id: Tensor) -> Tensor:
-    """Compute mask_diffusion.errors with static shapes, from the logits of all tokens."""
+    """Compute mask_diffusion.errors (B,) with static shapes, from the logits of all tokens."""
     masked = (batch.uniform < batch.t[:, None]) & ~batch.frozen                   # (B, L)
     noised = torch.where(masked, mask_id, batch.ids)
     clean = torch.zeros(1, device=batch.ids.device)
@@ -40,7 +40,7 @@ def static_text_errors(models: Models, batch: TextBatch, mask_id: Tensor) -> Ten
 
 
 def refill(static: Batch, batch: Batch) -> None:
-    """Copy a batch into the memory of another one."""
+    """Copy a batch into the tensors of `static`, which a graph reads."""
     for name, tensor in vars(static).items():
         if isinstance(tensor, Tensor):
             source = getattr(batch, name)
@@ -65,7 +65,7 @@ class GraphedStep:
             self.capture()
 
     def __call__(self, batch: StepBatches, rate: float, decay: float) -> dict[str, Tensor]:
-        """Take a step; its results are overwritten by the next one."""
+        """Take a step; return losses and gradient norm, which the next call overwrites."""
         refill(self.image, batch.image)
         refill(self.text, batch.text)
         self.rate.fill_(rate)
@@ -77,7 +77,7 @@ class GraphedStep:
         return self.results
 
     def take_step(self) -> dict[str, Tensor]:
-        """Compute one update on the static tensors, the work that the graph captures."""
+        """Compute one update on the static tensors; the graph captures this work."""
         config, models, run = self.job.config, self.job.models, self.job.run
         model = models.learns
         set_learning_rate(run.optimizers, self.rate)
@@ -103,13 +103,13 @@ class GraphedStep:
     def capture(self) -> None:
         """Capture the step, after three steps in which libraries and optimizers allocate memory.
 
-        With a learning rate and an average weight of 0 only the optimizers' moments change; they
-        are restored."""
+        During these steps the learning rate and the weight of the average are 0.  So they change
+        only the optimizers' moments, which are restored.  Raises UserError."""
         self.rate.zero_()
         self.average_weight.zero_()
         optimizers = self.job.run.optimizers
         saved = [tensor.clone() for tensor in moments(optimizers)]
-        optimizers[0].param_groups[0]["capturable"] = True       # else torch refuses AdamW
+        optimizers[0].param_groups[0]["capturable"] = True       # otherwise torch refuses AdamW
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
@@ -134,7 +134,7 @@ class GraphedStep:
             if saved:
                 tensor.copy_(saved[i])
             else:
-                tensor.zero_()                                   # a new run
+                tensor.zero_()                                   # a new run starts at 0
 
 
 def moments(optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:
@@ -160,7 +160,7 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
             step = GraphedStep(job, batches, errors["image"])
         rate = learning_rate(run.step, config)
         results = step(batches, rate, average_decay(run.step, config))
-        set_learning_rate(run.optimizers, rate)                  # a number, for the checkpoint
+        set_learning_rate(run.optimizers, rate)                  # as a number, for checkpoints
         run.step += 1
         run.note(results, batches)
         stopping = bool(signals)
@@ -174,7 +174,7 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
 
 
 def check_finite(job: Job) -> None:
-    """Raise UserError if a step since the last log row was not finite, or a save has failed."""
+    """Raise UserError if a loss or gradient was not finite since the last row, or a save failed."""
     run = job.run
     means = {name: float(total) / run.summed for name, total in run.sums.items()}
     if run.error or not all(map(math.isfinite, means.values())):
@@ -185,7 +185,7 @@ def check_finite(job: Job) -> None:
 
 
 def check(config: TrainConfig) -> None:
-    """Raise UserError for a run whose step does not fit into one graph."""
+    """Raise UserError for settings with which a step does not fit into one graph."""
     sizes = start(config.init, config.preset)[1]
     world = int(os.environ.get("WORLD_SIZE", 1))
     flags = ("micro_batch", "meter_every", "checkpoint_activations", "compile", "buckets")

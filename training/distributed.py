@@ -1,7 +1,7 @@
-"""FSDP2 between the processes of a run.
+"""Shard the models over the processes of a run with FSDP2.
 
-Several processes each hold a part of gradients, optimizer state and averaged weights, and compute
-on their own rows of a global batch.  Every function is collective: all processes call it, or none.
+Each process holds a part of the gradients, optimizer state and averaged weights, and computes on
+its own rows of a global batch.  Every function is collective: all processes call it, or none.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 
 def make_mesh(mode: str, device_type: str) -> DeviceMesh | None:
-    """Return the processes as (copies, shards); None, FSDP2's default, has one copy."""
+    """Return the processes as a mesh (copies, shards), or None: FSDP2 then makes one copy."""
     if mode in ("zero2", "zero3"):
         return None
     world_size = dist.get_world_size()
@@ -34,10 +34,10 @@ def make_mesh(mode: str, device_type: str) -> DeviceMesh | None:
 def shard(model: nn.ModuleDict, dtype: torch.dtype, mode: str) -> None:
     """Wrap the text head, each block and each module in FSDP2, in place.
 
-    mode: "zero2" shards gradients and optimizer state (the paper's), "zero3" parameters too, "hsdp"
-    as zero2 within a machine (or half of the only one) with a copy in each, "none" nothing: a copy
-    in each process.  Matrix products are in `dtype`; master weights, reductions and the text head
-    are in float32."""
+    mode: "zero2", the paper's, shards gradients and optimizer state; "zero3" also shards
+    parameters; "hsdp" is zero2 within each machine, or within each half of a single machine;
+    "none" keeps a copy in each process.  Matrix products are in `dtype`; master weights, reductions
+    and the text head are in float32."""
     mesh = make_mesh(mode, next(model.parameters()).device.type)
 
     def wrap(module: nn.Module, param_dtype: torch.dtype) -> None:
@@ -60,13 +60,14 @@ def shard_frozen(t5: nn.Module) -> None:
 
 
 def last_backward(model: nn.ModuleDict, last: bool, of_loss: bool, mode: str) -> None:
-    """Set what the next backward pass reduces: the last of a step, or the last `of_loss`, or none.
+    """Set which modules reduce their gradients in the next backward pass.
 
-    All blocks but the last, and the embedding, have gradients from both losses.  They keep
-    gradients and parameters whole until the last backward of the step: with 24 blocks 29 gathers
-    and 29 reductions, not 53.  The other modules are reduced after each loss: FSDP2 reduces all
-    tensors of a module, and some have no gradient from one of the losses.  zero3, which saves
-    memory, always reduces."""
+    last: it is the last one of the step, or the gradient meter needs it.  of_loss: it is the last
+    one of its loss.  All blocks but the last, and the embedding, have gradients from both losses.
+    They keep gradients and parameters unsharded until `last`: with 24 blocks, this takes 29 gathers
+    and 29 reductions instead of 53.  The other modules are reduced after each loss, because FSDP2
+    reduces all tensors of a module, and some have no gradient from one of the losses.  zero3, which
+    saves memory, always reduces."""
     mmdit = model["mmdit"]
     if not isinstance(mmdit, FSDPModule):
         return
@@ -90,7 +91,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def averaged(model: nn.ModuleDict, ema: dict[str, Tensor]) -> Iterator[None]:
-    """Put the averaged weights into the model, in eval mode, while the context lasts."""
+    """In this context, the model has the averaged weights, and is in eval mode."""
     weights = [local(p.detach()) for p in model.parameters()]
     averages = [local(average) for average in ema.values()]
     backup = [weight.clone() for weight in weights]
@@ -98,7 +99,7 @@ def averaged(model: nn.ModuleDict, ema: dict[str, Tensor]) -> Iterator[None]:
     def copy_in(values: list[Tensor]) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()        # a forward may have left gathered weights, which would stay
+                module.reshard()        # else weights gathered by a forward pass would stay in use
         torch._foreach_copy_(weights, values)
     copy_in(averages)
     model.eval()

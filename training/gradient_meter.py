@@ -2,8 +2,8 @@
 
     cosine = <g_image, g_text> / (|g_image| |g_text|)
 
-over all trained weights, and over each block.  A step follows g_image + g_text; g_text includes its
-weight lambda.
+over all trained weights, and over each block.  A step follows g_image + g_text; each includes the
+weight of its loss.
 """
 
 import torch
@@ -41,7 +41,7 @@ def norms_and_cosine(products: Tensor) -> list[float]:
 def compare(model: nn.ModuleDict, image: list[Tensor | None]) -> dict:
     """Compare the gradients of the image loss with those that the text loss has added since.
 
-    image: `gradients` after the image loss.  Return what the log records; "meter_blocks" has [image
+    image: `gradients` after the image loss.  Return values for the log; "meter_blocks" has [image
     norm, text norm, cosine] for each block.  Collective."""
     total = torch.zeros(3, dtype=torch.float64)
     blocks = torch.zeros(len(model["mmdit"].blocks), 3, dtype=torch.float64)

@@ -29,7 +29,7 @@ class Models:
     t5: T5Encoder | None                # None: the end-to-end variant
     vae: AutoencoderKL | Pixels | None  # None: the latents are stored, or there are no images
     empty: Tensor | None = None         # T5's states of the empty prompt, (1, L, E)
-    kept: dict[str, Tensor] = field(default_factory=dict)   # what a checkpoint also holds
+    kept: dict[str, Tensor] = field(default_factory=dict)   # what else a checkpoint stores
 
     @property
     def device(self) -> torch.device:
@@ -38,7 +38,7 @@ class Models:
     def text(self, ids: Tensor) -> Tensor:
         """Return the text states (B, L, E) that the transformer reads for ids (B, L).
 
-        Gradients pass through T5 only to reach a trained [MASK]; its weights never have any."""
+        T5's weights are frozen; gradients pass through T5 only to reach a trained [MASK]."""
         if self.t5 is None:
             return self.learns["embedding"](ids)
         if "mask" in self.learns:
@@ -47,9 +47,9 @@ class Models:
             return self.t5(ids, None)
 
     def captions(self, ids: Tensor, dropped: Tensor, states: Tensor | None = None) -> Tensor:
-        """Return the text states (B, L, E) of clean captions, those of "" where dropped (B,).
+        """Return text states (B, L, E) of clean captions, or of "" where `dropped` (B,) is True.
 
-        states: T5's, where they are stored, (B, L, E)."""
+        states: T5's states (B, L, E), if the data store them."""
         if self.t5 is None:
             return self.learns["embedding"](ids)
         text = self.empty.repeat(len(ids), 1, 1)                          # (B, L, E)
@@ -60,7 +60,7 @@ class Models:
             elif kept.any():
                 text[kept] = self.t5(ids[kept])
             elif isinstance(self.t5, FSDPModule):
-                self.t5(ids[:1])        # the other processes wait for this one's shards
+                self.t5(ids[:1])        # the other processes need this one's shards
         return text
 
     @torch.no_grad()
@@ -100,8 +100,8 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
 def places(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:
     """Return the paths of the "t5" and the "vae" that a model of these sizes needs.
 
-    A path is the flag's, or the one that --init remembers of its run (`about`), or --init itself.
-    Raises UserError where a flag names no such part; without a flag it is left out."""
+    A path comes from the flag, or from config.json of --init (`about`), or it is --init itself.
+    If the part is not at this path, raise UserError if a flag named it; otherwise leave it out."""
     parts = []
     if not sizes.text_length:
         parts.append("t5")
@@ -127,14 +127,14 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
     """Build the models of a run on the device.
 
     sizes: of --init or the preset.  where: see `places`.  texts: all training texts, or None.
-    no_images: the text loss has none, and trains the null image.  vae: in eval mode.
-    Raises UserError where parts are missing or don't fit."""
+    no_images: the text loss has no images, so the null image is trained.  vae: in eval mode.
+    Raises UserError if parts are missing or don't fit together."""
     tokenizer = build_tokenizer(config, sizes, texts)
     torch.manual_seed(config.seed)
     mmdit = build_transformer(config, sizes, tokenizer)
     models = Models(nn.ModuleDict({"mmdit": mmdit}), tokenizer, None, vae)
     table = position_table(sizes.width, sizes.position_size, sizes.position_base)
-    if not torch.equal(mmdit.positions, table):                  # SD3 stores it in half precision
+    if not torch.equal(mmdit.positions, table):                  # SD3's is in half precision
         models.kept["mmdit.positions"] = mmdit.positions
     if sizes.text_length:
         models.learns["embedding"] = build_embedding(config, mmdit.config)
@@ -156,7 +156,7 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
 
 
 def build_tokenizer(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | None) -> Tokenizer:
-    """Load the tokenizer of --tokenizer or --init; without both, make GPT-2's or a part of it."""
+    """Load the tokenizer of --tokenizer or --init, or else make GPT-2's or a part of it."""
     end_to_end = sizes.text_length > 0
     if end_to_end and not config.init:
         used_tokens = None
@@ -201,7 +201,9 @@ def build_embedding(config: TrainConfig, sizes: MMDiTConfig) -> TokenEmbedding:
 
 def add_text_encoder(models: Models, config: TrainConfig, path: str | None,
                      device: torch.device) -> None:
-    """Load T5, frozen, with its [MASK] embedding, which mask-emb trains.  Raises UserError."""
+    """Load T5, frozen, with its [MASK] embedding, which --stage mask-emb trains.
+
+    Raises UserError if there is no T5."""
     if not path:
         raise UserError(f"{config.init or config.preset}: no T5 encoder in it; name its file or "
                         f"folder with --t5")
@@ -232,7 +234,7 @@ def freeze_velocity_parts(mmdit: MMDiT) -> None:
 
 
 def recompute_blocks(models: Models) -> None:
-    """Have all blocks that gradients pass through keep only their inputs for the backward pass."""
+    """Make all blocks with gradients store only their inputs, and compute the rest again."""
     blocks = [*models.learns["mmdit"].blocks]
     if "mask" in models.learns:
         blocks += models.t5.blocks
@@ -243,14 +245,14 @@ def recompute_blocks(models: Models) -> None:
 def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> bool:
     """Return True if every source of captions stores T5's states.
 
-    Raises UserError where they are not this run's: of another T5, tokenizer, text length or
-    --recaption."""
+    Raises UserError if they were made with another T5, tokenizer, text length or --recaption than
+    this run has."""
     if not mix or not models.t5:
         return False
     states = [source.states for source in mix.sources]
     if None in states:
         return False
-    # in bfloat16 and as published: no stored caption has the [MASK] that is trained
+    # stored states come from the published T5 in bfloat16: captions have no [MASK]
     t5 = checkpoint.load_t5(where["t5"], torch.bfloat16)
     stamp = states_stamp(t5, models.tokenizer, config.text_length, config.recaption)
     for source in mix.sources:
@@ -261,7 +263,7 @@ def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> b
 
 
 def report(config: TrainConfig, vocab_size: int) -> None:
-    """Print to stderr which weights are SD3's and which start fresh."""
+    """Print on stderr which weights come from SD3 and which ones are new."""
     print(f"from SD3: {checkpoint.carried_over(config.init, vocab_size)}", file=sys.stderr)
     if config.stage == "instruct":
         print("warning: --stage instruct from SD3, which has no text head: a new one is trained on "

@@ -1,8 +1,8 @@
 """Muon (Keller Jordan et al., 2024): orthogonalized momentum for the matrices of a network.
 
 torch.optim.Muon always multiplies in bfloat16.  A CPU without bfloat16 instructions does that 30
-times slower than float32, so here the dtype is a setting.  Matrices of one shape are orthogonalized
-together.
+times slower than float32, so here the dtype is a setting.  Matrices of the same shape are
+orthogonalized as one batch.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.distributed import whole
 
-# x -> a x + b x^3 + c x^5: as steep at 0 as possible while values of up to 1 stay bounded
+# x -> a x + b x^3 + c x^5: as steep at 0 as possible, while values up to 1 stay bounded
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -28,7 +28,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     x = matrices.to(dtype)
     if tall:
         x = x.mT                                         # the smaller Gram matrix costs less
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)     # no singular value is above 1 now
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)     # now no singular value is above 1
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)     # b G + c G^2
@@ -40,7 +40,8 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized and scaled to AdamW's size (arXiv 2502.16982).
 
     parameters: matrices (rows, columns), which FSDP2 may have sharded.  The learning rate may be a
-    tensor, as a CUDA graph needs.  State, settings and checkpoints have torch.optim.Muon's form."""
+    tensor, as a CUDA graph needs.  State, settings and checkpoints have the same form as those of
+    torch.optim.Muon."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float | Tensor, weight_decay: float,
                  momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16):
@@ -59,8 +60,8 @@ class Muon(torch.optim.Optimizer):
                 self.update(parameters, group)
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Update parameters of one shape."""
-        # AdamW's updates have entries of 0.2 lr, an orthogonal matrix of 1 / sqrt(longer side)
+        """Update parameters that all have the same shape."""
+        # entries are about 0.2 lr in AdamW's updates, 1 / sqrt(longer side) in an orthogonal matrix
         scale = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
         momenta = [self.nesterov(p, group["momentum"]) for p in parameters]
         updates = orthogonalize(torch.stack(momenta), self.dtype).float() * scale
@@ -69,7 +70,7 @@ class Muon(torch.optim.Optimizer):
             p.sub_(like(p, update))
 
     def nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """Return Nesterov's average of the gradients, gathered if it is sharded."""
+        """Return Nesterov's average of the gradients of p, gathered if p is sharded."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -79,7 +80,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def like(p: Tensor, update: Tensor) -> Tensor:
-    """Return the part of an update that belongs to this process's shard of p; nothing is sent."""
+    """Return the part of an update that belongs to this process's shard of p, without
+    communication."""
     if not isinstance(p, DTensor):
         return update
     return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)

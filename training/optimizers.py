@@ -1,6 +1,6 @@
-"""The optimizers of a run: AdamW, or another one for the matrices of the blocks.
+"""Make the optimizers of a run: AdamW, and perhaps another one for the blocks' matrices.
 
-config: a TrainConfig; its `optimizer` is a row of OPTIMIZERS.
+config: a TrainConfig; its `optimizer` is a key of OPTIMIZERS.
 """
 
 from typing import Callable, NamedTuple

@@ -22,12 +22,12 @@ from training.optimizers import OPTIMIZERS
 
 NODE = 8                # GPUs of a machine; hsdp shards within it
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}   # TFLOP/s, dense, bfloat16, by a GPU's name
-PEAK = PEAKS["H100"]    # the days of a run assume this GPU,
-MFU = 0.4               # and this share of its peak
+PEAK = PEAKS["H100"]    # the estimated days assume this GPU
+MFU = 0.4               # at this share of its peak
 
 
 def peak(device: torch.device, dtype: str) -> float:
-    """Return a GPU's peak of dense products in TFLOP/s; 0 for a GPU that PEAKS lacks, and a CPU."""
+    """Return a GPU's peak TFLOP/s in bfloat16; 0 for other dtypes, unknown GPUs and CPUs."""
     if device.type == "cuda" and dtype == "bfloat16":
         name = torch.cuda.get_device_name(device)
         for gpu, value in PEAKS.items():
@@ -39,7 +39,7 @@ def peak(device: torch.device, dtype: str) -> float:
 # --------------------------------------------------------------------------------------- parameters
 
 def count_parameters(build_module, *sizes) -> int:
-    """Count the parameters of a module, built without memory."""
+    """Count the parameters of a module, built on the meta device, without memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_module(*sizes).parameters())
 
@@ -54,9 +54,9 @@ def count_trained(c: MMDiTConfig) -> int:
 
 def frozen_sizes(config: TrainConfig, c: MMDiTConfig,
                  about: dict) -> tuple[T5Config | None, VAEConfig | None]:
-    """Return the sizes of a run's T5 and autoencoder, if it has them.
+    """Return the sizes of a run's T5 and autoencoder; None for a part that it does not use.
 
-    Without files they are those of T5 v1.1 XXL and SD3's autoencoder."""
+    If no file is named, they are the sizes of T5 v1.1 XXL and of SD3's autoencoder."""
     paths = training_models.places(config, c, about)
     t5 = vae = None
     if "t5" in paths:
@@ -71,7 +71,7 @@ def frozen_sizes(config: TrainConfig, c: MMDiTConfig,
 # --------------------------------------------------------------------------------------- arithmetic
 
 def image_tokens(config: TrainConfig, c: MMDiTConfig, factor: int) -> int:
-    """Return N of an image or of the null image.  factor: pixels per latent, along a side."""
+    """Return N, the tokens of an image or null image.  factor: pixels per latent, along a side."""
     if STAGES[config.stage].losses == "text":
         return c.null_tokens
     return (config.pixels // (c.patch * factor)) ** 2
@@ -80,10 +80,10 @@ def image_tokens(config: TrainConfig, c: MMDiTConfig, factor: int) -> int:
 def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
     """Count a sample's FLOPs in the transformer; the backward pass costs two forward passes.
 
-        3 [ blocks (24 D^2 T + 4 D T^2) + 24 D^2 blocks + what goes in and out ]
+        3 [ blocks (24 D^2 T + 4 D T^2) + 24 D^2 blocks + inputs and outputs ]
 
-    need: "velocity" or "logits".  In the last block the other stream ends with its keys and values.
-    The text head is computed at masked tokens, half of them on average."""
+    need: "velocity" or "logits".  In the last block, the other stream stops after its keys and
+    values.  The text head runs only at masked tokens, on average half of all."""
     D = c.width
     T = N + L
     patch = c.patch ** 2 * c.channels
@@ -103,7 +103,7 @@ def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
 
 
 def work(config: TrainConfig, c: MMDiTConfig, factor: int) -> dict[str, float]:
-    """Count an update's samples, tokens of images and texts, and TFLOP of what is trained."""
+    """Count the samples, tokens and TFLOP of one update, without the frozen T5 and autoencoder."""
     N = image_tokens(config, c, factor)
     L = config.text_length
     samples = config.image_batch + config.text_batch
@@ -113,7 +113,7 @@ def work(config: TrainConfig, c: MMDiTConfig, factor: int) -> dict[str, float]:
 
 
 def forward_flops(module: nn.Module, *inputs: Tensor) -> int:
-    """Count the multiplications and additions of a forward pass on the meta device."""
+    """Count the FLOPs (multiplications and additions) of a forward pass, on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)
     return counter.get_total_flops()
@@ -150,14 +150,15 @@ def measure_saved(block: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dty
         return x
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast:
-        outputs = block(*inputs)        # kept, else their memory would be reused, uncounted
+        outputs = block(*inputs)        # a reference: freed memory would be reused, not counted
     return sum(saved.values())
 
 
 def extrapolate(block: nn.Module, make_inputs, tokens: int, dtype: torch.dtype) -> float:
-    """Return the bytes that a block saves for make_inputs(tokens), measured on a few tokens.
+    """Return the bytes that a block saves for make_inputs(tokens), estimated from a few tokens.
 
-    A parabola is fitted to them.  Its constant is left out: it is the weights, cast to `dtype`."""
+    A parabola in the number of tokens is fitted to measurements.  Its constant is left out: it is
+    the weights, cast to `dtype`."""
     sizes = (32, 64, 96)
     measured = [measure_saved(block, make_inputs(size), dtype) for size in sizes]
     quadratic, linear, _ = np.polyfit(sizes, measured, 2)
@@ -165,7 +166,7 @@ def extrapolate(block: nn.Module, make_inputs, tokens: int, dtype: torch.dtype) 
 
 
 def block_activations(c: MMDiTConfig, T: int, dtype: torch.dtype, gpu: bool) -> float:
-    """Return the bytes of one sample in one block."""
+    """Return the bytes that one block saves for one sample of T tokens."""
     block = Block(c)
     if gpu:
         block.attention = F.scaled_dot_product_attention         # flash attention
@@ -182,7 +183,7 @@ def block_activations(c: MMDiTConfig, T: int, dtype: torch.dtype, gpu: bool) -> 
 
 
 def t5_activations(t5: T5Config, L: int, dtype: torch.dtype) -> float:
-    """Return the bytes of one text in one block of T5, with frozen weights."""
+    """Return the bytes that one block of T5, with frozen weights, saves for one text."""
     block = T5Block(t5).to(dtype).requires_grad_(False)
 
     def make_inputs(tokens: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +193,7 @@ def t5_activations(t5: T5Config, L: int, dtype: torch.dtype) -> float:
 
 
 def rows_at_once(config: TrainConfig, gpus: int) -> int:
-    """Return the number of rows of a batch that are in a GPU's memory at once."""
+    """Return the number of rows that one forward pass holds in a GPU's memory."""
     if config.micro_batch:
         return config.micro_batch
     return -(-max(config.image_batch, config.text_batch) // gpus)
@@ -215,11 +216,11 @@ def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, f
     if config.shard == "zero3" and gpus > 1:
         in_use -= (c.depth - 2) * block          # only a block and the next one are gathered
     elif gpus > 1 and (config.micro_batch or STAGES[config.stage].losses != "text"):
-        gradients += parameters                  # they are whole between backward passes
+        gradients += parameters                  # unsharded between backward passes
     if bytes_each == 4 and shards == 1:
         in_use = 0                               # the float32 weights serve both purposes
     saved = c.depth * block * (2 - OPTIMIZERS[config.optimizer].moments)
-    moments = 2 * parameters - saved             # AdamW's two, except for Muon's one in the blocks
+    moments = 2 * parameters - saved             # two in AdamW; Muon has one in the blocks
     return {
         "weights, float32": 4 * (shard + c.position_size ** 2 * c.width),
         f"weights in use, {config.dtype}": bytes_each * in_use,
@@ -230,7 +231,9 @@ def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, f
 
 
 def stack_activations(config: TrainConfig, depth: int, block: float, inputs: int) -> float:
-    """Return the bytes of a stack of blocks.  block, inputs: bytes of one block's activations."""
+    """Return the bytes that a stack of blocks saves.
+
+    block, inputs: the bytes that one block saves, and those of its inputs."""
     if config.checkpoint_activations:
         return depth * inputs + block                            # one block at a time is recomputed
     return depth * block
@@ -268,7 +271,7 @@ def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAECon
 # --------------------------------------------------------------------------------------------- page
 
 def show(config: TrainConfig) -> str:
-    """Return the plan as text.  Raises UserError for a stage that the model can't have."""
+    """Return the plan as text.  Raises UserError for a stage that does not fit the model."""
     _, c, about = start(config.init, config.preset)
     L = config.text_length
     gpus = config.print_plan

@@ -1,4 +1,4 @@
-"""Validate, log, save and sample after a step, where it is due."""
+"""Validate, log, save and sample after a step, each when it is due."""
 
 from contextlib import contextmanager
 from typing import Iterator
@@ -29,7 +29,7 @@ def make_validation(job: Job, errors: dict[str, Errors]) -> Validation | None:
 
 def after_step(job: Job, validation: Validation | None, learning_rate: float, measured: dict,
                stopping: bool) -> None:
-    """Validate, log, save and sample, each if it is due.  measured: more values for the row."""
+    """Validate, log, save and sample, each if it is due.  measured: more values for the log."""
     config, run = job.config, job.run
     if validation and run.due(config.eval_every) and not stopping:
         measured = measured | validate(job, validation)
@@ -44,7 +44,7 @@ def after_step(job: Job, validation: Validation | None, learning_rate: float, me
 
 @contextmanager
 def averaged_weights(job: Job) -> Iterator[None]:
-    """While this lasts the model has its averaged weights, in eval mode, uncompiled, in --dtype."""
+    """In this context, the model has its averaged weights, in eval mode, uncompiled, in --dtype."""
     with (distributed.averaged(job.models.learns, job.run.ema),
           torch.compiler.set_stance("force_eager"),
           autocast(job.models.device, job.config.dtype)):
@@ -54,12 +54,12 @@ def averaged_weights(job: Job) -> Iterator[None]:
 def validate(job: Job, validation: Validation) -> dict:
     """Measure the averaged weights, with the same samples, times and noise every time."""
     with averaged_weights(job):
-        job.models.learns.train()       # eval mode has another floor of t
+        job.models.learns.train()       # eval mode has another T_FLOOR
         return validation.measure(job.run.rank, job.run.world)
 
 
 def show_samples(job: Job) -> None:
-    """Draw 8 prompts, two of them held out, and caption 8 held-out images: the averaged weights."""
+    """Draw 8 prompts, 2 of them held out, and caption 8 held-out images, with averaged weights."""
     config, run = job.config, job.run
     mix = job.maker.mixes["image"]
     trained_on = mix.shown(6, held=False)

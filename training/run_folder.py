@@ -1,16 +1,16 @@
 """The folder of a run: its identity, its checkpoints and its log.
 
     train.json          what identifies the run, and the settings of its last start
-    log.jsonl           a row of numbers for each line on the screen
+    log.jsonl           a row of numbers for each printed line of the log
     loss.png run.html   the log as curves; a page of curves, samples over time and settings
-    step_N/             a checkpoint: all that a resume needs, in shards that any number of
+    step_N/             a checkpoint: all that resuming needs, in shards that any number of
                         processes can read; the newest two are kept
-    step_N/digests.json the SHA-256 of each file there: torch would load a flipped bit silently
+    step_N/digests.json the SHA-256 of each file there, because torch loads a flipped bit silently
     model.safetensors config.json tokenizer.json
                         the averaged weights in half precision, for sample.py
     weights.safetensors the weights themselves in float32, for --init
 
-Files and checkpoints are written under another name, and renamed when they are complete.
+Files and checkpoints are written under a temporary name, and renamed when they are complete.
 """
 
 import json
@@ -45,13 +45,13 @@ from pretrained.safetensors_io import write_tensors
 from training import distributed, plan
 from viz import curves
 
-# with another value of one of these settings it would be another run
+# settings that identify a run: it can't resume with another value of one of them
 IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data",
             "text_data", "vocabulary", "pixels", "buckets", "text_length", "image_batch",
             "text_batch", "optimizer", "seed", "predicts", "times", "text_loss")
-# settings of older runs, and the values that they have now for good
+# removed settings of older runs, and the value that each one now always has
 REMOVED = {"image_loss": "velocity", "text_mean": "token", "padding": "all"}
-# raise it when the same settings would train another run than before
+# increase it when the same settings no longer train the same run
 RULES = 2       # 2: mixtures by samples, padding with </s>, the text loss over all positions
 # CheckpointException is not a subclass of Exception
 FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)
@@ -83,7 +83,7 @@ def last_line(error: BaseException) -> str:
 
 
 def digest_weights(init: str) -> str:
-    """Hash the weights that --init is trained from; "" without --init."""
+    """Hash the weights of --init, from which training starts; "" without --init."""
     if not init:
         return ""
     weights = checkpoint.weights_file(init, True)
@@ -119,7 +119,7 @@ def lock(out: Path) -> IO:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk itself."""
+    """Wait until a file, or the list of names in a folder, is physically on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -128,7 +128,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 def read_log(path: Path, until: float = float("inf")) -> list[dict]:
-    """Read the rows of a log up to a step, but no broken lines: a kill can cut one off."""
+    """Read the rows of a log up to a step; skip broken lines, because a kill can cut one off."""
     rows = []
     if not path.exists():
         return rows
@@ -156,7 +156,7 @@ def show_setting(value) -> str:
 
 
 def check_identity(out: Path, before: dict, settings: dict) -> None:
-    """Raise UserError where a setting that identifies the run differs from when it began."""
+    """Raise UserError if a setting that identifies the run differs from the start of the run."""
     rules = before.get("rules", 1)
     if rules != RULES:
         raise UserError(f"{out}: this run began under older rules of training ({rules}, now "
@@ -170,7 +170,7 @@ def check_identity(out: Path, before: dict, settings: dict) -> None:
                             f"go on with the commit that began it, or start another with another "
                             f"--out")
     for name in IDENTITY:
-        key = f"{name}_digest"          # the same contents are the same run, wherever the file is
+        key = f"{name}_digest"          # a file with the same contents may be anywhere
         if key not in before:
             key = name
         if key not in before or before[key] == settings[key]:
@@ -189,8 +189,9 @@ def check_identity(out: Path, before: dict, settings: dict) -> None:
 class Run:
     """A run in its folder: `step`, `model` and its average `ema`, `optimizers`, the log's `rows`.
 
-    settings: all flags; `was`: those of the start before.  Methods are collective; process 0
-    writes and prints.  Raises UserError if the folder holds another run, or one in progress."""
+    settings: all flags.  `was`: the settings of the previous start.  Methods are collective;
+    process 0 writes and prints.  Raises UserError if the folder holds another run, or if another
+    process trains this run now."""
 
     def __init__(self, out: Path, settings: dict, rank: int, fresh: bool = False,
                  resume_step: int = 0):
@@ -198,25 +199,25 @@ class Run:
         self.settings = settings
         self.rank = rank
         self.world = settings["world"]
-        # before --fresh deletes anything
+        # read before --fresh deletes anything
         self.others = [read_other(path) for path in settings.get("compare", [])]
         self.saver = None               # the thread that writes a checkpoint
         self.saver_step = 0
-        self.saver_group = None         # its own, for the main thread goes on meanwhile
-        self.error = ""                 # of the saver
+        self.saver_group = None         # separate: the main thread communicates meanwhile
+        self.error = ""                 # what failed in the saver
         if processes.several():
             self.saver_group = dist.new_group(backend="gloo")
         self.step, self.rows, self.was, self.key = processes.first(
             lambda: self.open(fresh, resume_step))
-        self.seconds_before = 0.0       # of earlier starts
+        self.seconds_before = 0.0       # all earlier starts
         if self.rows:
             self.seconds_before = self.rows[-1]["seconds"]
 
     def open(self, fresh: bool, resume_step: int) -> tuple[int, list[dict], dict, str]:
         """Lock the folder, and prepare it.  Process 0 only.
 
-        Return the step to resume from or 0, the log's rows until there, the settings of the start
-        before, and the key of all random draws."""
+        Return the step to resume from or 0, the log's rows up to it, the settings of the previous
+        start, and the key that seeds all random draws."""
         out = self.out
         settings = self.settings
         init = settings["init"]
@@ -237,7 +238,7 @@ class Run:
             raise UserError(f"{out}: holds {results[0].name}, which no run made there; use another "
                             f"--out")
         steps = saved_steps(out)
-        unfinished = list(out.glob(".tmp_*"))                    # of a save that was killed
+        unfinished = list(out.glob(".tmp_*"))                    # saves that were killed
         if results and not steps and not unfinished and not fresh:
             raise UserError(f"{out}: holds weights and no whole step_* folder to go on from; "
                             f"--fresh starts over, another --out keeps them")
@@ -257,10 +258,10 @@ class Run:
         return step, read_log(out / "log.jsonl", step), before, key
 
     def begin(self, models, optimizers: list, about: dict, work: dict[str, float]) -> None:
-        """Take what is trained, and read the checkpoint into it.  Raises UserError.
+        """Attach the models and optimizers, and load the checkpoint to resume from, if any.
 
-        models: `training.models.Models`; about: entries of config.json beside the sizes;
-        work: samples, tokens and TFLOP of a step, `plan.work`."""
+        models: `training.models.Models`.  about: entries of config.json besides the sizes.
+        work: samples, tokens and TFLOP of a step, from `plan.work`.  Raises UserError."""
         self.models = models
         self.model = models.learns
         self.optimizers = optimizers
@@ -277,7 +278,7 @@ class Run:
         processes.sync()
 
     def forget_later_steps(self) -> None:
-        """Set aside the checkpoints after this step, and cut the log here.  Process 0 only."""
+        """Rename later checkpoints to left_step_N; cut the log at this step.  Process 0 only."""
         for step in saved_steps(self.out):
             if step > self.step:
                 (self.out / f"step_{step}").rename(self.out / f"left_step_{step}")
@@ -286,11 +287,11 @@ class Run:
         write_text(self.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def due(self, every: int) -> bool:
-        """Tell if it is time for what is done every so many steps and at the last.  0: never."""
+        """Return True at each `every`-th step and at the last one; never if `every` is 0."""
         return every > 0 and (self.step % every == 0 or self.step == self.settings["steps"])
 
     def end(self, steps: int) -> None:
-        """Wait for the last save, write the weights if they are missing, and print how to go on."""
+        """Wait for the last save, write the weights if they are missing, print how to continue."""
         self.wait()
         if not processes.first(self.is_exported):                # a kill can come between two files
             self.export()
@@ -316,12 +317,12 @@ class Run:
         return checkpoints[-1] if checkpoints else "the start"
 
     def state(self) -> dict:
-        """Return all that a checkpoint holds, sharded as it is."""
+        """Return the contents of a checkpoint, sharded as in memory."""
         weights, optimizer = get_state_dict(self.model, self.optimizers)
         return {"model": weights, "optimizer": optimizer, "ema": self.ema}
 
     def load(self, folder: Path) -> None:
-        """Read a checkpoint, whatever the number of processes that wrote it.  Raises UserError."""
+        """Read a checkpoint, written by any number of processes.  Raises UserError."""
         processes.first(lambda: self.verify(folder))
         state = self.state()
         try:
@@ -333,7 +334,7 @@ class Run:
                        optim_state_dict=state["optimizer"])
 
     def verify(self, folder: Path) -> None:
-        """Raise UserError if a file of a checkpoint is not as it was written."""
+        """Raise UserError if a file of a checkpoint has changed since it was written."""
         for name, digest in read_json_object(folder / DIGESTS).items():
             file = folder / name
             if file.exists() and sha256(file) == digest:
@@ -365,7 +366,7 @@ class Run:
     def prepare(self, temporary: Path) -> bool:
         """Make the folder to write to, unless this step is saved already.  Process 0 only.
 
-        After a kill, the folder shows `open` that a save had begun."""
+        If the run is killed, this folder shows `open` that a save had begun."""
         if self.step in saved_steps(self.out):
             return False
         try:
@@ -376,7 +377,7 @@ class Run:
         return True
 
     def finish(self, future: Future, temporary: Path) -> None:
-        """Hash what all processes have written, and make it a checkpoint.  Runs in the saver."""
+        """Hash the files that all processes wrote; publish the checkpoint.  Runs in the saver."""
         try:
             digests = {}
             problem = ""
@@ -391,7 +392,7 @@ class Run:
             self.error = last_line(error)
 
     def hash_files(self, future: Future, temporary: Path) -> tuple[dict[str, str], str]:
-        """Return the SHA-256 of each file that this process wrote, and what went wrong, or ""."""
+        """Return the SHA-256 of each file that this process wrote, and an error message or ""."""
         try:
             future.result()
             files = list(temporary.glob(f"__{self.rank}_*"))
@@ -402,9 +403,9 @@ class Run:
             return {}, last_line(error)
 
     def publish(self, temporary: Path, digests: dict[str, str]) -> str:
-        """Rename a complete checkpoint, and keep only the one before.
+        """Rename a complete checkpoint; of the older ones, keep only the newest.
 
-        Return what went wrong, or ""."""
+        Return an error message, or ""."""
         folder = self.out / f"step_{self.saver_step}"
         outdated = complete(self.out)[:-1]
         if folder.exists():                                      # incomplete, see `prepare`
@@ -415,7 +416,7 @@ class Run:
                 sync_to_disk(path)
             for old in outdated:
                 deleted = self.out / f".tmp_old_{old.name}"
-                old.rename(deleted)                              # a kill must not leave half of it
+                old.rename(deleted)                              # a kill can't leave half of it
                 shutil.rmtree(deleted)
             temporary.rename(folder)
             sync_to_disk(self.out)
@@ -424,7 +425,7 @@ class Run:
         return ""
 
     def wait(self) -> None:
-        """Wait for the save under way.  Raises UserError if it failed."""
+        """Wait for the save in progress, if any.  Raises UserError if it failed."""
         if self.saver is not None:
             self.saver.join()
             self.saver = None
@@ -441,7 +442,7 @@ class Run:
             for file in self.out.glob(".*.tmp"):
                 file.unlink(missing_ok=True)
         weights = [*self.model.parameters(), *self.ema.values()]
-        # the optimizer has as much again
+        # the optimizers' state is as large again
         needed = 2 * sum(p.numel() * p.element_size() for p in weights)
         free = shutil.disk_usage(self.out).free
         return UserError(f"{self.out}: step {self.saver_step} could not be saved ({why}): it takes "
@@ -454,7 +455,7 @@ class Run:
     def export(self) -> None:
         """Write the averaged weights, for sample.py, and the weights in float32, for --init.
 
-        Raises UserError."""
+        Raises UserError if a file can't be written."""
         dtype = self.half_precision()
         weights = self.models.kept | dict(self.model.named_parameters())
         average = self.models.kept | self.ema
@@ -478,7 +479,7 @@ class Run:
             raise self.failed(last_line(error))
 
     def half_precision(self) -> torch.dtype:
-        """Return float16, or bfloat16 if a weight is too large for it."""
+        """Return float16, or bfloat16 if a weight is too large for float16."""
         largest = 0.0
         for tensor in self.ema.values():
             part = distributed.local(tensor)
@@ -489,7 +490,7 @@ class Run:
         return torch.bfloat16 if overflows else torch.float16
 
     def is_exported(self) -> bool:
-        """Tell if the weights of this step are written.  Process 0 only."""
+        """Return True if the weights of this step are written.  Process 0 only."""
         for name in ("config.json", "tokenizer.json", "model.safetensors", "weights.safetensors"):
             if not (self.out / name).exists():
                 return False
@@ -504,10 +505,10 @@ class Run:
 
     def start_row(self) -> None:
         """Empty the sums that become the next row of the log."""
-        self.sums = {}                  # of losses and gradient norm
-        self.summed = 0                 # steps
-        self.unreadable = []            # samples
-        self.cut = []                   # what was lost of texts that were too long
+        self.sums = {}                  # of each loss and the gradient norm
+        self.summed = 0                 # steps in these sums
+        self.unreadable = []            # a message for each sample
+        self.cut = []                   # a message for each text that was too long
 
     def note(self, numbers: dict[str, Tensor], batch) -> None:
         """Add a step to the next row.  numbers: losses "image" and "text", gradient norm "grad"."""
@@ -517,9 +518,10 @@ class Run:
         self.cut += batch.cut
 
     def log(self, learning_rate: float, steps: int, measured: dict) -> None:
-        """Write and print a row: means over the steps since the last row, pace, what was measured.
+        """Write and print a row: means over the steps since the last row, pace, and `measured`.
 
-        Pace is that of all processes since this start, with validation, samples and saving."""
+        steps: --steps.  The pace is that of all processes since this start; the time of validation,
+        sampling and saving counts."""
         sums = torch.stack([*self.sums.values()])
         means = dict(zip(self.sums, processes.mean(sums / self.summed).tolist()))
         grad_norm = means.pop("grad")
@@ -549,9 +551,9 @@ class Run:
             print(f"at step {self.step}  {'  '.join(scores)}", flush=True)
 
     def device_use(self, pace: float) -> dict[str, float]:
-        """Return "gib", the most memory that this process has had, on its GPU if any, and "mfu".
+        """Return "gib", the peak memory of this process, on its GPU if it has one, and "mfu".
 
-        mfu: the arithmetic over the peak of all devices, if that is known."""
+        mfu: FLOP/s as a share of the peak of all devices, if the peak is known.  pace: steps/s."""
         device = self.models.device
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device)

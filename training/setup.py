@@ -1,4 +1,4 @@
-"""Build everything that the loop of train.py needs, from its flags."""
+"""Build everything that the training loop needs, from the flags of train.py."""
 
 import signal
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The model to start from, as --init or --preset names it."""
+    """The model to start from, which --init or --preset names."""
     family: str                                 # "ours", "D-DiT", "SD3"; "" for a preset
     sizes: MMDiTConfig
     about: dict                                 # config.json of a run of ours
@@ -57,7 +57,7 @@ def set_up(config: TrainConfig) -> Job:
 
     mixes, latents = open_data(config, base, run.key)
     texts = all_texts(mixes)
-    no_images = mixes["text"].stamp is None                      # the null image is trained
+    no_images = mixes["text"].stamp is None                      # then the null image is trained
     models = training_models.build(config, base.sizes, base.where, texts, no_images, base.vae,
                                    device)
     check_texts(config, mixes["text"], models, texts)
@@ -105,16 +105,16 @@ def open_data(config: TrainConfig, base: Base, key: str) -> tuple[dict[str, data
 
 
 def remember(config: TrainConfig, base: Base, latents: str | None, no_images: bool) -> dict:
-    """Return what config.json of the run's folder says beside the sizes."""
+    """Return the entries of the run's config.json besides the sizes."""
     paths = {part: str(Path(path).resolve()) for part, path in base.where.items()}
-    null_image = no_images or bool(base.about.get("null_image"))               # it has been trained
+    null_image = no_images or bool(base.about.get("null_image"))               # True: it is trained
     return paths | dict(pixels=config.pixels, buckets=config.buckets,
                         text_length=config.text_length, stage=config.stage, latents=latents,
                         null_image=null_image)
 
 
 def check_batches(config: TrainConfig, world: int) -> None:
-    """Raise UserError for a batch that does not divide over processes and micro-batches."""
+    """Raise UserError for a batch that can't be split evenly over processes and micro-batches."""
     for flag, size in (("--text-batch", config.text_batch), ("--image-batch", config.image_batch)):
         rows, micro = size // world, config.micro_batch
         require((size % world == 0, f"{flag} {size} does not divide over {world} processes"),
@@ -123,7 +123,7 @@ def check_batches(config: TrainConfig, world: int) -> None:
 
 
 def check_extension(config: TrainConfig, run: Run) -> None:
-    """Raise UserError for more steps once the learning rate has begun to fall."""
+    """Raise UserError if --steps is increased after the learning rate has begun to fall."""
     steps, decay_steps = run.was.get("steps", 0), run.was.get("decay_steps", 0)
     if decay_steps and run.step > steps - decay_steps and config.steps > steps:
         raise UserError(f"--steps {config.steps}: this run's learning rate falls to zero at step "
@@ -132,7 +132,7 @@ def check_extension(config: TrainConfig, run: Run) -> None:
 
 
 def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
-    """Open the data of each loss of the stage.  Raises UserError, also where there is none."""
+    """Open the data of each loss of the stage.  Raises UserError, also if no data are named."""
     text_only = STAGES[config.stage].losses == "text"
     if text_only:
         specs, flag = config.text_data, "--text-data"
@@ -155,7 +155,7 @@ def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
 
 
 def all_texts(mixes: dict[str, data.Mix]) -> list[str] | None:
-    """Return every text of the data, or None where that would take reading all of it."""
+    """Return every text of the data, or None if only reading all of the data would list them."""
     texts = []
     for mix in dict.fromkeys(mixes.values()):                    # one mix may serve both losses
         mix_texts = mix.texts()
@@ -182,7 +182,7 @@ def shard(config: TrainConfig, models: Models, world: int) -> None:
 
 
 def print_start(job: Job, family: str, device: torch.device, why: str) -> None:
-    """Print what is trained, and on what.  family: of --init; why: the dtype was chosen."""
+    """Print the sizes of model and data, and the device.  why: the reason for the dtype."""
     config, maker, models, run = job
     if family == "SD3":
         training_models.report(config, maker.tokenizer.vocab_size)
@@ -199,8 +199,9 @@ def print_start(job: Job, family: str, device: torch.device, why: str) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """While this lasts, Ctrl-C and SIGTERM add their number to the list, and the loop stops after
-    its step."""
+    """In this context, Ctrl-C and SIGTERM only append their number to the list that is yielded.
+
+    The training loop reads the list, and stops after its current step."""
     requests = []
 
     def note(number: int, frame) -> None:

@@ -3,16 +3,16 @@
     val_image      the velocity's error, mean over t ~ U(0, 1)
     val_nats       E_l [1/l sum of the masked tokens' cross-entropies], in nats per position that
                    may be masked.  l of these n positions are masked, 1 to n with equal probability.
-                   n val_nats is a bound of -log p(text | image), far less noisy than with the
-                   weight 1/t (LLaDA, arXiv 2502.09992); for a perfect model it is the entropy.
-                   Padding counts as text: visible padding shows the length of the text
+                   n val_nats is an upper bound of -log p(text | image), far less noisy than with
+                   the weight 1/t (LLaDA, arXiv 2502.09992).  For a perfect model it is the
+                   entropy.  Padding counts as text, because visible padding shows the length
     val_bits       the bound in bits per byte of text, to compare tokenizers
     val_image_t    the velocity's error in each of ten bins of t
     val_text_t     the cross-entropy of a masked token in each bin, in nats
 
-Images are held-out ones if the first source has any, otherwise images that it is trained on.  The
-random draws for a sample depend on its number only, not on the run, its seed or its processes: two
-runs can be compared.  Data prediction keeps the floor of t that it is trained with.
+The samples are held out if the first source has held-out samples; otherwise they are training
+samples.  The random draws for a sample depend only on its number, not on the run, its seed or its
+processes, so two runs can be compared.  A network that predicts data keeps its training floor of t.
 
 Shapes: B samples at once, L tokens.
 """
@@ -35,7 +35,7 @@ SAMPLES = 160           # images, and texts, of a validation
 
 
 def spread(rows: list[int], size: int) -> Tensor:
-    """Return a time for each row, (B,): row i is in bin i mod 10; times are evenly spaced."""
+    """Return times (B,): row i is in bin i mod 10, and all `size` times are evenly spaced."""
     rows_per_bin = math.ceil(size / BINS)
     times = []
     for row in rows:
@@ -49,7 +49,7 @@ def rounded(value: Tensor) -> float:
 
 
 def mean_by_bin(values: Tensor) -> list[float]:
-    """Return the mean over each bin of t."""
+    """Return the mean of values (size,) in each bin of t; row i is in bin i mod 10."""
     return [rounded(values[first::BINS].mean()) for first in range(BINS)]
 
 
@@ -68,7 +68,7 @@ class Validation:
 
     @cached_property
     def samples(self) -> dict[str, list[dict]]:
-        """Return the samples of each loss, read at first use: a run starts at once."""
+        """Return the samples of each loss, read at first use, so that a run starts fast."""
         samples = {}
         for name, mix in self.maker.mixes.items():
             samples[name] = mix.shown(self.size, True, name == "image")
@@ -100,8 +100,8 @@ class Validation:
     def batches(self, name: str, rank: int, world: int) -> Iterator[Batch]:
         """Yield batches of every world-th sample, starting at sample `rank`.
 
-        FSDP2 needs all processes to run the network equally often: the first samples follow the
-        last one again, and `gather` drops them."""
+        FSDP2 needs all processes to run the network equally often.  So the first samples are used
+        again after the last one, and `gather` drops them."""
         samples = self.samples[name]
         make = self.maker.image_batch if name == "image" else self.maker.text_batch
         count = math.ceil(self.size / world)
@@ -113,7 +113,7 @@ class Validation:
             yield make(chosen, generators, spread(part, self.size))
 
     def gather(self, parts: list[Tensor], rank: int, world: int) -> Tensor:
-        """Join the (k, B) of all batches and processes in their order, (k, size) float64."""
+        """Join the parts (k, B) of all processes in the order of samples, (k, size) float64."""
         values = torch.cat(parts, dim=1).cpu().double()
         table = torch.zeros(*values.shape, world, dtype=torch.float64)
         table[:, :, rank] = values
@@ -121,7 +121,7 @@ class Validation:
         return table.flatten(1)[:, :self.size]
 
     def count(self, ids: Tensor, frozen: Tensor) -> Tensor:
-        """Count each text's (B, L) tokens that may be masked, and its bytes, (2, B)."""
+        """Count each text's tokens that may be masked, and its bytes: (B, L) -> (2, B)."""
         special = (self.maker.tokenizer.end_id, self.maker.tokenizer.pad_id)
         sizes = []
         for row, prompt in zip(ids, frozen):

@@ -1,5 +1,5 @@
 """Show results: grids of samples, pages of a sampling run, curves of a training run.
 
-grids.py imports dataset only; the other files import inference too.  training, metrics and the
-commands may import viz.
+grids.py does not import inference, because inference imports grids.py; the other files may.
+training, metrics and the commands may import viz.
 """

@@ -18,7 +18,7 @@ from model import MMDiT
 
 @contextmanager
 def storing_attention(mmdit: MMDiT) -> Iterator[None]:
-    """While this lasts, each block stores who attends to whom in the batch's first row.
+    """In this context, each block stores the attention map of the batch's first row.
 
     Compiled blocks run uncompiled, so results can differ from theirs in rounding."""
     for block in mmdit.blocks:
@@ -43,7 +43,7 @@ def patches_to_words(mmdit: MMDiT) -> Tensor:
 
 
 def words_to_patches(mmdit: MMDiT) -> Tensor:
-    """Return how much each text token attended to each image token, (K, L, N), as `patches_to_words`.
+    """Return how much each text token attended to each image token, (K, L, N), float16, on the CPU.
 
     Call it after an evaluation with need="logits" or "both", or with a cached image."""
     maps = []

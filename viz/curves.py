@@ -1,6 +1,6 @@
 """Show a training run: loss.png, its curves, and run.html, a page of curves, samples and settings.
 
-The page needs no other file and no network.  The curves of other runs (--compare) are grey.
+The page needs no other file and no internet access.  The curves of other runs (--compare) are grey.
 """
 
 import html
@@ -115,7 +115,7 @@ def png_address(path: Path) -> str:
 def page(out: Path, settings: dict) -> None:
     """Write run.html in a run's folder: loss.png, samples over time, and the settings."""
     steps = sorted(int(path.stem.removeprefix("samples_")) for path in out.glob("samples_*.png"))
-    every = math.ceil(len(steps) / SHOWN) or 1          # 1: there are no samples yet
+    every = math.ceil(len(steps) / SHOWN) or 1          # 1 if there are no samples yet
     figures = []
     first = (len(steps) - 1) % every                    # so that the newest one is shown
     for step in steps[first::every]:

@@ -34,7 +34,7 @@ def beside(*images: Image.Image, gap: int = GAP) -> Image.Image:
 
 
 def above(*images: Image.Image, gap: int = 0) -> Image.Image:
-    """Arrange images from top to bottom: with x and y swapped this is `beside`."""
+    """Arrange images from top to bottom, `gap` pixels apart: `beside` with x and y swapped."""
     swap = Image.Transpose.TRANSPOSE
     swapped = [image.transpose(swap) for image in images]
     return beside(*swapped, gap=gap).transpose(swap)
@@ -105,7 +105,7 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
     for token in ids.tolist():
         word, colour = special.get(token) or (tokenizer.bpe.decode([token]), "black")
         width = pen.textlength(word)
-        if x + width > 628:             # the next line
+        if x + width > 628:             # start the next line
             x, y = 12, y + 28
         pen.text((x, y), word, fill=colour)
         x += width
@@ -113,7 +113,7 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
 
 
 def write_picture(path: Path, *frames: Image.Image) -> None:
-    """Write one image, or several as an animation that rests on the last.  Raises UserError."""
+    """Write one image, or several as an animation that pauses on the last.  Raises UserError."""
     animation = {}
     if len(frames) > 1:
         durations = [120] * (len(frames) - 1) + [2000]          # milliseconds

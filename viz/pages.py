@@ -1,10 +1,10 @@
-"""Write pages that show an image being drawn, or a text being written, step by step, with what the
-network attended to.  A page needs no other file and no network; walk.html is its template.
+"""Make pages that show, step by step, how an image is drawn or a text is written, and what the
+network attended to.  A page needs no other file and no internet access; walk.html is its template.
 
     text = drawing(prompt, words, steps, attention, (8, 8), dict(seed=0))
     Path("walk.html").write_text(text, encoding="utf-8")
 
-trajectory.py gathers what they show.
+trajectory.py gathers the data of the pages.
 
 Shapes: K blocks, N image tokens (rows x columns patches), L text tokens, W maps in one tensor;
 images (3, height, width) in [-1, 1].
@@ -59,7 +59,7 @@ def packed(maps: list[Tensor | None], grid: Grid, per: str) -> tuple[list, Grid,
 
     More than MOST numbers are reduced: averaged over the blocks, and pooled to at most 16 patches
     on a side.  A pooled patch holds the mean of its patches in a step's map, but their sum in a
-    word's map, because the word attends to all of them."""
+    word's map, because the word attends to all of these patches."""
     present = [p for p in maps if p is not None]
     if not present:
         return maps, grid, ""
@@ -91,7 +91,8 @@ def drawing(prompt: str, words: list[str], steps: list[tuple[float, Tensor, Tens
 
     words: the prompt's L tokens as text with their spaces; "" for an end token or padding, which
     is not shown.  steps: (t, x_t, the clean image predicted there) of each evaluation, then
-    (0.0, x, x), the result.  attention: (K, N, L) of each evaluation, of viz/attention.py.
+    (0.0, x, x), the result.  attention: (K, N, L) of each evaluation, from
+    viz/attention.py.
     grid: (rows, columns) of patches.  about: settings, for one line."""
     shown = [i for i, word in enumerate(words) if word]
     maps = []
@@ -123,7 +124,7 @@ def writing(image: Tensor | None, pieces: list[str], revealed: list[int],
             grid: Grid, about: dict) -> str:
     """Return the page of a text being unmasked, as in the paper's Figure 2.
 
-    image: the one that the text describes, or None.  pieces: the final L tokens as text with
+    image: the image that the text describes, or None.  pieces: the final L tokens as text with
     their spaces; "" for an end token or padding.  revealed: the step that wrote each token; 0 for
     a given one.  probability: of each token at that step, or None.  attention: (K, N) of each
     token to the patches, or None.  grid, about: as in `drawing`."""

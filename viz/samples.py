@@ -1,4 +1,4 @@
-"""The trainer's samples: prompts with what is drawn for them, images with what is read."""
+"""Show the trainer's samples: images drawn from prompts, and captions written for images."""
 
 from PIL import Image
 from torch import Tensor
@@ -11,7 +11,7 @@ from viz import grids
 
 def caption_cells(parts: Parts, images: Tensor, captions: list[str],
                   config: ReadConfig = ReadConfig()) -> list[tuple[Tensor, list[str]]]:
-    """Return cells for `grids.page`: images (B, 3, H, W), the caption written for each, the true one."""
+    """Return cells of `grids.page`: images (B, 3, H, W), with the written and true captions."""
     written = write(parts, encode(parts, images), [None] * len(images), config)
     return [(image, [f"read: {text}", f"true: {caption}"])
             for image, text, caption in zip(images, written, captions)]
@@ -19,6 +19,6 @@ def caption_cells(parts: Parts, images: Tensor, captions: list[str],
 
 def samples_page(parts: Parts, prompts: list[str], captions: list[str],
                  images: Tensor) -> Image.Image:
-    """Draw prompts, and caption images (B, 3, H, W), in two columns."""
+    """Draw prompts, and caption images (B, 3, H, W); show the results in two columns."""
     drawn = [(image, [f"drawn: {prompt}"]) for image, prompt in zip(draw(parts, prompts), prompts)]
     return grids.page(drawn, caption_cells(parts, images, captions))

@@ -1,7 +1,7 @@
-"""Show how an image or a text came about: an animation, FILE.gif, or a page, FILE.html.
+"""Show how an image or a text was made: as an animation, FILE.gif, or as a page, FILE.html.
 
-A page (pages.py) also shows what the network attended to.  The sampling run has recorded its
-states; the network is evaluated at each of them once more, with its attention stored.
+A page (pages.py) also shows what the network attended to.  The sampling run recorded only its
+states; here the network is evaluated again at each state, and its blocks store their attention.
 
 Shapes: L tokens, K blocks, N image tokens, C latent channels, h and w latent height and width.
 """
@@ -30,20 +30,20 @@ def is_page(path: Path) -> bool:
 def patch_grid(parts: Parts) -> tuple[int, int]:
     """Return (rows, columns) of patches.
 
-    Row by row they are the network's image tokens; a modified network has its other ones behind."""
+    Row by row, they are the network's image tokens; a modified network may have more after them."""
     unit = parts.factor * parts.sizes.patch
     return parts.height // unit, parts.width // unit
 
 
 def pieces(parts: Parts, ids: list[int]) -> list[str]:
-    """Return tokens as they are written, spaces too; "" for an end or padding."""
+    """Return the text of each token, with its spaces; "" for an end token or padding."""
     tokenizer = parts.tokenizer
     special = {tokenizer.end_id: "", tokenizer.pad_id: "", tokenizer.mask_id: "[MASK]"}
     return [special[i] if i in special else tokenizer.bpe.decode([i]) for i in ids]
 
 
 def write_drawing(path: Path, parts: Parts, prompt: str, trace: Trace, about: dict) -> None:
-    """Show x_t beside the clean image that is predicted there; a page shows the first image."""
+    """Show x_t beside the clean image predicted at t; a page shows only the first image."""
     if is_page(path):
         write_text(path, drawing_page(parts, prompt, trace, about))
         return
@@ -85,7 +85,7 @@ class Reading:
 
 
 def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> None:
-    """Show the text being unmasked."""
+    """Show how the text is unmasked."""
     if is_page(path):
         write_text(path, reading_page(parts, reading, about))
         return
@@ -102,8 +102,9 @@ def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> No
 def reading_page(parts: Parts, reading: Reading, about: dict) -> str:
     """Return the page of a text, with the attention of each token when it was revealed.
 
-    A token that was given shows its attention in the first evaluation.  With --length auto the
-    image cache is that of a shorter text than in the run, which moves probabilities by 1e-3."""
+    A token that was given shows its attention in the first evaluation.  With --length auto, the
+    image cache is computed with a shorter text than in the run, which changes probabilities by
+    1e-3."""
     parts.hold("text", "mmdit")
     config = parts.complete(reading.config)
     reader = Reader(parts, reading.latents, config.image_cache, config.text_guidance)
@@ -114,7 +115,7 @@ def reading_page(parts: Parts, reading: Reading, about: dict) -> str:
     with attention.storing_attention(parts.mmdit):
         for (_, ids), (step, after) in zip(reading.states, reading.states[1:]):
             masked = mask_diffusion.positions(ids == mask_id)                     # (n,)
-            if not len(masked):                                  # other rows of the batch went on
+            if not len(masked):                                  # only other rows had [MASK]s left
                 break
             logits = mask_diffusion.forbid(reader(ids, masked).cpu().double(), mask_id)
             looks = attention.words_to_patches(parts.mmdit)[..., :rows * columns]    # (K, L, N)
@@ -123,7 +124,7 @@ def reading_page(parts: Parts, reading: Reading, about: dict) -> str:
                 if after[0, i] != mask_id:
                     revealed[i] = int(step[0])
                     probability[i] = float(p[final[i]])
-                    maps[i] = looks[:, i].clone()                # without the other tokens
+                    maps[i] = looks[:, i].clone()                # a copy, to free the others
     if reading.latents is None:
         maps = [None] * len(final)
     return pages.writing(reading.image, pieces(parts, final), revealed, probability, maps,

@@ -72,14 +72,14 @@ def test_accuracy_follows_how_many_of_ten_annotators_agree(times, accuracy):
     ("Yes", of_ten(10, "yes"), 0),                        # all agree: compared letter by letter
     ("2 dogs", of_ten(10, "two dogs"), 0), ("2 dogs", of_ten(4, "two dogs", "two"), 1),
     (" yes\n", of_ten(10, "yes"), 1), ("two\tdogs", of_ten(10, "two\ndogs"), 1),
-    ("Yes", of_ten(5, "yes", "yes "), 0),                 # whitespace is no difference
+    ("Yes", of_ten(5, "yes", "yes "), 0),                 # whitespace makes no difference
     ("yes", of_ten(5, "yes", "Yes."), 1),                 # normalised, so all ten agree
     ("", of_ten(4, "the", "dog"), 1)])
 def test_vqa_normalises_only_where_annotators_differ(answer, annotators, accuracy):
     assert answers.vqa(answer, annotators) == accuracy
 
 
-@pytest.mark.parametrize("answer, annotators, accuracies", [     # of VQA, TextVQA, VizWiz
+@pytest.mark.parametrize("answer, annotators, accuracies", [     # by VQA, TextVQA, VizWiz
     ("Yes.", ["yes"] * 10, (0, 1, 1)), ("Yes", ["Yes"] * 10, (1, 1, 0)),
     ("yes", ["Yes"] * 10, (0, 1, 0)), ("bc", of_ten(5, "b,c"), (0, 1, 0)),
     ("b c", of_ten(5, "b,c"), (1, 0, 0)), ("john 's", of_ten(5, "John's"), (0, 1, 0)),
@@ -232,7 +232,7 @@ def test_chartqa_has_a_mean_of_each_file(tmp_path):
 
 @pytest.fixture
 def pope_questions(tmp_path):
-    """Return POPE's three files with a yes and a no each, as read."""
+    """Write POPE's three files, each with a yes and a no; return the questions read from them."""
     paths = []
     for name in ("random", "popular", "adversarial"):
         lines = []
@@ -314,7 +314,7 @@ def test_a_file_of_another_benchmark_is_refused_in_one_line(tmp_path, kind, cont
 
 @pytest.fixture
 def examples():
-    """Return six questions; the most common answer of an even one is a tie between two."""
+    """Return six questions; in those with even numbers, two answers are equally common."""
     loaded = []
     for i in range(6):
         given = ["fig", f"pear {i}", f"pear {i}", "fig", "x"][i % 2:]

@@ -1,4 +1,4 @@
-"""experiments/bench.py and experiments/ablations.py: the tables hold what was measured."""
+"""experiments/bench.py and experiments/ablations.py: the tables hold the measured numbers."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ SMALL = ["--preset", "emoji", "--image-batch", "3", "--text-batch", "2", "--pixe
 
 
 def table_of(capsys, monkeypatch, *flags):
-    """Run the benchmark and return its last line, JSON with the names of the table."""
+    """Run the benchmark and return its last line, JSON with the table's names as keys."""
     monkeypatch.setattr(sys, "argv", ["experiments/bench.py", *flags, "--device", "cpu"])
     bench.main()
     *table, last = capsys.readouterr().out.splitlines()
@@ -48,7 +48,7 @@ def test_the_timed_step_trains_and_its_table_holds_the_planned_work(capsys, monk
     assert values["vocabulary"] == 60 and values["seconds"] > 0
     assert work["samples"] == 5 and work["tokens"] == 5 * (4 + 28)
     for name, amount in work.items():
-        # the table rounds nothing; one float64 division
+        # the table is not rounded; the tolerance is for one float64 division
         assert values[f"{name}_per_s"] * values["seconds"] == pytest.approx(amount, rel=1e-6)
     # both losses and the optimizer move the weights; a key's bias has no gradient
     [models] = trained_models
@@ -62,7 +62,7 @@ def test_the_timed_step_trains_and_its_table_holds_the_planned_work(capsys, monk
 
 @pytest.mark.parametrize("flags, fewest", [([], 2), (["--preset", "emoji", "--pixels", "16"], 28)])
 def test_the_table_of_samples_counts_evaluations(flags, fewest, capsys, monkeypatch):
-    """Captions of random weights never end: they take all of 28 tokens' evaluations."""
+    """Captions of random weights never end, so they take the evaluations of all 28 tokens."""
     values = table_of(capsys, monkeypatch, "sample", "--n", "2", "--steps", "2", "--rounds", "1",
                       *flags)
     assert values["n"] == 2 and min(values["draws_per_s"], values["captions_per_s"]) > 0

@@ -1,4 +1,4 @@
-"""metrics/captions.py against words and figures by hand and pycocoevalcap; errors in one line."""
+"""Compare metrics/captions.py with words and scores by hand and by pycocoevalcap."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from metrics import captions
 from metrics.captions import bleu, cider_d, rouge_l, tokens
 
 PEERS = json.loads((Path(__file__).parents[1] / "fixtures" / "captions.json").read_text())
-# as Stanford's tokenizer and pycocoevalcap's punctuation list leave them
+# (text, words as Stanford's tokenizer and pycocoevalcap's list of punctuation give them)
 WORDS = [
     ("A man riding a wave on top of a surfboard.", "a man riding a wave on top of a surfboard"),
     ("Two dogs , a cat .  .", "two dogs a cat"),
@@ -111,7 +111,7 @@ def test_bleu_clips_a_word_to_its_count_in_one_reference():
 def test_bleu_penalises_a_short_candidate():
     scores = bleu(*one("a cat sat on the mat", "a cat sat"))
     penalty = math.exp(1 - 6 / 3)
-    # three words have no 4-gram: pycocoevalcap counts (0 + 1e-15) / (0 + 1e-9)
+    # three words have no 4-gram: pycocoevalcap takes (0 + 1e-15) / (0 + 1e-9)
     assert scores == pytest.approx([penalty] * 3 + [penalty * 1e-6 ** 0.25])
     assert bleu(*one("a cat sat on the mat", "a cat sat on the mat")) == pytest.approx([1] * 4)
 
@@ -175,7 +175,7 @@ def test_a_caption_equal_to_its_only_reference_has_cider_d_10():
 
 
 def test_cider_d_of_two_words_against_four_by_hand():
-    # every idf is log 2 and cancels; one bigram against three
+    # every idf is log 2 and cancels; the lengths are one and three bigrams
     references = {1: ["a b c d".split()], 2: ["w x y z".split()]}
     scores = cider_d(references, {1: "a b".split(), 2: "a b c d".split()})
     cosines = 2 / math.sqrt(2 * 4) + 1 / math.sqrt(1 * 3)

@@ -1,4 +1,4 @@
-"""common/cli.py: how every program ends, prints errors and reads its flags."""
+"""common/cli.py: every program's exit status, error messages and flags."""
 
 import argparse
 import os
@@ -17,14 +17,14 @@ from common import cli
 from common.progress import pace
 from helpers import ROOT, Forked
 
-IMAGE = ["--image", "assets/ATTRIBUTION.md"]     # no image: flags are checked before files
+IMAGE = ["--image", "assets/ATTRIBUTION.md"]     # not an image: flags are checked before files
 
 
 CODE = "import sys\nfrom common import cli\ndef main():\n    {}\ncli.run(main)"
 
 
 def run_program(body, *flags, **environment):
-    """Run a program with this body, ended by cli.run, in a process of its own."""
+    """Run a program with this body under cli.run, in a new process."""
     return subprocess.run([sys.executable, "-c", CODE.format(body), *flags], cwd=ROOT, text=True,
                           capture_output=True, env=os.environ | environment)
 
@@ -74,7 +74,7 @@ def test_a_closed_pipe_ends_a_program_silently():
     ("checkpoint.py", ["inspect", "x"]), ("train.py", ["--out", "{}/run", "--device", "cpu"]),
     ("data.py", ["build-emoji", "--out", "{}/x.tar.gz"])])
 def test_ctrl_c_during_imports_prints_one_line(name, flags, tmp_path):
-    """A module in torch's place prints that importing has begun, and sleeps."""
+    """A stand-in for torch prints that importing has begun, and sleeps."""
     (tmp_path / "torch.py").write_text(
         "import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen([sys.executable, name, *(flag.format(tmp_path) for flag in flags)],
@@ -87,7 +87,7 @@ def test_ctrl_c_during_imports_prints_one_line(name, flags, tmp_path):
 
 
 def test_ctrl_c_while_a_run_is_set_up_prints_one_line(tmp_path):
-    """A pipe in the tar's place: the program waits for it, with everything imported."""
+    """The data file is a pipe, so that the program has imported everything and waits for data."""
     pipe = tmp_path / "data.tar.gz"
     os.mkfifo(pipe)
     process = Forked(1, "--image-data", pipe, "--out", tmp_path / "run")
@@ -128,7 +128,7 @@ def test_a_dataclass_becomes_flags_of_its_fields_types():
     (["--share", "1.01"], ["--share", "0 to 1", "'1.01'"]),
     (["--way", "left"], ["--way", "'left'", "'up', 'down'"]),
     (["--quik"], ["--quik;", "--quick?"]),
-    (["--ste", "3"], ["--ste;", "--steps?"]),               # abbreviations are not taken
+    (["--ste", "3"], ["--ste;", "--steps?"]),               # abbreviations are not accepted
 ])
 def test_a_value_out_of_range_is_refused_by_name(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -140,7 +140,7 @@ def test_a_value_out_of_range_is_refused_by_name(flags, parts, capsys):
 
 
 def refused(main, flags, mistake, *parts):
-    """Check that a program refuses these flags in one line, with status 2."""
+    """Check that a program rejects these flags with one line and status 2."""
     status, error = mistake(main, flags)
     assert status == 2 and len(error.splitlines()) == 1
     for part in parts:

@@ -1,4 +1,4 @@
-"""metrics/clip.py: towers and tokenizer against transformers', the score against float64.
+"""Compare metrics/clip.py's towers and tokenizer with transformers', and its score with float64.
 
 experiments/compare_clip.py made the fixture."""
 
@@ -42,7 +42,7 @@ def bpe():
 
 
 def folder_of(path, tensors, **config):
-    """Write a checkpoint with the fixture's config.json, in both sections changed by `config`."""
+    """Write a checkpoint with the fixture's config.json, after changes to both of its sections."""
     path.mkdir()
     changed = json.loads((FIXTURE / "config.json").read_text())
     for section in ("text_config", "vision_config"):
@@ -54,7 +54,7 @@ def folder_of(path, tensors, **config):
 
 @torch.no_grad()
 def difference(model, expected, suffix=""):
-    """Return the largest difference of both towers' features from the expected ones."""
+    """Return the largest difference between both towers' features and the expected ones."""
     text = (model.text(expected["ids"]) - expected["text" + suffix]).abs().max()
     image = (model.image(expected["pixels"]) - expected["image" + suffix]).abs().max()
     return max(float(text), float(image))
@@ -92,7 +92,7 @@ def test_tokens_after_the_first_end_token_change_nothing(tiny, bpe):
     end = bpe.token_to_id(clip.END)
     ids = torch.tensor([bpe.encode("a photo of a cat").ids])
     longer = torch.cat([ids, torch.tensor([[5, 7, end, 9, end]])], 1)
-    # float32 sums of another length
+    # float32 sums over different lengths
     assert torch.allclose(tiny.text(ids), tiny.text(longer), atol=1e-6)
     changed = longer.clone()
     changed[0, 2] += 1                                    # a token before it changes the result
@@ -120,7 +120,7 @@ def test_long_texts_keep_their_end_token_and_short_ones_are_padded_with_it(bpe):
 
 
 def resize_then_crop(image, side):
-    """Return (3, side, side) in [0, 1]: the middle of the whole image, resized."""
+    """Resize the whole image, and return its centre (3, side, side) in [0, 1]."""
     short = min(image.size)
     size = (int(side * image.width / short), int(side * image.height / short))
     whole = image.resize(size, Image.Resampling.BICUBIC)
@@ -160,7 +160,7 @@ def test_prepare_keeps_the_middle_and_normalises_it():
 
 @pytest.fixture
 def images(tmp_path):
-    """Return a folder of images: captions in a field, a file and nowhere; the last is cut."""
+    """Write images with a caption in a field, in a file, and without one; the last is cut off."""
     draw = np.random.default_rng(1)
     folder = tmp_path / "images"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The program's docstrings and comments: openings and phrases that readers should not meet."""
+"""Check docstrings and comments for openings and phrases that are hard to read."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ DISLIKED = re.compile(r"^((What|Of|Whether)\b|As `)|\b(of no use|(is|are) said|n
 
 
 def docstrings_and_comments(source):
-    """Yield (line, text) of each; comments begin with their #."""
+    """Yield (line number, text) of each docstring and comment; comments begin with their #."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if docstring := ast.get_docstring(node):

@@ -1,4 +1,4 @@
-"""evaluate.py: a benchmark's images, by any number of processes; its scores; the emoji set."""
+"""evaluate.py: a benchmark's images, by any number of processes; scores; the emoji set."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from metrics import benchmarks, comparisons, emojis, fid
 
 
 class Means(torch.nn.Module):
-    """Return 16 features: the means of an image's quarters in each colour, and their sums."""
+    """A network with 16 features: the mean of each colour in each image quarter, and the sums."""
 
     def forward(self, x):
         cells = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)                # (B, 12)
@@ -26,7 +26,7 @@ class Means(torch.nn.Module):
 
 @pytest.fixture
 def small_network(monkeypatch):
-    """Put `Means` in the place of Inception with random weights."""
+    """Replace Inception with random weights by `Means`."""
     monkeypatch.setattr(comparisons.inception, "untrained", Means)
 
 
@@ -42,7 +42,7 @@ def write_noise(path, seed, size=(32, 32)):
 
 
 def files(folder):
-    """Return the content of each file in a folder by its name, sorted."""
+    """Return the content of each file in a folder by name, sorted."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -202,9 +202,9 @@ CATEGORIES = dict(cats=range(0, 18, 3), dogs=range(1, 18, 3), none=range(2, 18, 
 
 @pytest.fixture
 def mjhq(tmp_path, small_network, capsys):
-    """Score three categories, one never drawn; return what is printed and what is saved.
+    """Score three categories, one of them never drawn; return the printed and the saved scores.
 
-    A sample is cut off, and a real image is missing."""
+    One drawing is cut off, and one real image is missing."""
     meta = {}
     for category, numbers in CATEGORIES.items():
         meta |= {f"id{i}": dict(category=category, prompt=f"p{i}") for i in numbers}
@@ -369,7 +369,7 @@ def test_results_that_no_scorer_wrote_are_refused_in_one_line(benchmark, content
 
 @pytest.fixture
 def emoji_records(emoji_set, monkeypatch):
-    """Let evaluate.py see only the first 400 emoji, some of every split; return their records."""
+    """Let evaluate.py see only the first 400 emoji, with some of each split; return the records."""
     records, images = emoji_set
     monkeypatch.setattr(evaluate.emoji, "load", lambda *args: (records[:400], images[:400]))
     return records[:400]
@@ -377,7 +377,7 @@ def emoji_records(emoji_set, monkeypatch):
 
 @pytest.fixture
 def read_settings(monkeypatch):
-    """Collect (config, seed) of each batch that is read with seeds: not those read back."""
+    """Collect (config, seed) of each batch that is read with seeds; "read back" uses none."""
     calls = []
     write = emojis.write
 

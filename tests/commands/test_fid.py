@@ -1,4 +1,4 @@
-"""metrics/fid.py and inception.py against closed forms and definitions; errors in one line."""
+"""Compare metrics/fid.py and inception.py with closed forms and definitions; one-line errors."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ LOOKS = ["red", "lime", "noise", "stripes"]
 
 
 def toy(x):
-    """(B, 3, 299, 299) -> (B, 48): the means of a 4 x 4 grid, in place of a network."""
+    """Map (B, 3, 299, 299) to (B, 48), the means of a 4 x 4 grid, in place of a network."""
     return F.adaptive_avg_pool2d(x, 4).flatten(1)
 
 
@@ -65,7 +65,7 @@ def network():
 
 
 def test_frechet_is_the_closed_form_where_covariances_commute():
-    """With equal eigenvectors it is |mu_a - mu_b|^2 + sum (sqrt p - sqrt q)^2, at any rank."""
+    """With equal eigenvectors FID is |mu_a - mu_b|^2 + sum (sqrt p - sqrt q)^2, at any rank."""
     draw = np.random.default_rng(1)
     basis = rotation(40)
     mu = draw.standard_normal((2, 40))
@@ -88,12 +88,12 @@ def test_frechet_agrees_with_the_eigenvalues_of_the_product():
     assert abs(product.imag).max() < 1e-9                           # float64: they are real
     shared = np.sqrt(product.real).sum()
     true = ((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma + b.sigma) - 2 * shared
-    assert frechet(a, b) == pytest.approx(true, rel=1e-10)          # eigvals of no symmetric matrix
+    assert frechet(a, b) == pytest.approx(true, rel=1e-10)          # eigvals without symmetry
     assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-12)
 
 
 def test_frechet_of_fewer_images_than_features_needs_no_covariances():
-    """tr (S_a S_b)^(1/2) is the nuclear norm of the product of the centred features."""
+    """Here tr (S_a S_b)^(1/2) is the nuclear norm of the product of the centred features."""
     x = normal(9, 60, 0, 1).astype(np.float64)
     y = normal(14, 60, 0.2, 2).astype(np.float64)
     x_centred = x - x.mean(0)
@@ -127,7 +127,7 @@ def test_kid_of_equal_distributions_scatters_around_zero():
     pairs = [(normal(60, 8, 0, 2 * n), normal(60, 8, 0, 2 * n + 1)) for n in range(40)]
     estimates = np.array([kid(x, y)[0] for x, y in pairs])
     assert abs(estimates.mean()) < 4 * estimates.std() / np.sqrt(40)    # 4 standard errors
-    # about 20 of 40 are negative: fewer than 8 or more than 32 has odds of 1 in 20,000
+    # about 20 of 40 are negative; fewer than 8 or more than 32 has a probability of 1 in 20,000
     assert 8 <= (estimates < 0).sum() <= 32
     assert kid(normal(60, 8, 0, 1), normal(60, 8, 1.0, 2))[0] > 10 * estimates.std()
 
@@ -147,7 +147,7 @@ def test_kid_draws_subsets_only_of_sets_above_the_size():
     y = normal(300, 8, 0.5, 2)
     assert kid(x, y, subsets=2, size=1000)[1] is None
     assert kid(x, y, subsets=2, size=350)[1] > 0
-    # 300 of 301 without replacement: each estimate lacks one image
+    # 300 of 301 images without replacement: each estimate leaves out one image
     almost_all = kid(x[:301], y, subsets=3, size=300)[0]
     assert almost_all == pytest.approx(kid(x[:301], y)[0], rel=0.02)
 
@@ -197,7 +197,7 @@ def test_malformed_statistics_are_refused_in_one_line(change, message, tmp_path)
 
 
 def test_a_damaged_npz_loads_whole_or_is_refused_in_one_line(tmp_path):
-    """Cut a file, or flip a bit, anywhere.  A zip's checksums don't cover all of its headers."""
+    """Cut a file or flip a bit, anywhere.  A zip's checksums don't cover all of its headers."""
     draw = np.random.default_rng(0)
     saved = statistics(normal(30))
     file = tmp_path / "a.npz"
@@ -274,7 +274,7 @@ def test_features_that_are_not_finite_are_refused(folder):
 
 
 def test_the_networks_tensors_have_the_published_names_and_shapes(network):
-    """The digest is of torchvision 0.28's inception_v3(aux_logits=False) without fc."""
+    """The digest is that of torchvision 0.28's inception_v3(aux_logits=False) without fc."""
     shapes = {name: tuple(x.shape) for name, x in network.state_dict().items() if x.dim()}
     assert sum(name.endswith("conv.weight") for name in shapes) == 94 and len(shapes) == 5 * 94
     assert sum(x.numel() for x in network.parameters()) + 1008 * 2049 == 23_850_960
@@ -287,7 +287,7 @@ def test_the_networks_tensors_have_the_published_names_and_shapes(network):
     ("Mixed_7c", 5.0, 6.0, 9.0)])
 def test_pools_average_without_padding_and_the_last_block_takes_the_maximum(
         name, corner, edge, middle, network):
-    """Pool 1 to 9 in rows: (1 + 2 + 4 + 5) / 4 in a corner, where padding would give 12 / 9."""
+    """Pool 1 to 9: a corner gives (1 + 2 + 4 + 5) / 4; with padding it would be 12 / 9."""
     block = copy.deepcopy(getattr(network, name))
     for module in block.modules():
         if isinstance(module, inception.Conv):
@@ -310,7 +310,7 @@ def test_a_halving_block_appends_the_maximum_to_its_branches(name, width, out, n
 
 
 def test_prepare_interpolates_linearly_to_minus_one_to_one():
-    """The two pixels' centres are at 1/4 and 3/4 of the width; between them it is a line."""
+    """The two pixels' centres are at 1/4 and 3/4 of the width; values between them are linear."""
     two = Image.fromarray(np.array([[[0, 51, 255], [255, 51, 0]]], np.uint8))
     x = inception.prepare(two)
     at = (np.arange(299) + 0.5) / 299
@@ -323,7 +323,7 @@ def test_prepare_interpolates_linearly_to_minus_one_to_one():
 
 def test_prepare_does_not_antialias():
     fine = np.zeros((1, 299 * 4, 3), np.uint8)
-    fine[:, 1::4] = 255                                # at 299 only the middle two of four are seen
+    fine[:, 1::4] = 255                                # at 299 only the middle two of four count
     fine[:, 2::4] = 255
     assert (inception.prepare(Image.fromarray(fine)) > 1 - 1e-5).all()    # float32
 
@@ -348,7 +348,7 @@ def test_the_network_tells_images_apart(features_singly):
 
 def test_the_networks_features_do_not_depend_on_the_batch(network, listing, features_singly):
     together = fid.features(network, listing, batch=2)[0]
-    # float32 sums in another order, through 94 layers
+    # float32 sums in another order, in 94 layers
     assert np.abs(together - features_singly).max() < 1e-4 * features_singly.max()
 
 
@@ -388,7 +388,7 @@ def test_wrong_weights_are_named_in_one_message(network, tmp_path):
 
 
 class Harmless:
-    """An object that is no tensor, so that unpickling it is refused."""
+    """An object that is not a tensor, so that torch refuses to unpickle it."""
 
 
 @pytest.mark.parametrize("content, message", [

@@ -6,7 +6,7 @@ import pytest
 
 from helpers import ROOT
 
-# a module may import modules of earlier rows and of its own folder, in functions too
+# a module may import, also inside functions, from its own folder and from earlier rows only
 ROWS = [["common"], ["flow", "mask_diffusion", "model"], ["pretrained"], ["checkpoint"],
         ["dataset"], ["viz.grids"], ["data"], ["inference"], ["viz"], ["training", "metrics"],
         ["sample", "train", "evaluate"], ["experiments"]]
@@ -14,7 +14,7 @@ ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 
 
 def group(module: str) -> str:
-    """Return the entry of ROWS that a module belongs to, such as "viz" for viz.curves."""
+    """Return the entry of ROWS that a module belongs to, for example "viz" for viz.curves."""
     return module if module in ROW else module.split(".")[0]
 
 
@@ -32,7 +32,7 @@ def imported(path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def imports() -> dict[str, set[str]]:
-    """Return the project's modules with the project's modules that each imports."""
+    """Return for each of the project's modules the project's modules that it imports."""
     modules = {}
     for row in ROW:
         for path in [*ROOT.glob(f"{row}.py"), *ROOT.glob(f"{row}/*.py")]:

@@ -1,8 +1,8 @@
 """Files written before the modules moved into folders still load.
 
-tests/fixtures/older was made at commit df3aa65, when every module lay at the root.  checkpoint/
-holds random weights.  run/ was trained with FLAGS below and killed after it saved step 4.
-expected.json holds the log of the same run without a kill, every 64th number of a sampled image
+tests/fixtures/older was made at commit df3aa65, when all modules were in the root folder.
+checkpoint/ holds random weights.  run/ was trained with FLAGS below and killed after it saved step
+4.  expected.json holds the log of the same run without a kill, every 64th number of a sampled image
 with its caption, and the SHA-256 of every file of `checkpoint.py export tests/fixtures/release`.
 """
 

@@ -1,4 +1,4 @@
-"""sample.py with the shipped weights, as a person would call it, and broken checkpoints."""
+"""sample.py with the shipped weights, called as a user would, and with broken checkpoints."""
 
 import functools
 import io
@@ -92,7 +92,7 @@ def test_an_image_is_captioned(flags, output, read_apple):
 
 
 def test_a_text_is_completed_and_keeps_its_capitals(read_apple, monkeypatch):
-    # 8 levels in place of 64 rank the nine ways to cut two masks into tokens: 1 s in place of 3
+    # 8 levels instead of 64 rank the nine ways to split two masks into tokens: 1 s instead of 3
     few_levels = functools.partial(image_to_text.score, levels=8)
     monkeypatch.setattr(image_to_text, "score", few_levels)
     assert read_apple("--text", "Red [MASK], [MASK] Style") == "Red apple, noto Style\n"
@@ -113,7 +113,7 @@ def test_a_terminal_without_accents_reads_a_file_with_accents(apple, tmp_path):
 
 
 def test_a_closed_pipe_is_left_to_the_command_line(apple, monkeypatch):
-    """sample.py flushes each line, so that cli.run can end it silently when its reader has gone."""
+    """sample.py flushes each line, so that cli.run can end it silently if the pipe is closed."""
     reader, writer = os.pipe()
     os.close(reader)                                         # as `| head -0` does
     pipe = io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True)
@@ -123,7 +123,7 @@ def test_a_closed_pipe_is_left_to_the_command_line(apple, monkeypatch):
 
 
 def test_shipped_weights_read_and_draw_what_they_were_trained_on(parts, emoji_all):
-    """Guard coarsely that the right weights are shipped; the README has the figures."""
+    """Check roughly that the right weights are shipped; the README has the exact figures."""
     records, images = emoji_all
     shown = [i for i, record in enumerate(records) if record["split"] == "train"][:16]
     captions = [records[i]["caption"] for i in shown]
@@ -180,7 +180,7 @@ def test_images_of_any_batch_equal_those_drawn_singly(parts):
 
 
 def test_a_long_sampling_run_prints_its_progress(parts, monkeypatch, capsys):
-    clock = iter(range(100))                                 # each look at the clock takes a second
+    clock = iter(range(100))                                 # each call of the clock adds a second
     monkeypatch.setattr(progress.time, "time", lambda: next(clock))
     monkeypatch.setattr(parts, "silent", False)
     text_to_image.draw(parts, [PROMPT], steps=5)                 # six states with the result
@@ -200,7 +200,7 @@ def test_a_size_the_weights_were_not_trained_on_gets_a_warning(tmp_path, capsys)
 
 
 def draw_prompt(tmp_path, capsys, *prompt):
-    """Return the bytes of the image of these flags, and what is printed to stderr."""
+    """Draw PROMPT with these flags; return the bytes of the image, and the text on stderr."""
     sample.main([*prompt, "--steps", "1", "--out", str(tmp_path / "a.png")])
     return (tmp_path / "a.png").read_bytes(), capsys.readouterr().err
 

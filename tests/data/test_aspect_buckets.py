@@ -1,4 +1,4 @@
-"""dataset/aspect_buckets.py: image sizes of one area, and batches of images of about one shape."""
+"""dataset/aspect_buckets.py: image sizes of equal area, and batches of images of similar shape."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from train import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Write 100 images: tall, wide and square, a tenth with a turn in EXIF; the last is damaged."""
+    """Write 100 tall, wide and square images; a tenth has an EXIF rotation; the last is damaged."""
     folder = tmp_path_factory.mktemp("shapes")
     tall = [(40, 60), (40, 60), (30, 60)]
     wide = [(60, 45), (60, 40), (60, 30), (60, 50), (60, 40)]
@@ -61,7 +61,7 @@ def test_each_image_is_seen_once_in_a_batch_of_about_its_shape(folder):
             distances.append(abs(math.log(shown_width / shown_height * height / width)))
         seen += positions
     assert sorted(seen) == list(range(5 * WINDOW * count))
-    assert sorted(distances)[len(distances) // 2] < 0.2         # all cut to squares: 0.405
+    assert sorted(distances)[len(distances) // 2] < 0.2         # if all are cut to squares: 0.405
 
 
 def test_the_order_of_sizes_differs_between_windows(folder):

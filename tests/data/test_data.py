@@ -1,4 +1,4 @@
-"""data.py: the order of an epoch; dataset/workers.py: batches that other processes make ahead."""
+"""data.py: the order of an epoch; dataset/workers.py: batches that other processes prepare."""
 
 import gc
 import multiprocessing
@@ -44,7 +44,7 @@ SIZES, WEIGHTS, POSITIONS = [50, 30, 7], [5.0, 2.0, 1.0], 4000
 
 @pytest.fixture(scope="module")
 def mixture():
-    """[(source, epoch, place)] of the first positions of a mixture of three sources."""
+    """Return [(source, epoch, place)] of the first positions in a mixture of three sources."""
     return data.locate(torch.arange(POSITIONS), SIZES, WEIGHTS, "run")
 
 
@@ -109,7 +109,7 @@ def terminated(step):
 
 
 def test_workers_ignore_sigterm():
-    """SIGTERM goes to every process of a job; the one that trains finishes its step, and saves."""
+    """SIGTERM goes to every process of a job; the main process must finish its step and save."""
     assert [int(batch["step"]) for batch in feed(terminated, range(9), 2)] == list(range(9))
 
 

@@ -15,7 +15,7 @@ from helpers import write_tar
 from model import PRESETS
 from pretrained import tokenizer
 
-# how the group or the kind begins where a noun is true; man, woman and child go by the name
+# how a group or kind begins if a noun is true; man, woman and child are decided by the name
 WHERE = {"a person": "person", "a hand": "hand", "a face": "face|cat face|monkey face",
          "an animal": "animal ",
          "a bird": "animal bird", "a bug": "animal bug",
@@ -67,7 +67,7 @@ def test_splits_hold_out_tones_and_styles(emoji_set):
 
 
 def is_true(record, kind_of_question, thing, names, kinds):
-    """Tell if an emoji is a thing, by its name, kind or group."""
+    """Return True if an emoji shows a thing, according to its name, kind or group."""
     if kind_of_question == "yes/no name":
         return names[thing] == record["name"]
     if kind_of_question == "yes/no kind":
@@ -94,7 +94,7 @@ def test_every_answer_follows_from_the_metadata(emoji_set):
 
 
 def test_each_image_has_as_many_yes_as_no_answers(emoji_set):
-    """No phrasing, no type and no lack of questions gives the answer away."""
+    """Neither the phrasing, nor the type, nor a missing question gives the answer away."""
     types = set()
     for r in emoji_set[0]:
         counts = {"yes": Counter(), "no": Counter()}
@@ -142,7 +142,7 @@ def test_every_text_fits_the_text_length_of_the_preset(emoji_set):
     count = cache(lambda text: len(gpt2.pieces(text)))
     captions, questions = 0, 0
     for record in emoji_set[0]:
-        captions = max(captions, count(record["caption"]) + 1)           # and the end token
+        captions = max(captions, count(record["caption"]) + 1)           # with the end token
         for q in record["questions"]:
             length = count(question_prompt(q["question"])) + count(q["answer"]) + 1
             questions = max(questions, length)
@@ -151,7 +151,7 @@ def test_every_text_fits_the_text_length_of_the_preset(emoji_set):
 
 
 def open_mix(emoji_set, suffix="", key="run"):
-    """Open the whole set without reading it again."""
+    """Open the whole emoji set as a mixture, without reading the tar again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emoji, "load", lambda *_: emoji_set)
         return data.Mix([f"{emoji.TAR}{suffix}"], 64, key)

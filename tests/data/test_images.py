@@ -23,7 +23,7 @@ def encoded(image, kind, **options):
 
 
 def png(width, height, bits, colours, rows, *chunks):
-    """Return a PNG of raw rows; Pillow writes few of its kinds.  chunks: (name, content) pairs."""
+    """Return a PNG of raw rows, since Pillow can't write all kinds.  chunks: (name, content)."""
     header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
     file = b"\x89PNG\r\n\x1a\n"
     data = zlib.compress(rows, 9)
@@ -142,7 +142,7 @@ def test_an_animation_is_its_first_frame(kind):
 
 
 def test_a_long_image_is_cropped_before_it_is_resized(monkeypatch):
-    """In the other order 100,000 x 1 pixels would become 3.2 million x 32: 300 MB and seconds."""
+    """In the other order 100,000 x 1 pixels would become 3.2 million x 32: 300 MB and slow."""
     resized, resize = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda image, size, *args, **options: (
         resized.append(tuple(size)) or resize(image, size, *args, **options)))
@@ -158,7 +158,7 @@ def test_fitting_is_a_crop_of_the_middle_and_a_bicubic_resize():
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (30, 50, 3), np.uint8))
     expected = image.crop((10, 0, 40, 30)).resize((15, 15), Image.Resampling.BICUBIC)
     difference = np.abs(np.asarray(fit_picture(image, 15)).astype(int) - expected)
-    assert difference[:, 2:-2].max() <= 1    # rounding; near the edges it reads the outside, too
+    assert difference[:, 2:-2].max() <= 1    # rounding; at the edges the filter reads outside
     assert np.array_equal(fit_picture(image, 30, 50), image)
 
 
@@ -184,7 +184,7 @@ def test_a_missing_image_and_a_folder_are_refused(tmp_path):
 
 
 def damage_at_random(content, count, generator):
-    """Yield (damaged content, is_flipped): one half is cut, the other has one bit flipped."""
+    """Yield (damaged content, is_flipped): half of them are cut, the others have a flipped bit."""
     for n in range(count):
         at = generator.randrange(1, len(content))
         if n < count // 2:
@@ -214,4 +214,4 @@ def test_damaged_images_are_read_whole_or_refused_in_one_line():
                 assert same or is_flipped and not kind.startswith("PNG"), kind
                 counts["whole" if same else "other"] += 1
     assert counts.total() == 780
-    assert counts["refused"] > 400 and counts["whole"] > 10  # damage shows, and not always
+    assert counts["refused"] > 400 and counts["whole"] > 10  # damage is mostly, not always noticed

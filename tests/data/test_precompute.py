@@ -1,4 +1,4 @@
-"""dataset/precompute.py: latents and tokens that are computed once, and training from them."""
+"""dataset/precompute.py: latents and tokens that are computed once, and training on them."""
 
 import gzip
 import shutil
@@ -30,7 +30,7 @@ SENTENCE = "A red fox runs through the snow.\n"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Write twelve images of noise, with two captions each."""
+    """Write twelve noise images with two captions each."""
     folder = tmp_path_factory.mktemp("photos")
     generator = torch.Generator().manual_seed(0)
     for i in range(12):
@@ -42,7 +42,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Store five samples a shard instead of 512: three shards of the photos."""
+    """Store five samples per shard instead of 512: the photos fill three shards."""
     monkeypatch.setattr(precompute, "SHARD", 5)
 
 
@@ -199,7 +199,7 @@ def test_training_on_stored_pixels_equals_training_on_images(photos, tiny, tmp_p
 
 @pytest.fixture(scope="module")
 def init(tmp_path_factory):
-    """Write a checkpoint of one block on an autoencoder's latents."""
+    """Write a checkpoint of one block that works on an autoencoder's latents."""
     keep = gpt2_subset([SENTENCE, "a picture of noise"])
     vocabulary = len(keep) + 2
     sizes = MMDiTConfig(depth=1, heads=1, width=16, text_width=8, vocab_size=vocabulary,
@@ -245,7 +245,7 @@ def finished_run(init, stored, tmp_path_factory):
 
 @pytest.fixture
 def train_error(init, tmp_path, mistake):
-    """Return what train.py prints on stderr with these flags: nothing where it succeeds."""
+    """Return what train.py prints on stderr with these flags: nothing if it succeeds."""
     def run_training(*flags):
         flags = settings(init, "--out", tmp_path / "run", "--steps", 2, *flags)
         return mistake(train.main, flags)[1]
@@ -315,7 +315,7 @@ def pack(out, *files, tokenizer="gpt2"):
 
 @pytest.mark.parametrize("piece_length", [2**16, 100, 1])
 def test_a_packed_text_is_its_tokens_end_to_end(piece_length, tmp_path, monkeypatch):
-    """A long text is cut where its tokens stay the same: never in a run of spaces."""
+    """A long text is cut only where this does not change its tokens, never between spaces."""
     text = "One line.\nAnother one,\n\n\n  and a third\r\n\tend: «naïve» 数字\n" * 60
     (tmp_path / "a.txt").write_bytes(text.encode())
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:

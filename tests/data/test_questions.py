@@ -1,4 +1,4 @@
-"""dataset/questions.py: each published format in a small file, and its prompts letter by letter."""
+"""dataset/questions.py: a small file of each published format, and its exact prompts."""
 
 import collections
 import json

@@ -16,7 +16,7 @@ from helpers import jpeg, write_tar
 
 @pytest.fixture
 def photos(tmp_path):
-    """Write five images with a caption file each; one lies in a subfolder."""
+    """Write five images with a caption file each; one is in a subfolder."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     names = ["IMG 0.JPG", "IMG 1.png", "IMG 2.jpeg", "IMG 3.webp", "more/IMG 4.jpg"]
@@ -27,7 +27,7 @@ def photos(tmp_path):
 
 
 def write_images(folder, count, caption="a caption", content=jpeg("red")):
-    """Write images of one content with a caption each."""
+    """Write `count` equal images with a caption each."""
     folder.mkdir()
     for i in range(count):
         (folder / f"{i}.jpg").write_bytes(content)
@@ -107,7 +107,7 @@ def test_a_mixture_crops_images_and_repeats_itself(photos, tmp_path):
     assert len(mix) == 6
     assert {tuple(sample["picture"].shape) for sample in samples} == {(3, 16, 16)}
     blue = sum(sample["captions"] == ["blue"] for sample in samples)
-    assert blue == 10                               # one sample beside five that count three times
+    assert blue == 10                               # one sample, and five with weight 3
     again = mix.take(range(7, 160, 40), "image")
     for one, other in zip(samples[7::40], again, strict=True):
         assert torch.equal(one["picture"], other["picture"])
@@ -166,7 +166,7 @@ def test_unusable_samples_are_replaced_and_named(photos):
 
 @pytest.mark.parametrize("broken, ends", [(3, False), (8, True)])
 def test_over_five_percent_of_unreadable_samples_end_a_run(broken, ends, tmp_path):
-    """3 of 100 never do, even where an epoch begins with them (9 of 209); 8 do (8 of 108)."""
+    """3 bad samples of 100 never end a run, even at an epoch's start (9 of 209); 8 of 108 do."""
     folder = write_images(tmp_path / "images", 100, content=jpeg("red", (16, 16)))
     for i in range(broken):
         (folder / f"{11 * i}.jpg").write_bytes(b"not an image")
@@ -186,7 +186,7 @@ def test_a_hundred_unusable_samples_in_a_row_end_a_run(photos):
 
 
 def test_filters_leave_out_any_share_without_ending_a_run(tmp_path):
-    """Of 40 images 30 are too small, too long or have a short caption: 10 are drawn 400 times."""
+    """30 of 40 images are too small, too long or have a short caption; 10 are drawn 400 times."""
     sizes = [(64, 64), (20, 64), (64, 300), (64, 64)]
     for i in range(40):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg("red", sizes[i % 4]))

@@ -1,4 +1,4 @@
-"""dataset/webdataset.py: samples of a tar at random, without the files beside them."""
+"""dataset/webdataset.py: samples of a tar in any order; other files are skipped."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from dataset.webdataset import Tar
 from helpers import jpeg, write_tar
 from pretrained import tokenizer
 
-FILES, SAMPLES = [], []         # of a good tar: eight images with a caption each
+FILES, SAMPLES = [], []         # files and samples of a good tar: eight images with captions
 for i in range(8):
     content = dict(jpg=jpeg((30 * i, 0, 0)), json=json.dumps(dict(caption=f"red {i}")).encode())
     FILES += [(f"{i:03}.{kind}", content[kind]) for kind in content]
@@ -25,7 +25,7 @@ for i in range(8):
 
 
 def forget():
-    """Drop the open files and the indexes that a process keeps."""
+    """Clear the caches of open files and indexes."""
     webdataset.read_index.cache_clear()
     webdataset.opened.cache_clear()
 
@@ -157,7 +157,7 @@ def test_extensions_may_be_upper_case(tmp_path):
 
 @pytest.mark.parametrize("cut", [8, 7], ids=["between samples", "in a sample"])
 def test_joined_tars_are_read_to_the_end(cut, tmp_path):
-    """`cat` leaves blocks of zeros between them, where tarfile stops."""
+    """`cat` leaves blocks of zeros between the tars, where tarfile stops."""
     with open(tmp_path / "joined.tar", "wb") as joined:
         for files in (FILES[:cut], FILES[cut:]):
             write_tar(tmp_path / "part.tar", files)
@@ -230,7 +230,7 @@ def test_null_is_no_caption(record, recaption, tmp_path):
 
 @pytest.fixture
 def without_questions(tmp_path):
-    """Write a tar of two samples: one has no list of questions, one an empty list."""
+    """Write a tar of two samples: one without a list of questions, one with an empty list."""
     empty = b'{"caption": "a", "questions": []}'
     return write_tar(tmp_path / "a.tar", [*FILES[:3], ("001.json", empty)])
 
@@ -261,9 +261,10 @@ def test_an_unreadable_image_is_named_by_tar_and_key(tmp_path):
 
 
 def damaged_tars(whole, headers):
-    """Yield (name, content): cut anywhere, or with one bit flipped in a header or in a packed tar.
+    """Yield (name, content) of tars that are cut anywhere or have one flipped bit.
 
-    Both have checksums; the content of a file in a plain tar has none."""
+    Bits are flipped in headers and packed tars, which have checksums; files in a plain tar do not.
+    """
     generator = random.Random(0)
     packed = gzip.compress(whole, mtime=1)
 
@@ -292,4 +293,4 @@ def test_damaged_tars_are_read_whole_or_refused_in_one_line(tmp_path):
         except UserError as error:
             assert str(error).startswith(f"{tmp_path / name}: ") and "\n" not in str(error)
             counts["refused"] += 1
-    assert counts["refused"] > 200 and counts["whole"] > 10  # damage shows, and not always
+    assert counts["refused"] > 200 and counts["whole"] > 10  # damage is mostly, not always noticed

@@ -29,7 +29,7 @@ from helpers import Forked, equal_runs, forked, launch, rows, to_the_end, wait_u
 from training import distributed, run_folder
 from training.run_folder import Run, complete, read_log
 
-# another value of one of these makes another run; written out, so that none can be lost unseen
+# settings that identify a run; listed here, so that losing one in the program fails a test
 FIXED = ["--stage", "--preset", "--init", "--vae", "--t5", "--mask-embedding", "--image-data",
          "--text-data", "--vocabulary", "--pixels", "--buckets", "--text-length", "--image-batch",
          "--text-batch", "--optimizer", "--seed", "--predicts", "--times", "--text-loss"]
@@ -45,7 +45,8 @@ def base(tiny, small_tar):
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """The folder of a run of six steps, with step_4 and step_6.  Only read it; `run` is a copy."""
+    """Return the folder of a run of six steps, with step_4 and step_6.  Only read it; to write,
+    use the copy `run`."""
     out = tmp_path_factory.mktemp("trained") / "run"
     train.main(list(map(str, [*base, "--out", out, "--steps", 6])))
     return out
@@ -53,13 +54,13 @@ def trained(base, tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of the run of six steps."""
+    """Return a copy of the run of six steps."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
 @pytest.fixture
 def run_training(base, tmp_path, mistake):
-    """Train in the folder `run`; return stderr, which is empty or one line."""
+    """Return a function that trains in the folder `run` and returns stderr, at most one line."""
     def call(*flags, out=tmp_path / "run"):
         status, message = mistake(train.main, [*base, "--out", out, *flags])
         assert status in (0, 1) and len(message.splitlines()) == status
@@ -85,7 +86,7 @@ def edit_json(file, **changes):
 
 
 def copy_with_weights(folder, target, change):
-    """Copy a checkpoint; change(name, tensor) returns each of the new weights."""
+    """Copy a checkpoint with other weights: change(name, tensor) returns each new tensor."""
     shutil.copytree(folder, target)
     weights = load_file(folder / "model.safetensors")
     weights = {name: change(name, tensor) for name, tensor in weights.items()}
@@ -119,7 +120,7 @@ def test_a_refused_flag_leaves_the_folder_untouched(flag, before, after, run, ru
 
 def test_a_run_under_older_rules_is_refused(run, run_training, tmp_path):
     settings = json.loads((run / "train.json").read_text())
-    del settings["rules"]                                        # as the first rules wrote it
+    del settings["rules"]                                        # as in version 1 of the rules
     (run / "train.json").write_text(json.dumps(settings))
     files = contents(run)
     message = run_training("--steps", 8)
@@ -211,7 +212,7 @@ def test_a_second_run_in_the_same_folder_is_refused(run, run_training):
 
 def test_a_kill_before_the_first_save_starts_again(run, run_training):
     for folder in complete(run):
-        folder.rename(run / f".tmp_{folder.name}")               # a save under way has this name
+        folder.rename(run / f".tmp_{folder.name}")               # the name of an unfinished save
     assert run_training("--steps", 2) == ""
     assert steps_logged(run) == [1, 2]
     assert [path.name for path in run.glob("*step_*")] == ["step_2"]
@@ -255,7 +256,7 @@ def test_files_of_a_run_are_readable_by_all(trained):
 
 
 def test_files_are_replaced_not_written_in_place(run, run_training, tmp_path):
-    """A hard link keeps the old file, so that its inode isn't given to the new one."""
+    """A hard link keeps the old file alive, so that the new file gets another inode."""
     links = tmp_path / "links"
     links.mkdir()
     for name in names(run):
@@ -312,7 +313,7 @@ def test_weights_too_large_for_float16_are_saved_in_bfloat16(run_training, tmp_p
 
 @pytest.mark.parametrize("save", [1, 2, 3])
 def test_a_full_disk_loses_nothing(save, small_disk, run_training, trained):
-    """The disk is full at the first, second or last save; then the same command ends the run."""
+    """The disk is full at the first, second or last save; later the same command ends the run."""
     out, filler = small_disk / "run", small_disk / "filler"
     if save > 1:
         run_training("--steps", 2 * (save - 1), out=out)
@@ -329,10 +330,10 @@ def test_a_full_disk_loses_nothing(save, small_disk, run_training, trained):
 
 
 def test_two_kills_change_no_bit_of_the_weights(base, tmp_path, monkeypatch):
-    """`python -m experiments.survive` does twenty."""
+    """This is a short form of `python -m experiments.survive`, which kills a run twenty times."""
     flags = [*map(str, base), "--steps", "12", "--save-every", "3"]
     monkeypatch.setattr(survive, "start", lambda out, flags: Forked(1, "--out", out, *flags))
-    survive.finish(survive.start(tmp_path / "whole", flags))     # in a fork: as many threads
+    survive.finish(survive.start(tmp_path / "whole", flags))     # also in a fork: equal threads
     # seed 1: the first kill comes 40 ms after a new step, early in the run
     kills, _ = survive.killed_run(tmp_path / "killed", flags, kills=2, seed=1)
     assert kills == 2 and survive.same_weights(tmp_path / "whole", tmp_path / "killed")
@@ -361,7 +362,7 @@ def test_the_log_names_unusable_samples(run_training, tmp_path):
     for row in rows(tmp_path / "run"):
         assert row.get("bad_samples", 0) == len(row.get("bad_names", []))
         bad_names += row.get("bad_names", [])
-    assert bad_names                     # the image loss takes 12 samples, more than an epoch of 9
+    assert bad_names                     # the image loss uses 12 samples, more than an epoch of 9
     for name in bad_names:
         assert name.startswith(f"{folder}/0.png: ") and "40x400" in name
 
@@ -403,8 +404,10 @@ def test_a_question_that_fills_the_text_length_is_refused(run_training):
 
 @pytest.fixture(scope="module")
 def flags(tiny, small_tar):
-    """Flags of a run that any number of processes repeats.  AdamW first takes g / (|g| + eps),
-    which enlarges the last bits of tiny gradients, so the learning rate is small."""
+    """Return flags of a run that is the same with any number of processes.
+
+    The learning rate is small, because AdamW's first step, g / (|g| + eps), magnifies the rounding
+    of tiny gradients."""
     return ["--init", tiny, "--image-data", small_tar, "--image-batch", 8, "--text-batch", 8,
             "--dtype", "float32", "--warmup", 2, "--log-every", 1, "--save-every", 4,
             "--sample-every", 8, "--eval-every", 0, "--optimizer", "adamw", "--lr", 2e-4,
@@ -413,7 +416,7 @@ def flags(tiny, small_tar):
 
 @pytest.fixture(scope="module")
 def single(flags, tmp_path_factory):
-    """The folder of eight steps by one process."""
+    """Return the folder of a run of eight steps by one process."""
     out = tmp_path_factory.mktemp("single") / "run"
     train.main(list(map(str, [*flags, "--out", out])))
     return out
@@ -421,7 +424,7 @@ def single(flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def double(flags, tmp_path_factory):
-    """The same by two processes: folder, stdout, stderr."""
+    """Train the same run with two processes; return its folder, stdout and stderr."""
     out = tmp_path_factory.mktemp("double") / "run"
     output, errors = to_the_end(Forked(2, *flags, "--out", out, "--shard", "zero2"))
     return out, output, errors
@@ -447,7 +450,7 @@ def test_two_processes_in_bfloat16_stay_close_to_one(flags, tmp_path):
     train.main(list(map(str, [*half, tmp_path / "1"])))
     to_the_end(Forked(2, *half, tmp_path / "2"))
     for one, two in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
-        for name in ("image_loss", "text_loss"):                 # bfloat16 has eight bits, 0.4 %
+        for name in ("image_loss", "text_loss"):                 # bfloat16 has eight bits: 0.4 %
             assert one[name] == pytest.approx(two[name], rel=0.02), name
 
 
@@ -480,7 +483,7 @@ def test_one_and_four_processes_resume_what_two_saved(flags, single, double, tmp
 
 
 def die_once():
-    """Have rank 1 of the first attempt kill itself at the seventh exchange, in the fifth step."""
+    """Make rank 1 of the first attempt kill itself at the seventh exchange, in the fifth step."""
     agree = processes.agree
     calls = itertools.count(1)
 
@@ -529,7 +532,7 @@ def test_an_error_ends_all_processes_with_one_line(more, prepare, line, flags, t
 
 
 def test_sigterm_to_torchrun_saves_once_and_resumes(flags, single, tmp_path):
-    """The one test that starts the real torchrun."""
+    """This is the only test that starts the real torchrun."""
     command = [*flags, "--out", tmp_path, "--shard", "none"]
     process = launch(2, *command)
     wait_until(lambda: read_log(tmp_path / "log.jsonl"), process)

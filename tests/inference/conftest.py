@@ -13,19 +13,19 @@ from inference.parts import Parts
 
 @pytest.fixture(scope="session")
 def emoji_images(small_tar):
-    """(records, images (60, 3, 64, 64) in [-1, 1]) of the first samples of the emoji set."""
+    """Return (records, images (60, 3, 64, 64) in [-1, 1]) of the emoji set's first samples."""
     records, pixels = emoji.load(Path(small_tar), 64)
     return records, pixels.float() / 127.5 - 1
 
 
 @pytest.fixture(scope="session")
 def tiny_parts(tiny):
-    """The tiny model of random weights, in float32."""
+    """Return the tiny model with random weights, in float32."""
     return Parts(tiny, dtype=torch.float32)
 
 
 @pytest.fixture
 def fast_score(monkeypatch):
-    """Score texts with 16 levels of masking in place of 64: enough to compare very unlike texts."""
+    """Score texts with 16 masking levels instead of 64: enough to compare very different texts."""
     score = partial(image_to_text.score, levels=16)
     monkeypatch.setattr(image_to_text, "score", score)

@@ -24,7 +24,7 @@ SAMPLED = ReadConfig(steps=5, temperature=1.0, order="random")
 
 @pytest.fixture(scope="module")
 def photos(emoji_images, tmp_path_factory):
-    """The folder of 20 images, and of one that is corrupt."""
+    """Write a folder of 20 images and a corrupt one."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(20):
         to_picture(emoji_images[1][i]).save(folder / f"{i}.png")
@@ -49,7 +49,7 @@ def pope_label(i):
 
 
 def pope_file(folder, count, kind="popular"):
-    """Write POPE's file of `count` questions about 21 images."""
+    """Write a file of POPE with `count` questions about 21 images."""
     file = folder / f"coco_pope_{kind}.json"
     write_rows(file, [dict(question_id=i, image=f"{i % 21}.png", text=QUESTIONS[i % 2],
                            label=pope_label(i)) for i in range(count)])
@@ -98,7 +98,7 @@ def test_an_answer_does_not_depend_on_other_questions(tiny_parts, photos, tmp_pa
 
 
 def test_each_question_id_has_its_own_seed(tiny_parts, photos, tmp_path):
-    """The same question about the same image, sampled, gets another answer under another id."""
+    """With sampling, the same question on the same image gets another answer under another id."""
     asks = [Ask(str(i), "0.png", QUESTIONS[0]) for i in range(8)]
     for seed in (0, 1):
         file = AnswerFile(tmp_path / str(seed), asks, photos, {}, SAMPLED, seed=seed)
@@ -140,7 +140,7 @@ def test_left_out_questions_are_remembered(tiny_parts, photos, tmp_path):
 
 
 def test_a_question_without_room_for_a_choice_is_left_out(tiny_parts, photos, tmp_path):
-    """It has room for one token, which a choice with its end does not fit into."""
+    """The question leaves room for one token; a choice with its end token needs more."""
     tokenizer = tiny_parts.tokenizer
     question = "Is it food?"
     while len(tokenizer.pieces(question_prompt(question))) < tiny_parts.length - 1:
@@ -196,7 +196,7 @@ def test_the_likeliest_choice_is_the_answer(tiny, photos, tmp_path):
 
 
 def vqa_file(folder, count):
-    """Write VQAv2's questions about 6 images: 3 + i of 10 answers are yes; the last has none."""
+    """Write VQAv2's questions on 6 images.  3 + i of 10 answers are yes; the last one has none."""
     questions, annotations = [], []
     for i in range(count):
         questions.append(dict(question_id=i, image_id=i % 6, question=QUESTIONS[i % 3]))
@@ -241,14 +241,14 @@ def test_vqav2_is_answered_with_shots_and_scored(tiny, tmp_path, capsys, monkeyp
 
 @pytest.fixture
 def shots_flags(tmp_path):
-    """The flags that ask three questions with 32 examples before each."""
+    """Return flags that ask three questions with 32 examples before each."""
     file = vqa_file(tmp_path, 60)
     return ["answer", "vqav2", file, tmp_path, tmp_path / "a.jsonl", "--shots", "32", "--examples",
             file, "--suffix", "", "--limit", "3", "--steps", "2"]
 
 
 def test_shots_lengthen_the_prompts_of_t5(shots_flags, tmp_path, mistake, capsys):
-    """T5 has no position table: answers get room behind any prompt, unless --length is given."""
+    """T5 has no position table: any prompt gets room for an answer, unless --length is given."""
     release = ["--checkpoint", FIXTURES / "release", "--vae", FIXTURES / "sd3.safetensors",
                "--height", "16", "--width", "16"]
     status, error = mistake(evaluate.main, [*shots_flags, *release, "--length", "100"])

@@ -18,7 +18,7 @@ PROMPTS = ["red apple, noto style", "snowman, noto style", "flag of Chad, twemoj
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def either(request, parts):
-    """The shipped weights, in either type."""
+    """Return the shipped weights in each of both dtypes."""
     return parts if request.param == torch.float32 else Parts(dtype=request.param)
 
 
@@ -71,7 +71,7 @@ def test_a_replayed_cuda_graph_gives_the_same_image(monkeypatch):
 
 @pytest.mark.parametrize("keep, loads", [(True, 1), (False, 2)])
 def test_a_network_is_compiled_each_time_it_is_loaded(tiny, keep, loads, monkeypatch):
-    """A machine that can't hold all parts draws 16 of 17 batches before it decodes them."""
+    """If the parts don't fit in memory together, 16 of 17 batches are drawn before decoding."""
     parts, networks = Parts(tiny, dtype=torch.float32, keep=keep), []
     monkeypatch.setattr(compiled, "compile_blocks", networks.append)
     text_to_image.draw(parts, PROMPTS[:1] * 17, steps=1, batch=1, compile=True)
@@ -93,7 +93,7 @@ def test_an_edit_is_part_of_a_folders_settings(tiny_parts, tmp_path):
 
 @pytest.fixture
 def filled(tiny_parts, tmp_path):
-    """(jobs, folder) of three images."""
+    """Draw three images; return (jobs, folder)."""
     jobs, folder = [(prompt, 3) for prompt in PROMPTS], tmp_path / "drawn"
     assert image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=2)) == 0
     return jobs, folder
@@ -195,12 +195,12 @@ def test_pixels_outside_the_mask_stay_the_same(either, apple_image, apple_latent
 
 
 def test_a_mask_is_cropped_like_its_image(tmp_path):
-    """One white pixel is enough: its latent is drawn."""
+    """One white pixel is enough for its latent to be drawn anew."""
     image, mask = Image.new("RGB", (96, 64)), Image.new("L", (96, 64))
-    mask.putpixel((16, 0), 255)                                  # the first column that stays
+    mask.putpixel((16, 0), 255)                                  # the first column that is kept
     mask.putpixel((16 + 8 * 5 + 7, 8 * 3), 128)
-    mask.putpixel((70, 40), 127)                                 # nearer to black
-    mask.putpixel((3, 3), 255)                                   # cut off
+    mask.putpixel((70, 40), 127)                                 # counts as black
+    mask.putpixel((3, 3), 255)                                   # is cropped away
     mask.save(tmp_path / "mask.png")
     latent_mask = read_mask(tmp_path / "mask.png", image, 64, 64, 8)
     assert latent_mask.shape == (1, 1, 8, 8)

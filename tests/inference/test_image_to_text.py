@@ -16,7 +16,7 @@ NOISE = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def training_images(emoji_images):
-    """(captions, images (12, 3, 64, 64)) that the shipped weights were trained on."""
+    """Return (captions, images (12, 3, 64, 64)) that the shipped weights were trained on."""
     records, images = emoji_images
     indices = [i for i, record in enumerate(records) if record["split"] == "train"][:12]
     return [records[i]["caption"] for i in indices], images[indices]
@@ -40,7 +40,7 @@ def test_fill_changes_only_masked_tokens(parts, emoji_images):
 
 
 def test_given_text_behind_an_end_is_kept(tiny_parts, monkeypatch):
-    """A network that is sure of the end at every position: only masked tokens become padding."""
+    """The network predicts the end token everywhere; only masked tokens may become padding."""
     tokenizer = tiny_parts.tokenizer
     scores = torch.zeros(tokenizer.vocab_size)
     scores[tokenizer.end_id] = 50.0
@@ -54,7 +54,7 @@ def test_given_text_behind_an_end_is_kept(tiny_parts, monkeypatch):
 
 
 def test_fill_follows_the_requested_order(tiny_parts):
-    """Each order gives the result of `mask_diffusion.sample`, with its seeds and its end."""
+    """Each order gives the same result as `mask_diffusion.sample`, with equal seeds and ends."""
     ids, tokenizer = image_to_text.canvas(tiny_parts).expand(3, -1), tiny_parts.tokenizer
     expected = {}
     with torch.inference_mode():
@@ -140,7 +140,7 @@ def test_a_long_text_goes_on_in_blocks(parts, emoji_images, monkeypatch):
     blocks = []
 
     def count_up(parts, latents, ids, *settings):
-        """Write 300, 301, ... from wherever the text has come to."""
+        """Continue the text with ids 300, 301, ..."""
         row = ids[0].tolist()
         blocks.append(list(row))
         for at in (ids[0] == tokenizer.mask_id).nonzero()[:, 0].tolist():
@@ -177,7 +177,7 @@ def test_guidance_embeds_the_text_once(tiny_parts, monkeypatch):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_infill_keeps_the_likeliest_cut(parts, apple, fast_score, monkeypatch, reverse):
-    """"[MASK] apple": one token stands for the mask, wherever that cut is among the others."""
+    """In "[MASK] apple" one token replaces the mask, in whichever order the cuts are tried."""
     image = to_tensor(fit_picture(read_picture(apple), parts.height, parts.width))
     rows, widths = image_to_text.cuts(parts, "[MASK] apple, noto style")
     if reverse:
@@ -188,7 +188,7 @@ def test_infill_keeps_the_likeliest_cut(parts, apple, fast_score, monkeypatch, r
 
 @pytest.mark.parametrize("question", [KIND, None])
 def test_ranking_scores_only_the_answer(tiny_parts, question):
-    """Each answer's score is the likelihood of its own tokens, given those of the prompt."""
+    """Each answer's score is the likelihood of its tokens, given the prompt's tokens."""
     tokenizer, latents = tiny_parts.tokenizer, NOISE[:1]
     prompt = image_to_text.prompt_ids(tiny_parts, question)
     expected = {}
@@ -219,7 +219,7 @@ def run_sample(parts, capsys, monkeypatch):
 
 @pytest.fixture
 def other(emoji_images, tmp_path):
-    """The file of a second image."""
+    """Write a second image, and return its path."""
     to_picture(emoji_images[1][0]).save(tmp_path / "other.png")
     return tmp_path / "other.png"
 

@@ -25,7 +25,7 @@ T = torch.tensor([0.3])
 
 @pytest.fixture(scope="module")
 def mmdit():
-    """A network of random weights: adaLN-zero would hide the attention."""
+    """Return a network with random weights, since adaLN-zero would hide the attention."""
     model = MMDiT(MMDiTConfig(depth=K, heads=H, width=D, patch=2, channels=3, position_size=8,
                               position_base=8, text_width=16, vocab_size=50, qk_norm=True))
     for i, p in enumerate(model.requires_grad_(False).eval().parameters()):
@@ -101,7 +101,7 @@ def test_an_exception_ends_the_storing(mmdit):
 
 
 def test_a_block_with_an_extra_image_token_stores_it_too(mmdit, monkeypatch):
-    """As when somebody adds a register token behind the patches, and drops it at the head."""
+    """Simulate a register token that is added after the patches and dropped before the head."""
     embed, head = mmdit.embed, mmdit.velocity_head
 
     def embed_with_register(latents, text, t):
@@ -133,7 +133,7 @@ def drawing_page(side=64, grid=(8, 8), tokens=28, blocks=6, steps=28, **changes)
 
 
 def test_a_drawings_page_is_small_and_has_every_step():
-    text = drawing_page(words=[" a"] * 27 + [""])                # the end is not shown
+    text = drawing_page(words=[" a"] * 27 + [""])                # the end token is not shown
     assert len(text) < 2_000_000 and text.count("<button><img") == 29
     data = page_data(text)
     assert len(data["words"]) == 27 and len(data["labels"]) == 29
@@ -153,14 +153,14 @@ def test_a_page_fetches_nothing_and_escapes_every_text():
 
 
 def unpack(entry, blocks, patches):
-    """Return the attention (blocks, 4, patches) of a page's bytes."""
+    """Decode a page's bytes to attention (blocks, 4, patches)."""
     values = torch.tensor(list(base64.b64decode(entry["bytes"]))).view(blocks, 4, patches)
     return (values / 255) ** 2 * torch.tensor(entry["scales"]).view(blocks, 1, 1)
 
 
 @pytest.fixture
 def maps():
-    """Attention of three blocks and four words to 20 x 32 patches."""
+    """Return random attention of three blocks and four words to 20 x 32 patches."""
     return torch.rand(3, 4, 20 * 32, generator=torch.Generator().manual_seed(0)).softmax(-1) ** 2
 
 

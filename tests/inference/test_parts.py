@@ -1,4 +1,4 @@
-"""inference/parts.py: the models of a checkpoint fit together and are loaded when needed."""
+"""inference/parts.py: a checkpoint's models are checked to fit, and loaded when needed."""
 
 import weakref
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_own_weights_have_their_own_defaults(tiny_parts):
 
 
 def test_noise_levels_end_at_the_training_floor(parts):
-    """A network that predicts clean data is not asked below t = 0.05, the floor of its training."""
+    """A network that predicts clean data is not evaluated below t = 0.05, its training's floor."""
     assert parts.sizes.predicts == "data"
     assert text_to_image.noise_levels(parts, DrawConfig())[-2:].tolist() == pytest.approx([0.05, 0])
 
@@ -127,7 +127,7 @@ def test_the_weight_is_that_of_all_parts():
     held = 0
     for part in (parts.text, parts.mmdit, parts.vae):
         held += sum(parameter.nbytes for parameter in part.parameters())
-    assert held <= parts.weight() < 1.2 * held                   # and the position table
+    assert held <= parts.weight() < 1.2 * held                   # includes the position table
     assert 2**20 < parts_module.available(torch.device("cpu")) < 2**50
 
 
@@ -147,7 +147,7 @@ def test_encode_gives_the_posteriors_mean():
 
 
 def test_a_tokenizer_larger_than_t5s_table_is_refused():
-    """SD3's weights have no text head that would notice; the lookup would be out of range."""
+    """SD3's weights have no text head to compare with, and T5's table would be indexed too far."""
     with pytest.raises(UserError, match="120 .*50258 .*--tokenizer"):
         Parts(SD3_FILE, t5=RELEASE, tokenizer="gpt2", height=32, width=32, length=16)
     flags = ["latents", RELEASE, "out", "--vae", SD3_FILE, "--t5", RELEASE, "--tokenizer", "gpt2"]

@@ -1,4 +1,4 @@
-"""inference/pipeline.py: PIL images and strings in and out, with the results of the commands."""
+"""inference/pipeline.py takes and returns PIL images and strings, with the commands' results."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PROMPT = "red apple, noto style"
 
 @pytest.fixture(scope="module")
 def pipeline():
-    """The shipped weights."""
+    """Return a pipeline of the shipped weights."""
     return Pipeline(dtype=torch.float32)
 
 

@@ -16,7 +16,7 @@ APPLE = "red apple, noto style"
 
 @pytest.fixture
 def page_arguments(monkeypatch):
-    """A list that gets the arguments of each call of pages.drawing and pages.writing."""
+    """Return a list that collects the arguments of calls of pages.drawing and pages.writing."""
     calls = []
 
     def record(function):
@@ -87,7 +87,7 @@ def test_the_command_writes_the_page_and_prints_its_name(parts, apple, tmp_path,
 @pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2)])
 def test_a_grid_is_as_square_as_its_number_allows(count, columns, rows):
     images = torch.linspace(-1, 1, count).view(-1, 1, 1, 1).expand(count, 3, 8, 16)
-    sheet = grids.grid(images, least=32, gap=4)                  # each shown at twice its size
+    sheet = grids.grid(images, least=32, gap=4)                  # each image at twice its size
     assert sheet.size == (columns * 36 - 4, rows * 20 - 4)
     for i in range(count):
         level = round(127.5 * (float(images[i, 0, 0, 0]) + 1))

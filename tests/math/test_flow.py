@@ -1,4 +1,4 @@
-"""flow.py against a Gaussian: its velocity, flow map and least loss have closed forms."""
+"""Test flow.py on a Gaussian, for which velocity, flow map and minimal loss have closed forms."""
 
 import math
 
@@ -24,7 +24,7 @@ def exact_velocity(x, t):
 
 
 def exact_flow(noise):
-    """Return the data that a Gaussian's flow leads to: its flow map is affine."""
+    """Return the data that the Gaussian's flow maps noise to; the map is affine."""
     return MEAN + VARIANCE.sqrt() * noise
 
 
@@ -55,7 +55,7 @@ def test_loss_is_least_at_the_true_velocity():
 
 
 def test_perfect_data_prediction_has_no_loss_at_any_time():
-    """Its velocity and its target are divided by the same max(t, floor)."""
+    """The predicted velocity and its target are divided by the same max(t, floor)."""
     x = torch.randn(4, 3, 8, 8, generator=seeded(0))
     noise = torch.randn(4, 3, 8, 8, generator=seeded(1))
 
@@ -160,7 +160,7 @@ def test_zero_steps_are_refused():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_solver_error_falls_with_its_order(solver, order, shift):
-    """Take 48 to 384 evaluations of the velocity, in even steps and in uneven ones."""
+    """Compare errors with 48 to 384 evaluations of the velocity, in even and uneven steps."""
     noise = draw_noise()
     errors = []
     for evaluations in (48, 96, 192, 384):
@@ -169,7 +169,7 @@ def test_solver_error_falls_with_its_order(solver, order, shift):
         errors.append((x - exact_flow(noise)).abs().mean())
         assert t == 0 and x is clean
     for coarse, fine in zip(errors, errors[1:]):
-        assert 0.8 * 2 ** order < coarse / fine < 1.2 * 2 ** order       # higher orders of the step
+        assert 0.8 * 2 ** order < coarse / fine < 1.2 * 2 ** order       # 20 % for higher orders
     if solver == "heun":
         euler = flow.euler(exact_velocity, noise, linear_grid(48, shift))
         assert errors[0] < 0.5 * (euler - exact_flow(noise)).abs().mean()

@@ -1,7 +1,7 @@
-"""mask_diffusion.py against an oracle: exact conditionals of a known joint over a few tokens.
+"""Test mask_diffusion.py with an oracle: exact conditionals of a known joint over a few tokens.
 
-Time goes from t = 1 (all [MASK]) to t = 0 (text).  All draws are seeded; the odds beside a
-tolerance are those of another seed.
+Time goes from t = 1 (all [MASK]) to t = 0 (text).  All draws are seeded.  The probability next to a
+tolerance is that of a failure with another seed.
 """
 
 import math
@@ -23,9 +23,10 @@ def random_joint(tokens, values):
 
 
 def oracle_for(joint):
-    """Return ids (B, n) -> log p(x_i | the unmasked tokens), (B, n, V + 1).
+    """Return a function: ids (B, n) -> log p(x_i | the unmasked tokens), (B, n, V + 1).
 
-    [MASK], which is V, gets the largest logit, as a trap.  A table holds all states."""
+    [MASK], which is id V, gets the largest logit on purpose: it must never be drawn.  A table holds
+    all states."""
     n, V = joint.ndim, joint.shape[0]
     place = (V + 1) ** torch.arange(n - 1, -1, -1)
     states = torch.arange((V + 1) ** n)[:, None] // place % (V + 1)
@@ -58,7 +59,7 @@ oracle_at = at_positions(oracle)
 
 
 def record(logits_fn, ids, mask_id, steps, generator=None, **settings):
-    """Return all states (step, ids) of a walk."""
+    """Return all states (step, ids) of a sampling run."""
     config = SampleConfig(steps, **settings)
     return list(mask_diffusion.walk(at_positions(logits_fn), ids, mask_id, config, generator))
 
@@ -68,7 +69,7 @@ def all_masked(rows, tokens=3, mask_id=MASK):
 
 
 def chi_square(samples, joint):
-    """Return Pearson's statistic of samples (B, n) and its degrees of freedom."""
+    """Return Pearson's chi-square statistic of samples (B, n), and its degrees of freedom."""
     n, V = joint.ndim, joint.shape[0]
     cells = samples @ (V ** torch.arange(n - 1, -1, -1))
     counts = torch.bincount(cells, minlength=V ** n).double()
@@ -80,9 +81,9 @@ def chi_square(samples, joint):
 
 
 def misfit(samples):
-    """Return chi-square over its degrees of freedom, for the wide joint, and a limit for it.
+    """Return chi-square / degrees of freedom for the wide joint, and its limit.
 
-    Exact draws exceed the limit, 4 standard deviations, with one seed in some 30,000."""
+    The limit is 4 standard deviations: exact draws exceed it with about one seed in 30,000."""
     statistic, freedom = chi_square(samples, WIDE)
     return statistic / freedom, 1 + 4 * (2 / freedom) ** 0.5
 
@@ -130,7 +131,8 @@ def test_expected_loss_of_a_prompt_is_the_conditional_likelihood():
 
 
 def test_flat_weight_equals_one_over_t_on_average():
-    """With four equally likely tokens both losses are log 4 a token; a row's is 2 t against 1."""
+    """With four equally likely tokens both losses are log 4 per token; a row's flat loss is 2 t
+    times the other one."""
     ids = torch.randint(0, 4, (4000, 8), generator=seeded(0))
     t, uniform = mask_diffusion.draw((4000, 8), seeded(1))
     even = lambda ids, at: torch.zeros(len(at), 5)
@@ -192,7 +194,7 @@ def test_choose_follows_the_softmax_and_its_temperature():
 
 
 def test_tokens_are_drawn_in_float64_for_bfloat16_logits():
-    """A float32 sum of 50,000 probabilities loses the tokens at its end."""
+    """A float32 sum of 50,000 probabilities would lose the last tokens."""
     logits = torch.full((1, 1, 50_001), 0.0).bfloat16()
     logits[..., 0] = 12.0                                        # a probability of 0.76
     p = logits[0, 0, :-1].double().softmax(0)
@@ -240,7 +242,7 @@ def test_one_step_loses_the_joint_but_not_the_marginals():
 
 @pytest.mark.parametrize("order, steps", [("random", [1, 4, 10_000]), ("confidence", [1, 2, 4])])
 def test_one_token_at_a_time_is_an_exact_draw(order, steps):
-    """What is known decides which token comes first, not what is drawn: the joint is kept."""
+    """The order depends on the known tokens only, not on the drawn one, so the joint is exact."""
     ratios = []
     for count in steps:
         ids = all_masked(50_000, 4, WIDE_MASK)
@@ -272,7 +274,7 @@ def test_parallel_order_is_exact_at_its_tightest_level(order, levels):
 def test_each_order_selects_the_expected_tokens():
     """The first row has three masked tokens, the second two; the others are given."""
     masked = torch.tensor([[True, False, True, True, False], [False, True, False, False, True]])
-    left = 2                                                     # evaluations: half the tokens each
+    left = 2                                                     # evaluations; each takes half
     step = torch.tensor([[3, 1, 2, 2, 1], [1, 4, 1, 1, 5]])
     p = torch.tensor([[0.95, 0.05], [0.4, 0.6], [0.01, 0.99], [0.5, 0.5], [0.3, 0.7]])
 
@@ -294,7 +296,7 @@ def test_each_order_selects_the_expected_tokens():
 
 
 def test_new_order_is_one_function_and_one_row(monkeypatch):
-    """Reveal one token a step from right to left: an exact draw of the joint, as with any order."""
+    """Reveal one token per step from right to left: like any order, this draws the exact joint."""
     def select_last(state):
         place = torch.arange(state.masked.shape[1]).expand_as(state.masked)
         return mask_diffusion.largest(torch.where(state.masked, place, -1), 1)
@@ -342,7 +344,7 @@ def test_confidence_finishes_every_row_within_its_steps(steps, evaluations):
     assert (out != MASK).all() and torch.equal(out[2], ids[2]) and out[1, 0] == 0
 
 
-# ----------------------------------------------------------------------------------------- the walk
+# ------------------------------------------------------------------------------------ sampling runs
 
 def test_sampling_changes_masked_tokens_only_and_once():
     ids = torch.randint(0, V + 1, (1000, 3), generator=seeded(0))
@@ -359,7 +361,7 @@ def test_sampling_changes_masked_tokens_only_and_once():
 @pytest.mark.parametrize("order, expected", [("random", [300, 100, 100]),
                                              ("confidence", [500, 200, 100])])
 def test_finished_rows_cost_nothing(order, expected):
-    """A batch costs one evaluation a masked token at most; `expected`: the head's tokens."""
+    """A batch costs at most one evaluation per masked token; `expected`: tokens for the head."""
     ids = all_masked(500)
     ids[100:, 1:] = 2
     ids[300:] = torch.tensor([3, 1, 0])
@@ -380,7 +382,7 @@ END, PAD = 3, 2
 
 
 def ending_oracle(ids):
-    """Put only ends behind an end; before it each of the four tokens is as likely."""
+    """Predict only end tokens after an end; before it, all four tokens are equally likely."""
     logits = torch.zeros(*ids.shape, V + 1, dtype=torch.float64)
     is_end = (ids == END).long()
     behind = is_end.cumsum(1) - is_end > 0
@@ -410,7 +412,7 @@ def test_written_end_pads_the_rest_at_once():
 
 
 def test_given_text_is_kept_around_ends():
-    """An end in given text ends nothing; padding behind a written end skips given tokens."""
+    """An end token in given text ends nothing; padding after a written end skips given tokens."""
     ids = all_masked(200, 8)
     ids[:, :3] = torch.tensor([0, END, 1])
     ids[:, 6:] = torch.tensor([1, 0])
@@ -428,7 +430,7 @@ def test_given_text_is_kept_around_ends():
 
 
 def test_length_at_ends_the_text_at_the_first_likely_end():
-    """While all is masked, the end has a probability of 0.25 everywhere: it is put first."""
+    """While all is masked, the end has probability 0.25 everywhere, so it is put first."""
     for length_at, ends_at_once in ((0.2, True), (0.3, False)):
         out = sample(ending_oracle, all_masked(200, 7), MASK, 100, seeded(0), end_id=END,
                      pad_id=PAD, length_at=length_at)
@@ -457,11 +459,11 @@ def test_likelihood_is_exact_within_its_standard_error(text, prompt):
     assert abs(nats - exact) < 4 * error < 3.0                   # 4 standard errors of 60 draws
     nats, small = likelihood(oracle_at, torch.tensor(text), MASK, frozen, 6000, seeded(0))
     assert abs(nats - exact) < 4 * small
-    assert small == pytest.approx(error / 10, rel=0.5)           # 60 draws know it to about 15 %
+    assert small == pytest.approx(error / 10, rel=0.5)           # 60 draws give it to about 15 %
 
 
 def test_likelihood_masks_each_number_of_tokens_as_often():
-    """ceil(t n) of n = 4 tokens: each of 1 .. 4 has a quarter of the levels."""
+    """Of n = 4 tokens ceil(t n) are masked: each of 1 to 4 has a quarter of the levels."""
     masked = []
 
     def picked(ids, at):

@@ -1,4 +1,4 @@
-"""model.py: sizes, independence, gradients, and that it can learn."""
+"""model.py: sizes, independence of samples, gradients, and a test that it learns."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def seeded(seed):
 
 
 def tiny_model(seed=0, **changes):
-    """Return a tiny model with all weights random: adaLN-zero would hide most of it."""
+    """Return a tiny model with random weights everywhere: adaLN-zero would hide most of it."""
     torch.manual_seed(seed)
     model = MMDiT(MMDiTConfig(**(vars(TINY) | changes)))
     for p in model.parameters():
@@ -41,7 +41,7 @@ def inputs(B=3, h=8, w=4, L=5):
 # --------------------------------------------------------------------------------- sizes and inputs
 
 def parameter_count(preset):
-    """Return how many parameters a preset has, and values in its position table."""
+    """Return the number of a preset's parameters, and of values in its position table."""
     config = MMDiTConfig(**PRESETS[preset])
     with torch.device("meta"), checkpoint.Uninitialized():
         modules = [MMDiT(config)]
@@ -100,7 +100,7 @@ def test_row_does_not_depend_on_its_neighbours():
 
 @torch.no_grad()
 def test_permuted_text_gives_permuted_logits_and_the_same_velocity():
-    """Attention has no order of its own: the embedding alone tells positions apart."""
+    """Attention does not depend on the order of tokens: only the embedding has positions."""
     model, (latents, text, t) = tiny_model(), inputs()
     order = torch.tensor([3, 0, 4, 1, 2])
     velocity, logits = model(latents, text, t)
@@ -122,7 +122,7 @@ def test_one_time_for_the_batch_equals_that_time_in_every_row(predicts):
 
 @torch.no_grad()
 def test_text_head_is_computed_in_float32_under_autocast():
-    """Rounded to bfloat16, logits of 22 are off by up to 0.06 nats a token."""
+    """Rounding logits of 22 to bfloat16 would change the loss by up to 0.06 nats per token."""
     model, (latents, text, t) = tiny_model(), inputs()
     hidden = []
     model.txt_out.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
@@ -291,7 +291,7 @@ def test_tiny_model_memorises_eight_images_and_captions(make_images, predicts, s
     optimizer = torch.optim.AdamW([*model.parameters(), *embedding.parameters()], betas=(0.9, 0.99),
                                   fused=True)
     logits_fn = lambda ids: model(images, embedding(ids), CLEAN, need="logits")[1]
-    copies = images.repeat(4, 1, 1, 1)  # four noise levels of each image a step
+    copies = images.repeat(4, 1, 1, 1)  # four noise levels per image and step
     copied_ids = ids.repeat(4, 1)
     steps = 200
     for step in range(steps):
@@ -312,4 +312,4 @@ def test_tiny_model_memorises_eight_images_and_captions(make_images, predicts, s
     distances = torch.cdist(drawn.flatten(1), images.flatten(1))
     assert distances.argmin(1).tolist() == list(range(8))
     between = torch.pdist(images.flatten(1)).mean()
-    assert distances.diag().mean() < 0.5 * between  # 0.2 is usual; a mixture of several: 0.9
+    assert distances.diag().mean() < 0.5 * between  # usually 0.2; 0.9 for blends of several images

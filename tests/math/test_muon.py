@@ -1,4 +1,4 @@
-"""training/muon.py against a singular value decomposition and torch's own Muon."""
+"""Compare training/muon.py with a singular value decomposition and with torch's Muon."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_iteration_changes_only_the_singular_values(shape):
     assert s[large].min() > 0.6 and s[large].max() < 1.3  # near 1; five steps leave 0.7 to 1.2
 
 
-# rounding of one product, grown by five steps
+# the rounding of one product, amplified by five steps
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_products_are_in_the_given_dtype(dtype, tolerance):
     matrices = torch.randn(2, 48, 32, generator=seeded(0))
@@ -38,7 +38,7 @@ def test_products_are_in_the_given_dtype(dtype, tolerance):
 
 @pytest.mark.parametrize("number", [float, torch.tensor])
 def test_bfloat16_steps_equal_torchs_muon(number):
-    """Take gradients of low and full rank; the learning rate is a number or a tensor."""
+    """Test gradients of low and full rank, and a learning rate as a number or a tensor."""
     generator = seeded(0)
     shapes = [(96, 96), (96, 64), (64, 96), (96, 96), (64, 96)]
     start = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -63,7 +63,7 @@ def test_bfloat16_steps_equal_torchs_muon(number):
 
 @pytest.mark.parametrize("shape", [(32, 128), (128, 32), (64, 64)])
 def test_update_is_as_large_as_adamws(shape):
-    """It is about 0.2 times the learning rate in each entry, for any size of the gradient."""
+    """The update is about 0.2 times the learning rate in each entry, for any gradient size."""
     p = nn.Parameter(torch.zeros(shape))
     p.grad = torch.randn(shape, generator=seeded(0)) * 1e-4
     Muon([p], lr=1.0, weight_decay=0.0, dtype=torch.float32).step()

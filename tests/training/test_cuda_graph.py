@@ -1,4 +1,4 @@
-"""train.py --cuda-graph on a CPU, where its step is run as it stands: it equals the plain step."""
+"""train.py --cuda-graph on a CPU, where its step runs without a graph: it equals the plain step."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SMALL = ["--image-batch", 4, "--text-batch", 4, "--dtype", "float32", "--log-eve
 
 
 def checkpoint_tensors(folder):
-    """All tensors of a checkpoint: weights, moments, averages."""
+    """Return all tensors of a checkpoint: weights, moments, averages."""
     parts = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(part.size) for name, part in parts.items()
                if hasattr(part, "properties")}
@@ -24,7 +24,7 @@ def checkpoint_tensors(folder):
 
 @pytest.fixture
 def one_thread():
-    """Two threads on a busy machine take 20 times as long."""
+    """Use one thread: on a busy machine two threads take 20 times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,17 +32,17 @@ def one_thread():
 
 
 @pytest.mark.parametrize("stage, more, graphed", [
-    # the third step is a plain one, and both kinds resume from the other
+    # the third step is a plain one, and each kind resumes from the other
     ("pretrain", ["--text-dropout", 0.5, "--eval-every", 4], [(True, 2), (False, 3), (True, 4)]),
     ("instruct", ["--text-loss", "flat", "--decay-steps", 2, "--eval-every", 0, "--workers", 1],
      [(True, 4)])])
 def test_graphed_run_equals_a_plain_one(
         stage, more, graphed, tiny, small_tar, tmp_path, monkeypatch, one_thread):
-    """Muon multiplies in float64.  A gradient of few samples lacks directions.  There the update is
-    mostly rounding, so that in float32 two runs would part at once."""
+    """Muon multiplies in float64 here.  A gradient of few samples has a low rank; in the missing
+    directions the update is mostly rounding, so in float32 two runs would soon differ."""
     monkeypatch.setattr("training.muon.orthogonalize",
                         lambda matrices, dtype: orthogonalize(matrices, torch.float64))
-    monkeypatch.setattr(cuda_graph, "check", lambda config: None)        # a CPU will do
+    monkeypatch.setattr(cuda_graph, "check", lambda config: None)        # accept a CPU
     for name, parts in (("plain", [(False, 4)]), ("graphed", graphed)):
         for graph, steps in parts:
             flags = ["--stage", stage, "--init", tiny, "--image-data", small_tar, *SMALL, *more,

@@ -1,4 +1,4 @@
-"""viz/curves.py: the curves and the page."""
+"""viz/curves.py: the image of a run's curves, and the page about a run."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ from viz import curves
 
 
 def log_rows(scale=1.0):
-    """A log of every tenth step up to 50, with a validation in every second row."""
+    """Return a log with every tenth step up to 50, and a validation in every second row."""
     log = []
     for step in range(10, 60, 10):
         row = dict(step=step, seconds=float(step), lr=1e-3, grad_norm=1.0, image_loss=scale / step,
@@ -50,7 +50,7 @@ def test_curves_are_drawn_from_whatever_rows_exist(tmp_path):
 
 
 class Page(HTMLParser):
-    """The addresses that a page fetches from, and its cells."""
+    """Collect the addresses that a page fetches from, and its table cells."""
 
     def __init__(self, text):
         super().__init__()
@@ -73,7 +73,7 @@ def run_flags(tiny, small_tar):
 
 @pytest.fixture(scope="module")
 def run(run_flags, tmp_path_factory):
-    """A run whose name is markup, with two validations and two sheets of samples."""
+    """Train a run with markup as its name, two validations and two sheets of samples."""
     out = tmp_path_factory.mktemp("runs") / "one <b>"
     train.main([*run_flags, "--sample-every", "1", "--out", str(out)])
     return out
@@ -102,7 +102,7 @@ def test_log_has_the_pace_and_the_memory_of_a_run(run):
 
 def test_compared_run_is_drawn_in_grey(run, run_flags, tmp_path):
     other = rows(run)
-    for row in other:  # beside this run's curves, not below
+    for row in other:  # else its curves would be hidden under this run's
         row["val_image"] *= 1.5
         row["val_nats"] *= 1.5
     log = tmp_path / "other.jsonl"
@@ -119,4 +119,4 @@ def test_log_without_validations_is_refused_before_a_fresh_start(run, run_flags,
         with pytest.raises(UserError, match=f"--compare .*{name}"):
             train.main([*run_flags, "--out", str(run), "--fresh",
                         "--compare", str(tmp_path / name)])
-    assert (run / "step_2").exists()                             # which --fresh would have deleted
+    assert (run / "step_2").exists()                             # --fresh would have deleted it

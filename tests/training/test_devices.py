@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def test_bfloat16_is_native_where_the_processor_has_it(flags, native, monkeypatch):
     assert bool(re.search(NATIVE_BFLOAT16, flags)) == native
     monkeypatch.setattr(devices, "processor_flags", lambda: flags)
-    assert has_bfloat16(CPU) in {native, False}  # oneDNN of an older machine says no to all
+    assert has_bfloat16(CPU) in {native, False}  # on older machines oneDNN never supports it
 
 
 PROBE = """
@@ -93,7 +93,7 @@ def test_several_processes_do_not_use_mps(monkeypatch):
 
 
 def test_mps_samples_in_float32_from_the_right_distribution(monkeypatch):
-    """Elsewhere tokens are drawn in float64."""
+    """On other devices tokens are drawn in float64, which MPS lacks."""
     assert mask_diffusion.exact_dtype(torch.device("mps")) == torch.float32
     assert mask_diffusion.exact_dtype(CPU) == torch.float64
     monkeypatch.setattr(mask_diffusion, "exact_dtype", lambda device: torch.float32)

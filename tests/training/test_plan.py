@@ -1,4 +1,4 @@
-"""training/plan.py: parameters, arithmetic and memory of a run before it starts."""
+"""training/plan.py: a run's parameters, FLOPs and memory, computed before it starts."""
 
 import re
 from dataclasses import replace
@@ -21,7 +21,7 @@ SMALL = MMDiTConfig(depth=3, heads=4, width=64, text_width=32, vocab_size=500)
 
 
 def small_memory(*flags, depth=8, gpu=True):
-    """Memory of a small model on eight devices, by part."""
+    """Return the memory of a small model on eight devices, by part."""
     config = train.parse(["--preset", "sd3-medium", "--text-length", "64", *flags,
                           "--print-plan", "8"])
     return plan.memory(config, replace(SMALL, depth=depth), None, None, 256, 8, gpu)
@@ -40,7 +40,8 @@ def test_flops_of_a_sample_are_three_forward_passes(need, N):
 
 
 def frozen_flops(stage, t5, vae):
-    """Of 8 images of 16 x 16 and 4 texts of 10 tokens; a quarter of the captions are dropped."""
+    """Return the FLOPs for 8 images of 16 x 16 and 4 texts of 10 tokens; a quarter of the captions
+    are dropped."""
     config = train.parse(["--preset", "sd3-medium", "--stage", stage, "--image-batch", "8",
                           "--text-batch", "4", "--text-dropout", "0.25", "--text-length", "10",
                           "--pixels", "16", "--print-plan", "8"])
@@ -76,7 +77,7 @@ def test_flops_of_the_autoencoder_are_those_worked_out_by_hand():
 # ------------------------------------------------------------------------------------------- memory
 
 def kept_bytes(module, *inputs):
-    """Bytes that autograd keeps for the backward pass, without weights and inputs."""
+    """Return the bytes that autograd keeps for the backward pass, without weights and inputs."""
     excluded = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *inputs)}
     kept = {}
 
@@ -86,13 +87,13 @@ def kept_bytes(module, *inputs):
             kept[storage.data_ptr()] = storage.nbytes()
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = module(*inputs)  # alive: its memory isn't used again
+        result = module(*inputs)  # kept alive, so that its memory isn't reused
     del result
     return sum(kept.values())
 
 
 def test_block_activations_are_what_autograd_keeps():
-    """Four blocks less one, so that what stands before and behind them drops out."""
+    """Four blocks minus one block: the memory of the layers before and after them cancels."""
     x, text, t = torch.randn(2, 16, 8, 8), torch.randn(2, 20, 32), torch.rand(2)
     one, four = (kept_bytes(MMDiT(replace(SMALL, depth=depth)).train(), x, text, t)
                  for depth in (1, 4))
@@ -108,7 +109,7 @@ class T5Blocks(nn.ModuleList):
 
 
 def test_t5_activations_are_what_autograd_keeps():
-    """Four blocks less one.  The plan may count their common bias of positions in each of them."""
+    """Four blocks minus one.  The plan may count the position bias, which they share, in each."""
     t5 = T5Config(width=64, heads=4, head=16, hidden=128)
     L = 40
     x, bias = torch.randn(1, L, t5.width, requires_grad=True), torch.zeros(1, t5.heads, L, L)
@@ -138,7 +139,7 @@ def test_optimizer_memory_is_two_moments_or_muons_one(optimizer):
         each = 1 if isinstance(part, Muon) else 2
         moments += each * sum(p.numel() for p in part.param_groups[0]["params"])
     planned = small_memory(*flags, depth=SMALL.depth, gpu=False)["optimizer, float32"]
-    # the plan gives the biases of blocks, 2 % of them, one moment too
+    # the plan counts one moment also for the blocks' biases, 2 % of their parameters
     assert planned == pytest.approx(4 * moments, rel=0.02)
 
 
@@ -146,7 +147,7 @@ def test_optimizer_memory_is_two_moments_or_muons_one(optimizer):
 
 @pytest.fixture
 def show_plan(monkeypatch, capsys):
-    """Return the page of a plan; activations, which the tests above measure, are made up."""
+    """Return a plan's printed page, with a made-up size of activations (measured above)."""
     monkeypatch.setattr(plan, "block_activations", lambda *args: 1e6)
     monkeypatch.setattr(plan, "t5_activations", lambda *args: 1e6)
 

@@ -39,7 +39,7 @@ STAGES_FROM_SD3 = ("pretrain", "mask-emb", "high-res", "instruct")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of 24 images with captions in the words that the tiny tokenizer has."""
+    """Write a folder of 24 images, with captions in words that the tiny tokenizer has."""
     folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for i in range(24):
@@ -64,7 +64,7 @@ def flags(stage, out, images, *more):
 
 @pytest.fixture(scope="module")
 def chain(images, tmp_path_factory):
-    """The folder of four runs: all stages from SD3, each resumed after two of its four steps."""
+    """Return a folder with four runs: all stages from SD3, each resumed after two of four steps."""
     folder = tmp_path_factory.mktemp("chain")
     init = FROM_SD3
     for stage in STAGES_FROM_SD3:
@@ -170,7 +170,7 @@ def test_exported_average_computes_the_same(stage, chain, tmp_path):
     for path in (chain / stage, tmp_path / "release"):
         parts = Parts(path, vae=SD3, t5=RELEASE, height=16, width=16, length=12)
         images.append(text_to_image.draw(parts, ["a [MASK] cat"], steps=2))
-    assert torch.equal(*images)                                  # the [MASK] embedding came along
+    assert torch.equal(*images)                                  # the [MASK] embedding is kept
 
 
 def test_only_mask_emb_trains_the_mask_and_none_the_null_image(chain):
@@ -183,7 +183,7 @@ def test_only_mask_emb_trains_the_mask_and_none_the_null_image(chain):
     aligned = weights["mask-emb"]["mask.vector"]
     assert torch.equal(weights["pretrain"]["mask.vector"], t5_row)
     assert not torch.equal(aligned, t5_row)
-    for later in ("high-res", "instruct"):  # the weights go on, not their average
+    for later in ("high-res", "instruct"):  # a stage starts from the weights, not their average
         assert torch.equal(weights[later]["mask.vector"], aligned)
     average = load_file(chain / "mask-emb" / checkpoint.MASK_EMBEDDING)["vector"]
     assert 0 < (average - aligned).abs().max() < (t5_row - average).abs().max()
@@ -234,7 +234,7 @@ def test_mask_embedding_gradient_equals_finite_differences():
 
 @pytest.fixture(scope="module")
 def text_run(tiny, tmp_path_factory):
-    """A run of the stage `text`, resumed after two of its four steps."""
+    """Train the stage `text`, resumed after two of its four steps."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "a.txt").write_text("a red cat and a green one sit on the mat. " * 60)
     data.main(["pack", str(folder / "a.txt"), str(folder / "t.safetensors"),
@@ -279,7 +279,7 @@ def test_trained_null_image_is_kept_by_later_stages(text_run, tiny, small_tar, t
 
 @pytest.fixture(scope="module")
 def stored_states(images, tmp_path_factory):
-    """Latents of the images, and T5's states of their captions."""
+    """Store latents of the images and T5's states of their captions."""
     folder = tmp_path_factory.mktemp("states") / "stored"
     data.main(list(map(str, [
         "latents", images, folder, "--vae", SD3, "--t5", RELEASE, "--tokenizer", RELEASE,
@@ -297,7 +297,7 @@ def test_stored_states_train_as_t5_does(images, chain, stored_states, tmp_path):
     assert a["text_loss"] == pytest.approx(b["text_loss"], rel=1e-5)   # float32 in another order
     assert a["image_loss"] == pytest.approx(b["image_loss"], rel=1e-3)  # T5 was in bfloat16
     assert a["image_loss"] != b["image_loss"]
-    # the same T5, but for its [MASK]
+    # the same T5, except for its [MASK] embedding
     train.main(flags("pretrain", tmp_path / "aligned", stored_states, "--init", chain / "mask-emb",
                      *base, "--dtype", "bfloat16"))
 
@@ -334,7 +334,7 @@ def test_dropped_captions_skip_t5_and_have_the_empty_prompts_states():
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_micro_batches_drop_the_same_captions(stored):
-    """A dropped caption has the empty prompt's states, whatever its ids and stored states."""
+    """A dropped caption gets the empty prompt's states in place of its own, stored or not."""
     length, width = 3, 4
     ids = torch.arange(1, 9)[:, None].expand(8, length)
 
@@ -354,7 +354,7 @@ def test_micro_batches_drop_the_same_captions(stored):
 
 
 def test_training_with_t5_pads_with_its_end_token(images, tmp_path):
-    """Also where the tokenizer's folder names <pad>, as SD3's does."""
+    """The end token is used also if the tokenizer's folder names <pad>, as SD3's does."""
     folder = shutil.copytree(RELEASE / "tokenizer", tmp_path / "tokenizer_3")
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         (folder / name).write_text(json.dumps(dict(pad_token="<pad>")))
@@ -373,7 +373,7 @@ def test_training_with_t5_pads_with_its_end_token(images, tmp_path):
 # ------------------------------------------------------------------------------------- the losses
 
 def published_models(path):
-    """Models of a published transformer; T5 answers every text with the fixture's states."""
+    """Load the models of a published transformer; T5 returns the fixture's states for any text."""
     mmdit = checkpoint.load_mmdit(path, vocab_size=VOCABULARY)
     context = EXPECTED["ddit.context"]
     return Models(torch.nn.ModuleDict(dict(mmdit=mmdit)), SimpleNamespace(mask_id=MASK_ID),
@@ -398,7 +398,7 @@ def test_image_loss_of_published_weights_is_that_of_their_velocity(path, name):
 
 
 def test_text_loss_of_published_weights_is_that_of_their_logits():
-    """Computed from the published model's logits, in a plain loop over rows and tokens."""
+    """The loss equals one from the published model's logits, in a loop over rows and tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 100, (2, 9), generator=generator)
     t, uniform = mask_diffusion.draw((2, 9), generator)
@@ -411,14 +411,14 @@ def test_text_loss_of_published_weights_is_that_of_their_logits():
         nats = 0.0
         for at in range(9):
             if uniform[row, at] < t[row]:
-                others = logits[row, at, :MASK_ID]               # never [MASK] itself, the last
+                others = logits[row, at, :MASK_ID]               # without [MASK], the last id
                 nats += float(torch.logsumexp(others, 0) - logits[row, at, ids[row, at]])
         # published in float32
         assert float(errors[row]) == pytest.approx(nats / float(t[row]), rel=1e-4)
 
 
 def test_processes_and_micro_batches_make_the_same_update(chain, images, tmp_path):
-    """The norm is clipped, sizes are bucketed; two processes shard T5 and recompute activations."""
+    """With clipped gradients and buckets; two processes also shard T5 and recompute activations."""
     base = ["--init", chain / "pretrain", "--pixels", 24, "--buckets", "--steps", 2, "--clip", 0.5,
             "--lr", 1e-4]
     train.main(flags("mask-emb", tmp_path / "one", images, *base))
@@ -441,7 +441,7 @@ def test_processes_and_micro_batches_make_the_same_update(chain, images, tmp_pat
 
 @pytest.fixture
 def program_copy(tmp_path):
-    """A copy of the program, whose sources a test may change."""
+    """Return a copy of the program that a test may change."""
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("viz/*.html")]:
         target = tmp_path / file.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
@@ -451,7 +451,7 @@ def program_copy(tmp_path):
 
 
 def insert(file, line, more):
-    """Put text behind a line that a file has once."""
+    """Insert text after a line that occurs once in a file."""
     source = file.read_text()
     assert source.count(line) == 1
     file.write_text(source.replace(line, line + more))
@@ -497,7 +497,7 @@ PYTHON_STUB = '''#!/bin/bash
 
 
 def test_scripts_run_each_stage_once_with_valid_flags(tmp_path, monkeypatch):
-    """Stand-ins for python and torchrun note how they were called and end the stage."""
+    """Stand-ins for python and torchrun record their calls and write a finished stage."""
     shutil.copytree(ROOT / "runs", tmp_path / "runs")
     (tmp_path / "python").write_text(PYTHON_STUB)
     (tmp_path / "python").chmod(0o755)
@@ -511,7 +511,7 @@ def test_scripts_run_each_stage_once_with_valid_flags(tmp_path, monkeypatch):
         call("runs/paper.sh")
         call("runs/end_to_end.sh")
     call("runs/own.sh", "folder", "a prompt", "--steps", "7")
-    call("runs/own.sh", "runs", "a prompt")  # a folder that exists: by its whole path
+    call("runs/own.sh", "runs", "a prompt")  # "runs" exists: its full path is used
     calls = [line.split("\t")[:-1] for line in (tmp_path / "called").read_text().splitlines()]
 
     sizes = MMDiTConfig(**PRESETS["sd3-medium"])
@@ -521,10 +521,10 @@ def test_scripts_run_each_stage_once_with_valid_flags(tmp_path, monkeypatch):
     assert [config.stage for config in configs] == [
         "pretrain", "mask-emb", "high-res", "instruct", "text", "pretrain", "pretrain", "instruct",
         "pretrain", "pretrain"]
-    for config in configs[:4]:  # the paper's table, whatever the script says
+    for config in configs[:4]:  # the settings must equal the paper's table
         assert config.filtered and config.init
         assert config.steps == TABLE_1[config.stage][0]
-    assert configs[-2].steps == 7                                # own.sh passes further flags on
+    assert configs[-2].steps == 7                                # own.sh passes extra flags on
     sources = [config.image_data[0] for config in configs[-2:]]
     assert sources == ["folder:2.5", f"{tmp_path}/runs:2.5"]
     preparations = [words[1] for words in calls if words[0] == "data.py"]
@@ -576,7 +576,7 @@ def test_instruct_from_sd3_warns_and_reports_what_is_carried_over(images, tmp_pa
     total = sum(p.numel() for p in model.parameters()) + model.positions.numel()
     head = VOCABULARY * 65                                       # width 64, and a bias
     null_image = 8 * 64
-    # of the last block's text stream: output, MLP, and the modulation's gates, four of six
+    # in the last block's text stream: output, MLP, and four of six parts of the modulation
     text_stream = 64 * 65 + (64 * 257 + 256 * 65) + 4 * 64 * 65
     assert f"{total - head - null_image - text_stream:,} values" in errors
     assert f"{head:,}" in errors

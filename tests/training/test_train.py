@@ -1,4 +1,4 @@
-"""train.py: a loop written out, stop and resume, the recipe, mistakes at the command line."""
+"""train.py against a plain loop; stopping and resuming; the recipe; wrong flags."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def losses(out):
 # --------------------------------------------------------------------------- the loop, written out
 
 def scaled(samples):
-    """Images (B, 3, H, W) in [-1, 1]."""
+    """Return the samples' images (B, 3, H, W) in [-1, 1]."""
     return torch.stack([sample["picture"] for sample in samples]).float() / 127.5 - 1
 
 
@@ -85,11 +85,11 @@ def plain_text_loss(config, model, tokenizer, samples, generators, t):
         lambda ids: model["mmdit"](x, model["embedding"](ids), torch.zeros(1))[1])
     errors = mask_diffusion.errors(logits_at, torch.stack(ids), tokenizer.mask_id,
                                    torch.stack(frozen), t=t, uniform=torch.stack(uniform))
-    return errors.sum() / (2 * 28)  # of all positions, prompts included
+    return errors.sum() / (2 * 28)  # a mean over all positions, including prompts
 
 
 def plain_loop(config, folder, tar):
-    """Train in one process; return rows of (losses, norm, rate), the weights, and their average."""
+    """Train in a plain loop; return rows of (losses, norm, learning rate), weights, and average."""
     tokenizer = checkpoint.load_tokenizer(folder)
     model = nn.ModuleDict(dict(mmdit=checkpoint.load_mmdit(folder),
                                embedding=checkpoint.load_embedding(folder))).train()
@@ -113,7 +113,7 @@ def plain_loop(config, folder, tar):
         image_loss.backward()
         (0.3 * text_loss).backward()
         norm = torch.cat([p.grad.double().flatten() for p in weights.values()]).norm()
-        # two steps of warm-up, two of decay
+        # two warm-up steps and two decay steps
         rate = 1e-3 * min(1, (step + 1) / 2) * min(1, (config.steps - step) / 2)
         with torch.no_grad():
             for name, p in weights.items():
@@ -163,7 +163,7 @@ def test_training_equals_a_loop_written_out(stage, more, tiny, small_tar, tmp_pa
 # ------------------------------------------------------------------------------------- the batches
 
 def test_text_loss_is_a_mean_over_all_positions(tiny):
-    """The published normalisation: sum over masked tokens of CE / t, over B L, prompts included."""
+    """As published, the sum of CE / t over masked tokens is divided by B L, including prompts."""
     sample = dict(key="a", latents=torch.zeros(3, 8, 8), captions=[],
                   questions=[dict(question="is this a flag of somewhere", answer="yes")])
     config = replace(parse(["--stage", "instruct"]), text_length=28)
@@ -187,7 +187,7 @@ def test_times_flag_reaches_the_image_loss(tiny):
 
 
 def test_micro_batches_have_early_and_late_times():
-    """So that the logits of their masked tokens never take more than plan.memory says."""
+    """Then the logits of a micro-batch's masked tokens never take more than plan.memory counts."""
     for size, world, micro in ((64, 1, 8), (512, 8, 8), (512, 8, 1), (2048, 8, 32), (48, 1, 6)):
         times, _ = mask_diffusion.draw((size, 0), torch.Generator().manual_seed(size))
         times = times[0::world]
@@ -199,7 +199,7 @@ def test_micro_batches_have_early_and_late_times():
 
 
 def all_batches(config, sources, tokenizer, world, workers):
-    """Nine steps of all processes: tensors of the global batches, names of unreadable samples."""
+    """Return nine steps' global batches as tensors, and the names of unreadable samples."""
     ranks = []
     for rank in range(world):
         mixes = {name: data.Mix(sources, 16, "key") for name in ("image", "text")}
@@ -222,7 +222,8 @@ def all_batches(config, sources, tokenizer, world, workers):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_processes_and_workers_do_not_change_the_batches(small_tar, tiny, tmp_path):
-    """Nor draws and tokens, in a mixture of the emoji set and a folder with an unreadable image."""
+    """Test a mixture of the emoji set and a folder with an unreadable image; compare also random
+    draws and tokens."""
     for i in range(40):
         Image.new("RGB", (20, 20 + i), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"red {i}\nalso red {i}")
@@ -244,7 +245,7 @@ def test_processes_and_workers_do_not_change_the_batches(small_tar, tiny, tmp_pa
 
 
 def test_cut_texts_are_warned_about_once_and_counted(tiny, small_tar, tmp_path, capsys):
-    """Two processes read ahead, 8 captions a step; a resumed run does not warn again."""
+    """Two processes read ahead, 8 captions per step; a resumed run does not warn again."""
     flags = ["--init", tiny, "--image-data", small_tar, "--out", tmp_path, *QUICK,
              "--text-length", 5, "--text-batch", 4, "--workers", 2]
     for steps, warnings in ((3, 1), (5, 0)):
@@ -262,7 +263,7 @@ def test_resumed_run_equals_an_unbroken_one(small_tar, tiny, tmp_path):
     flags = ["--image-data", small_tar, "--init", tiny, *QUICK, "--ema", "0.5", "--save-every", "2"]
     run_training("--out", tmp_path / "whole", *flags, "--steps", 4)
     run_training("--out", tmp_path / "parts", *flags, "--steps", 2)
-    torch.rand(3)  # as a new process has another state
+    torch.rand(3)  # changes the global random state, as a new process does
     run_training("--out", tmp_path / "parts", *flags, "--steps", 4)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert ((tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -271,7 +272,7 @@ def test_resumed_run_equals_an_unbroken_one(small_tar, tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped_run(small_tar, tiny, tmp_path_factory):
-    """(folder, stdout) of a run that SIGTERM stopped."""
+    """Stop a run with SIGTERM; return (folder, stdout)."""
     out = tmp_path_factory.mktemp("stopped") / "pretrain"
     process = Forked(1, "--out", out, "--image-data", small_tar, "--init", tiny, "--steps", 9999,
                      *QUICK, "--save-every", 9999)
@@ -304,7 +305,7 @@ def test_longer_decaying_run_resumes_and_rewrites_lost_weights(small_tar, tiny, 
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
     assert rows(tmp_path)[-1]["lr"] == pytest.approx(1e-3 / 2)
     weights = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").unlink()  # as a kill between two files leaves it
+    (tmp_path / "model.safetensors").unlink()  # as after a kill between two files
     capsys.readouterr()
     run_training(*flags, "--steps", 5)
     assert "5 steps" in capsys.readouterr().out
@@ -353,8 +354,8 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero():
 
 
 def test_emoji_recipe_skips_finished_stages_and_stops_at_a_failed_one(tmp_path):
-    """runs/emoji.sh with stand-ins: a python that notes its flags and ends a stage, or fails to; a
-    GPU driver with a GPU, or without."""
+    """Run runs/emoji.sh with stand-ins: a python that records its flags and finishes a stage or
+    fails, and a GPU driver with or without a GPU."""
     (tmp_path / "runs").mkdir()
     shutil.copy(ROOT / "runs" / "emoji.sh", tmp_path / "runs")
     stubs = {"python": '#!/bin/sh\necho "$@" >>called\n'

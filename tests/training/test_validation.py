@@ -1,4 +1,4 @@
-"""training/validation.py and gradient_meter.py: measurements repeat, and equal their formulas."""
+"""training/validation.py and gradient_meter.py: repeatable results that equal their formulas."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def validated_rows(out):
 
 @pytest.fixture(scope="module")
 def single_run(tiny, small_tar, tmp_path_factory):
-    """A run of one process: validations after steps 2 and 3, the meter at step 2."""
+    """Train in one process, with validations after steps 2 and 3 and the meter at step 2."""
     out = tmp_path_factory.mktemp("single") / "run"
     flags = ["--init", tiny, "--image-data", small_tar, *FLAGS, *MEASURE, "--out", out]
     train.main(list(map(str, flags)))
@@ -41,7 +41,7 @@ def single_run(tiny, small_tar, tmp_path_factory):
 # ------------------------------------------------------------------------------------ the formulas
 
 class NumberedSamples:
-    """A mixture of at most `most` samples that are numbers."""
+    """A mixture of at most `most` samples, which are numbers."""
 
     def __init__(self, most):
         self.most = most
@@ -51,7 +51,7 @@ class NumberedSamples:
 
 
 def stub_tokenizer(end_id, token):
-    """A tokenizer with an end, and one text for every other token."""
+    """Return a tokenizer with an end token; all other tokens decode to the same text."""
     bpe = SimpleNamespace(decode=lambda ids: token * len(ids))
     return SimpleNamespace(end_id=end_id, pad_id=end_id, bpe=bpe)
 
@@ -67,7 +67,7 @@ def test_times_are_spread_evenly_over_ten_bins():
 
 
 def uniform_model_batch(samples, generators, times):
-    """Texts of six tokens: the first is frozen, the last three are the end."""
+    """Return texts of six tokens: the first is frozen, the last three are end tokens."""
     uniform = torch.stack([torch.rand(6, generator=generator) for generator in generators])
     ids = torch.tensor([[sample["number"] % 3, 1, 2, 3, 3, 3] for sample in samples])
     frozen = (torch.arange(6) < 1).expand(len(samples), 6)
@@ -75,9 +75,9 @@ def uniform_model_batch(samples, generators, times):
 
 
 def uniform_model_errors(batch):
-    """Each of four tokens is equally likely: log 4 nats at each masked position, weighted 1/t."""
+    """Four tokens are equally likely: log 4 nats at each masked position, with weight 1/t."""
     masked = (batch.uniform < batch.t[:, None]) & ~batch.frozen
-    assert torch.equal(masked.sum(1), (batch.t * 5).round())     # exactly so many of five
+    assert torch.equal(masked.sum(1), (batch.t * 5).round())     # exactly 5 t of five tokens
     return math.log(4) * masked.sum(1) / batch.t
 
 
@@ -93,7 +93,7 @@ def test_validation_of_a_uniform_model_is_log_4():
     assert result["val_text_t"] == exact([math.log(4)] * BINS)
     assert result["val_image_t"] == exact([(b + 0.5) / BINS for b in range(BINS)])
     assert result["val_image"] == exact(0.5)
-    # five tokens are not frozen, two of them words, of four bytes: no chance is left in the bound
+    # five tokens are not frozen, two of them are words of four bytes: the bound is not random
     assert result["val_nats"] == exact(math.log(4))
     assert result["val_bits"] == exact(5 * 2 / 4)
     shares = [validation.measure(rank, 3)["val_image"] for rank in range(3)]
@@ -101,10 +101,10 @@ def test_validation_of_a_uniform_model_is_log_4():
 
 
 def test_validation_of_a_perfect_model_is_the_entropy():
-    """Texts "a ... a" of 0 to 3 a's, equally likely, in four positions; the rest is padding.
+    """Texts have 0 to 3 a's, equally likely, in four positions; the rest is padding.
 
-    A perfect model knows which lengths fit what is seen.  Enumerated over lengths, levels and masks
-    the bound is log 4 nats a text; without its padding it would be less."""
+    A perfect model knows which lengths fit the visible tokens.  Enumerated over lengths, levels and
+    masks, the bound is log 4 nats per text; without the padding it would be smaller."""
     L, A, END, MASK = 4, 0, 1, 2
     texts = torch.tensor([[A] * k + [END] * (L - k) for k in range(L)])
     orders = list(itertools.permutations(range(L)))  # the first l of an order are masked
@@ -142,8 +142,8 @@ def test_validation_of_a_perfect_model_is_the_entropy():
 
 
 def test_validation_uses_averaged_weights_captions_and_train_mode(tiny, small_tar, tmp_path):
-    """The run drops all captions; it predicts data, with another floor of t while it draws; and its
-    average is half of its weights."""
+    """The run drops all captions.  It predicts data, and draws with another floor of t.  Its
+    averaged weights are half of its weights."""
     flags = ["--init", tiny, "--image-data", small_tar, *BATCHES, "--text-dropout", 1,
              "--out", tmp_path]
     job = train.set_up(train.parse(list(map(str, flags))))

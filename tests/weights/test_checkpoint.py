@@ -1,7 +1,7 @@
-"""checkpoint.py, pretrained/vae.py and pretrained/t5.py against the published implementations.
+"""Compare checkpoint.py, pretrained/vae.py and pretrained/t5.py with published implementations.
 
-experiments/make_fixtures.py wrote their outputs and tiny weights into tests/fixtures.  The second
-half tests that each wrong file is refused by name.
+experiments/make_fixtures.py wrote those outputs and tiny weights into tests/fixtures.  The second
+half tests that the error for a wrong file names it.
 """
 
 import json
@@ -54,7 +54,7 @@ def load_folder(folder):
 
 
 def assert_equal_states(a, b):
-    """Compare two models' state, bit for bit."""
+    """Check that two models have the same state, bit for bit."""
     a, b = a.state_dict(), b.state_dict()
     assert a.keys() == b.keys()
     for name in a:
@@ -62,7 +62,7 @@ def assert_equal_states(a, b):
 
 
 def close(ours, theirs, atol=1e-4):
-    """Compare with a published output: float32 in another order."""
+    """Return True if a published output is equal up to float32 sums in another order."""
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=atol, rtol=0)
 
 
@@ -121,7 +121,7 @@ def test_draw_from_the_posterior_has_its_mean_and_deviation(expected):
     drawn = vae.encode(expected["vae.image"], torch.Generator().manual_seed(0))
     drawn = drawn / vae.config.scale + vae.config.shift
     deviation = (0.5 * expected["vae.logvar"][0]).exp()
-    # 6 standard errors of n draws; the largest of 3072 values is usually 4 off
+    # 6 standard errors of n draws; the largest of 3072 errors is usually 4
     assert ((drawn.mean(0) - expected["vae.mean"][0]) / deviation).abs().max() < 6 / n ** 0.5
     assert (drawn.std(0) / deviation - 1).abs().max() < 6 / (2 * n) ** 0.5
 
@@ -217,7 +217,7 @@ def test_exported_release_has_the_original_tensors_and_sizes(exported):
 
 
 def save_run(folder, model, config, **settings):
-    """Write a checkpoint of ours with a published transformer's weights."""
+    """Write a checkpoint in our layout with a published transformer's weights."""
     tensors = {f"mmdit.{name}": p for name, p in model.named_parameters()}
     tensors["mmdit.positions"] = model.positions
     checkpoint.save(folder, tensors, config, gpt2_tokenizer(), **settings)
@@ -328,7 +328,7 @@ def test_every_layout_draws_the_same_image_twice(path, parts, height, width, tmp
 
 @pytest.fixture
 def read_image(tmp_path, capsys):
-    """Return a function: flags of sample.py -> what it prints about a red image."""
+    """Return a function: flags of sample.py -> its output for a red image."""
     Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "red.png")
 
     def read(*flags):
@@ -359,7 +359,7 @@ def test_text_without_a_piece_is_warned_of(read_image):
     assert "text" in warning and warning.endswith("{ }")
 
 
-# -------------------------------------------------------------------------------- what can be wrong
+# -------------------------------------------------------------------------------------- wrong files
 
 BLOCK = "transformer_blocks.1.attn.to_q.weight"
 
@@ -402,7 +402,7 @@ def test_truncated_and_missing_shards_are_named(tmp_path):
 
 
 def test_index_with_all_its_files_is_read(release, tmp_path):
-    """People fetch only the half-precision files of SD3's text_encoder_3, which has two indices."""
+    """SD3's text_encoder_3 has two indices; users often fetch only the half-precision files."""
     folder = shutil.copytree(RELEASE, tmp_path / "release") / "transformer"
     (index,) = folder.glob("*.index.json")
     half = {}

@@ -26,7 +26,7 @@ FULL_SIZE = json.loads(gzip.decompress((FIXTURES / "full_size_keys.json.gz").rea
 
 
 def write_hollow(path, shapes):
-    """Write a safetensors file of float16 zeros at full size; it is sparse and takes no room."""
+    """Write a safetensors file of float16 zeros at full size; it is sparse and takes no space."""
     header, at = {}, 0
     for name, shape in shapes.items():
         end = at + 2 * math.prod(shape)
@@ -40,7 +40,7 @@ def write_hollow(path, shapes):
 
 
 def build(name, part):
-    """Return a part's module without memory, and where each of its parameters is in the file."""
+    """Return a part's module on the meta device, and the file entry of each of its parameters."""
     if name == "vae":
         vae = AutoencoderKL(layouts.vae_config(part))
         return vae, layouts.vae_entries(vae, part.layout)
@@ -51,7 +51,7 @@ def build(name, part):
     return mmdit, layouts.mmdit_entries(mmdit, part.layout)
 
 
-# tensors that a file has beside the part
+# other tensors that a file of the part may have
 IGNORED = dict(transformer=layouts.POOLED, vae=(),
                t5=("decoder.", "lm_head.", "logit_scale", layouts.T5_TABLES[1]))
 PARAMETERS = dict(transformer=2_102_856_100, vae=83_819_683, t5=4_762_310_656)
@@ -121,7 +121,7 @@ def test_config_that_contradicts_the_tensors_is_refused(part, key, value, messag
 @pytest.mark.parametrize("settings, shift", [
     ({}, VAEConfig.shift), (dict(shift_factor=None), 0.0), (dict(shift_factor=0.25), 0.25)])
 def test_null_shift_factor_means_no_shift(settings, shift, tmp_path):
-    """An autoencoder without a shift has null; a config without the key is SD3's."""
+    """A shift of null means no shift; without the key, SD3's shift is used."""
     folder = copy_part("vae", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     del config["shift_factor"]

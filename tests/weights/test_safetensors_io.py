@@ -1,4 +1,4 @@
-"""pretrained/safetensors_io.py: wrong files are named, and what is written can be read."""
+"""pretrained/safetensors_io.py: errors name the wrong file, and written files can be read."""
 
 import random
 import shutil
@@ -43,7 +43,7 @@ def test_unreadable_file_is_refused_with_the_reason(reason, tmp_path, monkeypatc
     file = tmp_path / "a.safetensors"
     if reason == "Is a directory":
         file.mkdir()
-    if reason == "Permission denied":  # root runs the tests, and may read all
+    if reason == "Permission denied":  # tests may run as root, who can read any file
 
         def refuse(*args, **settings):
             raise PermissionError(13, reason)
@@ -70,7 +70,7 @@ def test_large_values_are_written_in_bfloat16(tmp_path):
 
 
 def test_damaged_file_is_read_whole_or_refused_in_one_line(tiny, tmp_path):
-    """Flip any bit of the header, or cut the file anywhere; the numbers have no checksum."""
+    """Flip any bit of the header, or cut the file anywhere; the tensors have no checksum."""
     folder, chance = shutil.copytree(tiny, tmp_path / "tiny"), random.Random(0)
     file = folder / "model.safetensors"
     content = file.read_bytes()
@@ -80,7 +80,7 @@ def test_damaged_file_is_read_whole_or_refused_in_one_line(tiny, tmp_path):
     for round in range(100):
         at = chance.randrange(8 if round % 10 == 0 else header)
         flipped = content[at] ^ 1 << chance.randrange(8)
-        file.unlink()                                            # the last tensors are mapped to it
+        file.unlink()                                            # tensors are still mapped to it
         if round % 4 == 3:
             file.write_bytes(content[:chance.randrange(len(content))])
         else:

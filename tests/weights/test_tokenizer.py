@@ -1,4 +1,4 @@
-"""pretrained/tokenizer.py: GPT-2's tokenizer, whole and cut to a small vocabulary."""
+"""pretrained/tokenizer.py: GPT-2's tokenizer, full and with a small vocabulary."""
 
 import json
 import random
@@ -88,7 +88,7 @@ def test_encoding_ends_and_pads(gpt2, capsys):
 
 
 def test_first_cut_is_warned_of_and_all_are_counted(capsys):
-    gpt2 = gpt2_tokenizer()                                      # it counts
+    gpt2 = gpt2_tokenizer()                                      # a new one, since it counts cuts
     for _ in range(6):
         ids = gpt2.encode("Hello world, a long goodbye", 4)
         assert ids.tolist() == [15496, 995, 11, 50256]
@@ -111,7 +111,7 @@ def small_keep():
 
 @pytest.fixture
 def trained(small_keep):
-    """Return a tokenizer cut to TEXTS that remembers them."""
+    """Return a tokenizer with the vocabulary of TEXTS that has met TEXTS."""
     tokenizer = gpt2_tokenizer(small_keep)
     tokenizer.meet(TEXTS)
     return tokenizer
