@@ -39,7 +39,7 @@ from common.files import sha256
 from common.seeding import fraction
 from dataset import emoji, precompute, questions, sources, webdataset
 from dataset.aspect_buckets import Buckets
-from dataset.images import fit_picture, picture_size, read_picture
+from dataset.images import fit_image, image_size, read_image
 from dataset.sources import Location, Source
 from pretrained.safetensors_io import is_safetensors
 from viz import grids
@@ -278,7 +278,7 @@ class Mix:
     def take(self, positions: Iterable[int], name: str, size: Size | None = None) -> list[dict]:
         """Return the samples at these positions of the run's order `name`, "image" or "text".
 
-        Each sample has "picture" (3, P, P) uint8, or (3, *size) where `size` is given; or "latents"
+        Each sample has "image" (3, P, P) uint8, or (3, *size) where `size` is given; or "latents"
         (C, h, w); or "ids" (L,)."""
         captioned = name == "image"
         return [self.read(place, captioned, size) for place in self.places(positions, name)]
@@ -331,9 +331,9 @@ class Mix:
                  f"--buckets: {source.name} has no images to cut, but {source.holds}"))
         return Buckets(self, name, unit)
 
-    def picture_size(self, place: Place) -> tuple[int, int]:
+    def image_size(self, place: Place) -> tuple[int, int]:
         """Return (width, height) of the image at a place, from its file's header."""
-        return picture_size(self.at(place)["picture"])
+        return image_size(self.at(place)["image"])
 
     def newly_bad(self) -> list[str]:
         """Return the messages about unusable samples since the last call."""
@@ -346,12 +346,12 @@ class Mix:
         captioned: the sample must have a caption.  Raises UserError for an unusable sample."""
         if "ids" in sample and not captioned:
             return sample
-        if isinstance(sample.get("picture"), bytes):
-            image = read_picture(sample["picture"], sample["key"])
+        if isinstance(sample.get("image"), bytes):
+            image = read_image(sample["image"], sample["key"])
             self.check_size(image, sample["key"])
             height, width = size or (self.pixels, self.pixels)
-            pixels = np.array(fit_picture(image, height, width))
-            sample["picture"] = torch.from_numpy(pixels).permute(2, 0, 1)        # (3, P, P)
+            pixels = np.array(fit_image(image, height, width))
+            sample["image"] = torch.from_numpy(pixels).permute(2, 0, 1)        # (3, P, P)
         self.filter_captions(sample, captioned)
         pairs = None if captioned else sample.get("questions")
         require((pairs != [] or not self.asks,
@@ -525,7 +525,7 @@ def show_sources(args: argparse.Namespace) -> None:
     print(f"looked at {len(places):,} samples, {bad:,} unusable")
     print(f"the longest caption has {longest} tokens")
     if cells:
-        grids.write_picture(args.out, grids.page(cells[:6], cells[6:]))
+        grids.write_image(args.out, grids.page(cells[:6], cells[6:]))
         print(args.out)
 
 

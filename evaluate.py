@@ -138,8 +138,8 @@ def answer(args: argparse.Namespace) -> None:
     """Answer a benchmark's questions, or write captions; torchrun's processes share the work."""
     rank, world, device = processes.start(args.device)
     with processes.one_voice():
-        require((args.pictures.is_dir(),
-                 f"{args.pictures}: no such folder; expected that of the benchmark's images"))
+        require((args.images.is_dir(),
+                 f"{args.images}: no such folder; expected that of the benchmark's images"))
         config = cli.take(ReadConfig, vars(args))
         asks, left_out = read_questions(args)
         parts = open_parts(cli.take(ModelConfig, vars(args)), device)
@@ -149,12 +149,12 @@ def answer(args: argparse.Namespace) -> None:
             make_room(parts, asks, args)
         recorded = "benchmark questions limit shots examples suffix choices seed".split()
         note = {name: getattr(args, name) for name in recorded}
-        note |= dict(made_by=args.command_line, asked=len(asks), pictures=str(args.pictures),
+        note |= dict(made_by=args.command_line, asked=len(asks), pictures=str(args.images),
                      checkpoint=processes.first(parts.digest), length=parts.answer_length,
                      dtype=str(parts.dtype).removeprefix("torch."),
                      settings=vars(parts.complete(config)))
         progress = Progress("questions", rank=rank, world=world)
-        file = AnswerFile(args.out, asks, args.pictures, note, config, args.choices, args.seed)
+        file = AnswerFile(args.out, asks, args.images, note, config, args.choices, args.seed)
         unanswered = file.fill(parts, rank, world, progress.update)
         if unanswered is not None:                       # on the process that finishes last
             print(f"{args.out}: {len(asks) - len(unanswered)} of {len(asks)}")
@@ -213,7 +213,7 @@ def measure_emoji(args: argparse.Namespace) -> None:
     records, images = emoji.load(emoji.TAR, parts.height)
     test = emojis.EmojiTest(parts, records, images.float() / 127.5 - 1)
     if args.page:
-        grids.write_picture(args.page, test.page(drawing, reading))
+        grids.write_image(args.page, test.page(drawing, reading))
         return
     complete = parts.complete(reading)
     is_random = complete.temperature > 0 or complete.order == "random"
@@ -260,7 +260,7 @@ def draw_flags(add: Callable) -> None:
 def answer_flags(add: Callable) -> None:
     add("benchmark", choices=ANSWERED, help="see metrics/answers.py; captions: COCO's file")
     add("questions", nargs="+", help="the benchmark's published file or files")
-    add("pictures", type=Path, help="the folder of the benchmark's images")
+    add("images", type=Path, help="the folder of the benchmark's images")
     add("out", type=Path, metavar="OUT.jsonl")
     add("--shots", **count(0, 0), help="number of answered examples before each question (0)")
     add("--examples", nargs="+", help="the files that --shots come from")

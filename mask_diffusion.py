@@ -371,22 +371,22 @@ def fix_mask_counts(t: Tensor, uniform: Tensor, frozen: Tensor) -> tuple[Tensor,
 
 
 def likelihood(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
-               levels: int = 64, generator: torch.Generator | None = None) -> tuple[float, float]:
+               copies: int = 64, generator: torch.Generator | None = None) -> tuple[float, float]:
     """Return an upper bound of -log p of one text (L,), in nats, and its standard error.
 
         -log p(x) <= E_l [ n/l sum of the masked tokens' cross-entropies ],   l of n are masked
 
     l takes values spread evenly over 1 .. n, which gives far less noise than the weight 1/t (LLaDA,
-    arXiv 2502.09992, appendix B).  logits_at receives `levels` copies of the text, each with a
+    arXiv 2502.09992, appendix B).  logits_at receives `copies` copies of the text, each with a
     different mask."""
     if frozen is None:
         frozen = torch.zeros_like(ids, dtype=torch.bool)
     if frozen.all():
         return 0.0, 0.0
-    frozen = frozen.cpu().expand(levels, -1)
+    frozen = frozen.cpu().expand(copies, -1)
     offset = torch.rand(1, generator=generator)
-    t = (offset + torch.arange(levels)) / levels
+    t = (offset + torch.arange(copies)) / copies
     t, uniform = fix_mask_counts(t, torch.rand(frozen.shape, generator=generator), frozen)
-    ids = ids.expand(levels, -1)
+    ids = ids.expand(copies, -1)
     bounds = errors(logits_at, ids, mask_id, frozen, t=t, uniform=uniform).cpu().double()
-    return float(bounds.mean()), float(bounds.std() / levels ** 0.5)
+    return float(bounds.mean()), float(bounds.std() / copies ** 0.5)

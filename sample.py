@@ -29,7 +29,7 @@ from torch import Tensor
 from common import files
 from common.cli import UserError, option, require
 from common.progress import chunks
-from dataset.images import read_mask, read_picture
+from dataset.images import read_mask, read_image
 from inference import image_folder, image_to_text
 from inference.image_to_text import ReadConfig
 from inference.parts import ModelConfig, open_parts
@@ -109,7 +109,7 @@ def draw(pipeline: Pipeline, args: Request, start: Edit | None = None) -> None:
         print("nats of the prompt: " + " ".join(f"{nats[i]:.2f}" for i in order))
     evaluations = trace.evaluations // args.n
     if args.out:
-        grids.write_picture(args.out, grids.grid(images))
+        grids.write_image(args.out, grids.grid(images))
         print(f"{args.out}: {evaluations} evaluations an image")
     if args.trajectory:
         config = pipeline.parts.complete(args.drawing)
@@ -129,7 +129,7 @@ def score_images(pipeline: Pipeline, images: list[Tensor], prompt: str) -> list[
 def edit(pipeline: Pipeline, args: Request) -> None:
     """Draw --prompt over --image; with --mask, only where it is white."""
     parts = pipeline.parts
-    image = read_picture(args.image[0])
+    image = read_image(args.image[0])
     mask = None
     if args.mask:
         mask = read_mask(args.mask, image, parts.height, parts.width, parts.factor)
@@ -151,7 +151,7 @@ def read(pipeline: Pipeline, args: Request) -> None:
         questions = read_lines(args.questions)
     for question in filter(None, questions):                     # warns before images are read
         check_question(pipeline.parts, question)
-    images = [read_picture(path) for path in args.image]
+    images = [read_image(path) for path in args.image]
     latents = pipeline.encode(images)
     rows = [(path, x, q) for path, x in zip(args.image, latents) for q in questions]
     states = [] if args.trajectory else None
@@ -173,7 +173,7 @@ def fill(pipeline: Pipeline, args: Request) -> None:
     """Print a text with its [MASK]s filled in."""
     image = latents = None
     if args.image:
-        image = read_picture(args.image[0])
+        image = read_image(args.image[0])
         latents = pipeline.encode(image)
     states = []
     print(pipeline.infill(latents, args.text, args.seed, args.reading, states))
@@ -199,7 +199,7 @@ def show_reading(pipeline: Pipeline, args: Request, image: Image.Image | None,
 def score(pipeline: Pipeline, args: Request) -> None:
     """Print how likely captions or answers are, the likeliest first."""
     texts = args.score or args.choices
-    images = [read_picture(path) for path in args.image]
+    images = [read_image(path) for path in args.image]
     for path, ranking in zip(args.image, pipeline.rank(images, texts, args.question or None)):
         prefix = f"{path}\t" if len(args.image) > 1 else ""
         for row in ranking:
@@ -213,7 +213,7 @@ def score(pipeline: Pipeline, args: Request) -> None:
 
 def chat(pipeline: Pipeline, args: Request) -> None:
     """Answer questions about an image until an empty line."""
-    latents = pipeline.encode(read_picture(args.image[0]))
+    latents = pipeline.encode(read_image(args.image[0]))
     while True:
         try:
             question = input("> ").strip()

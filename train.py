@@ -54,7 +54,7 @@ def image_errors(models: Models, batch: ImageBatch) -> Tensor:
     """Return |v(x_t, t | caption) - (e - x)|^2, averaged over each image's values, (B,).
 
     L_image is the mean over images.  The caption has no [MASK]."""
-    mmdit = models.learns["mmdit"]
+    mmdit = models.trainable["mmdit"]
     text = models.captions(batch.ids, batch.dropped, batch.states)                # (B, L, E)
     latents = models.latents(batch.images)                                        # (B, C, h, w)
     # if the network predicts data, its velocity and the target are divided by max(t, floor)
@@ -70,7 +70,7 @@ def text_errors(models: Models, batch: TextBatch) -> Tensor:
 
     L_text is the sum over texts, divided by B L, the number of all positions, prompts included.
     The image is clean, so its time is 0.  --text-loss selects another weight than 1/t."""
-    mmdit = models.learns["mmdit"]
+    mmdit = models.trainable["mmdit"]
     latents = models.latents(batch.images)                                # (B, C, h, w) or None
     time_zero = torch.zeros(1, device=batch.ids.device)
 
@@ -96,7 +96,7 @@ def accumulate(errors: Errors, models: Models, batch: Batch, weight: float, conf
     micro_batches = batch.split(config.micro_batch)
     for micro in micro_batches:
         is_last = micro is micro_batches[-1]
-        distributed.last_backward(models.learns, reduce_gradients and is_last, is_last,
+        distributed.last_backward(models.trainable, reduce_gradients and is_last, is_last,
                                   config.shard)
         with autocast(device, config.dtype):
             part = errors(models, micro.move_large_tensors(device)).sum() / batch.denominator
@@ -135,12 +135,12 @@ def check_step(run: Run, signals: list[int], grad_norm: Tensor, losses: dict[str
 def train(job: Job, signals: list[int]) -> None:
     """Train until step --steps, or until a signal handler adds to `signals`."""
     config, maker, models, run = job
-    model = models.learns
+    model = models.trainable
     validation = reports.make_validation(job, ERRORS)
 
     for batches in workers.feed(maker.make_batches, range(run.step, config.steps), config.workers):
-        rate = learning_rate(run.step, config)
-        set_learning_rate(run.optimizers, rate)
+        lr = learning_rate(run.step, config)
+        set_learning_rate(run.optimizers, lr)
         metered = bool(config.meter_every) and (run.step + 1) % config.meter_every == 0
         losses = {}
         measured = {}
@@ -165,7 +165,7 @@ def train(job: Job, signals: list[int]) -> None:
         run.step += 1
 
         run.note(losses | dict(grad=grad_norm), batches)
-        reports.after_step(job, validation, rate, measured, stopping)
+        reports.after_step(job, validation, lr, measured, stopping)
         if stopping:
             break
     run.end(config.steps)

@@ -74,7 +74,7 @@ class Buckets:
     def shape(self, place: tuple) -> float:
         """Return log(width / height) of the image at a place; 0, as for a square, if unreadable."""
         try:
-            width, height = self.mix.picture_size(place)
+            width, height = self.mix.image_size(place)
             return math.log(width / height)
         except Exception:                # reading the whole sample will report the error
             return 0.0

@@ -30,7 +30,7 @@ from torch import Tensor
 from common.cli import UserError, require
 from common.files import parse_json, replacing
 from common.seeding import fraction
-from dataset.images import fit_picture, read_picture
+from dataset.images import fit_image, read_image
 from dataset.questions import question_prompt
 from dataset.sources import Source, Tars, described, text
 from dataset.webdataset import Tar
@@ -221,7 +221,7 @@ def build(out: Path = TAR) -> None:
             tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for record in records:
             webp = io.BytesIO()
-            image = read_picture(images[record["key"]])
+            image = read_image(images[record["key"]])
             image.save(webp, "WEBP", lossless=True, quality=75, method=4)
             add_file(tar, f"{record['key']}.webp", webp.getvalue())
             content = json.dumps(record, ensure_ascii=False, indent=1)
@@ -346,8 +346,8 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
         record = parse_json(files["json"], where)
         described(record, where)                                 # checks that it is an object
         records.append({name: text(record.get(name), where, name) for name in FIELDS})
-        image = read_picture(files["webp"], where)
-        images.append(np.array(fit_picture(image, pixels)))
+        image = read_image(files["webp"], where)
+        images.append(np.array(fit_image(image, pixels)))
     add_questions(records)
     stacked = torch.from_numpy(np.stack(images))                         # (n, P, P, 3)
     return records, stacked.permute(0, 3, 1, 2).contiguous()
@@ -393,7 +393,7 @@ class Emoji(Source):
 
     def __init__(self, tar: Tar, pixels: int, each: bool = False):
         self.name = tar.path
-        self.records, self.pictures = load(tar, pixels)
+        self.records, self.images = load(tar, pixels)
         self.every = of_split(self.records, "train")
         require((self.every, f"{tar.path}: no sample of this tar is in the split \"train\""))
         self.held = of_split(self.records, "tone", "style")
@@ -416,7 +416,7 @@ class Emoji(Source):
 
     def __getitem__(self, i: int) -> dict:
         record = self.records[i]
-        return dict(key=record["key"], picture=self.pictures[i], captions=[record["caption"]],
+        return dict(key=record["key"], image=self.images[i], captions=[record["caption"]],
                     questions=record["questions"])
 
     def texts(self) -> list[str]:

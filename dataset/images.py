@@ -28,8 +28,8 @@ def decided() -> Iterator[None]:
         yield
 
 
-def picture_size(content: bytes) -> tuple[int, int]:
-    """Return (width, height) of an image file as `read_picture` would show it, from its header.
+def image_size(content: bytes) -> tuple[int, int]:
+    """Return (width, height) of an image file as `read_image` would show it, from its header.
 
     Raises Pillow's errors."""
     with decided():
@@ -42,7 +42,7 @@ def picture_size(content: bytes) -> tuple[int, int]:
         return width, height
 
 
-def read_picture(source: Path | bytes, name: str = "an image") -> Image.Image:
+def read_image(source: Path | bytes, name: str = "an image") -> Image.Image:
     """Read any image file as RGB.
 
     The EXIF orientation is applied; 16-bit and float grey values are scaled to 8 bits; transparent
@@ -110,7 +110,7 @@ def to_eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
     return grey
 
 
-def fit_picture(image: Image.Image, height: int, width: int | None = None,
+def fit_image(image: Image.Image, height: int, width: int | None = None,
                 filter: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     """Crop the largest central part with the shape of height x width, and resize it to that size.
 
@@ -124,7 +124,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
-def to_picture(tensor: Tensor) -> Image.Image:
+def to_image(tensor: Tensor) -> Image.Image:
     """Clip (3, P, P) to [-1, 1] and convert it to an RGB image."""
     values = (tensor.float().clamp(-1, 1) + 1) * 127.5
     values = values.round().to(torch.uint8).permute(1, 2, 0)     # (P, P, 3)
@@ -136,12 +136,12 @@ def read_mask(path: Path, like: Image.Image, height: int, width: int, factor: in
 
     The mask must have the size of the image `like`, and is cropped in the same way.  A latent, of
     factor x factor pixels, is masked if any of its pixels is.  Raises UserError."""
-    mask = read_picture(path)
+    mask = read_image(path)
     require((mask.size == like.size,
              f"{path}: a mask of {mask.size} pixels, expected the image's {like.size}"))
     white = mask.convert("L").point(lambda value: 255 * (value > 127))
     require((white.getbbox(), f"{path}: is black everywhere; paint white what is to be drawn anew"))
-    fitted = np.array(fit_picture(white, height, width, Image.Resampling.BOX))
+    fitted = np.array(fit_image(white, height, width, Image.Resampling.BOX))
     masked = torch.from_numpy(fitted)[None, None] > 0                            # (1, 1, H, W)
     return F.max_pool2d(masked.float(), factor) > 0
 
@@ -160,7 +160,7 @@ def write_png(path: Path, image: Image.Image, fields: dict[str, str]) -> None:
 
 def text_fields(path: Path) -> dict[str, str]:
     """Return the text fields of a PNG; {} for other images.  Raises UserError."""
-    read_picture(path)                                           # raises UserError if damaged
+    read_image(path)                                           # raises UserError if damaged
     with Image.open(path) as image:
         fields = getattr(image, "text", {})                      # only PNGs have this attribute
         return {name: str(value) for name, value in fields.items()}

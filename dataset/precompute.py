@@ -162,7 +162,7 @@ def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
         require((finite(tensor), f"{file}: {name} are not finite in {stamp['dtype']}"))
     texts = []
     for sample in samples:
-        del sample["picture"]
+        del sample["image"]
         texts.append(json.dumps(sample).encode())
     tensors["texts"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
     tensors["ends"] = torch.tensor([0, *itertools.accumulate(map(len, texts))])

@@ -171,7 +171,7 @@ class Questions(sources.Source):
         begin, end = self.ends[index:index + 2]
         entry = json.loads(self.block[begin:end])
         file = self.folder / entry["image"]
-        return dict(key=str(file), picture=files.read_bytes(file), captions=[],
+        return dict(key=str(file), image=files.read_bytes(file), captions=[],
                     questions=entry["questions"])
 
 

@@ -32,7 +32,7 @@ from dataset import webdataset
 from dataset.webdataset import Tar
 from pretrained.safetensors_io import Tensors
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TEXTS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 CAPTIONS = ("caption", "re_caption")                             # fields of a record
 SHARDS = "latents-{}.safetensors"
@@ -74,7 +74,7 @@ class Source:
         """Return a sample as a dict:
 
         "key": the sample's name in messages;
-        "picture": the bytes of an image file or its pixels (3, P, P) uint8, or instead
+        "image": the bytes of an image file or its pixels (3, P, P) uint8, or instead
         "latents" (C, h, w), or "ids" (L,) of plain text;
         "captions": a list of texts, which may be empty;
         "recaption": a text, if there is one;
@@ -170,7 +170,7 @@ def latents_of(samples: list[dict]) -> Tensor | None:
         if "latents" in sample:
             rows.append(sample["latents"].float())
         else:
-            rows.append(sample["picture"].float() / 127.5 - 1)
+            rows.append(sample["image"].float() / 127.5 - 1)
     return torch.stack(rows)
 
 
@@ -187,8 +187,8 @@ class Folder(Source):
         self.entries = list(entries)
         if not self.entries:
             names = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) or "nothing"
-            raise UserError(f"{folder}: expected images ({', '.join(PICTURES)}) with captions, or "
-                            f".tar files, found {names}")
+            raise UserError(f"{folder}: expected images ({', '.join(IMAGE_SUFFIXES)}) with "
+                            f"captions, or .tar files, found {names}")
 
     def read_metadata(self, metadata: Path) -> Iterator[tuple[Path, list[str]]]:
         for where, record in read_json_lines(metadata):
@@ -203,7 +203,7 @@ class Folder(Source):
         for file in sorted(folder.rglob("*")):
             if not file.is_file() or file.name.startswith("."):
                 continue
-            if file.suffix.lower() in PICTURES:
+            if file.suffix.lower() in IMAGE_SUFFIXES:
                 images[file.with_suffix("")] = file
             elif file.suffix.lower() == ".txt":
                 texts[file.with_suffix("")] = file
@@ -221,7 +221,7 @@ class Folder(Source):
 
     def __getitem__(self, index: int) -> dict:
         file, captions = self.entries[index]
-        return dict(key=str(file), picture=read_bytes(file), captions=captions)
+        return dict(key=str(file), image=read_bytes(file), captions=captions)
 
     def texts(self) -> Iterator[str]:
         for _, captions in self.entries:
@@ -245,7 +245,7 @@ class Listed(Source):
     def __getitem__(self, index: int) -> dict:
         record = self.content[index]
         file = self.folder / record["image_path"]
-        sample = dict(key=str(file), picture=read_bytes(file), captions=[])
+        sample = dict(key=str(file), image=read_bytes(file), captions=[])
         return sample | described(record, f"{self.name}: {file}")
 
     def texts(self) -> Iterator[str]:
@@ -293,10 +293,10 @@ class Tars(Sharded):
         tar = self.tars[shard]
         key, files = tar[row]
         where = f"{tar.path}: {key}"
-        suffixes = [suffix for suffix in PICTURES if suffix[1:] in files]
+        suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in files]
         require((suffixes, f"{where}: no image in this sample, found .{', .'.join(files)}"))
         suffix = suffixes[0]
-        sample = dict(key=where + suffix, picture=files[suffix[1:]], captions=[])
+        sample = dict(key=where + suffix, image=files[suffix[1:]], captions=[])
         if "txt" in files:
             sample["captions"] = [decode_text(files["txt"], f"{where}.txt").strip()]
         if "json" in files:

@@ -63,20 +63,20 @@ def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Mode
     """Return a new model with random gates, so that no part has zero effect, and constant text
     states."""
     torch.manual_seed(0)
-    learns = nn.ModuleDict(dict(mmdit=MMDiT(sizes)))
+    trainable = nn.ModuleDict(dict(mmdit=MMDiT(sizes)))
     vae, states, t5 = Pixels(), None, None
     if sizes.channels != 3:
         vae = AutoencoderKL(VAEConfig()).to(device).eval()
     if sizes.text_length:
-        learns["embedding"] = TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
+        trainable["embedding"] = TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
     else:
         states = torch.randn(1, length, sizes.text_width, device=device)
         t5 = lambda ids, mask=None: states.expand(len(ids), -1, -1)
-    for parameter in learns.parameters():
+    for parameter in trainable.parameters():
         nn.init.normal_(parameter, std=0.02)
-    learns["mmdit"].null_image.requires_grad_(False)
+    trainable["mmdit"].null_image.requires_grad_(False)
     tokenizer = SimpleNamespace(mask_id=sizes.vocab_size - 1)
-    return Models(learns.to(device).train(), tokenizer, t5, vae, states)
+    return Models(trainable.to(device).train(), tokenizer, t5, vae, states)
 
 
 def random_batches(config: TrainConfig, sizes: MMDiTConfig, side: int) -> tuple[ImageBatch, TextBatch]:
@@ -108,20 +108,20 @@ def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dic
     factor = 1 if isinstance(models.vae, Pixels) else models.vae.factor
     image_batch, text_batch = random_batches(config, sizes, config.pixels // factor)
     if config.compile:
-        for block in models.learns["mmdit"].blocks:
+        for block in models.trainable["mmdit"].blocks:
             block.compile()
     processes.keep_memory()
-    average = {name: p.detach().clone() for name, p in models.learns.named_parameters()}
-    optimizers = make_optimizers(models.learns, config)
+    average = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
+    optimizers = make_optimizers(models.trainable, config)
 
     def step() -> None:
         train.accumulate(train.image_errors, models, image_batch, config.image_weight, config, False)
         train.accumulate(train.text_errors, models, text_batch, config.text_weight, config, True)
-        nn.utils.clip_grad_norm_(models.learns.parameters(), config.clip)
+        nn.utils.clip_grad_norm_(models.trainable.parameters(), config.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        train.update_average(models.learns, average, config.ema)
+        train.update_average(models.trainable, average, config.ema)
     seconds = median_seconds(step, rounds, device)
     work, peak = plan.work(config, sizes, factor), plan.peak(device, config.dtype)
     found = dict(preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,
@@ -138,7 +138,7 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
     sizes = MMDiTConfig(**PRESETS[preset])
     length, mask_id = sizes.text_length or 256, sizes.vocab_size - 1
     models = random_models(sizes, length, device)
-    models.learns.to(dtype).eval().requires_grad_(False)
+    models.trainable.to(dtype).eval().requires_grad_(False)
     models.tokenizer = SimpleNamespace(mask_id=mask_id, end_id=-1, pad_id=-1,                # never an end
                                        encode=lambda text, length: torch.full((length,), len(text) % mask_id))
     side = pixels or (64 if sizes.channels == 3 else 512)

@@ -165,17 +165,17 @@ def preparation() -> None:
     draw, worst, unlike, mean, std = np.random.default_rng(0), 0.0, [], *(
         torch.tensor(numbers).view(3, 1, 1) for numbers in (clip.MEAN, clip.STD))
     for width, height in ((224, 224), (640, 480), (333, 1000), (225, 224), (1024, 1024), (300, 2999)):
-        picture = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
         short = min(width, height)
         size = int(224 * width / short), int(224 * height / short)
-        whole = picture.resize(size, Image.Resampling.BICUBIC)
+        whole = image.resize(size, Image.Resampling.BICUBIC)
         left, top = round((whole.width - 224) / 2), round((whole.height - 224) / 2)
         cut = np.array(whole.crop((left, top, left + 224, top + 224)))
         cut = torch.from_numpy(cut).permute(2, 0, 1) / 255
-        difference = (clip.prepare(picture, 224) - (cut - mean) / std).abs() * std * 255
+        difference = (clip.prepare(image, 224) - (cut - mean) / std).abs() * std * 255
         worst = max(worst, float(difference.max()))
         unlike.append(float((difference > 0.01).float().mean()))
-    print(f"prepare: {max(unlike):.1e} of a picture's values at most differ, by {worst:.2f} levels of 255 at "
+    print(f"prepare: {max(unlike):.1e} of an image's values at most differ, by {worst:.2f} levels of 255 at "
           f"most, from the whole resized and then cut")
 
 

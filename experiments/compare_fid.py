@@ -32,12 +32,12 @@ import pytorch_fid.fid_score as theirs
 import pytorch_fid.inception as their_network
 
 
-def write_pictures(folder: Path, count: int) -> list[Path]:
+def write_images(folder: Path, count: int) -> list[Path]:
     """Write `count` images of each style, and return the styles' folders."""
     folders = [folder / style for style in emoji.STYLES]
     for n, path in enumerate(folders):
         path.mkdir()
-        listing = [entry for entry in fid.pictures(emoji.TAR) if entry[0].endswith(f"-{path.name}.webp")]
+        listing = [entry for entry in fid.file_images(emoji.TAR) if entry[0].endswith(f"-{path.name}.webp")]
         for i, (_, read) in enumerate(sorted(listing)[n::len(listing) // count][:count]):
             read().save(path / f"{i:03}.png")
     return folders
@@ -74,15 +74,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
-        folders = write_pictures(Path(folder), args.count)
+        folders = write_images(Path(folder), args.count)
         weights = args.weights or write_weights(Path(folder) / inception.FILE)
         their_network.load_state_dict_from_url = lambda *_, **more: torch.load(weights, weights_only=True)
         ours, peer = inception.load(weights), their_network.InceptionV3([3])
         started = time.time()
-        x = [fid.features(ours, fid.pictures(path))[0] for path in folders]
+        x = [fid.features(ours, fid.file_images(path))[0] for path in folders]
         between = time.time()
         y = [theirs.get_activations(sorted(path.glob("*.png")), peer, num_workers=0) for path in folders]
-        print(f"features of {2 * args.count} pictures: ours {between - started:.0f} s, theirs "
+        print(f"features of {2 * args.count} images: ours {between - started:.0f} s, theirs "
               f"{time.time() - between:.0f} s", flush=True)
     away = max(np.abs(a - b).max() for a, b in zip(x, y)) / max(np.abs(b).max() for b in y)
     print(f"features: largest {np.abs(y[0]).max():.3g}, differ by {away:.1e} of it at most")

@@ -25,7 +25,7 @@ from PIL import Image
 
 import data
 from dataset import workers
-from dataset.images import fit_picture
+from dataset.images import fit_image
 from pretrained.tokenizer import gpt2_tokenizer
 
 SHARDS, EACH, BATCH = 4, 400, 32
@@ -39,8 +39,8 @@ def write_shards(folder: Path) -> list[str]:
         with tarfile.open(paths[-1], "w") as tar:
             for i in range(EACH):
                 small, file = draw.integers(0, 256, (60, 80, 3), dtype=np.uint8), io.BytesIO()
-                picture = Image.fromarray(small).resize((640, 480), Image.Resampling.BILINEAR)
-                picture.save(file, "JPEG", quality=90)
+                image = Image.fromarray(small).resize((640, 480), Image.Resampling.BILINEAR)
+                image.save(file, "JPEG", quality=90)
                 text = " ".join(["a photograph of something red beside a green field"] * 6).encode()
                 for extension, content in (("jpg", file.getvalue()), ("txt", text)):
                     member = tarfile.TarInfo(f"{shard:03d}{i:05d}.{extension}")
@@ -51,7 +51,7 @@ def write_shards(folder: Path) -> list[str]:
 
 def make(mix: data.Mix, tokenizer, step: int) -> dict:
     samples = mix.take(range(step * BATCH, (step + 1) * BATCH), "image")
-    return dict(images=torch.stack([sample["picture"] for sample in samples]),
+    return dict(images=torch.stack([sample["image"] for sample in samples]),
                 ids=torch.stack([tokenizer.encode(sample["captions"][0], 256) for sample in samples]))
 
 
@@ -67,8 +67,8 @@ def theirs(paths: list[str], tokenizer, count: int) -> float:
     """Return webdataset's samples per second, with shards in random order and a shuffle buffer of
     200."""
     def transform(sample):
-        picture = fit_picture(sample[0].convert("RGB"), 256)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1), tokenizer.encode(sample[1], 256)
+        image = fit_image(sample[0].convert("RGB"), 256)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), tokenizer.encode(sample[1], 256)
     stack = lambda rows: tuple(torch.stack(column) for column in zip(*rows))
     dataset = webdataset.WebDataset(paths, shardshuffle=len(paths), nodesplitter=None).shuffle(200)
     dataset = dataset.decode("pil").to_tuple("jpg", "txt").map(transform)

@@ -46,28 +46,28 @@ OUTSIDE = ["blue apple, noto style", "a blue apple", "a cat on a train", "pizza"
 
 
 @torch.no_grad()
-def measured(parts: Parts, captions: list[str], own: list[int], records: list[dict], pictures: torch.Tensor,
+def measured(parts: Parts, captions: list[str], own: list[int], records: list[dict], images: torch.Tensor,
              how: dict) -> dict[str, float]:
-    """Return one row of the table.  own: the indices of the captions' images in `pictures` (n, 3,
+    """Return one row of the table.  own: the indices of the captions' images in `images` (n, 3,
     P, P)."""
     trace, begun = text_to_image.Trace(), time.time()
     drawn = text_to_image.draw(parts, captions, trace=trace, **how)
-    seconds, found = time.time() - begun, emojis.nearest(drawn, pictures)
+    seconds, found = time.time() - begun, emojis.nearest(drawn, images)
     right = [records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, own)]
     single = [hit for hit, i in zip(right, own) if records[i]["kind"] != emojis.PEOPLE]
-    off = (drawn - pictures[own]).square().mean((1, 2, 3)).sqrt() * 127.5
+    off = (drawn - images[own]).square().mean((1, 2, 3)).sqrt() * 127.5
     return dict(emoji=100 * sum(right) / len(right), single=100 * sum(single) / max(1, len(single)),
                 distance=float(off.mean()), evaluations=trace.evaluations / len(own), seconds=seconds)
 
 
 @torch.no_grad()
-def write_page(parts: Parts, records: list[dict], pictures: torch.Tensor, path: Path) -> None:
+def write_page(parts: Parts, records: list[dict], images: torch.Tensor, path: Path) -> None:
     """Write a page: a sampling run, solvers at 7 evaluations, guidance, strengths, a hat drawn
     anew, variations.  The samples are not cherry-picked."""
     draw = lambda prompt, **how: text_to_image.draw(parts, [prompt], seed=0, **how)[0]
     number = {record["caption"]: i for i, record in enumerate(records)}
     apple, farmer = "red apple, noto style", "woman farmer, medium skin tone, noto style"
-    original, trace = pictures[number[farmer]], text_to_image.Trace(steps=[])
+    original, trace = images[number[farmer]], text_to_image.Trace(steps=[])
     draw(apple, trace=trace)                                     # these weights' latents are the images
     walk = [[(step.x[0], f"x at t = {step.t:.2f}") for step in trace.steps[::4]],
             [(step.clean[0], f"predicted at t = {step.t:.2f}") for step in trace.steps[::4]]]
@@ -80,23 +80,23 @@ def write_page(parts: Parts, records: list[dict], pictures: torch.Tensor, path: 
     mask[..., :parts.height * 15 // 32, :] = True
     anew = [(draw(f"woman {who}, medium skin tone, noto style", edit=text_to_image.Edit(original[None], 1.0, mask)),
              f"above: {who}") for who in ("firefighter", "astronaut", "cook", "mechanic", "artist")]
-    first = [(original, "the set's own picture")]
-    grids.write_picture(path, grids.rows(*walk, few, guided, first + over, first + anew))
+    first = [(original, "the set's own image")]
+    grids.write_image(path, grids.rows(*walk, few, guided, first + over, first + anew))
 
 
 def write_rows(path: Path, cells: list[tuple[torch.Tensor, str]]) -> None:
-    grids.write_picture(path, grids.rows(*(cells[at:at + 8] for at in range(0, len(cells), 8))))
+    grids.write_image(path, grids.rows(*(cells[at:at + 8] for at in range(0, len(cells), 8))))
 
 
 @torch.no_grad()
-def objects(parts: Parts, records: list[dict], pictures: torch.Tensor, style: str, path: Path) -> None:
+def objects(parts: Parts, records: list[dict], images: torch.Tensor, style: str, path: Path) -> None:
     """Draw each object as `sample.py --n 4` does; print how often it is the nearest, and write an
     image of all."""
     number, cells, right = {record["caption"]: i for i, record in enumerate(records)}, [], []
     for name in OBJECTS:
         caption = f"{name}, {style} style"
         drawn = text_to_image.draw(parts, [caption] * 4, seed=0)
-        found = [records[i] for i in emojis.nearest(drawn, pictures)]
+        found = [records[i] for i in emojis.nearest(drawn, images)]
         right += [record["emoji"] == records[number[caption]]["emoji"] for record in found]
         cells += zip(drawn, [name if hit else f"{name}: {record['name']}"
                              for hit, record in zip(right[-4:], found)])
@@ -126,22 +126,22 @@ def main(argv: list[str] | None = None) -> None:
     parts = Parts(args.checkpoint, choose_device("auto"), getattr(torch, args.dtype) if args.dtype else None)
     if args.tables == ["outside"]:
         return outside(parts, args.page or Path("outside.png"))
-    records, pictures = emoji.load(pixels=parts.height)
-    pictures = pictures.float() / 127.5 - 1
+    records, images = emoji.load(pixels=parts.height)
+    images = images.float() / 127.5 - 1
     if args.tables == ["objects"]:
         page = args.page or Path("objects.png")
         for style in emoji.STYLES:
-            objects(parts, records, pictures, style, page.with_stem(f"{page.stem}_{style}"))
+            objects(parts, records, images, style, page.with_stem(f"{page.stem}_{style}"))
         return
     if args.page:
-        write_page(parts, records, pictures, args.page)
+        write_page(parts, records, images, args.page)
         return
     own = [i for i, record in enumerate(records) if record["split"] == args.split][:args.prompts]
     print("| | emoji, % | single objects, % | distance | evaluations | seconds |\n|---|---|---|---|---|---|")
     rows, captions = {}, [records[i]["caption"] for i in own]
     for table in args.tables or TABLES:
         for name, how in TABLES[table].items():
-            row = rows[name] = measured(parts, captions, own, records, pictures, how)
+            row = rows[name] = measured(parts, captions, own, records, images, how)
             print(f"| {name} | {row['emoji']:.1f} | {row['single']:.1f} | {row['distance']:.1f} | "
                   f"{row['evaluations']:.0f} | {row['seconds']:.0f} |", flush=True)
     if args.json:

@@ -120,7 +120,7 @@ def page(parts: Parts, records: list[dict], latents, out: Path) -> None:
         ranks = image_to_text.rank(parts, look, ["yes", "no"], asked)
         answer.append((latents[i], [asked, *(f"{text}: {share:.1%}, {nats:.3f} nats (+- {error:.3f})"
                                              for text, share, nats, error in ranks)]))
-    grids.write_picture(out, grids.page(begin + fill[:1], fill[1:] + answer, most=8))
+    grids.write_image(out, grids.page(begin + fill[:1], fill[1:] + answer, most=8))
 
 
 def main() -> None:
@@ -131,8 +131,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     parts = Parts(dtype=getattr(torch, args.dtype))
-    records, pictures = emoji.load(pixels=parts.height)
-    latents = image_to_text.encode(parts, pictures.float() / 127.5 - 1)
+    records, images = emoji.load(pixels=parts.height)
+    latents = image_to_text.encode(parts, images.float() / 127.5 - 1)
     measures = dict(orders=orders, choices=choices, infill=infill, page=page)
     measures[args.what](parts, records, latents, args.out if args.what == "page" else args.limit)
 

@@ -86,16 +86,16 @@ def main() -> None:
     parser.add_argument("kind", choices=SIZES)
     kind = parser.parse_args().kind
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "pictures").mkdir()
+        (Path(folder) / "images").mkdir()
         for i in range(8):
-            Image.new("RGB", (256, 256), (30 * i, 99, 0)).save(Path(folder) / "pictures" / f"{i}.png")
-            (Path(folder) / "pictures" / f"{i}.txt").write_text(f"a red cat {i}")
+            Image.new("RGB", (256, 256), (30 * i, 99, 0)).save(Path(folder) / "images" / f"{i}.png")
+            (Path(folder) / "images" / f"{i}.txt").write_text(f"a red cat {i}")
         ways = {name: [*SMALL, *more] for name, more in WAYS.items()}
         if kind == "full":
             ways = dict(full=list(map(str, parts(Path(folder)))))
         for name, flags in ways.items():
             command = [sys.executable, "-m", "experiments.plan_memory", kind, *flags,
-                       "--image-data", f"{folder}/pictures"]
+                       "--image-data", f"{folder}/images"]
             child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(child.stdout.splitlines()[-1])
             said = sum(found["told"].values())

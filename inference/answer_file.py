@@ -23,7 +23,7 @@ from common import processes
 from common.cli import UserError, require
 from common.files import read_json, read_json_lines, write_json, write_text
 from common.seeding import fraction
-from dataset.images import fit_picture, read_picture, to_tensor
+from dataset.images import fit_image, read_image, to_tensor
 from inference import image_to_text
 from inference.image_to_text import ReadConfig, canvas, encode, write
 from inference.parts import Parts
@@ -96,8 +96,8 @@ class AnswerFile:
                 if self.choices:
                     image_to_text.rows_to_rank(parts, self.choices, ask.question)
                 if ask.image not in images:
-                    image = read_picture(self.folder / ask.image)
-                    images[ask.image] = to_tensor(fit_picture(image, parts.height, parts.width))
+                    image = read_image(self.folder / ask.image)
+                    images[ask.image] = to_tensor(fit_image(image, parts.height, parts.width))
             except UserError as error:
                 left_out[ask.id] = dict(id=ask.id, left_out=str(error))
         return images, left_out

@@ -301,21 +301,21 @@ class Likelihood(NamedTuple):
 
 @torch.no_grad()
 def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
-          levels: int | None = None) -> tuple[float, float]:
+          copies: int | None = None) -> tuple[float, float]:
     """Estimate an upper bound of -log p(text | image) in nats; return it and its standard error.
 
     latents: (1, C, h, w) or None.  ids: (L,), padding included; the first `given` tokens are not
-    scored.  levels: how many numbers of masks are tried, by default 64, or 16 for models that read
+    scored.  copies: how many numbers of masks are tried, by default 64, or 16 for models that read
     T5.  Texts of the same length get the same random numbers, so that their scores can be compared.
     The image is never cached."""
     parts.hold("text", "mmdit")
-    levels = levels or (64 if parts.own else 16)
-    reader = Reader(parts, repeat(latents, levels))
+    copies = copies or (64 if parts.own else 16)
+    reader = Reader(parts, repeat(latents, copies))
     ids = ids.to(parts.device)
     frozen = torch.arange(len(ids)) < given
     generator = torch.Generator().manual_seed(0)
     mask_id = parts.tokenizer.mask_id
-    return mask_diffusion.likelihood(reader, ids, mask_id, frozen, levels, generator)
+    return mask_diffusion.likelihood(reader, ids, mask_id, frozen, copies, generator)
 
 
 def rows_to_rank(parts: Parts, texts: list[str], question: str | None) -> list[Tensor]:

@@ -95,7 +95,7 @@ class Parts:
         self.choose_length(config)
         self.check_text(config)
         self.choose_size(config, saved.get("pixels"), bool(saved.get("buckets")))
-        self.keep = 1.5 * self.weight() < available(self.device) if keep is None else keep
+        self.keep = 1.5 * self.memory_bytes() < available(self.device) if keep is None else keep
         if keep or (self.own and self.keep):                     # small, or keep=True was given
             self.hold("text", "mmdit", "vae")
 
@@ -148,7 +148,7 @@ class Parts:
     def of(cls, models, pixels: int, length: int, dtype: torch.dtype = torch.float32) -> "Parts":
         """Wrap models that are being trained (`training.models.Models`); no file is read."""
         parts = cls.__new__(cls)
-        mmdit = models.learns["mmdit"]
+        mmdit = models.trainable["mmdit"]
         own = models.t5 is None
         parts.family, parts.own, parts.sizes = "ours", own, mmdit.config
         parts.mmdit, parts.vae, parts.text = mmdit, models.vae, models.text
@@ -186,7 +186,7 @@ class Parts:
         hashes = b"".join(bytes.fromhex(sha256(file)) for file in self.transformer().files)
         return hashlib.sha256(hashes).hexdigest()[:16]
 
-    def weight(self) -> int:
+    def memory_bytes(self) -> int:
         """Return the bytes of all parts in memory, from the headers of their files."""
         values = self.transformer().values()
         if not self.own:

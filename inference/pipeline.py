@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.cli import require
 from common.devices import choose_device
-from dataset.images import fit_picture, to_picture, to_tensor
+from dataset.images import fit_image, to_image, to_tensor
 from inference import image_to_text, text_to_image
 from inference.image_to_text import Likelihood, ReadConfig
 from inference.parts import EMOJI, Parts
@@ -70,7 +70,7 @@ class Pipeline:
         prompts = self.read_prompts(prompts, config)
         seeds = range(seed, seed + len(prompts))
         images = text_to_image.drawings(self.parts, prompts, seeds, config, edit, trace)
-        return [to_picture(image) for image in images]
+        return [to_image(image) for image in images]
 
     def edit(self, image: Image.Image, prompts: str | Sequence[str], strength: float | None = None,
              mask: Tensor | None = None, seed: int = 0, **settings) -> list[Image.Image]:
@@ -156,5 +156,5 @@ class Pipeline:
         height, width = self.parts.height, self.parts.width
         tensors = []
         for image in as_list(images):
-            tensors.append(to_tensor(fit_picture(image.convert("RGB"), height, width)))
+            tensors.append(to_tensor(fit_image(image.convert("RGB"), height, width)))
         return torch.stack(tensors)

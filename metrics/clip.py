@@ -30,7 +30,7 @@ from checkpoint import build, fill, shards
 from common.cli import UserError, require
 from common.files import read_json_object, read_text
 from common.progress import batches
-from dataset.images import read_picture, text_fields, to_tensor
+from dataset.images import read_image, text_fields, to_tensor
 from metrics.fid import image_files
 from pretrained.layouts import Config, Entry, rename
 from pretrained.safetensors_io import Tensors
@@ -258,7 +258,7 @@ def score(pairs: Pairs, clip: CLIP, tokenizer: Tokenizer, device: str,
         images, captions = [], []
         for name, file, caption in rows:
             try:
-                image = prepare(read_picture(file), clip.size)
+                image = prepare(read_image(file), clip.size)
                 require((bool(caption and caption.strip()), f"{name}: has no caption"))
                 images.append(image)
                 captions.append(caption)

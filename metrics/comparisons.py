@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.cli import require
 from common.files import sha256
-from dataset.images import fit_picture, read_picture
+from dataset.images import fit_image, read_image
 from metrics import benchmarks, clip, fid, inception
 from metrics.tables import print_left_out, read_note, tell
 
@@ -38,7 +38,7 @@ def fid_command(args: argparse.Namespace) -> None:
         scores["KID x 1000"] = 1000 * mean
         if spread:
             scores["its spread"] = 1000 * spread
-    settings["pictures"] = f"{a.count or 'an unknown number'} and {b.count or 'an unknown number'}"
+    settings["images"] = f"{a.count or 'an unknown number'} and {b.count or 'an unknown number'}"
     tell(args, {first: scores}, left_out + more, read_note(Path(first)), settings)
 
 
@@ -86,11 +86,11 @@ def compare(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
     size: (height, width) to crop and resize real images to.  Raises UserError if no group is left.
     """
     def read_drawn(name: str) -> Image.Image:
-        return read_picture(args.drawn / name)
+        return read_image(args.drawn / name)
 
     def read_real(name: str) -> Image.Image:
-        image = read_picture(args.real / benchmark.real[name])
-        return fit_picture(image, *size) if size else image
+        image = read_image(args.real / benchmark.real[name])
+        return fit_image(image, *size) if size else image
 
     network, settings = load_network(args)
     drawn, left_out = read_statistics(args, network, groups, "drawn", read_drawn)
@@ -106,7 +106,7 @@ def coco(args: argparse.Namespace) -> None:
     benchmark = benchmarks.read("coco", [str(args.captions)])
     # `draw` makes all drawings in one size, so the first one shows it
     first = min(args.drawn.glob("*.png"), default=args.drawn / benchmark.names[0])
-    width, height = read_picture(first).size
+    width, height = read_image(first).size
     groups = {"FID": benchmark.names}
     scores, left_out, settings = compare(args, benchmark, groups, (height, width))
     if args.clip:

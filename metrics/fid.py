@@ -26,8 +26,8 @@ from common.cli import UserError, require
 from common.files import replacing
 from common.progress import Progress
 from dataset import emoji
-from dataset.images import read_picture, to_picture
-from dataset.sources import PICTURES
+from dataset.images import read_image, to_image
+from dataset.sources import IMAGE_SUFFIXES
 from dataset.webdataset import KINDS, Tar
 from metrics.inception import prepare
 
@@ -52,34 +52,34 @@ def image_files(folder: Path) -> list[Path]:
     files = []
     for path in sorted(folder.rglob("*")):
         hidden = "/." in f"/{path.relative_to(folder)}"
-        if path.suffix.lower() in PICTURES and not hidden:
+        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
             files.append(path)
-    require((bool(files), f"{folder}: no images in it, expected {', '.join(PICTURES)}"))
+    require((bool(files), f"{folder}: no images in it, expected {', '.join(IMAGE_SUFFIXES)}"))
     return files
 
 
-def pictures(source: Path) -> Listing:
+def file_images(source: Path) -> Listing:
     """List the images of a folder, or the samples of a tar in its order.
 
     Raises UserError for any other source.  A tar's sample without an image raises it when read."""
     if source.name.endswith(KINDS):
         tar = Tar(str(source))
         return [sample(tar, i) for i in range(len(tar))]
-    return [(str(file.relative_to(source)), functools.partial(read_picture, file))
+    return [(str(file.relative_to(source)), functools.partial(read_image, file))
             for file in image_files(source)]
 
 
 def sample(tar: Tar, i: int) -> tuple[str, Callable[[], Image.Image]]:
     """Return a sample's name inside the tar, and a function that reads its image."""
     key, files = tar[i]
-    suffix = next((suffix for suffix in PICTURES if suffix[1:] in files), "")
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in files), "")
     name = key + suffix
 
     def read() -> Image.Image:
         where = f"{tar.path}: {name}"
         require((bool(suffix), f"{where}: no image in this sample"))
         _, files = tar[i]                               # read again; not all samples fit in memory
-        return read_picture(files[suffix[1:]], where)
+        return read_image(files[suffix[1:]], where)
     return name, read
 
 
@@ -87,7 +87,7 @@ def emoji_images(source: str) -> Listing:
     """List the images of a source "emoji:SPLIT".  Raises UserError for an unknown split."""
     split = emoji.split_named(source)
     records, pixels = emoji.load()
-    return [(records[i]["key"], functools.partial(to_picture, pixels[i] / 127.5 - 1))
+    return [(records[i]["key"], functools.partial(to_image, pixels[i] / 127.5 - 1))
             for i in emoji.of_split(records, split)]
 
 
@@ -165,7 +165,7 @@ def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu
     path = Path(source)
     if path.suffix == ".npz":
         return load(path), []
-    listing = emoji_images(source) if source.startswith("emoji:") else pictures(path)
+    listing = emoji_images(source) if source.startswith("emoji:") else file_images(path)
     values, left_out = features(network, listing, device, f"{source}, images")
     count = len(values)
     require((count >= 2, f"{source}: {count} images that can be read, expected 2 or more; "

@@ -22,7 +22,7 @@ from training.optimizers import OPTIMIZERS
 
 class Stage(NamedTuple):
     losses: str             # L = L_image + lambda L_text, or one of them
-    learns: str             # trained too, besides transformer and end-to-end token embedding
+    extras: str             # trained too, besides transformer and end-to-end token embedding
     pixels: int             # side of an image; the run at --init decides it, except in high-res
     text_length: int        # tokens, padding included; at most the positions of a token embedding
     text_weight: float      # lambda
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 # stage of the end-to-end variant, is 350 B tokens in the paper.  The paper gives neither its batch
 # nor its learning rate: both are ours.
 STAGES = {
-    #                 losses         learns      pixels, tokens, lambda, batches, lr, warm-up, steps
+    #                 losses         extras      pixels, tokens, lambda, batches, lr, warm-up, steps
     "text":     Stage("text",        "null image", 256, 256, 1.0,   0, 2048, 1e-4, 5000, 667_000),
     "pretrain": Stage("image, text", "",           256, 256, 0.2, 512,  512, 5e-5, 5000,  60_000),
     "mask-emb": Stage("image, text", "[MASK]",     256, 256, 0.2, 512,  512, 3e-5, 1000, 200_000),
@@ -161,7 +161,7 @@ def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
     """Return a stage's defaults for a model of these sizes.  about: the config.json of --init."""
     defaults = STAGES[stage]._asdict()
     del defaults["losses"]
-    del defaults["learns"]
+    del defaults["extras"]
     if sizes.channels == 3:
         defaults |= SMALL
         if stage == "text":
@@ -239,11 +239,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     It rises linearly during the warm-up, stays constant, and falls linearly over the last
     --decay-steps, so that it would reach zero at step --steps."""
     warmup = (step + 1) / max(config.warmup, 1)
-    rate = config.lr * min(1, warmup)
+    lr = config.lr * min(1, warmup)
     if config.decay_steps:
         decay = (config.steps - step) / config.decay_steps
-        rate *= min(1, decay)
-    return rate
+        lr *= min(1, decay)
+    return lr
 
 
 def average_decay(step: int, config: TrainConfig) -> float:

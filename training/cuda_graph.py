@@ -32,7 +32,7 @@ def static_text_errors(models: Models, batch: TextBatch, mask_id: Tensor) -> Ten
     masked = (batch.uniform < batch.t[:, None]) & ~batch.frozen                   # (B, L)
     noised = torch.where(masked, mask_id, batch.ids)
     clean = torch.zeros(1, device=batch.ids.device)
-    logits = models.learns["mmdit"](batch.images, models.text(noised), clean, need="logits")[1]
+    logits = models.trainable["mmdit"](batch.images, models.text(noised), clean, need="logits")[1]
     logits = logits.float().index_fill(-1, mask_id, float("-inf")).flatten(0, 1)  # (B L, V)
     cross_entropy = F.cross_entropy(logits, batch.ids.flatten(), reduction="none")
     per_text = (cross_entropy.view_as(masked) * masked).sum(1)                    # (B,)
@@ -79,7 +79,7 @@ class GraphedStep:
     def take_step(self) -> dict[str, Tensor]:
         """Compute one update on the static tensors; the graph captures this work."""
         config, models, run = self.job.config, self.job.models, self.job.run
-        model = models.learns
+        model = models.trainable
         set_learning_rate(run.optimizers, self.rate)
         for p in model.parameters():
             p.grad = None                                        # the graph allocates gradients

@@ -24,25 +24,25 @@ from training.config import STAGES, TrainConfig
 
 @dataclass
 class Models:
-    learns: nn.ModuleDict               # "mmdit", and "embedding" or T5's "mask"
+    trainable: nn.ModuleDict            # "mmdit", and "embedding" or T5's "mask"
     tokenizer: Tokenizer
     t5: T5Encoder | None                # None: the end-to-end variant
     vae: AutoencoderKL | Pixels | None  # None: the latents are stored, or there are no images
     empty: Tensor | None = None         # T5's states of the empty prompt, (1, L, E)
-    kept: dict[str, Tensor] = field(default_factory=dict)   # what else a checkpoint stores
+    extra_tensors: dict[str, Tensor] = field(default_factory=dict)   # stored, but not trained
 
     @property
     def device(self) -> torch.device:
-        return next(self.learns.parameters()).device
+        return next(self.trainable.parameters()).device
 
     def text(self, ids: Tensor) -> Tensor:
         """Return the text states (B, L, E) that the transformer reads for ids (B, L).
 
         T5's weights are frozen; gradients pass through T5 only to reach a trained [MASK]."""
         if self.t5 is None:
-            return self.learns["embedding"](ids)
-        if "mask" in self.learns:
-            return self.t5(ids, self.learns["mask"])
+            return self.trainable["embedding"](ids)
+        if "mask" in self.trainable:
+            return self.t5(ids, self.trainable["mask"])
         with torch.no_grad():
             return self.t5(ids, None)
 
@@ -51,7 +51,7 @@ class Models:
 
         states: T5's states (B, L, E), if the data store them."""
         if self.t5 is None:
-            return self.learns["embedding"](ids)
+            return self.trainable["embedding"](ids)
         text = self.empty.repeat(len(ids), 1, 1)                          # (B, L, E)
         kept = ~dropped
         with torch.no_grad():
@@ -135,9 +135,9 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
     models = Models(nn.ModuleDict({"mmdit": mmdit}), tokenizer, None, vae)
     table = position_table(sizes.width, sizes.position_size, sizes.position_base)
     if not torch.equal(mmdit.positions, table):                  # SD3's is in half precision
-        models.kept["mmdit.positions"] = mmdit.positions
+        models.extra_tensors["mmdit.positions"] = mmdit.positions
     if sizes.text_length:
-        models.learns["embedding"] = build_embedding(config, mmdit.config)
+        models.trainable["embedding"] = build_embedding(config, mmdit.config)
     else:
         add_text_encoder(models, config, where.get("t5"), device)
     if isinstance(vae, AutoencoderKL):
@@ -151,7 +151,7 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
         torch._dynamo.config.recompile_limit = 64        # variants: image, text, last block
         for block in mmdit.blocks:
             block.compile()
-    models.learns.to(device).train()
+    models.trainable.to(device).train()
     return models
 
 
@@ -208,7 +208,7 @@ def add_text_encoder(models: Models, config: TrainConfig, path: str | None,
         raise UserError(f"{config.init or config.preset}: no T5 encoder in it; name its file or "
                         f"folder with --t5")
     tokenizer = models.tokenizer
-    width = models.learns["mmdit"].config.text_width
+    width = models.trainable["mmdit"].config.text_width
     vector = None
     if config.mask_embedding:
         vector = checkpoint.load_mask_embedding(config.mask_embedding, width)
@@ -217,9 +217,9 @@ def add_text_encoder(models: Models, config: TrainConfig, path: str | None,
     dtype = getattr(torch, config.dtype)
     t5 = checkpoint.load_text_encoder(path, dtype, tokenizer, width, vector)
     vector = t5.embed.weight[tokenizer.mask_id].detach().float().clone()
-    models.kept["mask.vector"] = vector
-    if "[MASK]" in STAGES[config.stage].learns:
-        models.learns["mask"] = MaskEmbedding(vector, tokenizer.mask_id)
+    models.extra_tensors["mask.vector"] = vector
+    if "[MASK]" in STAGES[config.stage].extras:
+        models.trainable["mask"] = MaskEmbedding(vector, tokenizer.mask_id)
     models.t5 = t5.to(device).requires_grad_(False)
     empty_prompt = tokenizer.encode("", config.text_length)[None].to(device)     # (1, L)
     with torch.no_grad():
@@ -235,8 +235,8 @@ def freeze_velocity_parts(mmdit: MMDiT) -> None:
 
 def recompute_blocks(models: Models) -> None:
     """Make all blocks with gradients store only their inputs, and compute the rest again."""
-    blocks = [*models.learns["mmdit"].blocks]
-    if "mask" in models.learns:
+    blocks = [*models.trainable["mmdit"].blocks]
+    if "mask" in models.trainable:
         blocks += models.t5.blocks
     for block in blocks:
         block.forward = partial(recompute, block.forward, use_reentrant=False)

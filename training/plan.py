@@ -289,9 +289,9 @@ def show(config: TrainConfig) -> str:
         total += count_parameters(T5Encoder, t5)
     if vae:
         total += count_parameters(AutoencoderKL, vae)
-    if "null image" not in stage.learns:
+    if "null image" not in stage.extras:
         trained -= c.null_tokens * c.width
-    mask = f", and a [MASK] of {t5.width}" if "[MASK]" in stage.learns else ""
+    mask = f", and a [MASK] of {t5.width}" if "[MASK]" in stage.extras else ""
     recomputed = ", activations recomputed" if config.checkpoint_activations else ""
     lines = [
         f"stage {config.stage} of {config.init or config.preset}, {gpus} GPU(s), "

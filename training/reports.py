@@ -45,7 +45,7 @@ def after_step(job: Job, validation: Validation | None, learning_rate: float, me
 @contextmanager
 def averaged_weights(job: Job) -> Iterator[None]:
     """In this context, the model has its averaged weights, in eval mode, uncompiled, in --dtype."""
-    with (distributed.averaged(job.models.learns, job.run.ema),
+    with (distributed.averaged(job.models.trainable, job.run.ema),
           torch.compiler.set_stance("force_eager"),
           autocast(job.models.device, job.config.dtype)):
         yield
@@ -54,7 +54,7 @@ def averaged_weights(job: Job) -> Iterator[None]:
 def validate(job: Job, validation: Validation) -> dict:
     """Measure the averaged weights, with the same samples, times and noise every time."""
     with averaged_weights(job):
-        job.models.learns.train()       # eval mode has another T_FLOOR
+        job.models.trainable.train()       # eval mode has another T_FLOOR
         return validation.measure(job.run.rank, job.run.world)
 
 
@@ -70,5 +70,5 @@ def show_samples(job: Job) -> None:
     with averaged_weights(job):
         page = samples_page(parts, prompts, captions, sources.latents_of(held_out))
     if run.rank == 0:
-        grids.write_picture(run.out / f"samples_{run.step}.png", page)
+        grids.write_image(run.out / f"samples_{run.step}.png", page)
         run.show()

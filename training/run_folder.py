@@ -263,7 +263,7 @@ class Run:
         models: `training.models.Models`.  about: entries of config.json besides the sizes.
         work: samples, tokens and TFLOP of a step, from `plan.work`.  Raises UserError."""
         self.models = models
-        self.model = models.learns
+        self.model = models.trainable
         self.optimizers = optimizers
         self.about = about
         self.work = work
@@ -457,8 +457,8 @@ class Run:
 
         Raises UserError if a file can't be written."""
         dtype = self.half_precision()
-        weights = self.models.kept | dict(self.model.named_parameters())
-        average = self.models.kept | self.ema
+        weights = self.models.extra_tensors | dict(self.model.named_parameters())
+        average = self.models.extra_tensors | self.ema
         mask = {}
         if "mask.vector" in average:
             mask["vector"] = average.pop("mask.vector")

@@ -68,7 +68,7 @@ def set_up(config: TrainConfig) -> Job:
 
     shard(config, models, world)
     about = remember(config, base, latents, no_images)
-    run.begin(models, make_optimizers(models.learns, config), about,
+    run.begin(models, make_optimizers(models.trainable, config), about,
               plan.work(config, base.sizes, maker.factor))
     job = Job(config, maker, models, run)
     if rank == 0:
@@ -176,7 +176,7 @@ def check_texts(config: TrainConfig, mix: data.Mix, models: Models,
 def shard(config: TrainConfig, models: Models, world: int) -> None:
     if world == 1:
         return
-    distributed.shard(models.learns, getattr(torch, config.dtype), config.shard)
+    distributed.shard(models.trainable, getattr(torch, config.dtype), config.shard)
     if config.shard_t5 and models.t5:
         distributed.shard_frozen(models.t5)
 
@@ -186,7 +186,7 @@ def print_start(job: Job, family: str, device: torch.device, why: str) -> None:
     config, maker, models, run = job
     if family == "SD3":
         training_models.report(config, maker.tokenizer.vocab_size)
-    millions = sum(p.numel() for p in models.learns.parameters()) / 1e6
+    millions = sum(p.numel() for p in models.trainable.parameters()) / 1e6
     samples = len(maker.mixes.get("image") or maker.mixes["text"])
     print(f"{millions:.2f} M parameters, {samples:,} samples an epoch, vocabulary "
           f"{maker.tokenizer.vocab_size}, {maker.world} process(es), {device}, from step "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.progress import chunks
-from dataset.images import to_picture
+from dataset.images import to_image
 from pretrained.tokenizer import Tokenizer
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
@@ -44,7 +44,7 @@ def grid(images: Iterable[Tensor], least: int = 256, gap: int = GAP) -> Image.Im
     """Arrange images (3, H, W) of one size, as square as their number allows.
 
     Small images are enlarged to a whole multiple of their size, at least `least` pixels wide."""
-    tiles = [to_picture(image) for image in images]
+    tiles = [to_image(image) for image in images]
     columns = math.ceil(math.sqrt(len(tiles)))
     times = math.ceil(least / tiles[0].width)
     tiles = [ImageOps.scale(tile, times) for tile in tiles]
@@ -62,7 +62,7 @@ def page(*columns: list[tuple[Tensor, list[str]]], most: int = 5) -> Image.Image
         x = 500 * column
         middle = height // 2
         for image, texts in cells:
-            image = to_picture(image).resize((96, 96))
+            image = to_image(image).resize((96, 96))
             sheet.paste(image, (x + 4, middle - 48))
             lines = []
             for text in texts:
@@ -83,7 +83,7 @@ def rows(*tiles: list[tuple[Tensor, str]]) -> Image.Image:
     for row in tiles:
         x = 4
         for image, text in row:
-            image = to_picture(image).resize((128, 128))
+            image = to_image(image).resize((128, 128))
             sheet.paste(image, (x, y))
             text = textwrap.fill(text, 20)
             pen.text((x, y + 130), text, fill="black", font_size=12, spacing=2)
@@ -112,7 +112,7 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
     return frame
 
 
-def write_picture(path: Path, *frames: Image.Image) -> None:
+def write_image(path: Path, *frames: Image.Image) -> None:
     """Write one image, or several as an animation that pauses on the last.  Raises UserError."""
     animation = {}
     if len(frames) > 1:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dataset.images import to_picture
+from dataset.images import to_image
 from viz.templates import fill_template, image_address
 
 SIDE = 256              # pixels of an image on the page, at most
@@ -35,7 +35,7 @@ def inline(image: Tensor) -> str:
     """Return an image (3, height, width) as a data: address, at most 256 pixels on a side.
 
     PNG up to 64 pixels, where it is small and exact; WebP above."""
-    thumbnail = to_picture(image)
+    thumbnail = to_image(image)
     thumbnail.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)     # never enlarges
     kind = "png" if max(thumbnail.size) <= 64 else "webp"
     file = io.BytesIO()

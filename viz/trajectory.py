@@ -53,7 +53,7 @@ def write_drawing(path: Path, parts: Parts, prompt: str, trace: Trace, about: di
         x = grids.grid([decode(parts, latents) for latents in step.x])
         clean = grids.grid([decode(parts, latents) for latents in step.clean])
         frames.append(grids.beside(x, clean))
-    grids.write_picture(path, *frames)
+    grids.write_image(path, *frames)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> No
         steps = reading.config.steps or steps
     frames = [grids.text_frame(parts.tokenizer, ids[0], int(step[0]), steps)
               for step, ids in states]
-    grids.write_picture(path, *frames)
+    grids.write_image(path, *frames)
 
 
 @torch.no_grad()

@@ -52,9 +52,9 @@ def test_the_timed_step_trains_and_its_table_holds_the_planned_work(capsys, monk
         assert values[f"{name}_per_s"] * values["seconds"] == pytest.approx(amount, rel=1e-6)
     # both losses and the optimizer move the weights; a key's bias has no gradient
     [models] = trained_models
-    fresh = RANDOM_MODELS(models.learns["mmdit"].config, 28, "cpu")
+    fresh = RANDOM_MODELS(models.trainable["mmdit"].config, 28, "cpu")
     moved = []
-    for parameter, initial in zip(models.learns.parameters(), fresh.learns.parameters()):
+    for parameter, initial in zip(models.trainable.parameters(), fresh.trainable.parameters()):
         if parameter.requires_grad:
             moved.append(not torch.equal(parameter, initial))
     assert sum(moved) > 0.95 * len(moved)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import evaluate
 from common.cli import UserError
-from dataset.images import read_picture, text_fields
+from dataset.images import read_image, text_fields
 from helpers import ROOT, Forked, kill_when, to_the_end
 from inference.parts import Parts
 from metrics import benchmarks, comparisons, emojis, fid
@@ -163,8 +163,8 @@ def test_dpg_bench_images_are_grids_of_four(tiny, tmp_path):
     run("draw", "dpg", prompts, out, *flags)
     run("draw", "dpg", prompts, tmp_path / "one", *flags, "--n", 1)
     assert list(files(out)) == ["12.png", "partiprompts3.png"]
-    grid = np.array(read_picture(out / "partiprompts3.png"))
-    single = np.array(read_picture(tmp_path / "one/partiprompts3.png"))
+    grid = np.array(read_image(out / "partiprompts3.png"))
+    single = np.array(read_image(tmp_path / "one/partiprompts3.png"))
     assert grid.shape == (32, 32, 3) and np.array_equal(grid[:16, :16], single)
     assert text_fields(out / "12.png")["seed"] == "0 1 2 3"
     assert len({grid[y:y + 16, x:x + 16].tobytes() for y in (0, 16) for x in (0, 16)}) == 4
@@ -223,7 +223,7 @@ def mjhq(tmp_path, small_network, capsys):
 
 
 def statistics_of(paths):
-    listing = [(str(path), functools.partial(read_picture, path)) for path in paths]
+    listing = [(str(path), functools.partial(read_image, path)) for path in paths]
     return fid.statistics(fid.features(Means(), listing)[0])
 
 
@@ -275,7 +275,7 @@ def test_coco_images_are_cut_to_the_samples_shape(coco_captions, tmp_path, small
     for i, name in enumerate(benchmark.names):
         write_noise(tmp_path / "drawn" / name, i)
         wide = np.full((32, 96, 3), 255, np.uint8)            # the white sides are cut off
-        wide[:, 32:64] = np.array(read_picture(tmp_path / "drawn" / name))
+        wide[:, 32:64] = np.array(read_image(tmp_path / "drawn" / name))
         Image.fromarray(wide).save(tmp_path / "val" / benchmark.real[name], "PNG")
     run("coco", tmp_path / "drawn", tmp_path / "val", coco_captions, "--inception", "random",
         "--json", tmp_path / "s.json")

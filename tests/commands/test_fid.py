@@ -223,7 +223,7 @@ def test_a_folder_and_a_tar_of_the_same_images_have_equal_features(folder, tmp_p
     tar = Path(write_tar(tmp_path / "set.tar", [(n, (folder / n).read_bytes()) for n in NAMES]))
     features = []
     for source in (folder, tar):
-        listing = fid.pictures(source)
+        listing = fid.file_images(source)
         assert [name.lower() for name, _ in listing] == [name.lower() for name in NAMES]
         features.append(fid.features(toy, listing, batch=3)[0])
     assert features[0].shape == (4, 48) and features[0].dtype == np.float32
@@ -234,10 +234,10 @@ def test_a_folder_and_a_tar_of_the_same_images_have_equal_features(folder, tmp_p
 
 
 def test_features_depend_on_neither_batch_nor_company(folder):
-    features = fid.features(toy, fid.pictures(folder), batch=3)[0]
-    singly = fid.features(toy, fid.pictures(folder), batch=1)[0]
+    features = fid.features(toy, fid.file_images(folder), batch=3)[0]
+    singly = fid.features(toy, fid.file_images(folder), batch=1)[0]
     assert np.allclose(singly, features, atol=1e-6)                 # float32 sums in another order
-    assert np.array_equal(features[1:3], fid.features(toy, fid.pictures(folder / "b"))[0])
+    assert np.array_equal(features[1:3], fid.features(toy, fid.file_images(folder / "b"))[0])
 
 
 def test_unreadable_images_of_a_folder_are_named_and_left_out(folder):

@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 
 import data
 from dataset.aspect_buckets import WINDOW, sizes
-from dataset.images import read_picture
+from dataset.images import read_image
 from train import main
 
 
@@ -56,8 +56,8 @@ def test_each_image_is_seen_once_in_a_batch_of_about_its_shape(folder):
         assert (height, width) in sizes(64, 8)
         assert {position // (WINDOW * count) for position in positions} == {step // WINDOW}
         for sample in mix.take(positions, "image", (height, width)):
-            assert sample["picture"].shape == (3, height, width)
-            shown_width, shown_height = read_picture(Path(sample["key"])).size
+            assert sample["image"].shape == (3, height, width)
+            shown_width, shown_height = read_image(Path(sample["key"])).size
             distances.append(abs(math.log(shown_width / shown_height * height / width)))
         seen += positions
     assert sorted(seen) == list(range(5 * WINDOW * count))

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image
 
 from common.cli import UserError
-from dataset.images import fit_picture, picture_size, read_picture, to_picture, to_tensor
+from dataset.images import fit_image, image_size, read_image, to_image, to_tensor
 
 
 def encoded(image, kind, **options):
@@ -47,7 +47,7 @@ def test_transparent_parts_are_white(tmp_path):
     image = Image.new("RGBA", (60, 40), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 30, 40))
     image.save(tmp_path / "a.png")
-    rgb = read_picture(tmp_path / "a.png")
+    rgb = read_image(tmp_path / "a.png")
     assert rgb.getpixel((5, 5)) == (0, 0, 255)
     assert rgb.getpixel((55, 5)) == (255, 255, 255)
 
@@ -55,19 +55,19 @@ def test_transparent_parts_are_white(tmp_path):
 def test_the_middle_of_an_image_is_kept():
     image = Image.new("RGB", (60, 20), "red")
     image.paste("blue", (20, 0, 40, 20))
-    square = fit_picture(image, 20)
+    square = fit_image(image, 20)
     assert square.size == (20, 20)
     assert square.getpixel((2, 10)) == square.getpixel((17, 10)) == (0, 0, 255)
 
 
 def test_a_palette_image_becomes_a_square_tensor(tmp_path):
     Image.new("P", (9, 70)).save(tmp_path / "b.gif")
-    assert to_tensor(fit_picture(read_picture(tmp_path / "b.gif"), 8)).shape == (3, 8, 8)
+    assert to_tensor(fit_image(read_image(tmp_path / "b.gif"), 8)).shape == (3, 8, 8)
 
 
 def test_tensors_survive_the_way_to_an_image_and_back():
     tensor = torch.rand(3, 8, 8) * 2 - 1
-    difference = (to_tensor(to_picture(tensor)) - tensor).abs().max()
+    difference = (to_tensor(to_image(tensor)) - tensor).abs().max()
     assert difference < 1 / 254                                          # half of one of 255 steps
 
 
@@ -81,8 +81,8 @@ def test_images_are_turned_as_exif_says(tag, turn, kind):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = tag
     content = encoded(image.transpose(turn), kind, exif=exif)
-    shown = read_picture(content)
-    assert shown.size == (60, 40) == picture_size(content)
+    shown = read_image(content)
+    assert shown.size == (60, 40) == image_size(content)
     blue, *red = [shown.getpixel(place) for place in ((5, 5), (55, 5), (5, 35), (55, 35))]
     assert blue[2] > 200 and all(pixel[0] > 200 for pixel in red)    # JPEG and WEBP lose a little
 
@@ -93,7 +93,7 @@ def test_images_are_turned_as_exif_says(tag, turn, kind):
     encoded(Image.fromarray((RAMP / 65535).astype(np.float32)), "TIFF"),
     b"P5 64 64 65535\n" + RAMP.astype(">u2").tobytes()])
 def test_grey_of_more_than_eight_bits_keeps_its_range(content):
-    pixels = np.asarray(read_picture(content))
+    pixels = np.asarray(read_image(content))
     assert (pixels == (RAMP / 257).round()[..., None]).all()             # 65535 is 255 x 257
 
 
@@ -102,7 +102,7 @@ def test_grey_of_more_than_eight_bits_keeps_its_range(content):
     np.full((4, 4), np.nan, np.float32), np.full((4, 4), 10**6, np.int32)])
 def test_grey_outside_the_known_range_is_refused(values):
     with pytest.raises(UserError, match=r"^a.tif: .*grey from"):
-        read_picture(encoded(Image.fromarray(values), "TIFF"), "a.tif")
+        read_image(encoded(Image.fromarray(values), "TIFF"), "a.tif")
 
 
 @pytest.mark.parametrize("content", [
@@ -110,7 +110,7 @@ def test_grey_outside_the_known_range_is_refused(values):
     encoded(DISC.quantize(4), "PNG", transparency=DISC.quantize(4).getpixel((0, 0))),
     encoded(DISC.quantize(4), "GIF", transparency=DISC.quantize(4).getpixel((0, 0)))])
 def test_a_transparent_colour_is_white_and_others_stay(content):
-    pixels = np.asarray(read_picture(content))
+    pixels = np.asarray(read_image(content))
     assert (pixels[5, 5] == 255).all()
     assert (pixels[20, 20] < 255).any()
 
@@ -124,20 +124,20 @@ def test_a_transparent_colour_is_white_and_others_stay(content):
     (png(2, 1, 16, 2, b"\0" + b"\x80\0" * 3 + bytes(6), transparent(*[0x8000] * 3)), [255, 0])],
     ids="grey-alpha 1-bit 2-bit 4-bit 16-bit 16-bit-rgb".split())
 def test_a_transparent_colour_has_the_bit_depth_of_its_file(content, row):
-    assert np.asarray(read_picture(content))[0, :, 0].tolist() == row
+    assert np.asarray(read_image(content))[0, :, 0].tolist() == row
 
 
 def test_other_colour_spaces_become_rgb():
     red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    assert read_picture(encoded(red, "JPEG", quality=95)).getpixel((4, 4)) == (255, 0, 0)
+    assert read_image(encoded(red, "JPEG", quality=95)).getpixel((4, 4)) == (255, 0, 0)
     lab = Image.new("LAB", (8, 8), (128, 128, 128))
-    assert read_picture(encoded(lab, "TIFF")).mode == "RGB"
+    assert read_image(encoded(lab, "TIFF")).mode == "RGB"
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_an_animation_is_its_first_frame(kind):
     red, green = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "lime")
-    first = read_picture(encoded(red, kind, save_all=True, append_images=[green]))
+    first = read_image(encoded(red, kind, save_all=True, append_images=[green]))
     assert first.getpixel((4, 4))[0] > 250                               # WEBP loses a little
 
 
@@ -148,7 +148,7 @@ def test_a_long_image_is_cropped_before_it_is_resized(monkeypatch):
         resized.append(tuple(size)) or resize(image, size, *args, **options)))
     row = np.arange(100_000) // 391                                      # 1 more each 391 pixels
     content = encoded(Image.fromarray(row.astype(np.uint8)[None]), "PNG")
-    pixels = np.asarray(fit_picture(read_picture(content), 32))
+    pixels = np.asarray(fit_image(read_image(content), 32))
     assert resized == [(32, 32)]
     assert pixels.shape == (32, 32, 3)
     assert (pixels == 50_000 // 391).all()
@@ -157,9 +157,9 @@ def test_a_long_image_is_cropped_before_it_is_resized(monkeypatch):
 def test_fitting_is_a_crop_of_the_middle_and_a_bicubic_resize():
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (30, 50, 3), np.uint8))
     expected = image.crop((10, 0, 40, 30)).resize((15, 15), Image.Resampling.BICUBIC)
-    difference = np.abs(np.asarray(fit_picture(image, 15)).astype(int) - expected)
+    difference = np.abs(np.asarray(fit_image(image, 15)).astype(int) - expected)
     assert difference[:, 2:-2].max() <= 1    # rounding; at the edges the filter reads outside
-    assert np.array_equal(fit_picture(image, 30, 50), image)
+    assert np.array_equal(fit_image(image, 30, 50), image)
 
 
 @pytest.mark.parametrize("content, word", [
@@ -173,14 +173,14 @@ def test_unusable_images_are_refused_without_a_warning(content, word, tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     with warnings.catch_warnings(), pytest.raises(UserError, match=f"^{tmp_path}/a.png: .*{word}"):
         warnings.simplefilter("error")
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def test_a_missing_image_and_a_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="b.png: no such"):
-        read_picture(tmp_path / "b.png")
+        read_image(tmp_path / "b.png")
     with pytest.raises(UserError, match=f"{tmp_path}.*directory"):
-        read_picture(tmp_path)
+        read_image(tmp_path)
 
 
 def damage_at_random(content, count, generator):
@@ -203,10 +203,10 @@ def test_damaged_images_are_read_whole_or_refused_in_one_line():
     files["PNG16"] = encoded(Image.fromarray(RAMP), "PNG")
     generator, counts = random.Random(0), Counter()
     for kind, content in files.items():
-        whole = read_picture(content).tobytes()
+        whole = read_image(content).tobytes()
         for damaged, is_flipped in damage_at_random(content, 60, generator):
             try:
-                same = read_picture(damaged, f"x.{kind}").tobytes() == whole
+                same = read_image(damaged, f"x.{kind}").tobytes() == whole
             except UserError as error:
                 assert str(error).startswith(f"x.{kind}: ") and "\n" not in str(error)
                 counts["refused"] += 1

@@ -17,7 +17,7 @@ import data
 import train
 from common.cli import UserError
 from dataset import precompute, sources
-from dataset.images import to_picture
+from dataset.images import to_image
 from helpers import Forked, equal_runs, rows, to_the_end
 from inference.parts import Parts
 from model import MMDiT, MMDiTConfig, TokenEmbedding
@@ -35,7 +35,7 @@ def photos(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     for i in range(12):
         image = torch.rand(3, 40 + i, 50, generator=generator) * 2 - 1
-        to_picture(image).save(folder / f"{i}.png")
+        to_image(image).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"a picture of noise, {i}\nnoise {i}\n")
     return folder
 

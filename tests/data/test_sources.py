@@ -44,7 +44,7 @@ def test_a_folder_of_images_with_caption_files(photos):
         samples[source[i]["key"].rpartition("/")[2]] = source[i]
     assert len(samples) == 5
     assert samples["IMG 1.png"]["captions"] == ["red 1", "still red 1"]
-    assert samples["IMG 4.jpg"]["picture"] == (photos / "more" / "IMG 4.jpg").read_bytes()
+    assert samples["IMG 4.jpg"]["image"] == (photos / "more" / "IMG 4.jpg").read_bytes()
     assert sorted(source.texts())[:2] == ["red 0", "red 1"]
 
 
@@ -105,12 +105,12 @@ def test_a_mixture_crops_images_and_repeats_itself(photos, tmp_path):
     mix = data.Mix([f"{photos}:3", str(tmp_path / "a.tar")], 16, "run")
     samples = mix.take(range(160), "image")
     assert len(mix) == 6
-    assert {tuple(sample["picture"].shape) for sample in samples} == {(3, 16, 16)}
+    assert {tuple(sample["image"].shape) for sample in samples} == {(3, 16, 16)}
     blue = sum(sample["captions"] == ["blue"] for sample in samples)
     assert blue == 10                               # one sample, and five with weight 3
     again = mix.take(range(7, 160, 40), "image")
     for one, other in zip(samples[7::40], again, strict=True):
-        assert torch.equal(one["picture"], other["picture"])
+        assert torch.equal(one["image"], other["image"])
 
 
 def test_a_mixture_lists_its_texts_where_that_is_cheap(photos, tmp_path):
@@ -147,7 +147,7 @@ def test_shown_samples_are_readable(photos):
         (photos / file).write_bytes(b"not an image")
     samples = data.Mix([str(photos)], 16).shown(2, False)
     assert len(samples) == 2
-    assert all(sample["picture"].shape == (3, 16, 16) for sample in samples)
+    assert all(sample["image"].shape == (3, 16, 16) for sample in samples)
 
 
 # ---------------------------------------------------------------------------- unusable and filtered

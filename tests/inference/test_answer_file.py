@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 from common.cli import UserError
-from dataset.images import fit_picture, read_picture, to_picture, to_tensor
+from dataset.images import fit_image, read_image, to_image, to_tensor
 from dataset.questions import question_prompt
 from helpers import Forked, kill_when, to_the_end
 from inference import answer_file
@@ -27,7 +27,7 @@ def photos(emoji_images, tmp_path_factory):
     """Write a folder of 20 images and a corrupt one."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(20):
-        to_picture(emoji_images[1][i]).save(folder / f"{i}.png")
+        to_image(emoji_images[1][i]).save(folder / f"{i}.png")
     (folder / "20.png").write_bytes((folder / "0.png").read_bytes()[:400])
     return folder
 
@@ -209,7 +209,7 @@ def vqa_file(folder, count):
     (folder / "v2_mscoco_val2014_annotations.json").write_text(
         json.dumps(dict(annotations=annotations[:-1])))
     for i in range(6):
-        to_picture(torch.rand(3, 32, 32)).save(folder / f"COCO_val2014_{i:012}.jpg")
+        to_image(torch.rand(3, 32, 32)).save(folder / f"COCO_val2014_{i:012}.jpg")
     return file
 
 
@@ -275,7 +275,7 @@ def test_captions_are_written_and_scored(tiny_parts, tiny, photos, tmp_path, cap
                  "--dtype", "float32")
     printed = capsys.readouterr().out
     assert "20 of 21" in printed and "20.png" in printed
-    image = to_tensor(fit_picture(read_picture(photos / "4.png"), 16, 16))
+    image = to_tensor(fit_image(read_image(photos / "4.png"), 16, 16))
     caption, = write(tiny_parts, encode(tiny_parts, image[None]), [None], ReadConfig(steps=3))
     assert read_rows(out)[4] == dict(image_id=4, caption=caption)
     write_rows(out, [dict(image_id=i, caption=f"a red cat {i}") for i in range(19)])

@@ -7,7 +7,7 @@ from PIL import Image
 
 import sample
 from common.cli import UserError
-from dataset.images import (fit_picture, read_mask, read_picture, text_fields, to_picture,
+from dataset.images import (fit_image, read_mask, read_image, text_fields, to_image,
                             to_tensor)
 from inference import compiled, image_folder, image_to_text, text_to_image
 from inference.parts import EMOJI, Parts
@@ -24,7 +24,7 @@ def either(request, parts):
 
 @pytest.fixture
 def apple_image(parts, apple):
-    return fit_picture(read_picture(apple), parts.height, parts.width)
+    return fit_image(read_image(apple), parts.height, parts.width)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def apple_latents(either, apple_image):
 
 
 def pixels(image):
-    return np.array(to_picture(image))
+    return np.array(to_image(image))
 
 
 def test_a_file_does_not_depend_on_its_batch_or_place(either, tmp_path):

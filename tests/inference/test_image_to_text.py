@@ -5,7 +5,7 @@ import torch
 
 import mask_diffusion
 import sample
-from dataset.images import fit_picture, read_picture, to_picture, to_tensor
+from dataset.images import fit_image, read_image, to_image, to_tensor
 from inference import image_to_text
 from inference.image_to_text import ReadConfig
 
@@ -178,7 +178,7 @@ def test_guidance_embeds_the_text_once(tiny_parts, monkeypatch):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_infill_keeps_the_likeliest_cut(parts, apple, fast_score, monkeypatch, reverse):
     """In "[MASK] apple" one token replaces the mask, in whichever order the cuts are tried."""
-    image = to_tensor(fit_picture(read_picture(apple), parts.height, parts.width))
+    image = to_tensor(fit_image(read_image(apple), parts.height, parts.width))
     rows, widths = image_to_text.cuts(parts, "[MASK] apple, noto style")
     if reverse:
         rows, widths = rows.flip(0), widths[::-1]
@@ -220,7 +220,7 @@ def run_sample(parts, capsys, monkeypatch):
 @pytest.fixture
 def other(emoji_images, tmp_path):
     """Write a second image, and return its path."""
-    to_picture(emoji_images[1][0]).save(tmp_path / "other.png")
+    to_image(emoji_images[1][0]).save(tmp_path / "other.png")
     return tmp_path / "other.png"
 
 

@@ -127,7 +127,7 @@ def test_the_weight_is_that_of_all_parts():
     held = 0
     for part in (parts.text, parts.mmdit, parts.vae):
         held += sum(parameter.nbytes for parameter in part.parameters())
-    assert held <= parts.weight() < 1.2 * held                   # includes the position table
+    assert held <= parts.memory_bytes() < 1.2 * held                   # includes the position table
     assert 2**20 < parts_module.available(torch.device("cpu")) < 2**50
 
 

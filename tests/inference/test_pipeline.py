@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
-from dataset.images import to_picture
+from dataset.images import to_image
 from inference import image_to_text, text_to_image
 from inference.pipeline import Pipeline
 
@@ -28,7 +28,7 @@ def image(pipeline):
 def test_draw_gives_the_image_of_the_command(pipeline):
     single, = pipeline.draw(PROMPT, seed=3, steps=4)
     expected = text_to_image.draw(pipeline.parts, [PROMPT], steps=4, seed=3)
-    assert single.tobytes() == to_picture(expected[0]).tobytes()
+    assert single.tobytes() == to_image(expected[0]).tobytes()
     first, second = pipeline.draw([PROMPT, PROMPT], seed=3, steps=4)
     assert first.tobytes() == single.tobytes() != second.tobytes()
 

@@ -469,7 +469,7 @@ def test_likelihood_masks_each_number_of_tokens_as_often():
     def picked(ids, at):
         masked.extend((ids == MASK).sum(1).tolist())
         return torch.zeros(len(at), V + 1)
-    likelihood(picked, torch.tensor([0, 1, 2, 3]), MASK, levels=400, generator=seeded(0))
+    likelihood(picked, torch.tensor([0, 1, 2, 3]), MASK, copies=400, generator=seeded(0))
     assert [masked.count(n) for n in range(5)] == [0, 100, 100, 100, 100]
 
 

@@ -8,7 +8,7 @@ import checkpoint
 import flow
 import mask_diffusion
 from dataset import emoji
-from dataset.images import fit_picture, read_picture, to_tensor
+from dataset.images import fit_image, read_image, to_tensor
 from dataset.webdataset import Tar
 from model import (PRESETS, T_FLOOR, MMDiT, MMDiTConfig, TokenEmbedding, attention, position_table,
                    timestep_embedding, velocity_to)
@@ -275,7 +275,7 @@ def eight_emoji():
     """Return the first eight images of the emoji set: (8, 3, 8, 8) in [-1, 1]."""
     images = []
     for _, files in Tar(str(emoji.TAR)):
-        images.append(to_tensor(fit_picture(read_picture(files["webp"]), 8)))
+        images.append(to_tensor(fit_image(read_image(files["webp"]), 8)))
         if len(images) == 8:
             return torch.stack(images)
 

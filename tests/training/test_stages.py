@@ -201,7 +201,7 @@ def test_only_the_mask_embedding_of_t5_moves(images, tmp_path):
     for name, tensor in models.t5.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in models.t5.parameters())
-    assert not torch.equal(models.learns["mask"].vector, before["embed.weight"][MASK_ID])
+    assert not torch.equal(models.trainable["mask"].vector, before["embed.weight"][MASK_ID])
 
 
 def test_mask_embedding_gradient_equals_finite_differences():

@@ -48,7 +48,7 @@ def losses(out):
 
 def scaled(samples):
     """Return the samples' images (B, 3, H, W) in [-1, 1]."""
-    return torch.stack([sample["picture"] for sample in samples]).float() / 127.5 - 1
+    return torch.stack([sample["image"] for sample in samples]).float() / 127.5 - 1
 
 
 def plain_image_loss(config, model, tokenizer, samples, generators):

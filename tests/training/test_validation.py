@@ -167,7 +167,7 @@ def test_validation_uses_averaged_weights_captions_and_train_mode(tiny, small_ta
         chance = float(torch.rand(2, generator=generator)[1])
         caption = sample["captions"][int(chance * len(sample["captions"]))]
         ids.append(maker.tokenizer.encode(caption, 28))
-        images.append(sample["picture"].float() / 127.5 - 1)
+        images.append(sample["image"].float() / 127.5 - 1)
     x, noise = torch.stack(images), torch.stack(noises)
     t = spread(list(range(SAMPLES)), SAMPLES)
     level = t.view(-1, 1, 1, 1)
