@@ -65,8 +65,8 @@ def test_a_trajectory_without_out_writes_no_image(tmp_path, monkeypatch):
 
 
 def test_several_captions_are_scored_at_once(read_apple, monkeypatch):
-    few_levels = functools.partial(image_to_text.score, levels=8)
-    monkeypatch.setattr(image_to_text, "score", few_levels)
+    few_copies = functools.partial(image_to_text.score, copies=8)
+    monkeypatch.setattr(image_to_text, "score", few_copies)
     first, second = read_apple("--score", "dog face, noto style", PROMPT).splitlines()
     assert first.startswith(f"{PROMPT}: ") and second.startswith("dog face, noto style: ")
 
@@ -93,8 +93,8 @@ def test_an_image_is_captioned(flags, output, read_apple):
 
 def test_a_text_is_completed_and_keeps_its_capitals(read_apple, monkeypatch):
     # 8 levels instead of 64 rank the nine ways to split two masks into tokens: 1 s instead of 3
-    few_levels = functools.partial(image_to_text.score, levels=8)
-    monkeypatch.setattr(image_to_text, "score", few_levels)
+    few_copies = functools.partial(image_to_text.score, copies=8)
+    monkeypatch.setattr(image_to_text, "score", few_copies)
     assert read_apple("--text", "Red [MASK], [MASK] Style") == "Red apple, noto Style\n"
 
 

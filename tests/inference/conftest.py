@@ -27,5 +27,5 @@ def tiny_parts(tiny):
 @pytest.fixture
 def fast_score(monkeypatch):
     """Score texts with 16 masking levels instead of 64: enough to compare very different texts."""
-    score = partial(image_to_text.score, levels=16)
+    score = partial(image_to_text.score, copies=16)
     monkeypatch.setattr(image_to_text, "score", score)
