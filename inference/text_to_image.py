@@ -136,8 +136,8 @@ def text_velocity(network: Callable, text: Tensor, count: int, trace: Trace) -> 
 
 @torch.no_grad()
 def decode(parts: Parts, latents: Tensor) -> Tensor:
-    """Decode one image, (C, h, w) -> (3, H, W) in [-1, 1] on the CPU."""
-    return parts.vae.decode(latents[None])[0].float().cpu().clamp(-1, 1)
+    """Decode one image, (C, h, w) -> (3, H, W) on the CPU."""
+    return parts.vae.decode(latents[None])[0].float().cpu()
 
 
 def choose_network(parts: Parts, config: DrawConfig) -> Callable:
@@ -174,7 +174,8 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
              edit: Edit | None = None, trace: Trace | None = None) -> Iterator[Tensor]:
     """Yield an image for each prompt and its seed, (3, H, W) in [-1, 1], on the CPU.
 
-    A prompt and a seed give the same image in any batch.  If the models don't fit in memory
+    In float32, a prompt and a seed give the same image in any batch.  In bfloat16, a CPU may round
+    differently in another batch, by up to 8 of 255 levels (AMX).  If the models don't fit in memory
     together, 16 batches are drawn before they are decoded."""
     config = parts.complete(config)
     trace = trace or Trace()
@@ -182,8 +183,8 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
     batch_size = min(config.batch, len(jobs) or 1)
     chunk_size = batch_size if parts.keep else 16 * batch_size
     levels = noise_levels(parts, config, edit)
-    steps = len(levels) * math.ceil(len(jobs) / batch_size)
-    progress = Progress("drawing, steps", steps, silent=parts.silent)
+    progress = Progress("drawing, steps", len(levels) * math.ceil(len(jobs) / batch_size),
+                        silent=parts.silent)
     network = None
     for chunk in chunks(jobs, chunk_size):
         states = encode_prompts(parts, [config.negative_prompt] + [prompt for prompt, _ in chunk])
@@ -201,7 +202,7 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
             network = velocity = None
         parts.hold("vae")
         for latents in finished:
-            yield decode(parts, latents)
+            yield decode(parts, latents).clamp(-1, 1)
 
 
 def draw(parts: Parts, prompts: Sequence[str], seed: int = 0, edit: Edit | None = None,

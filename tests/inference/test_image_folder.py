@@ -36,13 +36,25 @@ def pixels(image):
     return np.array(to_image(image))
 
 
+def levels(content):
+    """Return the pixels of an image file's bytes, 0 to 255, as floats."""
+    return np.array(read_image(content)).astype(float)
+
+
 def test_a_file_does_not_depend_on_its_batch_or_place(either, tmp_path):
     jobs = [(prompt, seed) for prompt in PROMPTS for seed in (0, 5)]
     image_folder.fill(either, jobs, tmp_path / "single", DrawConfig(steps=3, batch=1))
     image_folder.fill(either, jobs[::-1], tmp_path / "batch", DrawConfig(steps=3, batch=64))
-    single, batch = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())]
-                     for name in ("single", "batch"))
-    assert single == batch[::-1] and len(set(single)) == 6
+    single = [path.read_bytes() for path in sorted((tmp_path / "single").iterdir())]
+    batch = [path.read_bytes() for path in sorted((tmp_path / "batch").iterdir(), reverse=True)]
+    assert len(set(single)) == 6
+    if either.dtype == torch.float32:
+        assert single == batch
+    for one, other in zip(single, batch, strict=True):
+        difference = levels(one) - levels(other)
+        # bfloat16 products of an AMX CPU round differently in another batch: by 0.4 levels on
+        # average and 8 at most.  After 3 steps, other seeds differ by 1.1 or more on average.
+        assert np.abs(difference).mean() < 0.8 and np.abs(difference).max() <= 16
 
 
 def test_filling_up_the_last_batch_changes_no_image(parts, monkeypatch):
@@ -151,7 +163,7 @@ def test_the_command_fills_a_folder(tmp_path, capsys):
 
     def run_sample(prompts, out, *flags):
         sample.main(list(map(str, ["--prompts", tmp_path / prompts, "--steps", 1, "--out",
-                                   tmp_path / out, *flags])))
+                                   tmp_path / out, "--dtype", "float32", *flags])))
         return capsys.readouterr().out
     output = run_sample("prompts.txt", "drawn", "--n", 2)
     assert output.startswith(f"{tmp_path / 'drawn'}: 4 ") and " 0 " in output
