@@ -142,8 +142,9 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig =
     """Replace every [MASK] of ids (B, L) given clean latents (B, C, h, w), or no image.
 
     Text after the first end token becomes padding.  seeds: one for each row, by default 0; a row
-    with the same seed has the same text in any batch, up to the rounding of bfloat16.  states: a list to which the states of
-    `mask_diffusion.walk` are appended.  Raises UserError for a level that the order can't have."""
+    with the same seed has the same text in any batch, up to the rounding of bfloat16.  states: a
+    list to which the states of `mask_diffusion.walk` are appended.  Raises UserError for a level
+    that the order can't have."""
     config = with_steps(parts.complete(config), None)
     tokenizer = parts.tokenizer
     try:
