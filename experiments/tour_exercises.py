@@ -1,0 +1,144 @@
+"""Measure the exercises of docs/exercises.md: change tour.py, train it, and see what moves.
+
+    python -m experiments.tour_exercises                       # all exercises, three seeds each
+    python -m experiments.tour_exercises uniform-times less-data --seeds 1
+    python -m experiments.tour_exercises --out rows.jsonl      # keep the rows; a second run resumes
+
+Each exercise replaces pieces of tour.py, which must occur in it exactly once.  Exercises that only
+change sampling use the weights of the unchanged file.
+"""
+
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from common import cli
+from common.cli import require
+
+ROOT = Path(__file__).parents[1]
+CHANGES = {
+    "unchanged": [],
+    "uniform-times": [("torch.sigmoid(torch.randn(B) + 0.7)", "torch.rand(B)")],
+    "flat-weight": [("return (errors * masked / t).mean()", "return (2 * errors * masked).mean()")],
+    "no-guidance": [("GUIDANCE = 2.0", "GUIDANCE = 1.0")],
+    "predict-velocity": [
+        ("velocity = (images - clean) / t[:, None, None, None]", "velocity = clean")],
+    "clean-side-apart": [
+        ("def block(img_stream, txt_stream, img, txt, time):",
+         "def block(img_stream, txt_stream, img, txt, time, noised):"),
+        ("    N = img.shape[1]\n",
+         "    N = img.shape[1]\n"
+         "    if noised:                  # words don't see the image\n"
+         "        scores[:, :, N:, :N] = -math.inf\n"
+         "    else:                       # the image does not see words\n"
+         "        scores[:, :, :N, N:] = -math.inf\n"),
+        ("block(img_stream, txt_stream, img, txt, time)\n",
+         "block(img_stream, txt_stream, img, txt, time, t.max() > 0)\n")],
+    "left-to-right": [("surest = probability.argmax(1, keepdim=True)",
+                       "surest = torch.full((len(ids), 1), step)")],
+    "shared-weights": [
+        ("self.txt_streams = nn.ModuleList(Stream() for _ in range(DEPTH))",
+         "self.txt_streams = self.img_streams")],
+    "half-the-data": [("IMAGES = 8000", "IMAGES = 4000")],
+    "little-data": [("IMAGES = 8000", "IMAGES = 500")],
+}
+SAMPLING = {"no-guidance", "left-to-right"}
+PARTS = {"new": False, "held-out": True}
+
+
+class Row(NamedTuple):
+    exercise: str
+    seed: int
+    shares: dict[str, float]
+
+
+def changed(exercise: str) -> ModuleType:
+    """Import a changed copy of tour.py.  Raises UserError if a piece is not there once."""
+    source = (ROOT / "tour.py").read_text(encoding="utf-8")
+    for old, new in CHANGES[exercise]:
+        require((source.count(old) == 1,
+                 f"{exercise}: expected once in tour.py, found {source.count(old)} times: {old!r}"))
+        source = source.replace(old, new)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tour.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("tour", path)
+        tour = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tour)
+    return tour
+
+
+def train(exercise: str, seed: int, steps: int | None) -> dict[str, torch.Tensor]:
+    tour = changed(exercise)
+    torch.manual_seed(seed)
+    images, captions = tour.make_data(tour.IMAGES, seed=0, held_out=False)
+    return tour.train(images, captions, steps or tour.STEPS).state_dict()
+
+
+def measure(exercise: str, seed: int, weights: dict[str, torch.Tensor]) -> Row:
+    tour = changed(exercise)
+    model = tour.MMDiT()
+    model.load_state_dict(weights)
+    shares = {}
+    for part, held_out in PARTS.items():
+        images, captions = tour.make_data(200, seed=1, held_out=held_out)
+        for name, share in tour.measure(model, images, captions).items():
+            shares[f"{part}, {name}"] = share
+    return Row(exercise, seed, shares)
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print the mean over seeds, and the smallest and largest value."""
+    columns = list(rows[0].shares)
+    print("| exercise | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for exercise in CHANGES:
+        cells = []
+        for column in columns:
+            values = [100 * row.shares[column] for row in rows if row.exercise == exercise]
+            if values:
+                mean = sum(values) / len(values)
+                cells.append(f"{mean:.0f} ({min(values):.0f}-{max(values):.0f})")
+        if cells:
+            print(f"| {exercise} | " + " | ".join(cells) + " |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("exercises", nargs="*", metavar="NAME", help=", ".join(CHANGES))
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (3)")
+    parser.add_argument("--steps", type=int, help="of training (those of tour.py)")
+    parser.add_argument("--out", type=Path, help="a .jsonl file of rows, to resume")
+    args = parser.parse_args(argv)
+    unknown = set(args.exercises) - set(CHANGES)
+    require((not unknown, f"{', '.join(sorted(unknown))}: expected one of {', '.join(CHANGES)}"))
+    rows = []
+    if args.out and args.out.exists():
+        rows = [Row(**json.loads(line)) for line in args.out.read_text().splitlines()]
+    done = {(row.exercise, row.seed) for row in rows}
+    for seed in range(args.seeds):
+        unchanged = None
+        for exercise in args.exercises or CHANGES:
+            if (exercise, seed) in done:
+                continue
+            print(f"{exercise}, seed {seed}", flush=True)
+            if exercise in SAMPLING or not CHANGES[exercise]:
+                unchanged = unchanged or train("unchanged", seed, args.steps)
+                weights = unchanged
+            else:
+                weights = train(exercise, seed, args.steps)
+            row = measure(exercise, seed, weights)
+            rows.append(row)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row._asdict()) + "\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
