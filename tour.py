@@ -3,8 +3,8 @@
     python tour.py              # about four minutes on two cores; writes tour.png
 
 Both directions are diffusion.  Training destroys a part of the data and asks the network to restore
-it; sampling starts with nothing left and restores step by step.  Noise destroys images, [MASK]
-replaces words.  Time is the destroyed share: t = 0 is data, t = 1 is pure noise or only [MASK]s.
+it; drawing and reading start with nothing left and restore step by step.  Noise destroys images,
+[MASK] replaces words.  Each has its time: t = 0 is data, t = 1 is pure noise or only [MASK]s.
 
 The method is "Dual Diffusion for Unified Image Generation and Understanding" (arXiv 2501.00289).
 "Full code" says where this repository does more; docs/exercises.md has changes to try here.
@@ -14,7 +14,6 @@ Shapes: B batch, N = 16 image patches, L = 6 words, D = 96 network width, S = 16
 import argparse
 import math
 import random
-import textwrap
 import time
 
 import torch
@@ -23,18 +22,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw
 
 # ------------------------------------------------------------------------------------ 1. the world
-# An image shows one object or two.  Their places and sizes are random, so a caption has many
-# images: the network must learn a distribution, not one answer.
-# Full code: data.py mixes folders, tar files and lists of images; dataset/ reads them.
+# An image shows one object or two.  Their places and sizes are random: a caption has many images,
+# and the network must learn a distribution, not one answer.  Full code: data.py and dataset/.
 
 SIZE, PATCH = 16, 4                 # S, pixels along a side of an image; along a side of a patch
 COLOURS = ["red", "green", "blue", "orange", "purple", "cyan"]
-SHAPES = {"disc": math.pi, "square": 3.24, "triangle": 1.8}      # area / radius^2
+SHAPES = {"disc": 3.14, "square": 3.24, "triangle": 1.8}         # area / radius^2
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-HELD_OUT = {("blue", "triangle"), ("green", "disc")}    # not in training: can they be put together?
+HELD_OUT = {("blue", "triangle"), ("green", "disc")}    # never together in training
 RGB = torch.tensor([ImageColor.getrgb(name) for name in [*COLOURS, "white"]]) / 127.5 - 1
-# One word is one token.  [END] fills captions up to L words.  [MASK] is no word: it is never the
-# answer, so the network has no output for it.
+# One word is one token; [END] fills captions up.  [MASK] is no word: it is never the answer.
 WORDS = ["[END]", "left", "of", "above", *COLOURS, *SHAPES]
 END, MASK = 0, len(WORDS)
 LENGTH = 6                          # L, words in "red disc left of blue square"
@@ -48,8 +45,8 @@ def pairs_in(caption):
 
 def pixels_of(shape, x, y, radius):
     """Return which pixels a shape around (x, y) covers, (S, S) bool."""
-    centers = torch.arange(SIZE) + 0.5
-    dx, dy = centers - x, centers[:, None] - y
+    pixels = torch.arange(SIZE) + 0.5
+    dx, dy = pixels - x, pixels[:, None] - y
     if shape == "disc":
         return dx ** 2 + dy ** 2 <= radius ** 2
     if shape == "square":
@@ -65,7 +62,7 @@ def paint(caption, rng):
         x, y = rng.uniform(6, 10), rng.uniform(6, 10)
         radius = rng.uniform(4, 5.5)
         if len(pairs) == 2:
-            x = rng.uniform(3.5, 4.5) + 8 * i
+            x = rng.uniform(3.5, 4.5) + 8 * i     # one in each half
             radius *= 0.7
         if "above" in caption:
             x, y = y, x
@@ -74,15 +71,14 @@ def paint(caption, rng):
 
 
 def make_data(count, seed, held_out):
-    """Return images (count, 3, S, S) and captions; with held_out, each has a pair of HELD_OUT."""
+    """Return images (count, 3, S, S) and captions; each has a pair of HELD_OUT, or none."""
     rng = random.Random(seed)
     captions = []
     while len(captions) < count:
         first, second = rng.sample(PAIRS, 2)
         relation = rng.choice(["", "left of", "above"])
-        caption = " ".join(first)
-        if relation:
-            caption = " ".join([*first, relation, *second])
+        words = [*first, relation, *second] if relation else first
+        caption = " ".join(words)
         has_held_out = not HELD_OUT.isdisjoint(pairs_in(caption))
         # two objects have two colours, so that counting pixels can tell them apart
         if has_held_out == held_out and first[0] != second[0]:
@@ -99,14 +95,15 @@ def encode(captions):
 def decode(ids):
     """Return the captions of token ids (B, L), with "_" for [MASK]."""
     names = WORDS + ["_"]
-    return [" ".join(names[i] for i in row if i != END) for row in ids.tolist()]
+    texts = [" ".join(names[i] for i in row) for row in ids.tolist()]
+    return [text.split(" [END]")[0] for text in texts]
 
 
 # ---------------------------------------------------------------------------------- 2. the network
 # The MMDiT of Stable Diffusion 3 has two streams with weights of their own, one for patches and one
 # for words.  They meet in the attention of every block, where patches and words all see each other.
-# The noise level of the image enters each block as shifts, scales and gates (adaLN, DiT).  The text
-# has no such input: the network sees how many words are masked.
+# The noise level t of the image enters both streams as shifts, scales and gates (adaLN, DiT).  The
+# share of masked words is no input: the network can count the [MASK]s.
 # Full code: model.py at any size; pretrained/ has T5 and the autoencoder of published weights.
 
 WIDTH, HEADS, DEPTH = 96, 4, 3      # D, attention heads, blocks
@@ -121,12 +118,12 @@ class Stream(nn.Module):            # the weights of one stream in one block
         self.out = nn.Linear(WIDTH, WIDTH)
         self.mlp_in = nn.Linear(WIDTH, 4 * WIDTH)
         self.mlp_out = nn.Linear(4 * WIDTH, WIDTH)
-        # gates start at zero: each block begins as the identity, which makes training stable
+        # all six start at zero: with gates of zero, each block begins as the identity
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def before_attention(self, x, time):
-        """x (B, T, D), time (B, D) -> queries, keys, values (B, T, 3 D), and the modulation."""
+        """x (B, N or L, D), time (B, D) -> q, k and v (B, N or L, 3 D), and the modulation."""
         modulation = self.modulation(time).unsqueeze(1).chunk(6, dim=-1)          # 6 x (B, 1, D)
         shift, scale = modulation[:2]
         return self.qkv(layer_norm(x) * (1 + scale) + shift), modulation
@@ -143,7 +140,8 @@ def block(img_stream, txt_stream, img, txt, time):
     img_qkv, img_modulation = img_stream.before_attention(img, time)
     txt_qkv, txt_modulation = txt_stream.before_attention(txt, time)
     qkv = torch.cat([img_qkv, txt_qkv], dim=1)                                    # (B, N + L, 3 D)
-    q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)      # (B, heads, N + L, d)
+    qkv = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv                                                # (B, heads, N + L, D / heads) each
     scores = q @ k.transpose(-1, -2) / math.sqrt(WIDTH / HEADS)
     N = img.shape[1]
     # no causal mask: a masked word is predicted from the words on both of its sides
@@ -156,7 +154,8 @@ def block(img_stream, txt_stream, img, txt, time):
 class MMDiT(nn.Module):
     def __init__(self):
         super().__init__()
-        patches, values = (SIZE // PATCH) ** 2, 3 * PATCH ** 2                    # N, in a patch
+        patches = (SIZE // PATCH) ** 2                                            # N
+        values = 3 * PATCH ** 2                                                   # of a patch
         self.img_in = nn.Linear(values, WIDTH)
         self.img_position = nn.Parameter(0.02 * torch.randn(patches, WIDTH))
         self.txt_in = nn.Embedding(len(WORDS) + 1, WIDTH)
@@ -170,6 +169,7 @@ class MMDiT(nn.Module):
     def forward(self, images, ids, t):
         """images (B, 3, S, S) at noise levels t (B,), 0 for clean ones; ids (B, L)
         -> the velocity (B, 3, S, S) of the images, and logits (B, L, words)"""
+        # waves of many frequencies: from t alone, a linear layer can't tell near times apart
         frequencies = 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32)
         angles = t[:, None] * frequencies                                         # (B, 32)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -181,69 +181,69 @@ class MMDiT(nn.Module):
             img, txt = block(img_stream, txt_stream, img, txt, time)
         patches = self.img_out(layer_norm(img)).transpose(1, 2)                   # (B, values, N)
         clean = F.fold(patches, SIZE, PATCH, stride=PATCH)
-        # v = (x_t - x) / t: it is easier to predict an image than noise (JiT, arXiv 2511.13720)
-        velocity = (images - clean) / t[:, None, None, None]      # no number at t = 0, nor needed
+        # An image is simpler than noise, so the network predicts the image x, which gives the
+        # velocity (x_t - x) / t (JiT, arXiv 2511.13720).  At t = 0 it is infinite, but not used.
+        velocity = (images - clean) / t[:, None, None, None]
         return velocity, self.txt_out(layer_norm(txt))
 
 
 # -------------------------------------------------------------------- 3. drawing: rectified flow
 #     x_t = (1 - t) x + t noise              velocity v = dx_t/dt = noise - x
 # A straight line leads from an image x to noise.  At a point x_t of it, the network predicts v.
-# Lines of many images cross there, and the squared error is least at their mean velocity.  Whoever
-# follows mean velocities from t = 1 to t = 0 turns noise into samples of the images.
+# Lines of many images pass through the same x_t, and the squared error is least at their mean
+# velocity.  Following mean velocities from t = 1 to t = 0 turns noise into new images.
 # Full code: flow.py has other times and solvers; inference/text_to_image.py edits images.
 
-DROPPED = 0.1       # share of captions that training replaces by the empty one, for guidance
+DROPPED = 0.1       # share of captions that training empties, so that there can be guidance
 GUIDANCE = 2.0
 
 
 def image_loss(model, images, ids):
     """L_image = |v(x_t, t, caption) - (noise - x)|^2: the image is noised, the caption clean."""
     B = len(images)
-    # Most times are near 2/3, where x_t is neither the image nor pure noise.  Below 0.05, the
-    # division by t would let small errors outweigh all others.
-    t = torch.sigmoid(torch.randn(B) + 0.7).clamp(min=0.05)
+    # Few times are near 0 or 1, where there is little to decide.  Below 0.05, the last step of
+    # `draw`, the division by t would let small errors outweigh all others.
+    t = torch.sigmoid(torch.randn(B, 1, 1, 1) + 0.7).clamp(min=0.05)
     noise = torch.randn_like(images)
-    level = t[:, None, None, None]
-    x_t = (1 - level) * images + level * noise
+    x_t = (1 - t) * images + t * noise
     ids = torch.where(torch.rand(B, 1) < DROPPED, END, ids)
-    velocity, _ = model(x_t, ids, t)
+    velocity, _ = model(x_t, ids, t.flatten())
     return (velocity - (noise - images)).square().mean()
 
 
 @torch.no_grad()
-def draw(model, captions, seed, steps=24):
+def draw(model, captions, seed, steps=20):
     """Return the images (B, 3, S, S) before the first step and after each one."""
     ids = encode(captions)
-    empty = torch.full_like(ids, END)
     torch.manual_seed(seed)
     x = torch.randn(len(ids), 3, SIZE, SIZE)
     states = [x]
     for step in range(steps):
         t = torch.full((len(ids),), 1 - step / steps)
-        # guidance: from the empty caption's velocity to the caption's, and further: drawings vary
-        # less, and show their captions better
-        v_empty, _ = model(x, empty, t)
+        # Guidance goes from the velocity for an empty caption towards that for the caption, and on
+        # for as long again: drawings fit their captions better, and vary less.
+        v_empty, _ = model(x, torch.full_like(ids, END), t)
         v_caption, _ = model(x, ids, t)
         v = v_empty + GUIDANCE * (v_caption - v_empty)
-        x = x - v / steps           # dx/dt = v, and t falls by 1 / steps
+        x = x - v / steps           # Euler's method: dx/dt = v, and t falls by 1 / steps
         states.append(x)
     return states
 
 
 # ------------------------------------------------------------------ 4. reading: masked diffusion
 #     L_text = 1/t * sum over masked words of -log p(word | image, visible words),   t ~ U(0, 1]
-# Each word is masked with probability t.  The network sees the clean image and the words that are
-# left, and predicts the others.  Why 1/t?  A word is masked with probability t, so its mean weight
-# is 1 at every t, and L_text a bound of -log p(caption | image) on average (MDLM, 2406.07524).
-# Why two passes?  L_image needs a noised image with a clean caption, L_text a clean image, t = 0,
-# with a masked caption.  One input can't be both.
-# Full code: mask_diffusion.py; inference/image_to_text.py answers questions, words never masked.
+# Each word is masked with probability t.  The network sees the clean image and the other words, and
+# predicts the masked ones.  Why 1/t?  Then a word has the same mean weight at every t, and L_text
+# is, on average, -log p(caption | image) for words that are revealed one by one in random order:
+# an upper bound (MDLM, arXiv 2406.07524).
+# Why two passes?  In use, the image is clean when a caption is read, and the caption is clean when
+# an image is drawn.  So L_text has a clean image, t = 0, and L_image a clean caption.
+# Full code: mask_diffusion.py; inference/image_to_text.py also answers questions.
 
 def text_loss(model, images, ids):
     """L_text per word: the caption is masked, the image clean."""
     B = len(images)
-    t = torch.rand(B, 1).clamp(min=1e-3)
+    t = torch.rand(B, 1).clamp(min=1e-3)                          # the weight is at most 1000
     masked = torch.rand(ids.shape) < t                                            # (B, L)
     _, logits = model(images, torch.where(masked, MASK, ids), torch.zeros(B))
     errors = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")       # (B, L)
@@ -258,7 +258,7 @@ def read(model, images):
     for step in range(LENGTH):
         _, logits = model(images, ids, torch.zeros(len(images)))
         probability, word = logits.softmax(-1).max(-1)                            # (B, L)
-        probability[ids != MASK] = -1
+        probability[ids != MASK] = -1                             # never choose a word again
         # one word a step, the surest: words that are revealed together can't see each other
         surest = probability.argmax(1, keepdim=True)                              # (B, 1)
         ids = ids.scatter(1, surest, word.gather(1, surest))
@@ -272,19 +272,19 @@ def read(model, images):
 STEPS = 1500
 IMAGES = 8000                       # to train on
 IMAGE_BATCH, TEXT_BATCH = 64, 32    # reading is easier to learn than drawing
-TEXT_WEIGHT = 0.5                   # lambda
+TEXT_WEIGHT = 0.5                   # lambda in L = L_image + lambda L_text
 LEARNING_RATE = 4e-3
 
 
 @torch.no_grad()
 def muon_step(matrices, momenta, lr):
-    """Update matrices by U V' in place of the mean gradient U S V' (Muon, Keller Jordan, 2024)."""
-    # small directions then count as much as large ones: half of AdamW's steps are enough here
+    """Update by U V' in place of the mean gradient U S V': small directions count as much as large
+    ones, which halves the number of steps here (Muon, Keller Jordan, 2024)."""
     for p, momentum in zip(matrices, momenta):
         momentum.lerp_(p.grad, 0.05)
         x = p.grad.lerp(momentum, 0.95)
         x = x / (x.norm() + 1e-7)
-        for _ in range(5):          # x -> a x + b x^3 + c x^5 brings each value in S close to 1
+        for _ in range(5):          # s -> a s + b s^3 + c s^5 brings each value s in S close to 1
             product = x @ x.T
             x = 3.4445 * x + (-4.775 * product + 2.0315 * product @ product) @ x
         p.sub_(x, alpha=0.2 * max(p.shape) ** 0.5 * lr)           # as large as AdamW's steps
@@ -293,6 +293,7 @@ def muon_step(matrices, momenta, lr):
 def train(images, captions, steps):
     model = MMDiT()
     ids = encode(captions)
+    # Muon for the large matrices inside the blocks, AdamW for all other weights
     matrices = [p for name, p in model.named_parameters()
                 if "stream" in name and "modulation" not in name and p.ndim == 2]
     others = list(set(model.parameters()) - set(matrices))
@@ -314,20 +315,17 @@ def train(images, captions, steps):
         muon_step(matrices, momenta, lr)
         if step % 100 == 0 or step == steps:
             speed = step / (time.time() - started)
-            losses = f"image loss {loss_image:.3f}, text loss {loss_text:.3f}"
-            left = f"{speed:.1f} steps/s, {(steps - step) / speed:.0f} s left"
-            print(f"step {step} of {steps}: {losses}; {left}", flush=True)
+            print(f"step {step}/{steps}: image loss {loss_image:.3f}, text loss {loss_text:.3f}; "
+                  f"{speed:.1f} steps/s, {(steps - step) / speed:.0f} s left", flush=True)
     return model
 
 
 # -------------------------------------------------------------------------- 6. counting pixels
-# Does a drawing show what its caption says?  Its pixels tell, without a second network.
-# Full code: metrics/ has FID, CLIP score, scores of captions and the accuracy of answers.
+# Does a drawing show what its caption says?  Full code: metrics/ has FID, CLIP and more.
 
 def find_things(image):
     """Return colour, shape, x and y of each thing in an image (3, S, S)."""
-    distance = (image - RGB[:, :, None, None]).square().sum(1)                    # (colours, S, S)
-    nearest = distance.argmin(0)
+    nearest = (image - RGB[:, :, None, None]).square().sum(1).argmin(0)           # (S, S)
     things = []
     for i, colour in enumerate(COLOURS):
         mask = nearest == i
@@ -340,7 +338,7 @@ def find_things(image):
             part = numbers[0] == number
             if part.sum() > 5:      # not a speck
                 y, x = (part.nonzero() + 0.5).mean(0).tolist()
-                overlap = {}        # of the part with shapes of the same middle and area
+                overlap = {}        # with each shape of the same middle and area
                 for shape, area in SHAPES.items():
                     ideal = pixels_of(shape, x, y, math.sqrt(part.sum() / area))
                     overlap[shape] = (ideal & part).sum() / (ideal | part).sum()
@@ -349,9 +347,9 @@ def find_things(image):
 
 
 def check(image, caption):
-    """Return what a drawing has as its caption says."""
+    """Return which parts of its caption a drawing gets right."""
     pairs = pairs_in(caption)
-    axis = 3 if "above" in caption else 2
+    axis = 3 if "above" in caption else 2                         # y or x of a thing
     things = sorted(find_things(image), key=lambda thing: thing[axis])
     colours = [thing[0] for thing in things]
     wanted = [pair[0] for pair in pairs]
@@ -366,54 +364,54 @@ def check(image, caption):
 def measure(model, images, captions):
     """Return the share of captions read word for word, and of drawings that pass each check."""
     answers = decode(read(model, images)[-1])
-    right = [answer == caption for answer, caption in zip(answers, captions)]
-    shares = {"captions": sum(right) / len(right)}
     drawings = draw(model, captions, seed=0)[-1]
-    checks = list(map(check, drawings, captions))
-    for name in checks[0]:
-        shares[name] = sum(passed[name] for passed in checks) / len(checks)
-    return shares
+    rows = []
+    for answer, drawing, caption in zip(answers, drawings, captions):
+        rows.append(dict(captions=answer == caption, **check(drawing, caption)))
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 # -------------------------------------------------------------------------------- 7. the sheet
 
 def make_sheet(rows):
     """Return an image of rows, each with a title, images (8, 3, S, S) and a text for each."""
-    sheet = Image.new("RGB", (900, 164 * len(rows)), "white")
+    sheet = Image.new("RGB", (900, 170 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (title, images, texts) in enumerate(rows):
-        top = 164 * row
-        pen.text((8, top + 4), title, fill="black", font_size=13)
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        top = 170 * row + 4
+        pen.text((4, top), title, fill="black", font_size=13)
+        strip = torch.cat(list(F.pad(images, (0, 1), value=1)), dim=2)            # (3, S, 8 S + 8)
+        pixels = (strip.clamp(-1, 1) + 1) * 127.5
+        tiles = Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())
+        sheet.paste(tiles.resize((896, 106), Image.Resampling.NEAREST), (0, top + 20))
         for column, text in enumerate(texts):
-            left = 8 + 112 * column
-            tile = Image.fromarray(pixels[column].numpy())
-            sheet.paste(tile.resize((96, 96), Image.Resampling.NEAREST), (left, top + 24))
-            pen.text((left, top + 124), textwrap.fill(text, 18), fill="black", font_size=10)
+            text = text.replace(" left", "\nleft").replace(" above", "\nabove")
+            pen.text((4 + 112 * column, top + 130), text, fill="black")
     return sheet
 
 
 def main():
     parser = argparse.ArgumentParser(description="Train a dual diffusion transformer on shapes.")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
-    steps = parser.parse_args().steps
+    args = parser.parse_args()
+    print("Expect losses near 0.4 and 1 at step 100, 0.2 and 0.2 at 500, 0.14 and 0.01 at the end.")
     torch.manual_seed(0)
-    model = train(*make_data(IMAGES, seed=0, held_out=False), steps)
+    model = train(*make_data(IMAGES, seed=0, held_out=False), args.steps)
     rows = []
-    for title, held_out in (("new images", False), ("pairs never seen in training", True)):
+    for title, held_out in (("known pairs", False), ("pairs never seen in training", True)):
         shares = measure(model, *make_data(200, seed=1, held_out=held_out))
         print(f"{title}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
         images, captions = make_data(8, seed=2, held_out=held_out)
         rows.append((f"Drawn, {title}", draw(model, captions, seed=1)[-1], captions))
         rows.append((f"Read, {title}", images, decode(read(model, images)[-1])))
     caption = "red disc left of blue square"
-    states = torch.stack(draw(model, [caption] * 8, seed=2, steps=28))            # (29, 8, 3, S, S)
+    states = torch.stack(draw(model, [caption] * 8, seed=2))      # (21, 8, 3, S, S)
     rows.append(("One caption, drawn eight times", states[-1], [caption] * 8))
-    times = [f"t = {1 - i / 7:.2f}" for i in range(8)]
-    rows.append(("An image forming", states[::4, 0], times))
-    image = paint(caption, random.Random(0)).expand(8, -1, -1, -1)
-    texts = [decode(ids)[0] for ids in read(model, image)]
-    rows.append(("A caption being unmasked", image, texts))
+    shown = [0, 5, 8, 11, 14, 16, 18, 20]
+    rows.append(("An image forming", states[shown, 0], [f"t = {1 - i / 20:.2f}" for i in shown]))
+    images = paint(caption, random.Random(0)).expand(8, -1, -1, -1)
+    texts = [decode(ids)[0] for ids in read(model, images)]
+    rows.append(("A caption being unmasked", images, texts))
     make_sheet(rows).save("tour.png")
     print("tour.png shows drawings and captions")
 
