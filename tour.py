@@ -195,7 +195,7 @@ class MMDiT(nn.Module):
 # Full code: flow.py has other times and solvers; inference/text_to_image.py edits images.
 
 DROPPED = 0.1       # share of captions that training empties, so that there can be guidance
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 
 
 def image_loss(model, images, ids):
@@ -220,8 +220,8 @@ def draw(model, captions, seed, steps=20):
     states = [x]
     for step in range(steps):
         t = torch.full((len(ids),), 1 - step / steps)
-        # Guidance goes from the velocity for an empty caption towards that for the caption, and on
-        # for as long again: drawings fit their captions better, and vary less.
+        # Guidance goes from the velocity for an empty caption to that for the caption, and on for
+        # twice as far: drawings fit their captions better, and vary less.
         v_empty, _ = model(x, torch.full_like(ids, END), t)
         v_caption, _ = model(x, ids, t)
         v = v_empty + GUIDANCE * (v_caption - v_empty)
@@ -269,11 +269,11 @@ def read(model, images):
 # --------------------------------------------------------------------------------- 5. training
 # Full code: train.py has this loop with FSDP2 on many GPUs; training/muon.py has the optimizer.
 
-STEPS = 1500
+STEPS = 1700
 IMAGES = 8000                       # to train on
 IMAGE_BATCH, TEXT_BATCH = 64, 32    # reading is easier to learn than drawing
 TEXT_WEIGHT = 0.5                   # lambda in L = L_image + lambda L_text
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 3e-3
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ CHANGES = {
     "unchanged": [],
     "uniform-times": [("torch.sigmoid(torch.randn(B, 1, 1, 1) + 0.7)", "torch.rand(B, 1, 1, 1)")],
     "flat-weight": [("return (errors * masked / t).mean()", "return (2 * errors * masked).mean()")],
-    "no-guidance": [("GUIDANCE = 2.0", "GUIDANCE = 1.0")],
+    "no-guidance": [("GUIDANCE = 3.0", "GUIDANCE = 1.0")],
     "predict-velocity": [
         ("velocity = (images - clean) / t[:, None, None, None]", "velocity = clean")],
     "clean-side-apart": [
