@@ -1,7 +1,7 @@
 """Measure the exercises of docs/exercises.md: change tour.py, train it, and see what moves.
 
     python -m experiments.tour_exercises                       # all exercises, three seeds each
-    python -m experiments.tour_exercises uniform-times less-data --seeds 1
+    python -m experiments.tour_exercises uniform-times little-data --seeds 1
     python -m experiments.tour_exercises --out rows.jsonl      # keep the rows; a second run resumes
 
 Each exercise replaces pieces of tour.py, which must occur in it exactly once.  Exercises that only
@@ -11,6 +11,7 @@ change sampling use the weights of the unchanged file.
 import importlib.util
 import json
 import tempfile
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from types import ModuleType
@@ -20,6 +21,7 @@ import torch
 
 from common import cli
 from common.cli import require
+from common.files import read_json_lines
 
 ROOT = Path(__file__).parents[1]
 CHANGES = {
@@ -58,6 +60,7 @@ class Row(NamedTuple):
     shares: dict[str, float]
 
 
+@cache
 def changed(exercise: str) -> ModuleType:
     """Import a changed copy of tour.py.  Raises UserError if a piece is not there once."""
     source = (ROOT / "tour.py").read_text(encoding="utf-8")
@@ -74,6 +77,7 @@ def changed(exercise: str) -> ModuleType:
     return tour
 
 
+@cache
 def train(exercise: str, seed: int, steps: int | None) -> dict[str, torch.Tensor]:
     tour = changed(exercise)
     torch.manual_seed(seed)
@@ -81,7 +85,8 @@ def train(exercise: str, seed: int, steps: int | None) -> dict[str, torch.Tensor
     return tour.train(images, captions, steps or tour.STEPS).state_dict()
 
 
-def measure(exercise: str, seed: int, weights: dict[str, torch.Tensor]) -> Row:
+def measure(exercise: str, seed: int, steps: int | None) -> Row:
+    weights = train("unchanged" if exercise in SAMPLING else exercise, seed, steps)
     tour = changed(exercise)
     model = tour.MMDiT()
     model.load_state_dict(weights)
@@ -117,28 +122,22 @@ def print_table(rows: list[Row]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("exercises", nargs="*", metavar="NAME", help=", ".join(CHANGES))
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (3)")
-    parser.add_argument("--steps", type=int, help="of training (those of tour.py)")
+    parser.add_argument("--seeds", type=cli.number(int, 1), default=3, help="how many, from 0 (3)")
+    parser.add_argument("--steps", type=cli.number(int, 1), help="of training (those of tour.py)")
     parser.add_argument("--out", type=Path, help="a .jsonl file of rows, to resume")
     args = parser.parse_args(argv)
     unknown = set(args.exercises) - set(CHANGES)
     require((not unknown, f"{', '.join(sorted(unknown))}: expected one of {', '.join(CHANGES)}"))
     rows = []
     if args.out and args.out.exists():
-        rows = [Row(**json.loads(line)) for line in args.out.read_text().splitlines()]
+        rows = [Row(**row) for _, row in read_json_lines(args.out)]
     done = {(row.exercise, row.seed) for row in rows}
     for seed in range(args.seeds):
-        unchanged = None
         for exercise in args.exercises or CHANGES:
             if (exercise, seed) in done:
                 continue
             print(f"{exercise}, seed {seed}", flush=True)
-            if exercise in SAMPLING or not CHANGES[exercise]:
-                unchanged = unchanged or train("unchanged", seed, args.steps)
-                weights = unchanged
-            else:
-                weights = train(exercise, seed, args.steps)
-            row = measure(exercise, seed, weights)
+            row = measure(exercise, seed, args.steps)
             rows.append(row)
             if args.out:
                 with args.out.open("a") as file:
