@@ -401,18 +401,18 @@ def main():
     rows = []
     for title, held_out in (("known pairs", False), ("pairs never seen in training", True)):
         shares = measure(model, *make_data(200, seed=1, held_out=held_out))
-        print(f"{title}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+        title += ", 200 of them: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        print(title)
         images, captions = make_data(8, seed=2, held_out=held_out)
         rows.append((f"Drawn, {title}", draw(model, captions, seed=1)[-1], captions))
-        rows.append((f"Read, {title}", images, decode(read(model, images)[-1])))
+        rows.append(("Read, from new images", images, decode(read(model, images)[-1])))
     captions = ["red disc left of blue square"] * 8
     states = torch.stack(draw(model, captions, seed=2))           # (21, 8, 3, S, S)
     rows.append(("One caption, drawn eight times", states[-1], captions))
     shown = [0, 5, 8, 11, 14, 16, 18, 20]
     rows.append(("An image forming", states[shown, 0], [f"t = {1 - i / 20:.2f}" for i in shown]))
-    image = paint(captions[0], random.Random(0))[None]
-    texts = decode(torch.cat(read(model, image)))                 # of seven states
-    rows.append(("A caption being unmasked", image.repeat(8, 1, 1, 1), texts))
+    texts = decode(torch.cat(read(model, images[:1])))            # of seven states
+    rows.append(("A caption being unmasked", images[:1].repeat(8, 1, 1, 1), texts))
     make_sheet(rows).save("tour.png")
 
 
