@@ -14,7 +14,7 @@ Shapes: B batch, N = 16 image patches, L = 6 words, D = 96 network width, S = 16
 import argparse
 import math
 import random
-import time
+from time import perf_counter
 
 import torch
 import torch.nn as nn
@@ -71,7 +71,7 @@ def paint(caption, rng):
 
 
 def make_data(count, seed, held_out):
-    """Return images (count, 3, S, S) and captions; each has a pair of HELD_OUT, or none."""
+    """Return images (count, 3, S, S) and captions, all with a pair of HELD_OUT, or all without."""
     rng = random.Random(seed)
     captions = []
     while len(captions) < count:
@@ -118,7 +118,7 @@ class Stream(nn.Module):            # the weights of one stream in one block
         self.out = nn.Linear(WIDTH, WIDTH)
         self.mlp_in = nn.Linear(WIDTH, 4 * WIDTH)
         self.mlp_out = nn.Linear(4 * WIDTH, WIDTH)
-        # all six start at zero: with gates of zero, each block begins as the identity
+        # shifts, scales and gates start at zero, so each block begins as the identity
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -136,15 +136,15 @@ class Stream(nn.Module):            # the weights of one stream in one block
 
 
 def block(img_stream, txt_stream, img, txt, time):
-    """Joint attention: img (B, N, D), txt (B, L, D), time (B, D) -> img, txt."""
+    """Joint attention, then an MLP each: img (B, N, D), txt (B, L, D), time (B, D) -> img, txt."""
     img_qkv, img_modulation = img_stream.before_attention(img, time)
     txt_qkv, txt_modulation = txt_stream.before_attention(txt, time)
     qkv = torch.cat([img_qkv, txt_qkv], dim=1)                                    # (B, N + L, 3 D)
     qkv = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv                                                # (B, heads, N + L, D / heads) each
+    # no causal mask: a masked word is predicted from the words on both of its sides
     scores = q @ k.transpose(-1, -2) / math.sqrt(WIDTH / HEADS)
     N = img.shape[1]
-    # no causal mask: a masked word is predicted from the words on both of its sides
     attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)                # (B, N + L, D)
     img = img_stream.after_attention(img, attended[:, :N], img_modulation)
     txt = txt_stream.after_attention(txt, attended[:, N:], txt_modulation)
@@ -160,7 +160,7 @@ class MMDiT(nn.Module):
         self.img_position = nn.Parameter(0.02 * torch.randn(patches, WIDTH))
         self.txt_in = nn.Embedding(len(WORDS) + 1, WIDTH)
         self.txt_position = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
-        self.time_in = nn.Linear(64, WIDTH)
+        self.time_in = nn.Linear(2 * 32, WIDTH)
         self.img_streams = nn.ModuleList(Stream() for _ in range(DEPTH))
         self.txt_streams = nn.ModuleList(Stream() for _ in range(DEPTH))
         self.img_out = nn.Linear(WIDTH, values)
@@ -187,22 +187,22 @@ class MMDiT(nn.Module):
         return velocity, self.txt_out(layer_norm(txt))
 
 
-# -------------------------------------------------------------------- 3. drawing: rectified flow
+# ---------------------------------------------------------------------- 3. drawing: rectified flow
 #     x_t = (1 - t) x + t noise              velocity v = dx_t/dt = noise - x
-# A straight line leads from an image x to noise.  At a point x_t of it, the network predicts v.
-# Lines of many images pass through the same x_t, and the squared error is least at their mean
-# velocity.  Following mean velocities from t = 1 to t = 0 turns noise into new images.
+# A straight line leads from an image x to noise.  At a point x_t on it, the network's image gives
+# a velocity.  Lines of many images pass through the same x_t, and the squared error is least at
+# their mean velocity.  Following it from t = 1 to t = 0 turns noise into new images.
 # Full code: flow.py has other times and solvers; inference/text_to_image.py edits images.
 
-DROPPED = 0.1       # share of captions that training empties, so that there can be guidance
+DROPPED = 0.1       # share of captions emptied in training, to learn v_empty of `draw`
 GUIDANCE = 3.0
 
 
 def image_loss(model, images, ids):
     """L_image = |v(x_t, t, caption) - (noise - x)|^2: the image is noised, the caption clean."""
     B = len(images)
-    # Few times are near 0 or 1, where there is little to decide.  Below 0.05, the last step of
-    # `draw`, the division by t would let small errors outweigh all others.
+    # Few times are near 0 or 1, where there is little to decide, and more above 1/2 than below.
+    # Under 0.05, the last step of `draw`, the division by t would let small errors weigh too much.
     t = torch.sigmoid(torch.randn(B, 1, 1, 1) + 0.7).clamp(min=0.05)
     noise = torch.randn_like(images)
     x_t = (1 - t) * images + t * noise
@@ -220,8 +220,8 @@ def draw(model, captions, seed, steps=20):
     states = [x]
     for step in range(steps):
         t = torch.full((len(ids),), 1 - step / steps)
-        # Guidance goes from the velocity for an empty caption to that for the caption, and on for
-        # twice as far: drawings fit their captions better, and vary less.
+        # Guidance goes from the velocity for an empty caption to that for the caption, and twice
+        # that distance further: drawings fit their captions better, and vary less.
         v_empty, _ = model(x, torch.full_like(ids, END), t)
         v_caption, _ = model(x, ids, t)
         v = v_empty + GUIDANCE * (v_caption - v_empty)
@@ -230,14 +230,14 @@ def draw(model, captions, seed, steps=20):
     return states
 
 
-# ------------------------------------------------------------------ 4. reading: masked diffusion
+# -------------------------------------------------------------------- 4. reading: masked diffusion
 #     L_text = 1/t * sum over masked words of -log p(word | image, visible words),   t ~ U(0, 1]
 # Each word is masked with probability t.  The network sees the clean image and the other words, and
 # predicts the masked ones.  Why 1/t?  Then a word has the same mean weight at every t, and L_text
-# is, on average, -log p(caption | image) for words that are revealed one by one in random order:
-# an upper bound (MDLM, arXiv 2406.07524).
+# is, on average, the -log p of revealing the words one by one in random order: an upper bound of
+# -log p(caption | image) (MDLM, arXiv 2406.07524).
 # Why two passes?  In use, the image is clean when a caption is read, and the caption is clean when
-# an image is drawn.  So L_text has a clean image, t = 0, and L_image a clean caption.
+# an image is drawn.  So L_text has a clean image, noise level 0, and L_image a clean caption.
 # Full code: mask_diffusion.py; inference/image_to_text.py also answers questions.
 
 def text_loss(model, images, ids):
@@ -258,7 +258,7 @@ def read(model, images):
     for step in range(LENGTH):
         _, logits = model(images, ids, torch.zeros(len(images)))
         probability, word = logits.softmax(-1).max(-1)                            # (B, L)
-        probability[ids != MASK] = -1                             # never choose a word again
+        probability[ids != MASK] = -1                             # a revealed word stays
         # one word a step, the surest: words that are revealed together can't see each other
         surest = probability.argmax(1, keepdim=True)                              # (B, 1)
         ids = ids.scatter(1, surest, word.gather(1, surest))
@@ -266,7 +266,7 @@ def read(model, images):
     return states
 
 
-# --------------------------------------------------------------------------------- 5. training
+# ------------------------------------------------------------------------------------- 5. training
 # Full code: train.py has this loop with FSDP2 on many GPUs; training/muon.py has the optimizer.
 
 STEPS = 1700
@@ -278,15 +278,15 @@ LEARNING_RATE = 3e-3
 
 @torch.no_grad()
 def muon_step(matrices, momenta, lr):
-    """Update by U V' in place of the mean gradient U S V': small directions count as much as large
-    ones, which halves the number of steps here (Muon, Keller Jordan, 2024)."""
+    """Update by U V' in place of the running mean gradient U S V': small directions count as much as
+    large ones, which halves the number of steps here (Muon, Keller Jordan, 2024)."""
     for p, momentum in zip(matrices, momenta):
         momentum.lerp_(p.grad, 0.05)
         x = p.grad.lerp(momentum, 0.95)
         if len(p) > p.shape[1]:     # x x' is smaller for wide matrices; p.T is a view
             x, p = x.T, p.T
         x = x / (x.norm() + 1e-7)
-        for _ in range(5):          # s -> a s + b s^3 + c s^5 brings each value s in S close to 1
+        for _ in range(5):          # s -> 3.4 s - 4.8 s^3 + 2 s^5 brings each s of S close to 1
             product = x @ x.T
             x = 3.4445 * x + (-4.775 * product + 2.0315 * product @ product) @ x
         p.sub_(x, alpha=0.2 * max(p.shape) ** 0.5 * lr)           # as large as AdamW's steps
@@ -295,13 +295,13 @@ def muon_step(matrices, momenta, lr):
 def train(images, captions, steps):
     model = MMDiT()
     ids = encode(captions)
-    # Muon for the large matrices inside the blocks, AdamW for all other weights
+    # Muon for the matrices of attention and MLPs, AdamW for all other weights
     matrices = [p for name, p in model.named_parameters()
                 if "stream" in name and "modulation" not in name and p.ndim == 2]
     others = list(set(model.parameters()) - set(matrices))
     momenta = [torch.zeros_like(p) for p in matrices]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99))
-    started = time.time()
+    started = perf_counter()
     for step in range(1, steps + 1):
         i = torch.randint(len(images), (IMAGE_BATCH,))
         j = torch.randint(len(images), (TEXT_BATCH,))
@@ -316,13 +316,13 @@ def train(images, captions, steps):
         adamw.step()
         muon_step(matrices, momenta, lr)
         if step % 100 == 0 or step == steps:
-            speed = step / (time.time() - started)
+            speed = step / (perf_counter() - started)
             print(f"step {step}/{steps}: image loss {loss_image:.3f}, text loss {loss_text:.3f}; "
                   f"{speed:.1f} steps/s, {(steps - step) / speed:.0f} s left", flush=True)
     return model
 
 
-# -------------------------------------------------------------------------- 6. counting pixels
+# ------------------------------------------------------------------------------ 6. counting pixels
 # Does a drawing show what its caption says?  Full code: metrics/ has FID, CLIP and more.
 
 def find_things(image):
@@ -348,7 +348,7 @@ def find_things(image):
 
 
 def check(image, caption):
-    """Return which parts of its caption a drawing gets right."""
+    """Return what a drawing gets right; `places` and `shapes` also need the number."""
     pairs = pairs_in(caption)
     axis = 3 if "above" in caption else 2                         # y or x of a thing
     things = sorted(find_things(image), key=lambda thing: thing[axis])
@@ -368,14 +368,14 @@ def measure(model, images, captions):
     drawings = draw(model, captions, seed=0)[-1]
     rows = []
     for answer, drawing, caption in zip(answers, drawings, captions):
-        rows.append(dict(captions=answer == caption, **check(drawing, caption)))
+        rows.append(dict(read=answer == caption, **check(drawing, caption)))
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-# -------------------------------------------------------------------------------- 7. the sheet
+# ------------------------------------------------------------------------------------ 7. the sheet
 
 def make_sheet(rows):
-    """Return an image of rows, each with a title, images (8, 3, S, S) and a text for each."""
+    """Return an image of rows, each with a title, images (8, 3, S, S) and texts below them."""
     sheet = Image.new("RGB", (900, 170 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (title, images, texts) in enumerate(rows):
@@ -395,13 +395,13 @@ def main():
     parser = argparse.ArgumentParser(description="Train on coloured shapes; write tour.png.")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
     args = parser.parse_args()
-    print("Expect losses of 0.5 and 1.5 at step 100, 0.2 and 0.2 at 500, 0.12 and 0.01 at the end.")
+    print("Expect losses of 0.5 and 1.5 at step 100, 0.2 and 0.2 at 500, 0.12 and 0.01 at 1700.")
     torch.manual_seed(0)
     model = train(*make_data(IMAGES, seed=0, held_out=False), args.steps)
     rows = []
     for title, held_out in (("known pairs", False), ("pairs never seen in training", True)):
         shares = measure(model, *make_data(200, seed=1, held_out=held_out))
-        title += ", 200 of them: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        title += "; of 200: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         print(title)
         images, captions = make_data(8, seed=2, held_out=held_out)
         rows.append((f"Drawn, {title}", draw(model, captions, seed=1)[-1], captions))
@@ -411,7 +411,7 @@ def main():
     rows.append(("One caption, drawn eight times", states[-1], captions))
     shown = [0, 5, 8, 11, 14, 16, 18, 20]
     rows.append(("An image forming", states[shown, 0], [f"t = {1 - i / 20:.2f}" for i in shown]))
-    texts = decode(torch.cat(read(model, images[:1])))            # of seven states
+    texts = decode(torch.cat(read(model, images[:1])))            # seven, of an unseen pair
     rows.append(("A caption being unmasked", images[:1].repeat(8, 1, 1, 1), texts))
     make_sheet(rows).save("tour.png")
 

@@ -102,7 +102,7 @@ def print_table(rows: list[Row]) -> None:
     """Print captions and shapes: the mean over seeds, and the smallest and largest value.
 
     The last column is the lowest mean of the other checks."""
-    columns = [f"{part}, {name}" for part in PARTS for name in ("captions", "shapes")]
+    columns = [f"{part}, {name}" for part in PARTS for name in ("read", "shapes")]
     others = [name for name in rows[0].shares if name not in columns]
     print("| exercise | " + " | ".join(columns) + " | colours, number and places |")
     print("|---" * (len(columns) + 2) + "|")
