@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.cli import UserError, require
-from common.files import read_json_object, write_json, write_text
+from common.files import inside, is_there, listing, read_json_object, write_json, write_text
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from pretrained import layouts
 from pretrained.export import describe, write_folder
@@ -64,12 +64,6 @@ def part_folder(path: Path, part: str) -> Path:
     return path
 
 
-def listing(folder: Path) -> str:
-    """Return the first eight file names in a folder, for a message."""
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) or "nothing"
-
-
 def is_ours(path: str | Path) -> bool:
     """Return True for a folder with a config.json that neither diffusers nor transformers wrote."""
     file = Path(path) / "config.json"
@@ -88,14 +82,15 @@ def shards(folder: Path) -> list[Path]:
     for index in sorted(folder.glob("*.safetensors.index*.json"), key=lambda path: len(path.name)):
         weight_map = read_json_object(index).get("weight_map")
         require((isinstance(weight_map, dict) and weight_map, f"{index}: names no file"))
-        files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+        files = [inside(folder, name) for name in sorted(set(map(str, weight_map.values())))]
         absent = [file.name for file in files if not file.exists()]
         if not absent:
             return files
         problems.append(f"{index} names {absent[0]}, which is missing; download it again")
     if problems:
         raise UserError(problems[0])
-    files = list(filter(is_safetensors, folder.iterdir()))
+    files = [file for file in sorted(folder.iterdir())
+             if is_safetensors(file) and not file.name.startswith(".")]
     require((files, f"{folder}: expected .safetensors files, found {listing(folder)}"))
     plain = [file for file in files if file.stem in ("model", "diffusion_pytorch_model")]
     require((plain or len(files) == 1, f"{folder}: {len(files)} safetensors files and no index"))
@@ -123,7 +118,7 @@ def find(path: str | Path, part: str, training: bool = False) -> Part:
     folder = part_folder(path, part)
     files = shards(folder) if path.is_dir() else [path]
     config_file = folder / "config.json"
-    config = read_json_object(config_file) if config_file.is_file() else {}
+    config = read_json_object(config_file) if is_there(config_file) else {}
     for prefix in ("", layouts.PREFIXES[part]):
         tensors = Tensors(files, prefix)
         for layout, sign in layouts.SIGNS[part].items():

@@ -35,7 +35,7 @@ from torch import Tensor
 import checkpoint
 from common.cli import UserError, option, require
 from common.devices import DEVICES
-from common.files import sha256
+from common.files import sha256, walk
 from common.seeding import fraction
 from dataset import emoji, precompute, questions, sources, webdataset
 from dataset.aspect_buckets import Buckets
@@ -136,7 +136,11 @@ WITH_OPTION = (emoji.Emoji, questions.Questions, sources.Listed)
 
 
 def split_option(path: str) -> tuple[str, str]:
-    """Split LIST.json@IMAGES or TAR@each into path and option, "" if there is no option."""
+    """Split LIST.json@IMAGES or TAR@each into path and option, "" if there is no option.
+
+    A path that exists is not split."""
+    if Path(path).exists():
+        return path, ""
     name, at, folder = path.partition(".json@")
     if at:
         return f"{name}.json", folder
@@ -151,9 +155,14 @@ def open_source(path: str, pixels: int, length: int = 256) -> Source:
     Raises UserError for a path that is missing or not a source."""
     pattern, suffix = split_option(path)
     paths = sources.expand(pattern)
-    require((paths, f"{pattern}: no file has such a name"))
+    require((pattern.strip(), "an empty path, expected a source"),
+            (paths, f"{pattern}: no file has such a name"))
     location = Location(path, paths, suffix, pixels, length)
-    require((location.path.exists(), f"{location.path}: no such file or folder"))
+    require((location.path.exists(), f"{location.path}: no such file or folder"),
+            (len(paths) == 1 or sources.tars_at(location.path),
+             f"{pattern}: {len(paths)} files or folders, and only tars are read together; give "
+             f"each as a source of its own"))
+    check_one_kind(location.path)
     for is_kind, open_kind in KINDS:
         if is_kind(location.path):
             source = open_kind(location)
@@ -164,10 +173,26 @@ def open_source(path: str, pixels: int, length: int = 256) -> Source:
                     f"tokens; turn plain text into tokens first: python data.py pack ...")
 
 
+def check_one_kind(path: Path) -> None:
+    """Raise UserError for a folder with samples of several kinds: one would be read, and the others
+    be left out."""
+    if not path.is_dir():
+        return
+    found = [files[0] for files in (sources.tars_at(path), sources.shards_at(path)) if files]
+    if found:
+        found += sources.captioned_at(path)[:1]
+    require((len(found) < 2, f"{path}: has samples of several kinds, {' and '.join(found)}; keep "
+             f"one kind in a folder"))
+
+
 def split_weight(spec: str) -> tuple[str, float]:
-    """Split PATH[:WEIGHT]; the default weight is 1.  Raises UserError for a weight of 0."""
+    """Split PATH[:WEIGHT]; the default weight is 1.  A path that exists is not split.
+
+    Raises UserError for a weight of 0."""
     path, _, weight = spec.rpartition(":")
-    if not path or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
+    name, folder = split_option(spec)
+    exists = Path(name).exists() and (folder in ("", "each") or Path(folder).exists())
+    if exists or not path or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
         return spec, 1.0
     if float(weight) <= 0:
         raise UserError(f"{spec}: a weight of {weight}, expected one above 0")
@@ -194,10 +219,8 @@ def list_files(paths: list[Path]) -> str:
     """List the names and sizes of the files at or below paths, and the beginning of the first."""
     files = {}                                                   # path -> name to list
     for folder in filter(Path.is_dir, paths):
-        for file in sorted(folder.rglob("*")):
-            if file.name.startswith(".") or file.name.endswith(webdataset.INDEX):
-                continue
-            if file.is_file():
+        for file in walk(folder):
+            if file.is_file() and not file.name.endswith(webdataset.INDEX):
                 files[file] = file.relative_to(folder)
     for file in filter(Path.is_file, paths):
         files[file] = file.name
@@ -649,7 +672,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help=".txt, or .jsonl with one object with \"text\" per line; also .gz")
     packed.add_argument("out", type=Path, metavar="T.safetensors", help="the token file to write")
     add("build-emoji", build_emoji, BuildFlags, "build the emoji set again from two npm packages")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.run is show_sources:
+        parser.check_path("--out", vars(args).get("out", ShowFlags().out), grids.SUFFIXES)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

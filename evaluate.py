@@ -347,6 +347,9 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     """End the program with status 2 if flags contradict each other."""
     if vars(args).get("json"):
         parser.check_folder("--json", args.json)
+    for name in ("splits", "seeds", "prompts", "questions", "examples", "choices"):
+        if isinstance(values := vars(args).get(name), list):
+            parser.check_list(cli.flag(name), values)
     if args.command == "draw" and vars(args).get("length") == "auto":
         parser.error("--length auto changes nothing with draw")
     if args.command == "answer":

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import files
-from common.cli import UserError, option, require
+from common.cli import UserError, is_text, option, require
 from common.progress import chunks
 from dataset.images import read_mask, read_image
 from inference import image_folder, image_to_text
@@ -84,8 +84,8 @@ class Request:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a file that are not empty.  Raises UserError."""
-    lines = [line.strip() for line in files.read_text(path).split("\n") if line.strip()]
+    """Return the lines of a file that are not blank.  Raises UserError."""
+    lines = files.text_lines(files.read_bytes(path), path)
     require((bool(lines), f"{path}: is empty; write one prompt or question a line"))
     return lines
 
@@ -221,6 +221,9 @@ def chat(pipeline: Pipeline, args: Request) -> None:
             return
         if not question:
             return
+        if not is_text(question):
+            print("this line is no text in UTF-8", flush=True)
+            continue
         check_question(pipeline.parts, question)
         try:
             print(pipeline.write(latents, [question], args.seed, args.reading)[0], flush=True)
@@ -296,9 +299,8 @@ def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
     if task in DRAW.split() and not args.out and not args.trajectory:
         args.out = Path("drawn" if task == "folder" else "sample.png")
     for flag in {"prompt", "question", "text", "score", "choices"} & given.keys():
-        texts = given[flag] if isinstance(given[flag], list) else [given[flag]]
-        if not all(text.strip() for text in texts):
-            parser.error(f"{cli.flag(flag)} is empty; write a text behind it")
+        values = given[flag] if isinstance(given[flag], list) else [given[flag]]
+        parser.check_list(cli.flag(flag), values)
     check(parser, task, args)
     return TASKS[task], args
 
@@ -316,8 +318,6 @@ def check(parser: cli.Parser, task: str, args: Request) -> None:
         parser.error(f"--length auto changes nothing with {name_flags(task)}")
     if not args.image and (args.reading.text_guidance != 1 or args.reading.image_cache):
         parser.error("--text-guidance and --image-cache change nothing without --image")
-    if len(set(args.choices)) < len(args.choices):
-        parser.error("--choices: the same answer stands twice; remove one")
     if args.best and args.n == 1:
         parser.error("--best sorts the images of --n; give --n 2 or more")
     check_paths(parser, task, args)

@@ -13,8 +13,10 @@ flags.
 import argparse
 import dataclasses
 import difflib
+import io
 import math
 import os
+import re
 import signal
 import sys
 import types
@@ -23,10 +25,31 @@ from typing import Any, Callable, Iterable, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).parents[1]                # the project's folder
 METAVARS = {str: "TEXT", Path: "FILE"}
+# control characters but \t and \n, line separators, and what changes the direction of writing
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Escape control characters: a terminal would obey those in a file's name."""
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def is_text(value) -> bool:
+    """Return True for a str without lone surrogates, which stand for bytes that are no text."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 class UserError(Exception):
     """An error that the user can fix; `run` prints it as one line and exits with status 1."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__()).replace("\n", "\\n")
+
+
+def warn(message: str) -> None:
+    """Print a warning on stderr; under torchrun, only the first process prints it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def require(*conditions: tuple[bool, str]) -> None:
@@ -176,7 +199,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {name}; did you mean {nearest}?")
         for name, text in vars(parsed).items():
             for part in text if isinstance(text, list) else [text]:
-                if isinstance(part, str) and any("\ud800" <= c <= "\udfff" for c in part):
+                if isinstance(part, str) and not is_text(part):
                     self.error(f"{flag(name)} is no text in this terminal's encoding: {ascii(part)}")
         return parsed
 
@@ -191,6 +214,14 @@ class Parser(argparse.ArgumentParser):
         if path.suffix.lower() not in suffixes or path.is_dir():
             self.error(f"{flag} {path}: expected a file name that ends in {', '.join(suffixes)}")
 
+    def check_list(self, flag: str, values: list) -> None:
+        """Exit with an error if a list has a blank text, or the same value twice."""
+        for value in values:
+            if not str(value).strip():
+                self.error(f"{flag} is empty; write a text behind it")
+            if values.count(value) > 1:
+                self.error(f"{flag}: {value} stands twice; remove one")
+
     def error(self, message: str):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
 
@@ -204,9 +235,13 @@ def interruptible(name: str) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Call a program.  Print a UserError, an OSError and Ctrl-C (status 130) as one line; end
-    silently if a pipe is closed.  Print characters that the terminal lacks as \\N{SNOWMAN}."""
+    silently if a pipe is closed.  Print characters that the terminal lacks as \\N{SNOWMAN}, and
+    control characters as \\x1b."""
     for stream in filter(None, (sys.stdout, sys.stderr)):        # a closed one is None
         stream.reconfigure(errors="namereplace")
+        stream.write = lambda text, write=stream.write: write(printable(text))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")          # `is_text` finds such bytes
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()

@@ -2,30 +2,87 @@
 
 import hashlib
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
-from common.cli import UserError
+from common.cli import UserError, require
+
+
+def walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield all files in and below a folder, sorted, but no hidden ones or those of hidden folders.
+
+    Links are followed, except those to one of the folders `above`.  A broken link is yielded: who
+    reads it will say so.  Raises OSError."""
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file() or not path.exists():
+            yield path
+        elif path.is_dir() and path.resolve() not in above:
+            yield from walk(path, above)
+
+
+def listing(folder: Path) -> str:
+    """Return the first eight file names in a folder, for a message."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) or "nothing"
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that another file names, relative to a folder.
+
+    Raises UserError if the name leads out of the folder, or to a device or a FIFO.  A link in the
+    folder may lead anywhere: it was not made by the file."""
+    require(("\0" not in name, f"{folder}: {name!r} is no name of a file"))
+    relative = os.path.relpath(folder / name, folder)
+    file = folder / relative
+    require((relative.split(os.sep)[0] != os.pardir,
+             f"{name}: expected a file in {folder}, and this one lies outside"),
+            (os.path.isfile(file) or not os.path.exists(file), f"{file}: is no plain file"))
+    return file
+
+
+def is_there(path: Path) -> bool:
+    """Return True unless nothing has this name; a broken link is there, and can't be read."""
+    return os.path.lexists(path)
 
 
 def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})")
+    except (OSError, ValueError) as error:                       # ValueError: no possible name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: can't be read ({reason})")
 
 
-def decode_text(content: bytes, name: str | Path) -> str:
+def decode_text(content: bytes, name: str | Path, first: int = 1) -> str:
+    """Decode UTF-8, with or without a byte order mark.  Raises UserError, with the line.
+
+    first: the number of the content's first line."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})")
+        line = content[:error.start].count(b"\n") + first
+        raise UserError(f"{name}:{line}: not UTF-8 text ({error.reason} at byte {error.start})")
 
 
-def parse_json(content: bytes, name: str | Path) -> Any:
+def split_lines(text: str) -> list[str]:
+    r"""Cut a text at \n and \r\n, and nowhere else: str.splitlines cuts at more characters."""
+    return text.replace("\r\n", "\n").split("\n")
+
+
+def text_lines(content: bytes, name: str | Path) -> list[str]:
+    """Return the lines of a caption file, or of one of prompts, that are not blank."""
+    lines = map(str.strip, split_lines(decode_text(content, name)))
+    return list(filter(None, lines))
+
+
+def parse_json(text: str, name: str | Path) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not readable as JSON ({error})")
 
@@ -35,12 +92,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return parse_json(read_bytes(path), path)
+    return parse_json(read_text(path), path)
 
 
 def read_json_object(path: Path) -> dict:
     """Read a JSON object from a file, for example config.json.  Raises UserError."""
-    if not path.exists():
+    if not is_there(path):
         raise UserError(f"{path}: no such file; a checkpoint has it beside a model.safetensors")
     content = read_json(path)
     if not isinstance(content, dict):
@@ -48,9 +105,9 @@ def read_json_object(path: Path) -> dict:
     return content
 
 
-def read_lines(path: Path) -> list[tuple[str, bytes]]:
+def read_lines(path: Path) -> list[tuple[str, str]]:
     """Return ("PATH:NUMBER", line) for each line that is not blank; numbers count from 1."""
-    lines = read_bytes(path).split(b"\n")
+    lines = split_lines(read_text(path))
     return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -83,7 +140,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, content: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+        # a lone surrogate, in a file's name that is no text, becomes \udcff; JSON reads that again
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: dict) -> None:

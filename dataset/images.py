@@ -3,8 +3,10 @@
 Shapes: P pixels a side.
 """
 
+import functools
 import io
 import warnings
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -12,11 +14,20 @@ from typing import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin,
+                 TiffImagePlugin, UnidentifiedImageError)
+from PIL.Image import Transpose
 from torch import Tensor
 
-from common.cli import UserError, require
+from common.cli import UserError, require, warn
 from common.files import read_bytes, replacing
+
+WHITE_IS_ZERO = 0       # as opposed to 1, of a TIFF's photometric interpretation
+warn_once = functools.cache(warn)
+# EXIF orientation -> how to turn the stored image
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+         8: Transpose.ROTATE_90}
 
 
 @contextmanager
@@ -33,24 +44,21 @@ def image_size(content: bytes) -> tuple[int, int]:
 
     Raises Pillow's errors."""
     with decided():
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(without_texts(content)))
         if image.format == "TIFF":               # Pillow itself rotates these while decoding
             return decode(content).size
         width, height = image.size
-        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
-            return height, width
-        return width, height
+        return (height, width) if orientation(image) >= 5 else (width, height)
 
 
 def read_image(source: Path | bytes, name: str = "an image") -> Image.Image:
     """Read any image file as RGB.
 
-    The EXIF orientation is applied; 16-bit and float grey values are scaled to 8 bits; transparent
-    parts become white; an animation gives its first frame.  Raises UserError for a file that is not
-    an image, is damaged as far as its format can tell (a PNG has checksums, a JPEG has none), or
-    has more pixels than Pillow accepts."""
+    The EXIF orientation is applied; colours of an embedded profile become those of sRGB; 16-bit and
+    float grey values are scaled to 8 bits; transparent parts become white; an animation gives its
+    first frame.  Raises UserError for a file that is not an image, is damaged as far as its format
+    can tell (a PNG has checksums, a JPEG has none), or has more pixels than Pillow accepts."""
     if isinstance(source, Path):
-        require((source.exists(), f"{source}: no such image file"))
         name = str(source)
         source = read_bytes(source)
     try:
@@ -67,6 +75,7 @@ def read_image(source: Path | bytes, name: str = "an image") -> Image.Image:
 
 def decode(content: bytes) -> Image.Image:
     """Decode a file's first image in its own mode, with its EXIF orientation applied."""
+    content = without_texts(content)
     image = Image.open(io.BytesIO(content))
     if image.format == "EPS":
         raise ValueError("PostScript is a program, and would be run")
@@ -80,19 +89,89 @@ def decode(content: bytes) -> Image.Image:
         elif image.mode == "RGB" and clear and bits == 16:
             image.info["transparency"] = tuple(value >> 8 for value in clear)
     image.load()
-    return ImageOps.exif_transpose(image)
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if there is none that can be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:               # Pillow raises whatever the damage led to
+        return 1
+    return value if value in TURNS else 1
+
+
+def without_texts(content: bytes) -> bytes:
+    """Drop the texts of a PNG, and its colour profile if that is too large: Pillow refuses an image
+    in which one of them unpacks to over 1 MiB.  Other contents stay as they are."""
+    start = 8
+    if content[:start] != b"\x89PNG\r\n\x1a\n":
+        return content
+    kept = [content[:start]]
+    while start < len(content):
+        kind = content[start + 4:start + 8]
+        end = start + 12 + int.from_bytes(content[start:start + 4])
+        if kind not in (b"tEXt", b"zTXt", b"iTXt") and not (
+                kind == b"iCCP" and is_too_large(content[start + 8:end - 4])):
+            kept.append(content[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def is_too_large(chunk: bytes) -> bool:
+    """Return True for a PNG's colour profile of over 1 MiB.  chunk: name, 0, 0, packed profile."""
+    unpacker = zlib.decompressobj()
+    try:
+        unpacker.decompress(chunk.partition(b"\0")[2][1:], PngImagePlugin.MAX_TEXT_CHUNK)
+    except zlib.error:
+        return False
+    if unpacker.unconsumed_tail:
+        warn_once("a colour profile of over 1 MiB is ignored, in one image or more")
+    return bool(unpacker.unconsumed_tail)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB; transparent parts become white."""
     clear = image.info.get("transparency")                       # a colour, or a palette's alphas
+    profile = image.info.get("icc_profile")
     if image.mode[0] in "IF":
         image = to_eight_bits(image, clear)
-    if clear is None and image.mode not in ("LA", "PA", "RGBA", "RGBa"):
-        return image.convert("RGB")
-    image = image.convert("RGBA")
+    rgb = to_srgb(image, profile)
+    if clear is None and image.mode not in ("LA", "PA", "RGBA"):
+        return rgb
+    rgb.putalpha(image.convert("RGBA").getchannel("A"))
     white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    return Image.alpha_composite(white, rgb).convert("RGB")
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert an image of 8 bits to RGB, without its alpha.  A profile that is damaged, or for
+    another kind of image, is ignored, as viewers do."""
+    kind = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    transform = colour_transform(profile, kind) if profile else None
+    if transform is None:
+        return image.convert("RGB")
+    return transform.apply(image.convert(kind))
+
+
+@functools.lru_cache(maxsize=16)
+def colour_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform from a profile to sRGB; None if it can't be made, or changes nothing."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except ImportError:
+        warn_once("this Pillow has no ImageCms; colour profiles of images are ignored")
+        return None
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    levels = np.arange(256, dtype=np.uint8)
+    probe = Image.fromarray(np.stack([levels, levels[::-1], np.roll(levels, 85)], -1)[None])
+    probe = probe.convert(mode)
+    change = ImageChops.difference(transform.apply(probe), probe.convert("RGB"))
+    # rounding changes colours of an sRGB profile by a level, for nothing
+    return None if max(high for _, high in change.getextrema()) <= 1 else transform
 
 
 def to_eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
@@ -103,7 +182,11 @@ def to_eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
     most = 1 if image.mode == "F" else 65535
     if not 0 <= values.min() <= values.max() <= most:
         raise ValueError(f"grey from {values.min():g} to {values.max():g}, expected 0 to {most}")
-    grey = Image.fromarray((values * (255 / most)).round().astype(np.uint8))
+    scaled = (values * (255 / most)).round()
+    tags = getattr(image, "tag_v2", {})                          # of a TIFF
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        scaled = 255 - scaled                    # Pillow itself does this for up to 8 bits
+    grey = Image.fromarray(scaled.astype(np.uint8))
     if isinstance(clear, int):
         opaque = np.uint8(255) * (values != clear)
         grey.putalpha(Image.fromarray(opaque))
@@ -159,8 +242,13 @@ def write_png(path: Path, image: Image.Image, fields: dict[str, str]) -> None:
 
 
 def text_fields(path: Path) -> dict[str, str]:
-    """Return the text fields of a PNG; {} for other images.  Raises UserError."""
-    read_image(path)                                           # raises UserError if damaged
-    with Image.open(path) as image:
-        fields = getattr(image, "text", {})                      # only PNGs have this attribute
-        return {name: str(value) for name, value in fields.items()}
+    """Return the text fields of a PNG; {} for other images, and if a field is over 1 MiB.
+
+    Raises UserError for a damaged image."""
+    read_image(path)
+    try:
+        with Image.open(path) as image:
+            fields = getattr(image, "text", {})                  # only PNGs have this attribute
+            return {name: str(value) for name, value in fields.items()}
+    except ValueError:              # `write_png` has not written this one
+        return {}

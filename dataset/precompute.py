@@ -29,7 +29,7 @@ import checkpoint
 from common import seeding
 from common.cli import UserError, require
 from common.devices import choose_device
-from common.files import parse_json, replacing
+from common.files import decode_text, parse_json, replacing
 from common.progress import Progress, chunks
 from dataset import sources, workers
 from pretrained.safetensors_io import finite
@@ -188,9 +188,9 @@ def documents(path: str) -> Iterator[tuple[str, bool]]:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 progress.update(raw.tell())
+                line = decode_text(line, path, number)
                 if is_plain:
-                    line = line.decode("utf-8")
-                    if len(text) > DOCUMENT and not line[0].isspace() and not text[-2].isspace():
+                    if len(text) > DOCUMENT and not line[:1].isspace() and not text[-2].isspace():
                         yield text, False
                         text = ""
                     text += line
@@ -201,8 +201,6 @@ def documents(path: str) -> Iterator[tuple[str, bool]]:
                     yield sources.text(record, where, "text"), True
         if text:
             yield text, True
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error.reason})")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: can't be read ({error})")
 
@@ -225,8 +223,7 @@ def pack(args: argparse.Namespace) -> None:
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
     paths = sources.expand_all(args.paths)
     for path in paths:
-        require((path.endswith(sources.TEXTS), f"{path}: expected {', '.join(sources.TEXTS)}"),
-                (os.path.exists(path), f"{path}: no such file"))
+        require((path.endswith(sources.TEXTS), f"{path}: expected {', '.join(sources.TEXTS)}"))
     bits = 16 if tokenizer.vocab_size <= 2**16 else 32
     tokens = count = 0
     args.out.parent.mkdir(parents=True, exist_ok=True)

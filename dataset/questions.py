@@ -170,7 +170,7 @@ class Questions(sources.Source):
     def __getitem__(self, index: int) -> dict:
         begin, end = self.ends[index:index + 2]
         entry = json.loads(self.block[begin:end])
-        file = self.folder / entry["image"]
+        file = files.inside(self.folder, entry["image"])
         return dict(key=str(file), image=files.read_bytes(file), captions=[],
                     questions=entry["questions"])
 

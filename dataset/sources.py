@@ -1,7 +1,8 @@
 """Kinds of sources: a source has a length, and a sample at each index, read on demand.
 
     photos/                   a folder of images, each with NAME.txt (one caption per line), or with
-                              a metadata.jsonl of {"file_name": ..., "text": ...}
+                              a metadata.jsonl of {"file_name": ..., "text": ...}; hidden files and
+                              folders are left out, links are followed
     shards/{000..127}.tar     tars in WebDataset layout, also given as *.tar or as a folder; each
                               sample is a jpg, jpeg, png or webp with a txt or a json ("caption",
                               "re_caption")
@@ -15,6 +16,7 @@ docs/data.md shows step by step how to add a kind.
 
 import glob
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,14 +27,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cli import UserError, require
-from common.files import decode_text, parse_json, read_bytes, read_json_lines, read_text
+from common.cli import UserError, is_text, require, warn
+from common.files import (decode_text, inside, is_there, listing, parse_json, read_bytes,
+                          read_json_lines, text_lines, walk)
 from common.progress import Progress
 from dataset import webdataset
 from dataset.webdataset import Tar
 from pretrained.safetensors_io import Tensors
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jxl", ".tif", ".tiff")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")     # only the first one is read
 TEXTS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 CAPTIONS = ("caption", "re_caption")                             # fields of a record
 SHARDS = "latents-{}.safetensors"
@@ -100,11 +105,6 @@ class Source:
 
 # ----------------------------------------------------------------------------------------- records
 
-def is_text(value) -> bool:
-    """Return True for a str without lone surrogates, which can't be encoded."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
 def text(value, where: str, field: str) -> str:
     """Check that a field's value is a text, and return it.  Raises UserError.
 
@@ -145,6 +145,43 @@ def described(record, where: str) -> dict:
     return sample
 
 
+def image_in(files: dict[str, bytes], where: str) -> tuple[str, bytes]:
+    """Return the suffix and the content of the image among a tar sample's files.
+
+    Raises UserError if there is none, or if there are several."""
+    suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in files]
+    found = ", .".join(files)
+    require((suffixes, f"{where}: no image in this sample, found .{found}"),
+            (len(suffixes) == 1, f"{where}: several images of one name, found .{found}"))
+    return suffixes[0], files[suffixes[0][1:]]
+
+
+def warn_left_out(name: str, files: list[Path], reason: str) -> None:
+    """Warn that images of a source are left out: their number, and one of them."""
+    if files:
+        warn(f"{name}: {len(files)} image(s) left out, such as {files[0]}: {reason}")
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the images in and below a folder, and the other files.  Warn of images among them."""
+    images, others = [], []
+    for file in walk(folder):
+        kind = images if file.suffix.lower() in IMAGE_SUFFIXES else others
+        kind.append(file)
+    unread = [file for file in others if file.suffix.lower() in OTHER_SUFFIXES]
+    warn_left_out(str(folder), unread, f"expected {', '.join(IMAGE_SUFFIXES)}")
+    return images, others
+
+
+def by_stem(files: list[Path]) -> dict[Path, Path]:
+    """Return files by their path without suffix.  Raises UserError if two have the same."""
+    table = {}
+    for file in files:
+        other = table.setdefault(file.with_suffix(""), file)
+        require((other == file, f"{other} and {file}: expected one .txt and one image of a name"))
+    return table
+
+
 # ----------------------------------------------------------------------------------------- samples
 
 def choose_caption(sample: dict, recaption: float, chance: float) -> str:
@@ -180,47 +217,49 @@ class Folder(Source):
     """Images with a caption file each, or with a metadata.jsonl."""
 
     def __init__(self, location: Location):
-        folder = location.path
-        self.name = str(folder)
-        metadata = folder / "metadata.jsonl"
-        entries = self.read_metadata(metadata) if metadata.exists() else self.pair(folder)
-        self.entries = list(entries)
+        self.folder = location.path
+        self.name = str(self.folder)
+        metadata = self.folder / METADATA[0]
+        images, others = list_images(self.folder)
+        for file in others:
+            if file.name in METADATA and file != metadata:
+                warn(f"{file} is not read; write it as {metadata}, or give {file.parent} as a "
+                     f"source of its own")
+        if is_there(metadata):
+            self.entries = list(self.read_metadata(metadata))
+            named = {os.path.abspath(self.folder / name) for name, _ in self.entries}
+            unnamed = [file for file in images if os.path.abspath(file) not in named]
+            warn_left_out(self.name, unnamed, f"{metadata.name} does not name it")
+        else:
+            self.entries = list(self.pair(images, others))
         if not self.entries:
-            names = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) or "nothing"
-            raise UserError(f"{folder}: expected images ({', '.join(IMAGE_SUFFIXES)}) with "
-                            f"captions, or .tar files, found {names}")
+            raise UserError(f"{self.folder}: expected images ({', '.join(IMAGE_SUFFIXES)}) with "
+                            f"captions, or .tar files, found {listing(self.folder)}")
 
-    def read_metadata(self, metadata: Path) -> Iterator[tuple[Path, list[str]]]:
+    def read_metadata(self, metadata: Path) -> Iterator[tuple[str, list[str]]]:
         for where, record in read_json_lines(metadata):
-            try:
-                file, caption = metadata.parent / record["file_name"], record["text"]
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{where}: expected file_name and text ({error})")
-            yield file, [text(caption, where, "text")]
+            require((isinstance(record, dict) and isinstance(record.get("file_name"), str),
+                     f"{where}: expected an object with file_name and text, found "
+                     f"{ascii(record)[:60]}"))
+            yield record["file_name"], [text(record.get("text"), where, "text")]
 
-    def pair(self, folder: Path) -> Iterator[tuple[Path, list[str]]]:
-        images, texts = {}, {}                                   # by path without suffix
-        for file in sorted(folder.rglob("*")):
-            if not file.is_file() or file.name.startswith("."):
-                continue
-            if file.suffix.lower() in IMAGE_SUFFIXES:
-                images[file.with_suffix("")] = file
-            elif file.suffix.lower() == ".txt":
-                texts[file.with_suffix("")] = file
+    def pair(self, images: list[Path], others: list[Path]) -> Iterator[tuple[str, list[str]]]:
+        """Pair images with caption files of the same name."""
+        images = by_stem(images)
+        texts = by_stem([file for file in others if file.suffix.lower() == ".txt"])
         if single := images.keys() ^ texts.keys():
-            first = min(single)
-            file = (texts | images)[first]
-            lacking = "its caption in a .txt" if first in images else "an image"
-            raise UserError(f"{file}: expected {lacking} of that name, found none")
+            raise UserError(f"{(texts | images)[min(single)]}: expected one .txt and one image "
+                            f"({', '.join(IMAGE_SUFFIXES)}) of a name")
         for stem, file in images.items():
-            lines = map(str.strip, read_text(texts[stem]).split("\n"))
-            yield file, list(filter(None, lines))
+            captions = text_lines(read_bytes(texts[stem]), texts[stem])
+            yield str(file.relative_to(self.folder)), captions
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict:
-        file, captions = self.entries[index]
+        name, captions = self.entries[index]
+        file = inside(self.folder, name)
         return dict(key=str(file), image=read_bytes(file), captions=captions)
 
     def texts(self) -> Iterator[str]:
@@ -244,7 +283,7 @@ class Listed(Source):
 
     def __getitem__(self, index: int) -> dict:
         record = self.content[index]
-        file = self.folder / record["image_path"]
+        file = inside(self.folder, record["image_path"])
         sample = dict(key=str(file), image=read_bytes(file), captions=[])
         return sample | described(record, f"{self.name}: {file}")
 
@@ -269,17 +308,23 @@ class Sharded(Source):
 
 def tars_at(path: Path) -> list[str]:
     """Return the tars in a folder, sorted; for the path of a tar, this path."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [str(file) for file in files if file.name.endswith(webdataset.KINDS)]
+    if not path.is_dir():
+        return [str(path)] if path.name.endswith(webdataset.KINDS) else []
+    return [str(file) for file in sorted(path.iterdir())
+            if file.name.endswith(webdataset.KINDS) and not file.name.startswith(".")]
+
+
+def captioned_at(folder: Path) -> list[str]:
+    """Return the captioned images in a folder, or its metadata.jsonl."""
+    return [str(file) for file in walk(folder) if file == folder / METADATA[0]
+            or file.suffix.lower() in IMAGE_SUFFIXES and file.with_suffix(".txt").exists()]
 
 
 class Tars(Sharded):
     """WebDataset shards (webdataset.py), read in any order."""
 
     def __init__(self, location: Location):
-        paths = location.paths
-        if location.path.is_dir():
-            paths = tars_at(location.path)
+        paths = sum((tars_at(Path(path)) or [path] for path in location.paths), [])
         self.name = location.name
         self.tars = []
         progress = Progress("tars indexed", len(paths))
@@ -293,15 +338,14 @@ class Tars(Sharded):
         tar = self.tars[shard]
         key, files = tar[row]
         where = f"{tar.path}: {key}"
-        suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in files]
-        require((suffixes, f"{where}: no image in this sample, found .{', .'.join(files)}"))
-        suffix = suffixes[0]
-        sample = dict(key=where + suffix, image=files[suffix[1:]], captions=[])
+        suffix, image = image_in(files, where)
+        sample = dict(key=where + suffix, image=image, captions=[])
         if "txt" in files:
-            sample["captions"] = [decode_text(files["txt"], f"{where}.txt").strip()]
+            sample["captions"] = text_lines(files["txt"], f"{where}.txt")
         if "json" in files:
             where += ".json"
-            sample |= described(parse_json(files["json"], where), where)
+            content = parse_json(decode_text(files["json"], where), where)
+            sample |= described(content, where)
         return sample
 
 
@@ -334,7 +378,7 @@ class Latents(Sharded):
         tensors = mapped(self.files[shard])
         begin, end = tensors.get_slice("ends")[row:row + 2].tolist()
         content = tensors.get_slice("texts")[begin:end].numpy().tobytes()
-        sample = parse_json(content, f"{self.files[shard]}: sample {row}")
+        sample = json.loads(content)
         for name in {"latents", "states"} & set(tensors.keys()):
             sample[name] = tensors.get_slice(name)[row]
         return sample
@@ -389,17 +433,23 @@ def mapped(path: str):
 
 
 def expand(pattern: str) -> list[str]:
-    """Return the paths that match a pattern with {000..127} ranges and *, in order."""
-    if Path(pattern).exists():                                   # a real name may have brackets
+    """Return the paths that match a pattern with {000..127} ranges and *, in order.
+
+    The part of it that exists is no pattern: the name of a folder may have brackets."""
+    path = Path(pattern)
+    if path.exists():
         return [pattern]
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    folder = next(parent for parent in [*path.parents, Path()] if parent.exists())
+    rest = str(path.relative_to(folder))
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", rest)
     if not match:
-        return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        names = glob.glob(rest, root_dir=folder)
+        return [str(folder / name) for name in sorted(names)] if glob.has_magic(rest) else [pattern]
     first, last = match.groups()
     paths = []
     for i in range(int(first), int(last) + 1):
         number = str(i).zfill(len(first))
-        paths += expand(pattern[:match.start()] + number + pattern[match.end():])
+        paths += expand(str(folder / (rest[:match.start()] + number + rest[match.end():])))
     return paths
 
 

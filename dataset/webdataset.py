@@ -9,6 +9,7 @@ and licences, and names without an extension.
 """
 
 import gzip
+import hashlib
 import io
 import os
 import re
@@ -27,8 +28,8 @@ KINDS = (".tar", ".tar.gz", ".tgz")
 PACKED = KINDS[1:]
 WHOLE_GZIP = 2**31      # most bytes that a packed tar may have once unpacked: it is held in memory
 BLOCK = bytes(512)      # a block of zeros, which follows the last file
-INDEX = ".index.npy"    # added to a tar's name; the index's last row holds the tar's size and RULES
-RULES = 2               # version of the rules that group files into samples
+INDEX = ".index.npy"    # added to a tar's name; the index's last two rows are the tar's `stamp`
+RULES = 3               # version of the rules that group files into samples
 BESIDE = re.compile(r"(readme|licen[sc]e|copying|notice)\.(md|txt|rst|html)", re.IGNORECASE)
 
 
@@ -74,8 +75,9 @@ def part(path: str, member: tarfile.TarInfo) -> tuple[str, str] | None:
     The key is the path up to the first dot of the file name.  Raises UserError for a link."""
     *folders, file = member.name.split("/")
     stem, _, extension = file.partition(".")
-    beside = file.startswith(".") or BESIDE.fullmatch(file) or "__MACOSX" in folders
-    if member.isdir() or not extension or beside:
+    hidden = any(name.startswith(".") and name != "." for name in [*folders, file])
+    beside = BESIDE.fullmatch(file) or "__MACOSX" in folders
+    if member.isdir() or not extension or hidden or beside:
         return None
     require((member.isreg() and not member.issparse(),
              f"{path}: {member.name} is a link or no plain file, expected the file itself; tar it "
@@ -143,29 +145,33 @@ class Tar:
 
 @lru_cache(maxsize=1024)
 def read_index(path: str) -> np.ndarray:
-    """Return a tar's index as `scan` does, memory-mapped; make the index file if there is none.
-
-    Raises UserError if it is damaged or older than the tar."""
-    file = Path(path + INDEX)
-    if not file.exists():
-        return make_index(path)
-    with whole(path):
-        tar = Path(path).stat()
+    """Return a tar's index as `scan` does, memory-mapped; make the index file if there is none, or
+    if it is damaged or of another tar."""
+    expected = stamp(path)
     try:
-        index = np.load(file, mmap_mode="r", allow_pickle=False)
-        fits = index.dtype == np.int64 and index[-1].tolist() == [tar.st_size, RULES]
+        index = np.load(path + INDEX, mmap_mode="r", allow_pickle=False)
+        if index.dtype == np.int64 and index[-2:].tolist() == expected:
+            return index[:-2]
     except Exception:               # numpy raises whatever the damage led to
-        fits = False
-    require((fits and file.stat().st_mtime >= tar.st_mtime,
-             f"{file}: damaged, or older than its tar or the rules of this program; make it "
-             f"again with python data.py index {path}"))
-    return index[:-1]
+        pass
+    return make_index(path)
+
+
+def stamp(path: str) -> list[list[int]]:
+    """Return numbers that identify a tar's content and RULES, as two rows of an index."""
+    with whole(path), open(path, "rb") as file:
+        tar = os.fstat(file.fileno())
+        blocks = file.read(512)                                  # the first, and the last
+        file.seek(max(0, tar.st_size - 512))
+        blocks += file.read()
+    digest = int.from_bytes(hashlib.sha256(blocks).digest()[:7])
+    return [[tar.st_size, tar.st_mtime_ns], [digest, RULES]]
 
 
 def make_index(path: str) -> np.ndarray:
     """Scan a tar, and write its index beside it if the folder is writable; return the index."""
+    last = stamp(path)
     index = scan(path)
-    last = [Path(path).stat().st_size, RULES]
     with suppress(OSError), replacing(Path(path + INDEX)) as temporary:
         with open(temporary, "wb") as file:
             np.save(file, np.vstack([index, last]))

@@ -37,7 +37,7 @@ def write_images(folder: Path, count: int) -> list[Path]:
     folders = [folder / style for style in emoji.STYLES]
     for n, path in enumerate(folders):
         path.mkdir()
-        listing = [entry for entry in fid.file_images(emoji.TAR) if entry[0].endswith(f"-{path.name}.webp")]
+        listing = [entry for entry in fid.file_images(emoji.TAR) if entry[0].endswith(f"-{path.name}")]
         for i, (_, read) in enumerate(sorted(listing)[n::len(listing) // count][:count]):
             read().save(path / f"{i:03}.png")
     return folders

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common import processes
 from common.cli import UserError, require
-from common.files import read_json, read_json_lines, write_json, write_text
+from common.files import inside, is_there, read_json_lines, read_json_object, write_json, write_text
 from common.seeding import fraction
 from dataset.images import fit_image, read_image, to_tensor
 from inference import image_to_text
@@ -69,8 +69,8 @@ class AnswerFile:
         """Return the index where each unfinished block begins; None if all answers are there.
 
         Raises UserError if OUT has answers with another note, or with none."""
-        if self.note_path.exists():
-            old = read_json(self.note_path)
+        if is_there(self.note_path):
+            old = read_json_object(self.note_path)
             different = []
             for name in (self.note | old).keys() - {"made_by", "left_out"}:       # not settings
                 if old.get(name) != self.note.get(name):
@@ -96,7 +96,7 @@ class AnswerFile:
                 if self.choices:
                     image_to_text.rows_to_rank(parts, self.choices, ask.question)
                 if ask.image not in images:
-                    image = read_image(self.folder / ask.image)
+                    image = read_image(inside(self.folder, ask.image))
                     images[ask.image] = to_tensor(fit_image(image, parts.height, parts.width))
             except UserError as error:
                 left_out[ask.id] = dict(id=ask.id, left_out=str(error))
@@ -139,7 +139,7 @@ class AnswerFile:
         is called after each block, with counts of questions in this process's share."""
         missing = processes.first(self.start)
         if missing is None:
-            left_out = read_json(self.note_path).get("left_out", [])
+            left_out = read_json_object(self.note_path).get("left_out", [])
             return left_out if processes.last() else None
         share = missing[rank::world]
         for done, at in enumerate(share, 1):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from common.cli import ROOT, option, require
+from common.cli import ROOT, option, require, warn
 from common.devices import DEVICES, choose_device, has_bfloat16
 from common.files import sha256
 from dataset import aspect_buckets
@@ -236,7 +236,6 @@ def open_parts(config: ModelConfig, device: str | torch.device | None = None) ->
               "it natively; if memory allows, --dtype float32 is faster", file=sys.stderr)
     if parts.trained and (parts.height, parts.width) not in parts.trained:
         height, width = parts.trained[0]
-        print(f"warning: a height of {parts.height} and a width of {parts.width}; these weights "
-              f"were trained on images of {height} by {width}, and may show tiles at another size",
-              file=sys.stderr)
+        warn(f"a height of {parts.height} and a width of {parts.width}; these weights were trained "
+             f"on images of {height} by {width}, and may show tiles at another size")
     return parts

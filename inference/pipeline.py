@@ -12,7 +12,6 @@
 A text that is too long raises UserError; unknown words print a warning on stderr.
 """
 
-import sys
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.cli import require
+from common.cli import require, warn
 from common.devices import choose_device
 from dataset.images import fit_image, to_image, to_tensor
 from inference import image_to_text, text_to_image
@@ -129,8 +128,7 @@ class Pipeline:
 
     def warn_of_null_image(self) -> None:
         if not self.parts.null_trained:
-            print("warning: these weights were never trained on text without an image",
-                  file=sys.stderr)
+            warn("these weights were never trained on text without an image")
 
     def score(self, image: Image.Image, text: str) -> float:
         """Estimate an upper bound of -log p(text | image), in nats."""

@@ -2,7 +2,7 @@
 
 import sys
 
-from common.cli import require
+from common.cli import require, warn
 from dataset.questions import question_prompt
 from inference.parts import Parts
 
@@ -41,4 +41,4 @@ def warn_of_words(parts: Parts, texts: list[str], name: str) -> None:
         reason = "the tokenizer has no piece for"
         if parts.tokenizer.seen is not None:
             reason = "no text in training had"
-        print(f"warning: {name}: {reason} {' '.join(words)}", file=sys.stderr)
+        warn(f"{name}: {reason} {' '.join(words)}")

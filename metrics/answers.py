@@ -225,6 +225,8 @@ def questions(kind: str, paths: list[str | Path], suffix: str = ""
                     issues["questions of one id, the first counts"].append(q.id)
                 elif not q.answers:
                     issues["questions without a true answer, left out"].append(q.id)
+                elif isinstance(q.question, str) and not q.question.strip():
+                    issues["blank questions, left out"].append(q.id)
                 else:
                     check_texts(q, f"{where}: {q.id}")
                     q.question = q.with_suffix(suffix)

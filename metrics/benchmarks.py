@@ -14,13 +14,15 @@ The k-th drawing of the i-th prompt always uses the seed `seed` + 1000 i + k.
 """
 
 import json
+import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from common import seeding
 from common.cli import UserError, require
-from common.files import read_json, read_json_lines, read_text
+from common.files import (read_bytes, read_json, read_json_lines, read_lines, read_text,
+                          text_lines, walk)
 from dataset import emoji
 from dataset.sources import text
 from metrics import captions
@@ -63,11 +65,17 @@ class Benchmark:
         self.real = {}                                  # name of a file -> its real image's
         self.left_out = []                              # a line for each prompt left out
 
-    def add(self, prompt: str, number: int, names: list[str]) -> None:
-        """Add the files of the prompt with this number."""
+    def add(self, prompt: str, number: int, names: list[str], where: str | Path) -> bool:
+        """Add the files of the prompt with this number.  Return False for a blank one, left out.
+
+        where: the place of the prompt, for messages."""
+        if not prompt.strip():
+            self.left_out.append(f"{where}: a blank prompt")
+            return False
         self.names += names
         for k in range(len(names)):
             self.jobs.append((prompt, self.seed + 1000 * number + k))
+        return True
 
 
 def read_geneval(benchmark: Benchmark, paths: list[str]) -> None:
@@ -76,8 +84,8 @@ def read_geneval(benchmark: Benchmark, paths: list[str]) -> None:
                  f"{where}: expected an object with tag and prompt"))
         prompt = text(record.get("prompt"), where, "prompt")
         names = [f"{i:05}/samples/{k:05}.png" for k in range(benchmark.n)]
-        benchmark.add(prompt, i, names)
-        benchmark.files[f"{i:05}/metadata.jsonl"] = json.dumps(record) + "\n"
+        if benchmark.add(prompt, i, names, where):
+            benchmark.files[f"{i:05}/metadata.jsonl"] = json.dumps(record) + "\n"
 
 
 def read_t2i(benchmark: Benchmark, paths: list[str]) -> None:
@@ -86,7 +94,7 @@ def read_t2i(benchmark: Benchmark, paths: list[str]) -> None:
     n = benchmark.n
     for path in paths:
         category = Path(path).stem.removesuffix("_val")
-        for i, line in enumerate(read_prompts([path])):
+        for i, (where, line) in enumerate(read_lines(Path(path))):
             prompt = line.split("\t")[0].strip()
             stem = prompt.replace("/", " ")
             size = len(stem.encode())
@@ -94,14 +102,15 @@ def read_t2i(benchmark: Benchmark, paths: list[str]) -> None:
                      f"245 for a file's name"))
             numbers = range(i * n, i * n + n)
             names = [f"{category}/samples/{stem}_{number:06}.png" for number in numbers]
-            benchmark.add(prompt, len(benchmark.jobs) // n, names)
+            benchmark.add(prompt, len(benchmark.jobs) // n, names, where)
 
 
 def read_dpg(benchmark: Benchmark, paths: list[str]) -> None:
     benchmark.each = benchmark.n
-    for i, file in enumerate(sorted(Path(paths[0]).glob("*.txt"))):
+    files = [file for file in walk(Path(paths[0])) if file.suffix == ".txt"]
+    for i, file in enumerate(files):
         prompt = " ".join(read_text(file).split())
-        benchmark.add(prompt, i, [f"{file.stem}.png"])
+        benchmark.add(prompt, i, [f"{file.stem}.png"], file)
 
 
 def read_mjhq(benchmark: Benchmark, paths: list[str]) -> None:
@@ -115,13 +124,10 @@ def read_mjhq(benchmark: Benchmark, paths: list[str]) -> None:
         stem = f"{category}/{key}"
         is_path = re.fullmatch(r"[^/\\\0.][^/\\\0]*/[^/\\\0.][^/\\\0]*", stem)
         require((bool(is_path), f"{where}: {stem[:60]!r} can't be a category and a file's name"))
-        if not entry.get("prompt"):
-            benchmark.left_out.append(f"{where}: no prompt")
-            continue
         name = f"{stem}.png"
-        benchmark.add(text(entry["prompt"], where, "prompt"), i, [name])
-        benchmark.categories[category].append(name)
-        benchmark.real[name] = f"{stem}.jpg"
+        if benchmark.add(text(entry.get("prompt") or "", where, "prompt"), i, [name], where):
+            benchmark.categories[category].append(name)
+            benchmark.real[name] = f"{stem}.jpg"
 
 
 def read_coco(benchmark: Benchmark, paths: list[str]) -> None:
@@ -133,24 +139,16 @@ def read_coco(benchmark: Benchmark, paths: list[str]) -> None:
              f"{path}: expected numbers as ids of images, found {chosen[:2]}"))
     for image_id in sorted(chosen):
         caption = " ".join(references[image_id][0].split())
-        if not caption:
-            benchmark.left_out.append(f"{path}: image {image_id} has a blank caption")
-            continue
         name = f"{image_id:012}.png"
-        benchmark.add(caption, image_id, [name])
-        benchmark.real[name] = names[image_id]
+        if benchmark.add(caption, image_id, [name], f"{path}: image {image_id}"):
+            benchmark.real[name] = names[image_id]
 
 
-def read_prompts(paths: list[str]) -> list[str]:
-    """Return the lines of all files, stripped, without blank ones."""
+def read_plain(benchmark: Benchmark, paths: list[str]) -> None:
     prompts = []
     for path in paths:
-        prompts += map(str.strip, read_text(Path(path)).splitlines())
-    return list(filter(None, prompts))
-
-
-def read_lines(benchmark: Benchmark, paths: list[str]) -> None:
-    add_numbered(benchmark, read_prompts(paths))
+        prompts += text_lines(read_bytes(Path(path)), path)
+    add_numbered(benchmark, prompts)
 
 
 def read_emoji(benchmark: Benchmark, paths: list[str]) -> None:
@@ -164,11 +162,12 @@ def add_numbered(benchmark: Benchmark, prompts: list[str]) -> None:
     """Add prompts; their files are named by the drawing's number."""
     n = benchmark.n
     for i, prompt in enumerate(prompts):
-        benchmark.add(prompt, i, [f"{number:05}.png" for number in range(i * n, i * n + n)])
+        names = [f"{number:05}.png" for number in range(i * n, i * n + n)]
+        benchmark.add(prompt, i, names, f"prompt {i}")
 
 
 READ = dict(geneval=read_geneval, t2i=read_t2i, dpg=read_dpg, mjhq=read_mjhq, coco=read_coco,
-            lines=read_lines, emoji=read_emoji)
+            lines=read_plain, emoji=read_emoji)
 
 
 def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
@@ -183,7 +182,10 @@ def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
              f"--n {n}: {name} is scored with one drawing each"))
     benchmark = Benchmark(n, seed)
     READ[name](benchmark, paths)
-    require((bool(benchmark.jobs), f"{' '.join(paths)}: holds no prompt"))
+    twice = [name for name, count in Counter(benchmark.names).items() if count > 1]
+    require((bool(benchmark.jobs),
+             f"{' '.join(paths)}: holds no prompt; {''.join(benchmark.left_out[:1])}"),
+            (not twice, f"{' '.join(paths)}: two prompts would be drawn as {''.join(twice[:1])}"))
     if limit is not None:
         count = limit * n // benchmark.each
         benchmark.jobs = benchmark.jobs[:count]
@@ -231,6 +233,8 @@ def t2i_scores(folder: Path) -> tuple[dict[str, float], list[str]]:
             continue
         try:
             answers = [float(entry["answer"]) for entry in read_json(results[0])]
+            if not all(map(math.isfinite, answers)):
+                raise ValueError("not finite")
             scores[category.name] = sum(answers) / len(answers)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{results[0]}: expected a list of answers, a number each ({error!r})")
@@ -248,18 +252,21 @@ def dpg_scores(path: Path) -> tuple[dict[str, float], list[str]]:
     Return the scores of the broad categories and "overall" in percent, and a line if the summary is
     missing.  Raises UserError."""
     means, scores = {}, {}
-    content = read_text(path)
-    for line in content.splitlines():
-        if match := re.fullmatch(r"(.+?\.\w+)(?:, [\d.]+)*, ([\d.]+)", line):
-            means[match[1]] = float(match[2])
-        elif match := re.fullmatch(r"\t(\w+): ([\d.]+)", line):
-            scores[match[1]] = float(match[2])
+    complete = False
+    for where, line in read_lines(path):
+        complete = complete or "DPG-Bench score: " in line
+        try:
+            if match := re.fullmatch(r"(.+?\.\w+), (?:.*, )?(.*)", line):
+                means[match[1]] = float(match[2])
+            elif match := re.fullmatch(r"\t(\w+): (.*)", line):
+                scores[match[1]] = float(match[2])
+        except ValueError:
+            raise UserError(f"{where}: expected a score at its end, found {line[-60:]!r}")
     require((bool(means),
              f"{path}: expected a line an image, as compute_dpg_bench.py writes them"))
     scores["overall"] = 100 * sum(means.values()) / len(means)
-    if "DPG-Bench score: " in content:
-        return scores, []
-    return scores, [f"{path}: ends without a summary; the scorer was stopped"]
+    left_out = [] if complete else [f"{path}: ends without a summary; the scorer was stopped"]
+    return scores, left_out
 
 
 SCORES = dict(geneval=geneval_scores, t2i=t2i_scores, dpg=dpg_scores)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from checkpoint import build, fill, shards
 from common.cli import UserError, require
-from common.files import read_json_object, read_text
+from common.files import is_there, read_bytes, read_json_object, read_text, text_lines
 from common.progress import batches
 from dataset.images import read_image, text_fields, to_tensor
 from metrics.fid import image_files
@@ -212,8 +212,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     and ftfy: "&amp;", ligatures, wide letters and garbled encodings get other ids there.  In both,
     "<|endoftext|>" in a text becomes the end token.  Raises UserError."""
     file = folder / "tokenizer.json"
+    content = read_text(file)
     try:
-        bpe = Tokenizer.from_file(str(file))
+        bpe = Tokenizer.from_str(content)
     except Exception as error:      # tokenizers raises a bare Exception
         raise UserError(f"{file}: not a vocabulary that can be read ({str(error).splitlines()[0]})")
     bpe.no_padding()
@@ -300,6 +301,6 @@ def read_caption(file: Path) -> str | None:
     except UserError:
         fields = {}                                             # `score` will report the file
     text_file = file.with_suffix(".txt")
-    if "prompt" in fields or not text_file.is_file():
+    if "prompt" in fields or not is_there(text_file):
         return fields.get("prompt")
-    return read_text(text_file).split("\n")[0].strip()
+    return next(iter(text_lines(read_bytes(text_file), text_file)), None)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from common.cli import require
-from common.files import sha256
+from common.files import inside, sha256
 from dataset.images import fit_image, read_image
 from metrics import benchmarks, clip, fid, inception
 from metrics.tables import print_left_out, read_note, tell
@@ -89,7 +89,7 @@ def compare(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
         return read_image(args.drawn / name)
 
     def read_real(name: str) -> Image.Image:
-        image = read_image(args.real / benchmark.real[name])
+        image = read_image(inside(args.real, benchmark.real[name]))
         return fit_image(image, *size) if size else image
 
     network, settings = load_network(args)

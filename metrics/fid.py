@@ -27,7 +27,7 @@ from common.files import replacing
 from common.progress import Progress
 from dataset import emoji
 from dataset.images import read_image, to_image
-from dataset.sources import IMAGE_SUFFIXES
+from dataset.sources import IMAGE_SUFFIXES, image_in, list_images
 from dataset.webdataset import KINDS, Tar
 from metrics.inception import prepare
 
@@ -49,11 +49,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises UserError if there is none."""
     require((folder.is_dir(),
              f"{folder}: expected a folder of images, or a tar or an .npz for FID"))
-    files = []
-    for path in sorted(folder.rglob("*")):
-        hidden = "/." in f"/{path.relative_to(folder)}"
-        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
-            files.append(path)
+    files, _ = list_images(folder)
     require((bool(files), f"{folder}: no images in it, expected {', '.join(IMAGE_SUFFIXES)}"))
     return files
 
@@ -70,17 +66,15 @@ def file_images(source: Path) -> Listing:
 
 
 def sample(tar: Tar, i: int) -> tuple[str, Callable[[], Image.Image]]:
-    """Return a sample's name inside the tar, and a function that reads its image."""
-    key, files = tar[i]
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in files), "")
-    name = key + suffix
+    """Return a sample's key in the tar, and a function that reads its image."""
+    key, _ = tar[i]
 
     def read() -> Image.Image:
-        where = f"{tar.path}: {name}"
-        require((bool(suffix), f"{where}: no image in this sample"))
+        where = f"{tar.path}: {key}"
         _, files = tar[i]                               # read again; not all samples fit in memory
-        return read_image(files[suffix[1:]], where)
-    return name, read
+        suffix, content = image_in(files, where)
+        return read_image(content, where + suffix)
+    return key, read
 
 
 def emoji_images(source: str) -> Listing:
@@ -165,7 +159,7 @@ def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu
     path = Path(source)
     if path.suffix == ".npz":
         return load(path), []
-    listing = emoji_images(source) if source.startswith("emoji:") else file_images(path)
+    listing = emoji_images(source) if source.startswith("emoji:") and not path.exists() else file_images(path)
     values, left_out = features(network, listing, device, f"{source}, images")
     count = len(values)
     require((count >= 2, f"{source}: {count} images that can be read, expected 2 or more; "

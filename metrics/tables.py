@@ -8,7 +8,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from common.files import read_json, write_json
+from common.files import is_there, read_json_object, write_json
 from metrics import benchmarks
 
 SHOWN = 10              # lines printed of the list of what was left out
@@ -70,4 +70,4 @@ def print_left_out(lines: list[str]) -> None:
 def read_note(path: Path) -> dict:
     """Return the settings that `draw` noted for a folder, or `answer` for a file; {} if none."""
     file = Path(f"{path}.json")
-    return read_json(file) if file.exists() else {}
+    return read_json_object(file) if is_there(file) else {}

@@ -6,7 +6,6 @@ Shapes: L tokens.
 import hashlib
 import json
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterable
@@ -16,8 +15,8 @@ from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from common.cli import UserError, require
-from common.files import read_json_object, read_text
+from common.cli import UserError, require, warn
+from common.files import is_there, read_json_object, read_lines, read_text
 
 MERGES = Path(__file__).parents[1] / "assets" / "gpt2" / "merges.txt"
 
@@ -148,7 +147,7 @@ class Tokenizer:
         self.lost = (f"{len(ids)} tokens, room for {room}: kept up to {kept[-20:]!r}, cut off "
                      f"{cut[:60]!r}")
         if self.warns:
-            print(f"warning: {self.lost}; others are counted", file=sys.stderr)
+            warn(f"{self.lost}; others are counted")
 
     def decode(self, ids: Tensor | list[int]) -> str:
         """Return the text up to the first end or padding token; mask ids are shown as "[MASK]"."""
@@ -167,10 +166,10 @@ class Tokenizer:
 
 def read_merges() -> list[tuple[str, ...]]:
     """Read GPT-2's merges: pairs of pieces, in merging order.  Raises UserError."""
-    lines = read_text(MERGES).splitlines()[1:]
+    lines = read_lines(MERGES)[1:]
     require((len(lines) == 50000,
              f"{MERGES}: {len(lines)} merges, expected 50000; restore the file from git"))
-    return [tuple(line.split(" ")) for line in lines]
+    return [tuple(line.split(" ")) for _, line in lines]
 
 
 def gpt2_tokenizer(keep: list[int] | None = None, seen: list[int] | None = None,
@@ -208,8 +207,9 @@ def t5_tokenizer(file: Path) -> Tokenizer:
 
     The padding token is the pad_token of special_tokens_map.json or tokenizer_config.json in the
     same folder (D-DiT pads with </s>), or <pad> without them.  Raises UserError."""
+    content = read_text(file)
     try:
-        bpe = BPE.from_file(str(file))
+        bpe = BPE.from_str(content)
     except Exception as error:      # tokenizers raises a bare Exception
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: not a tokenizer that can be read ({reason})")
@@ -217,7 +217,7 @@ def t5_tokenizer(file: Path) -> Tokenizer:
     bpe.no_truncation()
     pad = "<pad>"
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (file.parent / name).exists():
+        if is_there(file.parent / name):
             token = read_json_object(file.parent / name).get("pad_token") or pad
             pad = token.get("content", pad) if isinstance(token, dict) else token
     ids = []

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
-from common.cli import UserError
+from common.cli import UserError, warn
 from dataset.precompute import states_stamp
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from pretrained.t5 import MaskEmbedding, T5Encoder
@@ -266,6 +266,5 @@ def report(config: TrainConfig, vocab_size: int) -> None:
     """Print on stderr which weights come from SD3 and which ones are new."""
     print(f"from SD3: {checkpoint.carried_over(config.init, vocab_size)}", file=sys.stderr)
     if config.stage == "instruct":
-        print("warning: --stage instruct from SD3, which has no text head: a new one is trained on "
-              "answers before it was trained on captions; --stage pretrain comes first",
-              file=sys.stderr)
+        warn("--stage instruct from SD3, which has no text head: a new one is trained on answers "
+             "before it was trained on captions; --stage pretrain comes first")

@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import checkpoint
 import data
 from common import cli, processes, progress
-from common.cli import UserError
-from common.files import read_json_object, sha256, write_json, write_text
+from common.cli import UserError, warn
+from common.files import read_json_object, sha256, split_lines, write_json, write_text
 from pretrained.safetensors_io import write_tensors
 from training import distributed, plan
 from viz import curves
@@ -132,7 +132,7 @@ def read_log(path: Path, until: float = float("inf")) -> list[dict]:
     rows = []
     if not path.exists():
         return rows
-    for line in path.read_text(errors="replace").splitlines():
+    for line in split_lines(path.read_text(errors="replace")):
         try:
             row = json.loads(line)
             if row["step"] <= until and isinstance(row["seconds"], float):
@@ -577,7 +577,7 @@ class Run:
         if cut:
             counts["cut_texts"] = len(cut)
             is_first = not any("cut_texts" in row for row in self.rows)
-            if is_first and self.rank == 0:
-                print(f"warning: a text has {cut[0]}; --text-length has more room, cut_texts in "
-                      f"log.jsonl counts such texts", file=sys.stderr, flush=True)
+            if is_first:
+                warn(f"a text has {cut[0]}; --text-length has more room, cut_texts in log.jsonl "
+                     f"counts such texts")
         return counts

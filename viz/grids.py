@@ -12,7 +12,7 @@ from typing import Iterable
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from common.cli import UserError
+from common.cli import UserError, printable
 from common.progress import chunks
 from dataset.images import to_image
 from pretrained.tokenizer import Tokenizer
@@ -104,6 +104,7 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
     x, y = 12, 40
     for token in ids.tolist():
         word, colour = special.get(token) or (tokenizer.bpe.decode([token]), "black")
+        word = printable(word).replace("\n", "\\n")
         width = pen.textlength(word)
         if x + width > 628:             # start the next line
             x, y = 12, y + 28

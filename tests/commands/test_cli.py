@@ -60,6 +60,17 @@ def test_a_character_the_terminal_lacks_is_printed_by_name():
     assert process.returncode == 0 and process.stdout == "snow: \\N{SNOWMAN}\n"
 
 
+def test_control_characters_are_printed_escaped():
+    """An ESC, a BEL, a NUL, a line separator, and a change of direction from a file's name."""
+    name = "a\\x1b[2J\\x07\\0\\u2028\\u202eb\\x9bc\\r"
+    process = run_program(f"print('{name}', 'tab\\there'); raise cli.UserError('{name}\\nd')")
+    shown = r"a\x1b[2J\x07\x00\u2028\u202eb\x9bc\r"
+    assert process.stdout == f"{shown} tab\there\n"
+    assert process.stderr == rf"error: {shown}\nd" + "\n"
+    process = run_program("cli.Parser('').parse_args()", "--a\x1b[2J")
+    assert process.returncode == 2 and "\x1b" not in process.stderr
+
+
 def test_a_closed_pipe_ends_a_program_silently():
     code = CODE.format("for i in range(99999): print('line', i)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,

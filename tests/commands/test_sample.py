@@ -98,6 +98,18 @@ def test_a_text_is_completed_and_keeps_its_capitals(read_apple, monkeypatch):
     assert read_apple("--text", "Red [MASK], [MASK] Style") == "Red apple, noto Style\n"
 
 
+def test_a_text_with_a_line_break_is_shown_as_a_gif(read_apple, tmp_path):
+    read_apple("--text", "red\n[MASK]\t[MASK]", "--trajectory", tmp_path / "t.gif")
+    assert Image.open(tmp_path / "t.gif").n_frames > 1
+
+
+def test_a_chat_goes_on_after_a_line_that_is_no_text(apple):
+    process = subprocess.run([sys.executable, "sample.py", "--image", str(apple), "--chat"],
+                             cwd=ROOT, input=b"caf\xe9?\nIs it food?\n\n", capture_output=True)
+    first, second, _ = process.stdout.decode().split("> ")[1:]
+    assert "UTF-8" in first and second.strip() in ("yes", "no") and process.returncode == 0
+
+
 def test_an_answer_is_shown_as_a_gif(read_apple, tmp_path):
     gif = tmp_path / "q.gif"
     output = read_apple("--question", "Which style is it drawn in?", "--trajectory", gif)

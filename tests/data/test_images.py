@@ -10,10 +10,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 
 from common.cli import UserError
-from dataset.images import fit_image, image_size, read_image, to_image, to_tensor
+from dataset import images
+from dataset.images import (fit_image, image_size, read_image, text_fields, to_image, to_tensor,
+                            write_png)
 
 
 def encoded(image, kind, **options):
@@ -215,3 +217,134 @@ def test_damaged_images_are_read_whole_or_refused_in_one_line():
                 counts["whole" if same else "other"] += 1
     assert counts.total() == 780
     assert counts["refused"] > 400 and counts["whole"] > 10  # damage is mostly, not always noticed
+
+
+# ----------------------------------------------------------------------- what a viewer shows
+
+def profile(space, gamma, **points):
+    """Return an ICC profile of one curve.  points: the XYZ of red, green and blue, if any."""
+    def number(x):
+        return struct.pack(">i", round(x * 65536))
+
+    def xyz(values):
+        return b"XYZ " + bytes(4) + b"".join(map(number, values))
+
+    curve = b"curv" + struct.pack(">IIH", 0, 1, round(gamma * 256)) + bytes(2)
+    tags = {b"wtpt": xyz((0.9642, 1, 0.8249))}
+    for name, values in points.items():
+        tags[f"{name[0]}XYZ".encode()] = xyz(values)
+        tags[f"{name[0]}TRC".encode()] = curve
+    if not points:
+        tags[b"kTRC"] = curve
+    table, content = struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        start = 132 + 12 * len(tags) + len(content)
+        table += name + struct.pack(">II", start, len(tag))
+        content += tag
+    header = struct.pack(">I4sI4s4s4s", 128 + len(table + content), b"", 0x02200000, b"mntr", space,
+                         b"XYZ ")
+    white = b"".join(map(number, (0.9642, 1, 0.8249)))
+    return header + bytes(12) + b"acsp" + bytes(28) + white + bytes(48) + table + content
+
+
+DISPLAY_P3 = profile(b"RGB ", 2.2, red=(0.51512, 0.24120, -0.00105), green=(0.29198, 0.69225, 0.04189),
+                     blue=(0.15710, 0.06657, 0.78407))
+GREY = profile(b"GRAY", 1.0)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("PNG", {}), ("JPEG", dict(quality=95)), ("WEBP", dict(lossless=True)), ("TIFF", {})])
+def test_wide_colours_are_converted_to_srgb(kind, options):
+    image = Image.new("RGB", (16, 16), (200, 100, 90))
+    content = encoded(image, kind, icc_profile=DISPLAY_P3, **options)
+    # Display P3's red is stronger: by its matrix, (200, 100, 90) is (217, 95, 84) in sRGB
+    assert read_image(content).getpixel((8, 8)) == pytest.approx((217, 95, 84), abs=4)
+
+
+def test_an_srgb_profile_changes_nothing():
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    content = encoded(Image.fromarray(noise), "PNG", icc_profile=SRGB)
+    assert np.array_equal(read_image(content), noise)
+
+
+def test_linear_grey_is_converted_with_its_transparent_parts():
+    image = Image.new("LA", (4, 1), (55, 255))
+    image.putpixel((0, 0), (55, 0))
+    rgb = read_image(encoded(image, "PNG", icc_profile=GREY))
+    assert rgb.getpixel((0, 0)) == (255, 255, 255)
+    assert rgb.getpixel((2, 0)) == pytest.approx((128, 128, 128), abs=2)    # 0.2158, as in sRGB
+    deep = Image.fromarray(np.full((4, 4), 55 * 257, np.uint16))
+    rgb = read_image(encoded(deep, "TIFF", icc_profile=GREY))
+    assert rgb.getpixel((2, 2)) == pytest.approx((128, 128, 128), abs=2)
+
+
+@pytest.mark.parametrize("unfit", [b"no profile", DISPLAY_P3[:200], GREY])
+def test_a_profile_that_does_not_fit_is_ignored(unfit):
+    image = Image.new("RGB", (4, 4), (200, 100, 90))
+    assert read_image(encoded(image, "PNG", icc_profile=unfit)).getpixel((0, 0)) == (200, 100, 90)
+
+
+def test_without_colour_management_one_line_says_so(monkeypatch, capsys):
+    def missing(*_):
+        raise ImportError("no _imagingcms")
+    monkeypatch.setattr(ImageCms, "ImageCmsProfile", missing)
+    images.colour_transform.cache_clear()
+    images.warn_once.cache_clear()
+    image = Image.new("RGB", (4, 4), (200, 100, 90))
+    for kind in ("PNG", "TIFF"):
+        content = encoded(image, kind, icc_profile=DISPLAY_P3)
+        assert read_image(content).getpixel((0, 0)) == (200, 100, 90)
+    warning = capsys.readouterr().err
+    assert "ImageCms" in warning and warning.count("\n") == 1
+    images.colour_transform.cache_clear()
+
+
+ROW = b"\0\xff\0\0"         # one red pixel
+LARGE = zlib.compress(bytes(3_000_000))
+
+
+@pytest.mark.parametrize("chunk", [
+    (b"zTXt", b"workflow\0\0" + LARGE), (b"tEXt", b"a\0" + b"x" * 2_000_000),
+    (b"iTXt", b"a\0\1\0\0\0" + LARGE), (b"iCCP", b"a\0\0" + LARGE), (b"iCCP", b"a\0\0garbage"),
+    (b"eXIf", b"II*\0garbage"), (b"eXIf", b""), (b"tEXt", b"")])
+def test_what_comes_with_an_image_never_makes_it_unreadable(chunk, capsys, tmp_path):
+    images.warn_once.cache_clear()
+    content = png(1, 1, 8, 2, ROW, chunk)
+    assert read_image(content).getpixel((0, 0)) == (255, 0, 0) and image_size(content) == (1, 1)
+    assert capsys.readouterr().err.count("\n") == (chunk[0] == b"iCCP" and len(chunk[1]) > 1000)
+    (tmp_path / "a.png").write_bytes(content)
+    assert text_fields(tmp_path / "a.png").keys() <= {"a", ""}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_damaged_exif_leaves_an_image_unturned(kind):
+    for exif in (b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0" + b"\xff" * 40):
+        content = encoded(Image.new("RGB", (6, 4), "red"), kind, exif=exif)
+        assert read_image(content).size == image_size(content) == (6, 4)
+
+
+def test_a_damaged_png_is_refused_also_behind_its_texts():
+    whole = png(1, 1, 8, 2, ROW, (b"tEXt", b"a\0b"))
+    place = whole.index(b"IDAT") + 6
+    for content in (whole[:place] + b"?" + whole[place + 1:], whole[:place], whole[:20]):
+        with pytest.raises(UserError):
+            read_image(content)
+
+
+@pytest.mark.parametrize("dtype, level, kind", [("<u2", 0x4000, 1), ("<f4", 0.25, 3)])
+def test_zero_may_be_white(dtype, level, kind):
+    data = np.full(64, level, dtype).tobytes()
+    bits = 8 * np.dtype(dtype).itemsize
+    tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, 0), (273, 8), (277, 1), (278, 8),
+            (279, len(data)), (339, kind)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    content = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    content += struct.pack("<H", len(tags)) + entries + bytes(4)
+    assert read_image(content).getpixel((0, 0)) == pytest.approx((191,) * 3, abs=1)
+
+
+def test_text_fields_are_read_again(tmp_path):
+    fields = dict(prompt="a \u2028 b", seed="3")
+    write_png(tmp_path / "a.png", Image.new("RGB", (4, 4)), fields)
+    assert text_fields(tmp_path / "a.png") == fields

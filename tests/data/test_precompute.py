@@ -355,7 +355,7 @@ def test_a_vocabulary_over_65536_is_packed_in_uint32(tmp_path, monkeypatch):
     ("a.jsonl", b'[1]', r'a.jsonl:1: "text" is \[1\]'),
     ("a.jsonl", b'"\\ud800"', r'a.jsonl:1: "text" is .*\\ud800'),
     ("a.jsonl", b"{", "a.jsonl:1: .*JSON"),
-    ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1: .*utf-8"),
+    ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1: .*UTF-8"),
     ("a.txt.gz", b"plain", "a.txt.gz: "),
     ("a.txt.gz", gzip.compress(b"word " * 9999)[:-20], "a.txt.gz: "),
     ("a.md", b"words", "a.md: .*.jsonl"),

@@ -78,7 +78,7 @@ def test_shards_are_found_by_folder_and_by_pattern(pattern, shards):
 def test_an_index_lies_beside_its_tar_and_outside_the_fingerprint(shards):
     before = data.fingerprint(str(shards))
     data.open_source(str(shards), 16)
-    assert np.load(shards / "shard-001.tar.index.npy").shape == (22, 2)  # 21 samples and the size
+    assert np.load(shards / "shard-001.tar.index.npy").shape == (23, 2)  # 21 samples and the tar's stamp
     assert data.fingerprint(str(shards)) == before
 
 
@@ -105,18 +105,22 @@ def test_a_cut_tar_is_refused_and_leaves_no_index(tmp_path):
     assert not (tmp_path / "a.tar.index.npy").exists()
 
 
-def test_an_old_index_is_refused_until_it_is_made_again(tmp_path):
+def test_an_index_may_be_older_than_its_tar_but_not_that_of_another(tmp_path):
     path = write_tar(tmp_path / "a.tar", FILES)
-    assert len(Tar(path)) == 8
-    forget()
+    Tar(path)
+    before = os.stat(path)
     os.utime(path + ".index.npy", (1, 1))
-    with pytest.raises(UserError, match=f"a.tar.index.npy: .*data.py index {path}"):
-        Tar(path)
-    data.main(["index", path])
-    assert len(Tar(path)) == 8
+    forget()
+    assert len(Tar(path)) == 8 and os.stat(path + ".index.npy").st_mtime == 1
+    renamed = [(name.replace("000", "zzz"), content) for name, content in FILES]
+    write_tar(tmp_path / "a.tar", renamed)                       # of the same size and time
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(path).st_size == before.st_size
+    forget()
+    assert len(Tar(path)) == 8 and Tar(path)[0][0].startswith("zzz")
 
 
-def test_a_damaged_index_is_refused(tmp_path):
+def test_a_damaged_index_is_made_again(tmp_path):
     path = write_tar(tmp_path / "a.tar", FILES)
     Tar(path)
     index = tmp_path / "a.tar.index.npy"
@@ -127,8 +131,7 @@ def test_a_damaged_index_is_refused(tmp_path):
     for content in (b"x" * 300, whole[:-8], (tmp_path / "older.npy").read_bytes()):
         forget()
         index.write_bytes(content)
-        with pytest.raises(UserError, match="a.tar.index.npy: "):
-            Tar(path)
+        assert len(Tar(path)) == 8 and index.read_bytes() == whole
 
 
 BESIDE = [(name, b"x") for name in
@@ -186,7 +189,7 @@ def test_a_tar_of_unclear_samples_is_refused(files, message, tmp_path):
     (b"3", ".* 3"),
     (b"{", ".*JSON"),
     (b"[" * 10**5, ".*JSON"),
-    (b'{"caption": "\xff"}', ".*JSON .*utf-8"),
+    (b'{"caption": "\xff"}', ".*UTF-8"),
     (b'{"caption": 3}', '"caption" is 3'),
     (rb'{"caption": "red \ud83c apple"}', r'"caption" is .red \\ud83c apple'),
     (b'{"caption": "a", "re_caption": ["b"]}', r'"re_caption" is \[.b.\]'),
@@ -197,7 +200,7 @@ def test_a_tar_of_unclear_samples_is_refused(files, message, tmp_path):
     (b'{"questions": [{"q": "x"}]}', r'"questions\[0\].question" is null')])
 def test_a_record_of_the_wrong_type_names_tar_key_and_field(record, message, tmp_path):
     source = data.open_source(write_tar(tmp_path / "a.tar", [FILES[0], ("000.json", record)]), 16)
-    with pytest.raises(UserError, match=f"^{tmp_path}/a.tar: 000.json: {message}") as error:
+    with pytest.raises(UserError, match=f"^{tmp_path}/a.tar: 000.json:(1:)? ?{message}") as error:
         source[0]
     assert "\n" not in str(error.value)
 
@@ -212,7 +215,7 @@ def test_captions_are_read_as_utf_8(content, caption, tmp_path):
 def test_captions_in_another_encoding_are_refused(tmp_path):
     path = write_tar(tmp_path / "latin.tar", [FILES[0], ("000.txt", b"caf\xe9")])
     latin = data.open_source(path, 16)
-    with pytest.raises(UserError, match="latin.tar: 000.txt: .*UTF-8.* byte 3"):
+    with pytest.raises(UserError, match="latin.tar: 000.txt:1: .*UTF-8.* byte 3"):
         latin[0]
 
 

@@ -86,7 +86,8 @@ def test_page_of_a_run_fetches_nothing(run):
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     samples = base64.b64decode(page.addresses[-1].partition(",")[2])
     assert samples == (run / "samples_2.png").read_bytes()
-    assert "http" not in re.sub(r'src="[^"]*"', "", text)
+    assert "://" not in re.sub(r'src="[^"]*"', "", text)
+    assert "default-src 'none'" in text                          # the page's own policy
     assert "one <b>" in "".join(page.cells)
     assert page.cells[page.cells.index("save_every") + 1] == "2"
     assert "step 2" in page.cells
