@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.cli import UserError, require
-from common.files import inside, is_there, listing, read_json_object, write_json, write_text
+from common.files import (inside, is_there, listing, read_json_object, visible, write_json,
+                          write_text)
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from pretrained import layouts
 from pretrained.export import describe, write_folder
@@ -79,7 +80,8 @@ def shards(folder: Path) -> list[Path]:
     index."""
     problems = []
     # a folder may have a plain index and an fp16 one, and the files of only one of them
-    for index in sorted(folder.glob("*.safetensors.index*.json"), key=lambda path: len(path.name)):
+    indexes = visible(folder, "*.safetensors.index*.json")
+    for index in sorted(indexes, key=lambda path: len(path.name)):
         weight_map = read_json_object(index).get("weight_map")
         require((isinstance(weight_map, dict) and weight_map, f"{index}: names no file"))
         files = [inside(folder, name) for name in sorted(set(map(str, weight_map.values())))]
@@ -89,8 +91,7 @@ def shards(folder: Path) -> list[Path]:
         problems.append(f"{index} names {absent[0]}, which is missing; download it again")
     if problems:
         raise UserError(problems[0])
-    files = [file for file in sorted(folder.iterdir())
-             if is_safetensors(file) and not file.name.startswith(".")]
+    files = list(filter(is_safetensors, visible(folder)))
     require((files, f"{folder}: expected .safetensors files, found {listing(folder)}"))
     plain = [file for file in files if file.stem in ("model", "diffusion_pytorch_model")]
     require((plain or len(files) == 1, f"{folder}: {len(files)} safetensors files and no index"))

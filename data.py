@@ -22,6 +22,8 @@ cli.interruptible(__name__)
 
 import argparse
 import hashlib
+import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +123,7 @@ def open_tars(location: Location) -> Source:
 
 
 def is_list(path: Path) -> bool:
-    return path.suffix == ".json"
+    return path.suffix == ".json" and not path.is_dir()
 
 
 # (test of a path, function that opens it as a source); the first row that fits is used
@@ -162,7 +164,8 @@ def open_source(path: str, pixels: int, length: int = 256) -> Source:
             (len(paths) == 1 or sources.tars_at(location.path),
              f"{pattern}: {len(paths)} files or folders, and only tars are read together; give "
              f"each as a source of its own"))
-    check_one_kind(location.path)
+    for each in paths:
+        check_one_kind(Path(each))
     for is_kind, open_kind in KINDS:
         if is_kind(location.path):
             source = open_kind(location)
@@ -208,10 +211,11 @@ def fingerprint(spec: str) -> str:
     each = EACH if path.endswith(EACH) else ""
     pattern, _ = split_option(path)
     paths = list(map(Path, sources.expand(pattern)))
+    require((paths and paths[0].exists(), f"{pattern}: no such file or folder"))
     if len(paths) == 1 and paths[0].is_file() and paths[0].stat().st_size < 2**28:
         digest = sha256(paths[0])
     else:
-        digest = hashlib.sha256(list_files(paths).encode()).hexdigest()
+        digest = hashlib.sha256(os.fsencode(list_files(paths))).hexdigest()
     return f"{digest[:16]}:{weight}{each}"
 
 
@@ -242,6 +246,20 @@ class Filters:
 
 
 PUBLISHED = Filters(min_side=256, max_ratio=4.5, min_caption=6)
+
+
+def binomial_tail(count: int, n: int, p: float) -> float:
+    """Return the probability of at least `count` > n p successes in n trials of probability p."""
+    odds = p / (1 - p)
+    coefficient = math.lgamma(n + 1) - math.lgamma(count + 1) - math.lgamma(n - count + 1)
+    term = math.exp(coefficient + count * math.log(p) + (n - count) * math.log1p(-p))
+    total = 0.0
+    for k in range(count, n + 1):
+        total += term
+        term *= (n - k) / (k + 1) * odds
+        if term < 1e-9 * total:
+            break
+    return total
 
 
 class Filtered(UserError):
@@ -314,8 +332,9 @@ class Mix:
     def read(self, place: Place, captioned: bool, size: Size | None = None) -> dict:
         """Return the sample at a place, or the next usable one of its source.
 
-        Raises UserError after 100 unusable samples in a row, or if over 5 % are unreadable.
-        Filters may leave out any share."""
+        Raises UserError after 100 unusable samples in a row, or if over 5 % are unreadable: so many
+        that a source with 5 % would show as many with a probability of 1e-4.  Filters may leave out
+        any share."""
         source = self.sources[place.source]
         for row in range(place.row, place.row + 100):
             self.seen += 1
@@ -326,9 +345,11 @@ class Mix:
                 self.bad.append(str(error))
                 if not isinstance(error, Filtered):
                     self.lost += 1
-            if self.lost > 0.05 * self.seen and self.seen >= 200:
-                raise UserError(f"{source.name}: {self.lost} of {self.seen} samples are "
-                                f"unreadable, the last: {self.bad[-1]}")
+                    allowed = 0.05
+                    too_many = self.lost > allowed * self.seen and (
+                        binomial_tail(self.lost, self.seen, allowed) < 1e-4)
+                    require((not too_many, f"{source.name}: {self.lost} of {self.seen} samples are "
+                             f"unreadable, the last: {error}"))
         raise UserError(f"{source.name}: 100 samples in a row are unusable, the last: "
                         f"{self.bad[-1]}")
 
@@ -580,9 +601,14 @@ def preview(sample: dict) -> Tensor:
 
 def make_indexes(args: argparse.Namespace) -> None:
     """Write an index beside each tar."""
-    for path in sources.expand_all(args.paths):
+    paths = sources.expand_all(args.paths)
+    require((paths, f"{' '.join(args.paths)}: no file has such a name"))
+    for path in paths:
         require((not path.endswith(webdataset.PACKED), f"{path}: is packed; gunzip it to index it"))
-        print(f"{path}: {len(webdataset.make_index(path)):,} samples")
+        count = len(webdataset.make_index(path))
+        require((os.path.isfile(path + webdataset.INDEX),
+                 f"{path}{webdataset.INDEX}: can't be written"))
+        print(f"{path}: {count:,} samples")
 
 
 def part(text: str) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Callable
 
 from common import processes
-from common.cli import require
+from common.cli import is_text, require
 from common.devices import DEVICES, choose_device
 from common.files import write_json, write_text
 from common.progress import Progress
@@ -171,7 +171,12 @@ def score(args: argparse.Namespace) -> None:
         tell(args, {"these drawings": scores}, left_out, note)
         return
     args.questions = args.questions or note.get("questions")
-    require((bool(args.questions),
+    limit = note.get("limit")
+    texts = isinstance(args.questions, list) and all(map(is_text, args.questions))
+    require((texts or not args.questions, f"{args.results}.json: \"questions\" are no paths"),
+            (limit is None or type(limit) is int and limit > 0,
+             f"{args.results}.json: \"limit\" is {ascii(limit)}, expected a number above 0"),
+            (bool(args.questions),
              f"{args.results}: has no {args.results.name}.json beside; give --questions"))
     if args.benchmark == "captions":
         score_captions(args, note)

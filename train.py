@@ -119,12 +119,13 @@ def check_step(run: Run, signals: list[int], grad_norm: Tensor, losses: dict[str
 
     Call it before the weights are updated: it raises UserError if the gradient is not finite, or a
     save has failed, on any process."""
-    votes = bool(signals), not grad_norm.isfinite(), bool(run.error)
+    votes = bool(signals or run.problem), not grad_norm.isfinite(), bool(run.error)
     stopping, is_unsound, save_failed = processes.agree(*votes, device=grad_norm.device)
-    if is_unsound or save_failed:
-        run.wait()                      # raises if the save failed, else run.newest() is up to date
+    if save_failed:
+        run.wait()                      # raises its error
     if is_unsound:
         shown = ", ".join(f"{name} loss {float(loss):.4g}" for name, loss in losses.items())
+        run.rescue()
         raise UserError(f"step {run.step + 1}: the gradient is not finite (on this process "
                         f"{shown}); go on from {run.newest()} with a smaller --lr")
     return stopping
@@ -138,7 +139,9 @@ def train(job: Job, signals: list[int]) -> None:
     model = models.trainable
     validation = reports.make_validation(job, ERRORS)
 
-    for batches in workers.feed(maker.make_batches, range(run.step, config.steps), config.workers):
+    feed = workers.feed(maker.make_batches, range(run.step, config.steps), config.workers)
+    for batches, error in workers.look_ahead(feed):
+        run.problem = run.problem or error
         lr = learning_rate(run.step, config)
         set_learning_rate(run.optimizers, lr)
         metered = bool(config.meter_every) and (run.step + 1) % config.meter_every == 0
@@ -185,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         cuda_graph.check(config)
     with processes.one_voice():
         job = set_up(config)
-        with closing(job.run), stop_requests() as signals, workers.readers_watched():
+        with closing(job.run), stop_requests() as signals:
             if config.cuda_graph:
                 cuda_graph.train(job, signals, ERRORS)
             else:

@@ -26,12 +26,16 @@ from typing import Any, Callable, Iterable, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).parents[1]                # the project's folder
 METAVARS = {str: "TEXT", Path: "FILE"}
 # control characters but \t and \n, line separators, and what changes the direction of writing
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
     """Escape control characters: a terminal would obey those in a file's name."""
     return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    return printable(text).replace("\n", "\\n")
 
 
 def is_text(value) -> bool:
@@ -43,13 +47,20 @@ class UserError(Exception):
     """An error that the user can fix; `run` prints it as one line and exits with status 1."""
 
     def __str__(self) -> str:
-        return printable(super().__str__()).replace("\n", "\\n")
+        return one_line(super().__str__())
+
+
+def in_one_line(error: UserError | OSError) -> str:
+    """Return an error's message; an OSError without a file is about stdout, or a full disk."""
+    if isinstance(error, OSError):
+        return one_line(f"{error.filename or 'output'}: {error.strerror}")
+    return str(error)
 
 
 def warn(message: str) -> None:
     """Print a warning on stderr; under torchrun, only the first process prints it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def require(*conditions: tuple[bool, str]) -> None:
@@ -223,7 +234,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{flag}: {value} stands twice; remove one")
 
     def error(self, message: str):
-        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+        self.exit(2, f"error: {one_line(message).removeprefix('argument ')}\n")
 
 
 def interruptible(name: str) -> None:
@@ -259,4 +270,4 @@ def run(main: Callable[[], None]) -> None:
             raise
         if error.filename is None:                             # stdout, for example on a full disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")
+        sys.exit(f"error: {in_one_line(error)}")

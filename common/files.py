@@ -10,25 +10,48 @@ from typing import Any, Iterator
 from common.cli import UserError, require
 
 
-def walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield all files in and below a folder, sorted, but no hidden ones or those of hidden folders.
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """Return the paths that match a pattern, sorted, without hidden ones."""
+    return [path for path in sorted(folder.glob(pattern))
+            if "/." not in f"/{path.relative_to(folder)}"]
 
-    Links are followed, except those to one of the folders `above`.  A broken link is yielded: who
-    reads it will say so.  Raises OSError."""
-    above = (*above, folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield the files in and below a folder in order, but no hidden ones or those of hidden folders.
+
+    Links are followed, but no folder is read twice.  A broken link is yielded: who reads it will
+    say so.  Raises OSError."""
+    top = folder.resolve()
+    linked = set()                                               # folders outside
+    pending = visible(folder)[::-1]
+    while pending:
+        path = pending.pop()
+        if not path.is_dir():
+            if path.is_file() or not path.exists():
+                yield path
             continue
-        if path.is_file() or not path.exists():
-            yield path
-        elif path.is_dir() and path.resolve() not in above:
-            yield from walk(path, above)
+        if path.is_symlink():
+            target = path.resolve()
+            if target.is_relative_to(top) or target in linked:
+                continue
+            linked.add(target)
+        pending += visible(path)[::-1]
 
 
 def listing(folder: Path) -> str:
     """Return the first eight file names in a folder, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:8]) or "nothing"
+
+
+def numbered(folder: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
+    """Return the files and folders named PREFIX, a number and SUFFIX, by their numbers in order."""
+    found = {}
+    for path in folder.glob(f"{prefix}*{suffix}"):
+        number = path.name.removeprefix(prefix).removesuffix(suffix)
+        if number.isascii() and number.isdecimal() and path.name == f"{prefix}{int(number)}{suffix}":
+            found[int(number)] = path
+    return dict(sorted(found.items()))
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -51,6 +74,9 @@ def is_there(path: Path) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
+    # a program's output may be given as /dev/stdin or /dev/fd/63; any other FIFO could wait for ever
+    waits = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    require((not waits or path.parts[:2] == ("/", "dev"), f"{path}: is no plain file"))
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:                       # ValueError: no possible name

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.cli import UserError
+from common.cli import UserError, in_one_line
 from common.devices import choose_device
 
 
@@ -124,11 +124,13 @@ def one_voice() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, KeyboardInterrupt, RuntimeError) as error:
-        status, message = 1, f"error: {error}"
+    except (UserError, KeyboardInterrupt, RuntimeError, OSError) as error:
+        status = 1
         if isinstance(error, KeyboardInterrupt):
             status, message = 130, "stopped"
-        if isinstance(error, RuntimeError):
+        elif isinstance(error, (UserError, OSError)):
+            message = f"error: {in_one_line(error)}"
+        else:
             if not re.search("[Cc]onnection|gloo|NCCL|peer|[Bb]roken pipe", str(error)):
                 raise
             message = "error: another process was lost; run the same command again to resume"

@@ -26,13 +26,13 @@ class Progress:
         self.total = total
         self.silent = silent or rank > 0
         self.done = 0
-        self.started = self.printed = time.time()
+        self.started = self.printed = time.monotonic()
 
     def update(self, done: int, total: int | None = None) -> None:
         self.done = done
         if total is not None:
             self.total = total
-        now = time.time()
+        now = time.monotonic()
         if self.silent or now - self.printed <= 2:
             return
         self.printed = now

@@ -24,6 +24,8 @@ from common.files import read_bytes, replacing
 
 WHITE_IS_ZERO = 0       # as opposed to 1, of a TIFF's photometric interpretation
 warn_once = functools.cache(warn)
+# names of PNG texts in which Pillow looks for an EXIF orientation
+ORIENTATION_TEXTS = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
 # EXIF orientation -> how to turn the stored image
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
          5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
@@ -104,7 +106,7 @@ def orientation(image: Image.Image) -> int:
 
 def without_texts(content: bytes) -> bytes:
     """Drop the texts of a PNG, and its colour profile if that is too large: Pillow refuses an image
-    in which one of them unpacks to over 1 MiB.  Other contents stay as they are."""
+    in which one of them unpacks to over 1 MiB.  Texts that may hold the orientation stay."""
     start = 8
     if content[:start] != b"\x89PNG\r\n\x1a\n":
         return content
@@ -112,23 +114,30 @@ def without_texts(content: bytes) -> bytes:
     while start < len(content):
         kind = content[start + 4:start + 8]
         end = start + 12 + int.from_bytes(content[start:start + 4])
-        if kind not in (b"tEXt", b"zTXt", b"iTXt") and not (
-                kind == b"iCCP" and is_too_large(content[start + 8:end - 4])):
+        name, _, value = content[start + 8:end - 4].partition(b"\0")
+        is_text = kind in (b"tEXt", b"zTXt", b"iTXt")
+        needed = not is_text or name in ORIENTATION_TEXTS
+        if needed and not ((is_text or kind == b"iCCP") and is_too_large(kind, value)):
             kept.append(content[start:end])
         start = end
     return b"".join(kept)
 
 
-def is_too_large(chunk: bytes) -> bool:
-    """Return True for a PNG's colour profile of over 1 MiB.  chunk: name, 0, 0, packed profile."""
-    unpacker = zlib.decompressobj()
+def is_too_large(kind: bytes, value: bytes) -> bool:
+    """Return True if a PNG's text or colour profile unpacks to over 1 MiB."""
+    packed = value[1:]
+    if kind == b"iTXt":             # flag, method, language, translated name
+        packed = value[2:].split(b"\0", 2)[-1]
+    if kind == b"tEXt" or kind == b"iTXt" and value[:1] == b"\0":
+        return len(value) >= PngImagePlugin.MAX_TEXT_CHUNK
     try:
-        unpacker.decompress(chunk.partition(b"\0")[2][1:], PngImagePlugin.MAX_TEXT_CHUNK)
+        unpacked = zlib.decompressobj().decompress(packed, PngImagePlugin.MAX_TEXT_CHUNK)
     except zlib.error:
         return False
-    if unpacker.unconsumed_tail:
+    too_large = len(unpacked) == PngImagePlugin.MAX_TEXT_CHUNK
+    if too_large and kind == b"iCCP":
         warn_once("a colour profile of over 1 MiB is ignored, in one image or more")
-    return bool(unpacker.unconsumed_tail)
+    return too_large
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -250,5 +259,5 @@ def text_fields(path: Path) -> dict[str, str]:
         with Image.open(path) as image:
             fields = getattr(image, "text", {})                  # only PNGs have this attribute
             return {name: str(value) for name, value in fields.items()}
-    except ValueError:              # `write_png` has not written this one
+    except Exception:               # `write_png` has not written this one
         return {}

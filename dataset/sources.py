@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common.cli import UserError, is_text, require, warn
 from common.files import (decode_text, inside, is_there, listing, parse_json, read_bytes,
-                          read_json_lines, text_lines, walk)
+                          read_json_lines, text_lines, visible, walk)
 from common.progress import Progress
 from dataset import webdataset
 from dataset.webdataset import Tar
@@ -159,16 +159,21 @@ def image_in(files: dict[str, bytes], where: str) -> tuple[str, bytes]:
 def warn_left_out(name: str, files: list[Path], reason: str) -> None:
     """Warn that images of a source are left out: their number, and one of them."""
     if files:
-        warn(f"{name}: {len(files)} image(s) left out, such as {files[0]}: {reason}")
+        warn(f"{name}: {len(files)} left out, such as {files[0]}: {reason}")
 
 
-def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the images in and below a folder, and the other files.  Warn of images among them."""
-    images, others = [], []
+def list_images(folder: Path, named: set[str] = set()) -> tuple[list[Path], list[Path]]:
+    """Return the images in and below a folder, and the other files.  Warn of images, tars and
+    broken links among them, unless a metadata.jsonl has `named` them."""
+    images, others, unread = [], [], []
     for file in walk(folder):
-        kind = images if file.suffix.lower() in IMAGE_SUFFIXES else others
-        kind.append(file)
-    unread = [file for file in others if file.suffix.lower() in OTHER_SUFFIXES]
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            images.append(file)
+            continue
+        others.append(file)
+        is_data = file.suffix.lower() in OTHER_SUFFIXES or webdataset.LIKE.search(file.name)
+        if (is_data or not file.exists()) and os.path.abspath(file) not in named:
+            unread.append(file)
     warn_left_out(str(folder), unread, f"expected {', '.join(IMAGE_SUFFIXES)}")
     return images, others
 
@@ -220,14 +225,16 @@ class Folder(Source):
         self.folder = location.path
         self.name = str(self.folder)
         metadata = self.folder / METADATA[0]
-        images, others = list_images(self.folder)
+        named = set()
+        if is_there(metadata):
+            self.entries = list(self.read_metadata(metadata))
+            named = {os.path.abspath(self.folder / name) for name, _ in self.entries}
+        images, others = list_images(self.folder, named)
         for file in others:
             if file.name in METADATA and file != metadata:
                 warn(f"{file} is not read; write it as {metadata}, or give {file.parent} as a "
                      f"source of its own")
         if is_there(metadata):
-            self.entries = list(self.read_metadata(metadata))
-            named = {os.path.abspath(self.folder / name) for name, _ in self.entries}
             unnamed = [file for file in images if os.path.abspath(file) not in named]
             warn_left_out(self.name, unnamed, f"{metadata.name} does not name it")
         else:
@@ -310,8 +317,7 @@ def tars_at(path: Path) -> list[str]:
     """Return the tars in a folder, sorted; for the path of a tar, this path."""
     if not path.is_dir():
         return [str(path)] if path.name.endswith(webdataset.KINDS) else []
-    return [str(file) for file in sorted(path.iterdir())
-            if file.name.endswith(webdataset.KINDS) and not file.name.startswith(".")]
+    return [str(file) for file in visible(path) if file.name.endswith(webdataset.KINDS)]
 
 
 def captioned_at(folder: Path) -> list[str]:
@@ -327,6 +333,10 @@ class Tars(Sharded):
         paths = sum((tars_at(Path(path)) or [path] for path in location.paths), [])
         self.name = location.name
         self.tars = []
+        for folder in filter(Path.is_dir, map(Path, location.paths)):
+            others = [file for file in walk(folder) if webdataset.LIKE.search(file.name)
+                      and str(file) not in paths]
+            warn_left_out(self.name, others, f"expected {', '.join(webdataset.KINDS)} in {folder}")
         progress = Progress("tars indexed", len(paths))
         for path in paths:
             self.tars.append(Tar(path))
@@ -378,15 +388,18 @@ class Latents(Sharded):
         tensors = mapped(self.files[shard])
         begin, end = tensors.get_slice("ends")[row:row + 2].tolist()
         content = tensors.get_slice("texts")[begin:end].numpy().tobytes()
-        sample = json.loads(content)
+        where = f"{self.files[shard]}: sample {row}"
+        sample = parse_json(decode_text(content, where), where)
         for name in {"latents", "states"} & set(tensors.keys()):
             sample[name] = tensors.get_slice(name)[row]
+            require((sample[name].isfinite().all(),
+                     f"{where}, {sample['key']}: its {name} are not finite"))
         return sample
 
 
 def shards_at(path: Path) -> list[str]:
     """Return the files of stored latents in a folder, sorted."""
-    return sorted(map(str, path.glob(SHARDS.format("*"))))
+    return list(map(str, visible(path, SHARDS.format("*"))))
 
 
 def latents_shape(file: str) -> list[int]:
@@ -443,8 +456,10 @@ def expand(pattern: str) -> list[str]:
     rest = str(path.relative_to(folder))
     match = re.search(r"\{(\d+)\.\.(\d+)\}", rest)
     if not match:
-        names = glob.glob(rest, root_dir=folder)
-        return [str(folder / name) for name in sorted(names)] if glob.has_magic(rest) else [pattern]
+        if not glob.has_magic(rest):
+            return [pattern]
+        names = sorted(glob.glob(rest, root_dir=folder))
+        return [str(folder / name) for name in names if not name.endswith(webdataset.INDEX)]
     first, last = match.groups()
     paths = []
     for i in range(int(first), int(last) + 1):

@@ -26,6 +26,7 @@ from common.files import replacing
 
 KINDS = (".tar", ".tar.gz", ".tgz")
 PACKED = KINDS[1:]
+LIKE = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)         # also those that are not read
 WHOLE_GZIP = 2**31      # most bytes that a packed tar may have once unpacked: it is held in memory
 BLOCK = bytes(512)      # a block of zeros, which follows the last file
 INDEX = ".index.npy"    # added to a tar's name; the index's last two rows are the tar's `stamp`
@@ -75,7 +76,7 @@ def part(path: str, member: tarfile.TarInfo) -> tuple[str, str] | None:
     The key is the path up to the first dot of the file name.  Raises UserError for a link."""
     *folders, file = member.name.split("/")
     stem, _, extension = file.partition(".")
-    hidden = any(name.startswith(".") and name != "." for name in [*folders, file])
+    hidden = any(re.match(r"\.[^.]", name) for name in [*folders, file])
     beside = BESIDE.fullmatch(file) or "__MACOSX" in folders
     if member.isdir() or not extension or hidden or beside:
         return None

@@ -20,9 +20,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from common import seeding
-from common.cli import UserError, require
+from common.cli import UserError, is_text, require
 from common.files import (read_bytes, read_json, read_json_lines, read_lines, read_text,
-                          text_lines, walk)
+                          text_lines, visible)
 from dataset import emoji
 from dataset.sources import text
 from metrics import captions
@@ -107,8 +107,7 @@ def read_t2i(benchmark: Benchmark, paths: list[str]) -> None:
 
 def read_dpg(benchmark: Benchmark, paths: list[str]) -> None:
     benchmark.each = benchmark.n
-    files = [file for file in walk(Path(paths[0])) if file.suffix == ".txt"]
-    for i, file in enumerate(files):
+    for i, file in enumerate(visible(Path(paths[0]), "*.txt")):
         prompt = " ".join(read_text(file).split())
         benchmark.add(prompt, i, [f"{file.stem}.png"], file)
 
@@ -183,7 +182,9 @@ def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
     benchmark = Benchmark(n, seed)
     READ[name](benchmark, paths)
     twice = [name for name, count in Counter(benchmark.names).items() if count > 1]
-    require((bool(benchmark.jobs),
+    unfit = [name for name in benchmark.names if "\0" in name or not is_text(name)]
+    require((not unfit, f"{' '.join(paths)}: {ascii(unfit)[:60]}: no possible names of files"),
+            (bool(benchmark.jobs),
              f"{' '.join(paths)}: holds no prompt; {''.join(benchmark.left_out[:1])}"),
             (not twice, f"{' '.join(paths)}: two prompts would be drawn as {''.join(twice[:1])}"))
     if limit is not None:
@@ -205,7 +206,7 @@ def geneval_scores(path: Path) -> tuple[dict[str, float], list[str]]:
     correct = defaultdict(list)
     for where, record in read_json_lines(path):
         is_result = isinstance(record, dict) and isinstance(record.get("correct"), bool)
-        require((is_result and "tag" in record,
+        require((is_result and isinstance(record.get("tag"), str),
                  f"{where}: expected a line of evaluate_images.py, with tag and correct"))
         correct[record["tag"]].append(record["correct"])
     scores, left_out = {}, []
@@ -214,6 +215,8 @@ def geneval_scores(path: Path) -> tuple[dict[str, float], list[str]]:
             scores[task] = sum(correct[tag]) / len(correct[tag])
         else:
             left_out.append(f"{path}: no image of {task}")
+    left_out += [f"{path}: {len(correct[tag])} images of {tag!r}, which is no task"
+                 for tag in correct.keys() - GENEVAL.keys()]
     require((bool(scores), f"{path}: holds no result"))
     scores["overall"] = sum(scores.values()) / len(scores)
     return scores, left_out
@@ -225,7 +228,7 @@ def t2i_scores(folder: Path) -> tuple[dict[str, float], list[str]]:
     Return the mean score of each category, which is a subfolder, and a line for each category that
     was not scored completely.  Raises UserError."""
     scores, left_out = {}, []
-    for samples in sorted(folder.glob("*/samples")):
+    for samples in visible(folder, "*/samples"):
         category = samples.parent
         results = [category / name for name in T2I if (category / name).exists()]
         if not results:
@@ -236,9 +239,9 @@ def t2i_scores(folder: Path) -> tuple[dict[str, float], list[str]]:
             if not all(map(math.isfinite, answers)):
                 raise ValueError("not finite")
             scores[category.name] = sum(answers) / len(answers)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{results[0]}: expected a list of answers, a number each ({error!r})")
-        drawn = len(list(samples.glob("*.png")))
+        drawn = len(visible(samples, "*.png"))
         if len(answers) != drawn:
             left_out.append(f"{results[0]}: {len(answers)} answers, {drawn} drawings")
     require((bool(scores),
@@ -252,20 +255,26 @@ def dpg_scores(path: Path) -> tuple[dict[str, float], list[str]]:
     Return the scores of the broad categories and "overall" in percent, and a line if the summary is
     missing.  Raises UserError."""
     means, scores = {}, {}
-    complete = False
-    for where, line in read_lines(path):
-        complete = complete or "DPG-Bench score: " in line
-        try:
-            if match := re.fullmatch(r"(.+?\.\w+), (?:.*, )?(.*)", line):
-                means[match[1]] = float(match[2])
-            elif match := re.fullmatch(r"\t(\w+): (.*)", line):
-                scores[match[1]] = float(match[2])
-        except ValueError:
-            raise UserError(f"{where}: expected a score at its end, found {line[-60:]!r}")
+    lines = read_lines(path)
+    left_out = []
+    if not any("DPG-Bench score: " in line for _, line in lines):
+        left_out = [f"{path}: ends without a summary; the scorer was stopped"]
+    for where, line in lines:
+        match = re.fullmatch(r"(?:(.+?\.\w+), (?:.*, )?|\t(\w+): )(.*)", line)
+        if not match:
+            continue
+        image, category, score = match.groups()
+        require((re.fullmatch(r"[\d.]+(e-?\d+)?", score) and score.count(".") < 2,
+                 f"{where}: expected a score at its end, found {line[-60:]!r}"))
+        if category:
+            scores[category] = float(score)
+        elif image in means:
+            left_out.append(f"{where}: {image} is there twice")
+        else:
+            means[image] = float(score)
     require((bool(means),
              f"{path}: expected a line an image, as compute_dpg_bench.py writes them"))
     scores["overall"] = 100 * sum(means.values()) / len(means)
-    left_out = [] if complete else [f"{path}: ends without a summary; the scorer was stopped"]
     return scores, left_out
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from common.cli import require
-from common.files import inside, sha256
+from common.files import inside, sha256, visible
 from dataset.images import fit_image, read_image
 from metrics import benchmarks, clip, fid, inception
 from metrics.tables import print_left_out, read_note, tell
@@ -105,7 +105,7 @@ def coco(args: argparse.Namespace) -> None:
     """Measure FID of 30,000 drawings against real images, cut to the same size, and CLIP score."""
     benchmark = benchmarks.read("coco", [str(args.captions)])
     # `draw` makes all drawings in one size, so the first one shows it
-    first = min(args.drawn.glob("*.png"), default=args.drawn / benchmark.names[0])
+    first = min(visible(args.drawn, "*.png"), default=args.drawn / benchmark.names[0])
     width, height = read_image(first).size
     groups = {"FID": benchmark.names}
     scores, left_out, settings = compare(args, benchmark, groups, (height, width))

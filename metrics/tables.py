@@ -8,6 +8,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+from common.cli import one_line
 from common.files import is_there, read_json_object, write_json
 from metrics import benchmarks
 
@@ -62,7 +63,7 @@ def tell(args: argparse.Namespace, rows: Rows, left_out: list[str], note: dict,
 
 def print_left_out(lines: list[str]) -> None:
     if lines:
-        print(f"left out: {len(lines)}", *lines[:SHOWN], sep="\n  ")
+        print(f"left out: {len(lines)}", *map(one_line, lines[:SHOWN]), sep="\n  ")
     if len(lines) > SHOWN:
         print("  ...")
 

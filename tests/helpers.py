@@ -153,6 +153,24 @@ def equal_runs(one, other, tolerance=1e-5):
         assert float(difference.max()) <= tolerance, name
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def steps_logged(out):
+    return [row["step"] for row in rows(out)]
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def flip_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def jpeg(colour, size=(40, 30)):
     """Return the bytes of a JPEG file of one colour."""
     file = io.BytesIO()

@@ -155,7 +155,9 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
         torch.set_num_threads(2)                                 # the workers need the other cores
     validation = reports.make_validation(job, errors)
     step = None
-    for batches in workers.feed(maker.make_batches, range(run.step, config.steps), config.workers):
+    feed = workers.feed(maker.make_batches, range(run.step, config.steps), config.workers)
+    for batches, error in workers.look_ahead(feed):
+        run.problem = run.problem or error
         if step is None:
             step = GraphedStep(job, batches, errors["image"])
         rate = learning_rate(run.step, config)
@@ -163,7 +165,7 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
         set_learning_rate(run.optimizers, rate)                  # as a number, for checkpoints
         run.step += 1
         run.note(results, batches)
-        stopping = bool(signals)
+        stopping = bool(signals or run.problem)
         intervals = config.log_every, config.eval_every, config.save_every, config.sample_every
         if stopping or run.step <= 5 or any(map(run.due, intervals)):
             check_finite(job)

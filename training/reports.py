@@ -70,5 +70,7 @@ def show_samples(job: Job) -> None:
     with averaged_weights(job):
         page = samples_page(parts, prompts, captions, sources.latents_of(held_out))
     if run.rank == 0:
-        grids.write_image(run.out / f"samples_{run.step}.png", page)
+        path = run.out / f"samples_{run.step}.png"
+        with run.writing(path):
+            grids.write_image(path, page)
         run.show()

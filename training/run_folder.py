@@ -20,8 +20,9 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Iterator
 
 try:
     import fcntl
@@ -39,10 +40,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import checkpoint
 import data
 from common import cli, processes, progress
-from common.cli import UserError, warn
-from common.files import read_json_object, sha256, split_lines, write_json, write_text
+from common.cli import UserError, require, warn
+from common.files import (inside, numbered, read_json_object, sha256, split_lines, write_json,
+                          write_text)
 from pretrained.safetensors_io import write_tensors
 from training import distributed, plan
+from training.checkpoint_reader import Planner, Reader
 from viz import curves
 
 # settings that identify a run: it can't resume with another value of one of them
@@ -54,7 +57,7 @@ REMOVED = {"image_loss": "velocity", "text_mean": "token", "padding": "all"}
 # increase it when the same settings no longer train the same run
 RULES = 2       # 2: mixtures by samples, padding with </s>, the text loss over all positions
 # CheckpointException is not a subclass of Exception
-FAILURES = (CheckpointException, RuntimeError, OSError, ValueError)
+FAILURES = (CheckpointException, Exception)
 # the last file of a checkpoint: without it the folder is incomplete
 DIGESTS = "digests.json"
 
@@ -63,12 +66,7 @@ DIGESTS = "digests.json"
 
 def saved_steps(out: Path) -> list[int]:
     """Return the steps of the complete checkpoints of a run, in order."""
-    steps = []
-    for file in out.glob(f"step_*/{DIGESTS}"):
-        number = file.parent.name.removeprefix("step_")
-        if number.isdigit():
-            steps.append(int(number))
-    return sorted(steps)
+    return [step for step, folder in numbered(out, "step_").items() if (folder / DIGESTS).exists()]
 
 
 def complete(out: Path) -> list[Path]:
@@ -111,11 +109,28 @@ def lock(out: Path) -> IO:
     file = open(out / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"{out}: another run is training here now; wait for it, or use another "
-                        f"--out")
-    return file
+        return file
+    except BlockingIOError:
+        reason = "another run is training here now; wait for it, or use another --out"
+    except OSError as error:
+        reason = (f"its file system can't lock a file ({error.strerror}), and two runs must not "
+                  f"write here at once; use an --out on another disk")
+    file.close()
+    raise UserError(f"{out}: {reason}")
+
+
+def read_settings(file: Path) -> dict:
+    """Read a train.json.  Raises UserError for one that can't be of this program."""
+    settings = read_json_object(file)
+    for name in ("steps", "decay_steps", "rules"):
+        value = settings.get(name, 0)
+        require((type(value) is int, f"{file}: \"{name}\" is {ascii(value)[:60]}, expected a whole "
+                 f"number; mend it, or use another --out"))
+    return settings
+
+
+def reader(folder: Path) -> Reader:
+    return Reader(folder, set(read_json_object(folder / DIGESTS)))
 
 
 def sync_to_disk(path: Path) -> None:
@@ -152,7 +167,7 @@ def read_other(path: str) -> list[dict]:
 
 
 def show_setting(value) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_identity(out: Path, before: dict, settings: dict) -> None:
@@ -169,19 +184,20 @@ def check_identity(out: Path, before: dict, settings: dict) -> None:
             raise UserError(f"{out}: this run began with {cli.flag(name)} {old}, which is no more; "
                             f"go on with the commit that began it, or start another with another "
                             f"--out")
+    differences = []
     for name in IDENTITY:
         key = f"{name}_digest"          # a file with the same contents may be anywhere
         if key not in before:
             key = name
         if key not in before or before[key] == settings[key]:
             continue
-        old = show_setting(before[name])
+        old = show_setting(before.get(name))
         new = show_setting(settings[name])
         if old == new:
             new += " with other contents"
-        raise UserError(f"{out}: this run began with {cli.flag(name)} {old}, not {new}; go on so, "
-                        f"or start another with another --out (--init {out} takes its weights "
-                        f"along)")
+        differences.append(f"{cli.flag(name)} {old}, not {new}")
+    require((not differences, f"{out}: this run began with {'; '.join(differences)}; go on so, or "
+             f"start another with another --out (--init {out} takes its weights along)"))
 
 
 # -------------------------------------------------------------------------- the run
@@ -205,6 +221,8 @@ class Run:
         self.saver_step = 0
         self.saver_group = None         # separate: the main thread communicates meanwhile
         self.error = ""                 # what failed in the saver
+        self.keeps_all = False          # it deletes no older checkpoint
+        self.problem = None             # an error that ends the run once this step is saved
         if processes.several():
             self.saver_group = dist.new_group(backend="gloo")
         self.step, self.rows, self.was, self.key = processes.first(
@@ -230,9 +248,9 @@ class Run:
         key = f"{settings['seed']} {settings['stage']} {settings['init_digest']}"
         before = {}
         if (out / "train.json").exists():
-            before = read_json_object(out / "train.json")
+            before = read_settings(out / "train.json")
         weights = list(out.glob("*.safetensors"))
-        checkpoints = list(out.glob("step_*"))
+        checkpoints = list(numbered(out, "step_").values())
         results = sorted(weights + checkpoints)
         if results and not before:
             raise UserError(f"{out}: holds {results[0].name}, which no run made there; use another "
@@ -270,11 +288,13 @@ class Run:
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         if self.step:
             self.load(self.out / f"step_{self.step}")
-        self.started = time.time()
+        self.started = time.monotonic()
         self.first_step = self.step
         self.start_row()
         if self.rank == 0:
             self.forget_later_steps()
+            if self.settings["steps"] > self.step:
+                self.write_settings()
         processes.sync()
 
     def forget_later_steps(self) -> None:
@@ -282,9 +302,23 @@ class Run:
         for step in saved_steps(self.out):
             if step > self.step:
                 (self.out / f"step_{step}").rename(self.out / f"left_step_{step}")
-        if self.settings["steps"] > self.step:
-            write_json(self.out / "train.json", self.settings)
+        self.write_log()
+
+    def write_settings(self) -> None:
+        write_json(self.out / "train.json", self.settings)
+
+    def write_log(self) -> None:
         write_text(self.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """In this context, an error of writing makes the run save and end after the next step."""
+        try:
+            yield
+        except OSError as error:
+            self.problem = UserError(f"{error.filename or path}: {error.strerror}")
+        except UserError as error:
+            self.problem = error
 
     def due(self, every: int) -> bool:
         """Return True at each `every`-th step and at the last one; never if `every` is 0."""
@@ -295,6 +329,9 @@ class Run:
         self.wait()
         if not processes.first(self.is_exported):                # a kill can come between two files
             self.export()
+        for problem in processes.gather([str(self.problem or "")]):
+            require((not problem, f"{problem}; step {self.step} is saved, and the same command goes "
+                     f"on from there"))
         if self.rank > 0:
             return
         if self.step < steps:
@@ -326,7 +363,8 @@ class Run:
         processes.first(lambda: self.verify(folder))
         state = self.state()
         try:
-            dcp.load(state, checkpoint_id=folder, no_dist=not processes.several())
+            dcp.load(state, checkpoint_id=folder, storage_reader=reader(folder), planner=Planner(),
+                     no_dist=not processes.several())
         except FAILURES as error:
             raise UserError(f"{folder}: does not fit this model ({last_line(error)}); it is not "
                             f"damaged, go on with the code that wrote it")
@@ -335,15 +373,18 @@ class Run:
 
     def verify(self, folder: Path) -> None:
         """Raise UserError if a file of a checkpoint has changed since it was written."""
-        for name, digest in read_json_object(folder / DIGESTS).items():
-            file = folder / name
-            if file.exists() and sha256(file) == digest:
-                continue
-            older = [step for step in saved_steps(self.out) if step < self.step]
-            advice = "--fresh starts over"
-            if older:
-                advice = f"--resume-step {older[-1]} takes the one before"
-            raise UserError(f"{file}: damaged, its SHA-256 is not what was written; {advice}")
+        older = [step for step in saved_steps(self.out) if step < self.step]
+        advice = "--fresh starts over"
+        if older:
+            advice = f"--resume-step {older[-1]} takes the one before"
+        try:
+            for name, digest in read_json_object(folder / DIGESTS).items():
+                file = inside(folder, name)
+                require((file.exists() and sha256(file) == digest,
+                         f"{file}: damaged, its SHA-256 is not what was written"))
+            reader(folder).read_metadata()
+        except UserError as error:
+            raise UserError(f"{error}; {advice}")
 
     # ---------------------------------------------------------------------- writing a checkpoint
 
@@ -371,7 +412,10 @@ class Run:
             return False
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
+            if not (self.out / "train.json").exists():           # someone has deleted the folder
+                self.write_settings()
+                self.write_log()
         except OSError as error:
             raise self.failed(last_line(error))
         return True
@@ -407,7 +451,7 @@ class Run:
 
         Return an error message, or ""."""
         folder = self.out / f"step_{self.saver_step}"
-        outdated = complete(self.out)[:-1]
+        outdated = [] if self.keeps_all else complete(self.out)[:-1]
         if folder.exists():                                      # incomplete, see `prepare`
             outdated.append(folder)
         try:
@@ -432,6 +476,15 @@ class Run:
         if self.error:
             raise self.failed(self.error)
 
+    def rescue(self) -> None:
+        """Save the weights after the last complete step, and delete no older checkpoint."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        if self.step > self.first_step:
+            self.keeps_all = True
+            self.save()
+            self.wait()
+
     def failed(self, why: str) -> UserError:
         """Delete what was written of this step, to free the disk, and return the error to raise."""
         if self.saver is not None:
@@ -441,6 +494,10 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
             for file in self.out.glob(".*.tmp"):
                 file.unlink(missing_ok=True)
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not saved_steps(self.out):
+                # so that `open` starts again where only weights are, as after a kill
+                (self.out / ".tmp_failed").mkdir(exist_ok=True)
         weights = [*self.model.parameters(), *self.ema.values()]
         # the optimizers' state is as large again
         needed = 2 * sum(p.numel() * p.element_size() for p in weights)
@@ -474,9 +531,9 @@ class Run:
                 write_tensors(out / checkpoint.MASK_EMBEDDING, mask, torch.float32, gather)
             checkpoint.save(out, average, self.model["mmdit"].config, self.models.tokenizer, dtype,
                             gather, step=self.step, **self.about)
-            self.show()
         except OSError as error:
             raise self.failed(last_line(error))
+        self.show()
 
     def half_precision(self) -> torch.dtype:
         """Return float16, or bfloat16 if a weight is too large for float16."""
@@ -498,8 +555,9 @@ class Run:
 
     def show(self) -> None:
         """Write loss.png and run.html.  Process 0 only."""
-        curves.curves(self.rows, self.out / "loss.png", self.others)
-        curves.page(self.out, self.settings)
+        with self.writing(self.out / "run.html"):
+            curves.curves(self.rows, self.out / "loss.png", self.others)
+            curves.page(self.out, self.settings)
 
     # ---------------------------------------------------------------------- the log
 
@@ -525,7 +583,7 @@ class Run:
         sums = torch.stack([*self.sums.values()])
         means = dict(zip(self.sums, processes.mean(sums / self.summed).tolist()))
         grad_norm = means.pop("grad")
-        elapsed = time.time() - self.started
+        elapsed = max(time.monotonic() - self.started, 1e-6)     # some clocks stand for a while
         pace = (self.step - self.first_step) / elapsed           # steps per second
         row = dict(step=self.step, over=self.summed)
         for name, loss in means.items():
@@ -540,7 +598,8 @@ class Run:
         self.start_row()
         if self.rank > 0:
             return
-        with open(self.out / "log.jsonl", "a") as file:
+        path = self.out / "log.jsonl"
+        with self.writing(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
         losses = "  ".join(f"{name} {loss:.4f}" for name, loss in means.items())
         print(f"step {self.step}/{steps}  {losses}  grad {grad_norm:.2f}  "

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.files import replacing, write_text
+from common.files import numbered, read_bytes, replacing, write_text
 from viz.templates import fill_template, image_address
 
 BLUE = (40, 90, 200)
@@ -109,17 +109,17 @@ def curves(rows: list[dict], path: Path, others: list[list[dict]] = ()) -> None:
 
 
 def png_address(path: Path) -> str:
-    return image_address("png", path.read_bytes())
+    return image_address("png", read_bytes(path))
 
 
 def page(out: Path, settings: dict) -> None:
     """Write run.html in a run's folder: loss.png, samples over time, and the settings."""
-    steps = sorted(int(path.stem.removeprefix("samples_")) for path in out.glob("samples_*.png"))
-    every = math.ceil(len(steps) / SHOWN) or 1          # 1 if there are no samples yet
+    sheets = list(numbered(out, "samples_", ".png").items())
+    every = math.ceil(len(sheets) / SHOWN) or 1         # 1 if there are no samples yet
     figures = []
-    first = (len(steps) - 1) % every                    # so that the newest one is shown
-    for step in steps[first::every]:
-        address = png_address(out / f"samples_{step}.png")
+    first = (len(sheets) - 1) % every                   # so that the newest one is shown
+    for step, path in sheets[first::every]:
+        address = png_address(path)
         figures.append(f'<figure hidden><img src="{address}" alt="">'
                        f'<figcaption>step {step}</figcaption></figure>')
     last = len(figures) - 1

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from common.cli import UserError, printable
+from common.files import replacing
 from common.progress import chunks
 from dataset.images import to_image
 from pretrained.tokenizer import Tokenizer
@@ -119,7 +120,9 @@ def write_image(path: Path, *frames: Image.Image) -> None:
     if len(frames) > 1:
         durations = [120] * (len(frames) - 1) + [2000]          # milliseconds
         animation = dict(save_all=True, append_images=frames[1:], loop=0, duration=durations)
+    kind = Image.registered_extensions()[path.suffix.lower()]
     try:
-        frames[0].save(path, **animation)
+        with replacing(path) as temporary:
+            frames[0].save(temporary, kind, **animation)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror or error})")

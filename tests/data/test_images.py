@@ -306,7 +306,8 @@ LARGE = zlib.compress(bytes(3_000_000))
 
 @pytest.mark.parametrize("chunk", [
     (b"zTXt", b"workflow\0\0" + LARGE), (b"tEXt", b"a\0" + b"x" * 2_000_000),
-    (b"iTXt", b"a\0\1\0\0\0" + LARGE), (b"iCCP", b"a\0\0" + LARGE), (b"iCCP", b"a\0\0garbage"),
+    (b"iTXt", b"a\0\1\0\0\0" + LARGE), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE),
+    (b"tEXt", b"XML:com.adobe.xmp\0" + b"x" * 2_000_000), (b"iCCP", b"a\0\0" + LARGE), (b"iCCP", b"a\0\0garbage"),
     (b"eXIf", b"II*\0garbage"), (b"eXIf", b""), (b"tEXt", b"")])
 def test_what_comes_with_an_image_never_makes_it_unreadable(chunk, capsys, tmp_path):
     images.warn_once.cache_clear()
@@ -314,7 +315,14 @@ def test_what_comes_with_an_image_never_makes_it_unreadable(chunk, capsys, tmp_p
     assert read_image(content).getpixel((0, 0)) == (255, 0, 0) and image_size(content) == (1, 1)
     assert capsys.readouterr().err.count("\n") == (chunk[0] == b"iCCP" and len(chunk[1]) > 1000)
     (tmp_path / "a.png").write_bytes(content)
-    assert text_fields(tmp_path / "a.png").keys() <= {"a", ""}
+    assert text_fields(tmp_path / "a.png").keys() <= {"a", "", "XML:com.adobe.xmp"}
+
+
+def test_a_png_is_turned_by_a_text_too():
+    xmp = b'<x:xmpmeta tiff:Orientation="6"/>'
+    for value in (b"\0\0\0\0" + xmp, b"\1\0\0\0" + zlib.compress(xmp)):
+        content = png(2, 1, 8, 2, b"\0" + b"\xff\0\0" * 2, (b"iTXt", b"XML:com.adobe.xmp\0" + value))
+        assert read_image(content).size == image_size(content) == (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])

@@ -75,7 +75,7 @@ def test_what_is_not_read_is_counted_and_named(tmp_path, capsys):
     folder = write(tmp_path / "d", a_jpg=RED, a_txt="red", b_heic="?", c_TIFF="?")
     assert captions(folder) == [["red"]]
     warning = capsys.readouterr().err
-    assert "2 image(s)" in warning and "b.heic" in warning and warning.count("\n") == 1
+    assert "2 left out" in warning and "b.heic" in warning and warning.count("\n") == 1
     fid.image_files(folder)
     assert capsys.readouterr().err == warning
     write(folder / "train", metadata_jsonl="{}")
@@ -90,7 +90,30 @@ def test_images_that_the_metadata_does_not_name_are_counted(tmp_path, capsys):
     folder = write(tmp_path / "d", a_jpg=RED, b_jpg=BLUE, c_jpg=BLUE,
                    metadata_jsonl='{"file_name": "./a.jpg", "text": "red"}')
     assert captions(folder) == [["red"]]
-    assert "2 image(s)" in (warning := capsys.readouterr().err) and "b.jpg" in warning
+    assert "2 left out" in (warning := capsys.readouterr().err) and "b.jpg" in warning
+
+
+def test_an_image_of_another_kind_is_read_if_the_metadata_names_it(tmp_path, capsys):
+    folder = write(tmp_path / "d", a_gif=RED, metadata_jsonl='{"file_name": "a.gif", "text": "red"}')
+    assert captions(folder) == [["red"]] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", ["sub/0.tar", "1.TAR", "2.tar.bz2", "unmounted"])
+def test_tars_and_broken_links_that_are_not_read_are_named(place, tmp_path, capsys):
+    folder = write(tmp_path / "d", a_jpg=RED, a_txt="red")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_tar(shards / "00.tar", [("a.jpg", RED), ("a.txt", b"red")])
+    for source in (folder, shards):
+        (source / place).parent.mkdir(exist_ok=True)
+        if place == "unmounted":
+            (source / place).symlink_to(tmp_path / "nowhere")
+        else:
+            write_tar(source / place, [("b.jpg", BLUE)])
+    assert captions(folder) == [["red"]]
+    assert place in capsys.readouterr().err
+    assert captions(shards) == [["red"]]
+    assert place in capsys.readouterr().err or place == "unmounted"
 
 
 def test_a_pattern_of_folders_reads_all_of_them_or_none(tmp_path):
@@ -100,6 +123,10 @@ def test_a_pattern_of_folders_reads_all_of_them_or_none(tmp_path):
     assert captions(tmp_path / "t*") == [["0"], ["1"]]
     with pytest.raises(UserError, match="2 files or folders"):
         data.open_source(str(tmp_path / "d*"), 16)
+    write(tmp_path / "t1", b_jpg=BLUE, b_txt="blue")
+    with pytest.raises(UserError, match="t1: .*several kinds"):
+        data.open_source(str(tmp_path / "t*"), 16)
+    assert captions(tmp_path / "t0" / "*") == [["0"]]            # not the index that it wrote
 
 
 # ------------------------------------------------------------------------------ where data may lie
@@ -109,8 +136,8 @@ def test_links_are_followed_and_a_cycle_ends(tmp_path):
     write(tmp_path / "real", b_jpg=BLUE, b_txt="blue")
     (tmp_path / "real" / "back").symlink_to(folder)
     for name in ("one", "two"):
-        (folder / name).symlink_to(tmp_path / "real")
-    assert captions(folder) == [["red"], ["blue"], ["blue"]]
+        (folder / name).symlink_to(tmp_path / "real")            # read once
+    assert captions(folder) == [["red"], ["blue"]]
     (folder / "c.jpg").symlink_to(tmp_path / "nowhere")
     (folder / "c.txt").write_text("green")
     source = data.open_source(str(folder), 16)
@@ -156,6 +183,25 @@ def test_a_file_names_links_and_folders_inside(form, tmp_path):
     (folder / "linked").symlink_to(tmp_path / "cache")
     for name in ("linked/b.jpg", "linked/../linked/b.jpg", str(folder / "linked" / "b.jpg")):
         assert data.open_source(str(form(folder, name)), 16)[0]["image"] == BLUE
+
+
+def test_links_between_folders_do_not_multiply_their_files(tmp_path):
+    for i in range(12):
+        write(tmp_path / f"{i}", a_jpg=RED, a_txt="red")
+        for j in range(12):
+            if j != i:
+                (tmp_path / f"{i}" / f"to{j}").symlink_to(tmp_path / f"{j}")
+    assert len(captions(tmp_path)) == 12
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "0").symlink_to(tmp_path / "0")      # and through it to all others
+    assert len(captions(tmp_path / "outside")) == 12
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    folder = write(tmp_path / "d", a_jpg=RED)
+    os.mkfifo(folder / "metadata.jsonl")
+    with pytest.raises(UserError, match="metadata.jsonl: .*plain"):
+        data.open_source(str(folder), 16)
 
 
 def test_an_index_of_weights_names_no_file_outside(tmp_path):
@@ -302,7 +348,17 @@ def test_malformed_scores_of_t2i_are_named(content, tmp_path):
         benchmarks.t2i_scores(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["a.png, 0.5, -", "a.png, ", "\tentity: 1e"])
+def test_scores_of_an_unknown_task_or_of_one_image_twice_are_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text(
+        '{"tag": "colours", "correct": true}\n{"tag": "colors", "correct": false}')
+    scores, left_out = benchmarks.geneval_scores(tmp_path / "r.jsonl")
+    assert scores["overall"] == 0 and "'colours'" in left_out[-1]
+    (tmp_path / "r.txt").write_text("a.png, 1.0\na.png, 0.0\nDPG-Bench score: 50\n")
+    scores, left_out = benchmarks.dpg_scores(tmp_path / "r.txt")
+    assert scores["overall"] == 100 and len(left_out) == 1 and "a.png" in left_out[0]
+
+
+@pytest.mark.parametrize("line", ["a.png, 0.5, -", "a.png, ", "\tentity: 1e", "a.png, nan"])
 def test_malformed_scores_of_dpg_are_named_by_line(line, tmp_path):
     (tmp_path / "r.txt").write_text(f"b.png, 1.0\n{line}\n")
     with pytest.raises(UserError, match="r.txt:2: "):
@@ -314,3 +370,37 @@ def test_a_malformed_note_is_named(content, tmp_path):
     (tmp_path / "o.json").write_text(content)
     with pytest.raises(UserError, match="o.json: "):
         tables.read_note(tmp_path / "o")
+
+
+@pytest.mark.parametrize("note", [dict(questions=5), dict(questions=[None]), dict(limit="x"),
+                                  dict(limit=-1)])
+def test_a_note_with_odd_values_is_named(note, tmp_path, mistake):
+    (tmp_path / "o").write_text("")
+    (tmp_path / "o.json").write_text(json.dumps(dict(questions=["q.json"]) | note))
+    status, message = mistake(evaluate.main, ["score", "pope", tmp_path / "o"])
+    assert status == 1 and "o.json" in message and list(note)[0] in message
+
+
+@pytest.mark.parametrize("kind, content", [
+    ("t2i", "a\0b"), ("mjhq", r'{"\ud800": {"category": "a", "prompt": "b"}}')])
+def test_names_that_no_file_can_have_are_refused(kind, content, tmp_path):
+    (tmp_path / "p").write_text(content)
+    with pytest.raises(UserError, match="p: "):
+        benchmarks.read(kind, [str(tmp_path / "p")])
+
+
+def test_names_of_several_lines_give_one_line(tmp_path, capsys, mistake):
+    folder = write(tmp_path / "a\nb", a_jpg=RED, a_txt="red", b_heic="?")
+    captions(folder)
+    tables.print_left_out(["x\ny"])
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and out == "left out: 1\n  x\\ny\n"
+    assert mistake(sample.main, ["--prompt", "a", "--out", "a\nb.txt"])[1].count("\n") == 1
+
+
+def test_file_names_that_are_no_text_are_names_nevertheless(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name, content in ((b"caf\xe9.jpg", RED), (b"caf\xe9.txt", b"red")):
+        (folder / os.fsdecode(name)).write_bytes(content)
+    assert captions(folder) == [["red"]] and data.fingerprint(str(folder))
