@@ -122,7 +122,7 @@ def check_step(run: Run, signals: list[int], grad_norm: Tensor, losses: dict[str
     votes = bool(signals or run.problem), not grad_norm.isfinite(), bool(run.error)
     stopping, is_unsound, save_failed = processes.agree(*votes, device=grad_norm.device)
     if save_failed:
-        run.wait()                      # raises its error
+        run.save_again()
     if is_unsound:
         shown = ", ".join(f"{name} loss {float(loss):.4g}" for name, loss in losses.items())
         run.rescue()

@@ -179,8 +179,10 @@ def check_finite(job: Job) -> None:
     """Raise UserError if a loss or gradient was not finite since the last row, or a save failed."""
     run = job.run
     means = {name: float(total) / run.summed for name, total in run.sums.items()}
-    if run.error or not all(map(math.isfinite, means.values())):
-        run.wait()                                               # raises the error of a save
+    if run.error:
+        run.save_again()
+    if not all(map(math.isfinite, means.values())):
+        run.wait()
         raise cli.UserError(f"step {run.step}, or one since the last row: a loss or the gradient "
                             f"is not finite ({means}); go on from {run.newest()} with a smaller "
                             f"--lr")

@@ -476,6 +476,17 @@ class Run:
         if self.error:
             raise self.failed(self.error)
 
+    def save_again(self) -> None:
+        """Save this step where an earlier save has failed, and end with a UserError."""
+        why, step = self.error, self.saver_step
+        error = self.failed(why)
+        self.error, self.saver = "", None
+        self.rescue()
+        if self.step not in processes.first(lambda: saved_steps(self.out)):
+            raise error
+        raise UserError(f"{self.out}: step {step} could not be saved ({why}), but step {self.step} "
+                        f"is, and the same command goes on from there")
+
     def rescue(self) -> None:
         """Save the weights after the last complete step, and delete no older checkpoint."""
         for optimizer in self.optimizers:
