@@ -57,15 +57,13 @@ def numbered(folder: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a file that another file names, relative to a folder.
 
-    Raises UserError if the name leads out of the folder, or to a device or a FIFO.  A link in the
-    folder may lead anywhere: it was not made by the file."""
+    Raises UserError if the name leads out of the folder.  A link in the folder may lead anywhere:
+    it was not made by the file."""
     require(("\0" not in name, f"{folder}: {name!r} is no name of a file"))
     relative = os.path.relpath(folder / name, folder)
-    file = folder / relative
     require((relative.split(os.sep)[0] != os.pardir,
-             f"{name}: expected a file in {folder}, and this one lies outside"),
-            (os.path.isfile(file) or not os.path.exists(file), f"{file}: is no plain file"))
-    return file
+             f"{name}: expected a file in {folder}, and this one lies outside"))
+    return folder / relative
 
 
 def is_there(path: Path) -> bool:
@@ -74,7 +72,8 @@ def is_there(path: Path) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
-    # a program's output may be given as /dev/stdin or /dev/fd/63; any other FIFO could wait for ever
+    """Raises UserError, also for a device or a FIFO, unless it is one of those in /dev: a program's
+    output may be given as /dev/stdin or /dev/fd/63."""
     waits = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     require((not waits or path.parts[:2] == ("/", "dev"), f"{path}: is no plain file"))
     try:

@@ -193,7 +193,7 @@ def test_images_of_any_batch_equal_those_drawn_singly(parts):
 
 def test_a_long_sampling_run_prints_its_progress(parts, monkeypatch, capsys):
     clock = iter(range(100))                                 # each call of the clock adds a second
-    monkeypatch.setattr(progress.time, "time", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(parts, "silent", False)
     text_to_image.draw(parts, [PROMPT], steps=5)                 # six states with the result
     lines = capsys.readouterr().err.splitlines()

@@ -197,6 +197,7 @@ def test_a_deleted_folder_is_made_again(run_training, trained, tmp_path, monkeyp
     def delete_at_step_3(self, *arguments):
         note(self, *arguments)
         if self.step == 3:
+            self.saver.join()
             shutil.rmtree(out)
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.Run, "note", delete_at_step_3)
