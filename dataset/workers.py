@@ -55,8 +55,7 @@ def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any
         if not waits:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"a process that reads data ahead was lost ({reason}); the same command "
-                        f"resumes from the newest checkpoint")
+        raise UserError(f"a process that reads data ahead was lost ({reason})")
     finally:
         results._shutdown_workers()      # at the program's end, Python would wait for them for ever
         signal.signal(signal.SIGCHLD, torchs_handler)

@@ -505,10 +505,10 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
             for file in self.out.glob(".*.tmp"):
                 file.unlink(missing_ok=True)
-            self.out.mkdir(parents=True, exist_ok=True)
             if not saved_steps(self.out):
                 # so that `open` starts again where only weights are, as after a kill
-                (self.out / ".tmp_failed").mkdir(exist_ok=True)
+                (self.out / ".tmp_failed").mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
         weights = [*self.model.parameters(), *self.ema.values()]
         # the optimizers' state is as large again
         needed = 2 * sum(p.numel() * p.element_size() for p in weights)
