@@ -60,6 +60,8 @@ RULES = 2       # 2: mixtures by samples, padding with </s>, the text loss over 
 FAILURES = (CheckpointException, Exception)
 # the last file of a checkpoint: without it the folder is incomplete
 DIGESTS = "digests.json"
+# a folder that is there until the first checkpoint is complete: weights beside it are not all there is
+UNSAVED = ".unsaved"
 
 
 # -------------------------------------------------------------------------- files
@@ -256,7 +258,7 @@ class Run:
             raise UserError(f"{out}: holds {results[0].name}, which no run made there; use another "
                             f"--out")
         steps = saved_steps(out)
-        unfinished = list(out.glob(".tmp_*"))                    # saves that were killed
+        unfinished = [*out.glob(".tmp_*"), *out.glob(UNSAVED)]   # saves that were killed or failed
         if results and not steps and not unfinished and not fresh:
             raise UserError(f"{out}: holds weights and no whole step_* folder to go on from; "
                             f"--fresh starts over, another --out keeps them")
@@ -267,6 +269,7 @@ class Run:
         for folder in unfinished:
             shutil.rmtree(folder)
         if fresh or not steps:
+            (out / UNSAVED).mkdir()
             return 0, [], {}, key
         check_identity(out, before, settings)
         step = resume_step or steps[-1]
@@ -464,6 +467,7 @@ class Run:
                 shutil.rmtree(deleted)
             temporary.rename(folder)
             sync_to_disk(self.out)
+            shutil.rmtree(self.out / UNSAVED, ignore_errors=True)
         except OSError as error:
             return last_line(error)
         return ""
@@ -505,9 +509,6 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
             for file in self.out.glob(".*.tmp"):
                 file.unlink(missing_ok=True)
-            if not saved_steps(self.out):
-                # so that `open` starts again where only weights are, as after a kill
-                (self.out / ".tmp_failed").mkdir(parents=True, exist_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
         weights = [*self.model.parameters(), *self.ema.values()]
         # the optimizers' state is as large again

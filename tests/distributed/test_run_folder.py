@@ -174,6 +174,20 @@ def test_a_kill_before_the_first_save_starts_again(run, run_training):
     assert [path.name for path in run.glob("*step_*")] == ["step_2"]
 
 
+def test_two_kills_around_the_first_save_start_again(run, run_training):
+    """The first comes when the weights are written, and the second before anything is saved."""
+    for folder in complete(run):
+        shutil.rmtree(folder)
+    (run / ".unsaved").mkdir()
+    for steps in (0, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            if not steps:                                        # it ends where a kill would come
+                patch.setattr(Run, "begin", lambda *_: cli.require((False, "killed")))
+            message = run_training("--steps", 2)
+            assert message == ("" if steps else "error: killed\n")
+    assert steps_logged(run) == [1, 2] and not (run / ".unsaved").exists()
+
+
 def test_weights_without_a_checkpoint_need_fresh(run, run_training):
     for folder in complete(run):
         shutil.rmtree(folder)
@@ -273,8 +287,8 @@ def test_a_full_disk_loses_nothing(save, small_disk, run_training, trained):
     message = run_training("--steps", 6, out=out)
     assert f"step {2 * save} " in message and "MiB" in message
     assert complete(out) == before
-    left = [*out.glob(".tmp*"), *out.glob(".*.tmp")]
-    assert left == ([out / ".tmp_failed"] if save == 1 else [])
+    assert not [*out.glob(".tmp*"), *out.glob(".*.tmp")]
+    assert (out / ".unsaved").exists() == (save == 1)
     filler.unlink()
     assert run_training("--steps", 6, out=out) == ""
     assert survive.same_weights(out, trained)
