@@ -8,7 +8,7 @@
 
 A source is a path: a folder of images with captions, tars, a JSON list, stored latents or tokens
 (dataset/sources.py), published files of questions (dataset/questions.py), or the embedded emoji set
-(dataset/emoji.py).  An epoch of the emoji set has each emoji once in each style; with @each after
+(dataset/emoji.py); or the word `shapes`, a world made on the spot (dataset/shapes.py).  An epoch of the emoji set has each emoji once in each style; with @each after
 its path, it has each image once.  docs/data.md shows how to add a kind of source.
 
 The sample at position i of a run is a function of (run, i): there are no iterators, and nothing
@@ -39,7 +39,7 @@ from common.cli import UserError, option, require
 from common.devices import DEVICES
 from common.files import sha256, walk
 from common.seeding import fraction
-from dataset import emoji, precompute, questions, sources, webdataset
+from dataset import emoji, precompute, questions, shapes, sources, webdataset
 from dataset.aspect_buckets import Buckets
 from dataset.images import fit_image, image_size, read_image
 from dataset.sources import Location, Source
@@ -155,6 +155,8 @@ def open_source(path: str, pixels: int, length: int = 256) -> Source:
     """Open a path as a source.  Plain text is cut into pieces of `length` tokens.
 
     Raises UserError for a path that is missing or not a source."""
+    if is_shapes(path):
+        return shapes.Shapes(Location(path, [path], "", pixels, length))
     pattern, suffix = split_option(path)
     paths = sources.expand(pattern)
     require((pattern.strip(), "an empty path, expected a source"),
@@ -174,6 +176,10 @@ def open_source(path: str, pixels: int, length: int = 256) -> Source:
             return source
     raise UserError(f"{pattern}: expected a folder of images with captions, tars, a .json, or "
                     f"tokens; turn plain text into tokens first: python data.py pack ...")
+
+
+def is_shapes(path: str) -> bool:
+    return path == shapes.NAME and not Path(path).exists()
 
 
 def check_one_kind(path: Path) -> None:
@@ -208,6 +214,8 @@ def fingerprint(spec: str) -> str:
     The hash covers the contents of one file below 256 MiB.  Otherwise it covers the names and sizes
     of all files, and the first 1024 bytes of the first file."""
     path, weight = split_weight(spec)
+    if is_shapes(path):
+        return f"{path} {shapes.RULES}:{weight}"
     each = EACH if path.endswith(EACH) else ""
     pattern, _ = split_option(path)
     paths = list(map(Path, sources.expand(pattern)))

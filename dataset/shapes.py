@@ -1,0 +1,267 @@
+"""A world of coloured shapes that needs no files: sample i is a function of i, without end.
+
+    python data.py show shapes --pixels 24          # "shapes" is the name of the source
+    sample(7)["image"], sample(7)["captions"]       # (3, SIDE, SIDE) uint8, ["a cyan ring and ..."]
+
+An image shows one to four objects.  A caption says how many there are and the shape of each.  What
+it does not say is open: "a disc" may have any colour, size and place.  So a drawing can be right in
+many ways, and pixels show exactly whether it is (metrics/shapes.py).
+
+Three kinds of combinations are never shown or named in training: some colours of a shape, some
+numbers of a shape, and some shapes left of or above another.  Two colours and a shape have a word
+in the vocabulary and occur nowhere: they are there to be learned later.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.cli import require
+from dataset.questions import question_prompt
+from dataset.sources import Location, Source
+
+NAME = "shapes"         # the source's path
+RULES = 1               # increase it when the same i gives another sample
+SIDE = 24               # pixels along a side of an image
+CELL = SIDE // 2        # objects that are not alone stand in the cells of a 2 x 2 grid
+RGB = dict(red=(230, 40, 40), green=(40, 170, 60), blue=(50, 80, 230), yellow=(240, 210, 40),
+           purple=(150, 60, 180), cyan=(60, 200, 220))
+BACKGROUNDS = dict(white=(255, 255, 255), grey=(128, 128, 128), black=(0, 0, 0))
+SHAPES = ["disc", "square", "triangle", "ring", "cross"]
+RADII = dict(small=(3.1, 3.5), large=(4.5, 4.9))                 # pixels: smaller discs look square
+COUNTS = ["one", "two", "three", "four"]
+RELATIONS = ["left of", "above"]
+UNUSED = ["orange", "pink", "star"]                              # words for later
+
+HELD_PAIRS = {("red", "ring"), ("blue", "cross"), ("green", "triangle"), ("yellow", "square"),
+              ("purple", "disc")}
+HELD_COUNTS = {(2, "ring"), (3, "square"), (4, "triangle")}
+HELD_ORDERS = {("square", "disc"), ("cross", "triangle")}        # the first left of, or above
+SPLITS = ["train", "pairs", "counts", "orders"]
+
+EPOCH = 2**16           # samples; each epoch has new ones
+HELD = 2**53            # held-out samples have the indices from here on
+
+
+@dataclass
+class Thing:
+    """An object: what it is, and where its centre is, in pixels."""
+    size: str
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.colour, self.shape
+
+
+@dataclass
+class Scene:
+    background: str
+    things: list[Thing]
+    kind: str           # "one", "pair", "group" of one shape, or "several"
+
+    def count(self, shape: str) -> int:
+        return sum(thing.shape == shape for thing in self.things)
+
+
+def is_related(first: Thing, relation: str, second: Thing) -> bool:
+    """Return True if `first` is left of, or above, `second`: more than jitter, CELL / 3 pixels."""
+    if relation == "left of":
+        return second.x - first.x > CELL / 3
+    return second.y - first.y > CELL / 3
+
+
+def orders(scene: Scene) -> Iterator[tuple[Thing, str, Thing]]:
+    """Yield what is left of or above what in a scene of two objects."""
+    if scene.kind == "pair":
+        for first, second in (scene.things, scene.things[::-1]):
+            for relation in RELATIONS:
+                if is_related(first, relation, second):
+                    yield first, relation, second
+
+
+def held_out(scene: Scene) -> set[str]:
+    """Return the kinds of held-out combinations that a scene shows."""
+    found = set()
+    if any(thing.pair in HELD_PAIRS for thing in scene.things):
+        found.add("pairs")
+    if any((scene.count(shape), shape) in HELD_COUNTS for shape in SHAPES):
+        found.add("counts")
+    if any((first.shape, second.shape) in HELD_ORDERS for first, _, second in orders(scene)):
+        found.add("orders")
+    return found
+
+
+# ------------------------------------------------------------------------------------------- scenes
+
+def draw_scene(rng: random.Random) -> Scene:
+    """Return a random scene, which may show held-out combinations."""
+    kind = rng.choice(["one", "pair", "group", "several"])
+    count = dict(one=1, pair=2, group=rng.randint(2, 4), several=rng.randint(3, 4))[kind]
+    cells = rng.sample(range(4), count)
+    shape, colour, size = rng.choice(SHAPES), rng.choice(list(RGB)), rng.choice(list(RADII))
+    alike = rng.random() < 0.5                      # a group may have one colour and one size
+    things = []
+    for cell in cells:
+        if kind != "group":
+            shape = rng.choice(SHAPES)
+        if kind != "group" or not alike:
+            colour, size = rng.choice(list(RGB)), rng.choice(list(RADII))
+        radius = rng.uniform(*RADII[size])
+        room = 5.4 - radius                         # leaves a pixel between neighbours
+        x = CELL / 2 + CELL * (cell % 2) + rng.uniform(-room, room)
+        y = CELL / 2 + CELL * (cell // 2) + rng.uniform(-room, room)
+        if kind == "one":                           # anywhere
+            x, y = (rng.uniform(radius + 1, SIDE - radius - 1) for _ in "xy")
+        things.append(Thing(size, colour, shape, x, y, radius))
+    return Scene(rng.choice(list(BACKGROUNDS)), things, kind)
+
+
+def make_scene(i: int, split: str = "train") -> Scene:
+    """Return the scene of sample i.  Those of the split "train" show no held-out combination, those
+    of the others only the kind that names the split."""
+    rng = random.Random(f"{NAME} {split} {i}")
+    wanted = set() if split == "train" else {split}
+    while True:
+        scene = draw_scene(rng)
+        pairs = [thing.pair for thing in scene.things]
+        is_clear = scene.kind == "group" or len(set(pairs)) == len(pairs)
+        if is_clear and held_out(scene) == wanted:
+            return scene
+
+
+def covered(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    """Return which of the points at (dx, dy) from a shape's centre it covers, bool."""
+    distance = np.hypot(dx, dy)
+    if shape == "disc":
+        return distance <= radius
+    if shape == "ring":
+        return (distance <= radius) & (distance >= 0.5 * radius)
+    if shape == "triangle":
+        return (dy <= 0.95 * radius) & (2 * abs(dx) <= dy + 0.95 * radius)
+    long, short = np.maximum(abs(dx), abs(dy)), np.minimum(abs(dx), abs(dy))
+    if shape == "square":
+        return long <= 0.9 * radius
+    return (long <= radius) & (short <= 0.35 * radius)           # a cross
+
+
+def render(scene: Scene) -> Tensor:
+    """Return the image (3, SIDE, SIDE) uint8."""
+    image = np.empty((SIDE, SIDE, 3), np.uint8)
+    image[:] = BACKGROUNDS[scene.background]
+    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
+    for thing in scene.things:
+        image[covered(thing.shape, x - thing.x, y - thing.y, thing.radius)] = RGB[thing.colour]
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+
+
+# -------------------------------------------------------------------------------------------- texts
+
+def noun(size: str, colour: str, shape: str, count: int = 1) -> str:
+    """Return "a small red disc", or "two discs"; an empty size or colour is left out."""
+    words = ["a" if count == 1 else COUNTS[count - 1], size, colour, shape + "s" * (count > 1)]
+    if count > 1 and shape == "cross":
+        words[-1] = "crosses"
+    return " ".join(filter(None, words))
+
+
+def caption_of(scene: Scene, rng: random.Random) -> str:
+    """Return a caption that says more or less about a scene."""
+    things = rng.sample(scene.things, len(scene.things))
+    says_size, says_colour = rng.random() < 0.5, rng.random() < 0.7
+    if scene.kind == "group":
+        sizes, colours = ({getattr(thing, name) for thing in things} for name in ("size", "colour"))
+        size = sizes.pop() if says_size and len(sizes) == 1 else ""
+        colour = colours.pop() if says_colour and len(colours) == 1 else ""
+        text = noun(size, colour, things[0].shape, len(things))
+    else:
+        # two discs are told apart by their colours
+        says_colour = says_colour or len({thing.shape for thing in things}) < len(things)
+        nouns = {id(thing): noun(thing.size * says_size, thing.colour * says_colour, thing.shape)
+                 for thing in things}
+        *first, last = nouns.values()
+        text = f"{', '.join(first)} and {last}" if first else last
+        true = list(orders(scene))
+        if true and rng.random() < 0.7:
+            one, relation, other = rng.choice(true)
+            text = f"{nouns[id(one)]} {relation} {nouns[id(other)]}"
+    return f"{text} on {scene.background}" if rng.random() < 0.3 else text
+
+
+def questions_of(scene: Scene, rng: random.Random) -> list[dict]:
+    """Return questions with their answers.  No question names a held-out combination that the scene
+    does not show, and there are as many with the answer yes as with no."""
+    pairs = []
+
+    def ask(kind: str, question: str, answer: str) -> None:
+        pairs.append(dict(type=kind, question=question, answer=answer))
+    things = scene.things
+    ask("number", "How many things are there?", COUNTS[len(things) - 1])
+    for shape in dict.fromkeys(thing.shape for thing in things):
+        plural = noun("", "", shape, 2).removeprefix("two ")
+        ask("number", f"How many {plural} are there?", COUNTS[scene.count(shape) - 1])
+    for thing in things:
+        if scene.count(thing.shape) == 1:
+            ask("colour", f"What colour is the {thing.shape}?", thing.colour)
+        if sum(other.colour == thing.colour for other in things) == 1:
+            ask("shape", f"What shape is the {thing.colour} thing?", thing.shape)
+        present = {other.pair for other in things}
+        absent = [(colour, shape) for colour in RGB for shape in SHAPES
+                  if (colour, shape) not in present | HELD_PAIRS
+                  and (colour == thing.colour or shape == thing.shape)]
+        for (colour, shape), answer in ((thing.pair, "yes"), (rng.choice(absent), "no")):
+            ask("yes/no", f"Is there {noun('', colour, shape)}?", answer)
+    for first, relation, second in orders(scene):
+        if first.shape != second.shape:
+            ask("place", f"What is {relation} the {second.shape}?", noun("", *first.pair))
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------- source
+
+def sample(i: int, split: str = "train") -> dict:
+    """Return sample i of a split, as `Source.__getitem__` does."""
+    scene = make_scene(i, split)
+    rng = random.Random(f"{NAME} texts {split} {i}")
+    return dict(key=f"{NAME} {split} {i}", image=render(scene), captions=[caption_of(scene, rng)],
+                questions=questions_of(scene, rng))
+
+
+class Shapes(Source):
+    """The world as a source of `data.Mix`.  Each epoch has EPOCH new samples."""
+
+    held = range(HELD, HELD + 1000)
+
+    def __init__(self, location: Location):
+        self.name = NAME
+        require((location.pixels == SIDE, f"{NAME}: images of {SIDE} pixels, not of "
+                 f"{location.pixels}; give --pixels {SIDE}"))
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    def choose(self, place: int, chance: float) -> int:
+        return int(chance * HELD)
+
+    def __getitem__(self, i: int) -> dict:
+        if i < HELD:
+            return sample(i)
+        return sample(i - HELD, SPLITS[1 + i % 3])
+
+    def texts(self) -> Iterator[str]:
+        """Yield texts with every word of the world, and those of UNUSED."""
+        yield from map(" {}".format, UNUSED)
+        for i in range(2000):
+            made = sample(i)
+            yield from made["captions"]
+            for pair in made["questions"]:
+                yield question_prompt(pair["question"])
+                yield pair["answer"]

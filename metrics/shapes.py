@@ -1,0 +1,204 @@
+"""Read the objects off an image of the shapes world by its pixels, and score drawings and captions.
+
+    background, things = parse(image)               # what a drawing shows
+    is_true(read_caption("a red disc left of a blue square"), background, things)
+
+A drawing is right if it shows what its caption says and no other object.  The categories are those
+of GenEval (arXiv 2310.11513).  An image that can't be parsed counts as wrong: nothing is chosen out
+of several, and nothing is repaired.
+
+Shapes: S = SIDE pixels, n objects in an image, T templates.
+"""
+
+import functools
+import itertools
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from dataset.shapes import (BACKGROUNDS, COUNTS, RADII, RELATIONS, RGB, SHAPES, SIDE, Thing,
+                            covered, is_related)
+
+CROP = 12               # pixels along a side of a template
+LEAST = 6               # pixels of an object; fewer are a speck
+FIT = 0.7               # intersection / union with the best template, below which nothing is seen
+CATEGORIES = ["single object", "colours", "two objects", "position", "counting",
+              "attribute binding"]
+
+
+# ---------------------------------------------------------------------------------- image -> things
+
+@functools.cache
+def templates() -> tuple[np.ndarray, list[tuple[str, str, float]]]:
+    """Return the masks (T, CROP, CROP) of all shapes, at sizes and places finer than a pixel, moved
+    to the upper left corner; and (shape, size, radius) of each."""
+    masks = {}
+    y, x = np.mgrid[:2 * CROP, :2 * CROP] + 0.5
+    shifts = np.arange(8) / 8
+    for shape, (size, (low, high)) in itertools.product(SHAPES, RADII.items()):
+        for radius in np.linspace(low, high, 6):
+            for dx, dy in itertools.product(shifts, shifts):
+                mask = covered(shape, x - CROP - dx, y - CROP - dy, radius)
+                masks.setdefault(to_corner(mask).tobytes(), (shape, size, float(radius)))
+    arrays = [np.frombuffer(mask, bool).reshape(CROP, CROP) for mask in masks]
+    return np.stack(arrays), list(masks.values())
+
+
+def to_corner(mask: np.ndarray) -> np.ndarray:
+    """Return a mask (CROP, CROP) of an object moved to the upper left corner; what is further than
+    CROP pixels away is cut off."""
+    rows, columns = np.nonzero(mask)
+    part = mask[rows.min():, columns.min():][:CROP, :CROP]
+    corner = np.zeros((CROP, CROP), bool)
+    corner[:part.shape[0], :part.shape[1]] = part
+    return corner
+
+
+def connected(mask: np.ndarray) -> list[np.ndarray]:
+    """Return the connected parts of a mask (S, S), each as a mask; corners connect."""
+    parts = []
+    mask = mask.copy()
+    while mask.any():
+        part = np.zeros_like(mask)
+        pending = [tuple(np.argwhere(mask)[0])]
+        while pending:
+            y, x = pending.pop()
+            if 0 <= y < SIDE and 0 <= x < SIDE and mask[y, x]:
+                mask[y, x] = False
+                part[y, x] = True
+                pending += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        parts.append(part)
+    return parts
+
+
+def parse(image: Tensor) -> tuple[str, list[Thing]] | None:
+    """Return the background and the objects of an image (3, S, S) uint8; None if a part of it is no
+    object of this world."""
+    pixels = image.permute(1, 2, 0).numpy().astype(np.int64)
+    colours = {**RGB, **BACKGROUNDS}
+    distances = np.stack([((pixels - rgb) ** 2).sum(-1) for rgb in colours.values()])    # (9, S, S)
+    names = np.array(list(colours))[distances.argmin(0)]                                # (S, S)
+    background = max(BACKGROUNDS, key=lambda name: (names == name).sum())
+    masks, kinds = templates()
+    things = []
+    for colour in RGB:
+        for part in connected(names == colour):
+            if part.sum() < LEAST:
+                continue
+            corner = to_corner(part)
+            fits = (masks & corner).sum((1, 2)) / np.maximum((masks | corner).sum((1, 2)), 1)
+            best = int(fits.argmax())
+            if fits[best] < FIT or part.sum() != corner.sum():
+                return None
+            rows, columns = np.nonzero(part)
+            shape, size, radius = kinds[best]
+            x, y = (float(at.min() + at.max() + 1) / 2 for at in (columns, rows))
+            things.append(Thing(size, colour, shape, x, y, radius))
+    return background, things
+
+
+# --------------------------------------------------------------------------------- caption -> claim
+
+@dataclass
+class Noun:
+    """What a caption says of some objects; "" where it says nothing."""
+    count: int
+    size: str
+    colour: str
+    shape: str
+
+    def fits(self, thing: Thing) -> bool:
+        return all(said in ("", true) for said, true in (
+            (self.size, thing.size), (self.colour, thing.colour), (self.shape, thing.shape)))
+
+
+@dataclass
+class Claim:
+    """What a caption says: all objects, the relation of two of them, and the background."""
+    nouns: list[Noun]
+    relation: str = ""
+    background: str = ""
+
+    @property
+    def category(self) -> str:
+        """Return GenEval's category of a caption; "" for one that belongs to none."""
+        coloured = all(noun.colour for noun in self.nouns)
+        if self.relation:
+            return "position"
+        if len(self.nouns) > 1:
+            return "attribute binding" if coloured else "two objects"
+        if self.nouns[0].count > 1:
+            return "counting"
+        return "colours" if coloured else "single object"
+
+
+NOUN = re.compile(rf"(a|{'|'.join(COUNTS[1:])})(?: ({'|'.join(RADII)}))?(?: ({'|'.join(RGB)}))?"
+                  rf" ({'|'.join(SHAPES)})(e?s)?")
+
+
+def read_caption(text: str) -> Claim | None:
+    """Return what a caption says; None if it is not of this world's grammar."""
+    text, _, background = text.partition(" on ")
+    relation = next((name for name in RELATIONS if f" {name} " in text), "")
+    pieces = re.split(rf", | and | {relation} " if relation else ", | and ", text)
+    matches = [NOUN.fullmatch(piece) for piece in pieces]
+    if None in matches or background not in ("", *BACKGROUNDS) or relation and len(pieces) != 2:
+        return None
+    nouns = []
+    for match in matches:
+        count, size, colour, shape, _ = match.groups(default="")
+        nouns.append(Noun(1 if count == "a" else COUNTS.index(count) + 1, size, colour, shape))
+    return Claim(nouns, relation, background)
+
+
+def is_true(claim: Claim, background: str, things: list[Thing]) -> bool:
+    """Return True if a caption describes a scene: there is an object for each of its nouns and no
+    other object, and the relation holds."""
+    wanted = [noun for noun in claim.nouns for _ in range(noun.count)]
+    if len(wanted) != len(things) or claim.background not in ("", background):
+        return False
+    for order in itertools.permutations(things):
+        fits = all(noun.fits(thing) for noun, thing in zip(wanted, order))
+        if fits and (not claim.relation or is_related(order[0], claim.relation, order[1])):
+            return True
+    return False
+
+
+def is_drawn(caption: str, image: Tensor) -> bool:
+    """Return True if an image (3, S, S) uint8 shows what a caption says, and no other object."""
+    parsed = parse(image)
+    return parsed is not None and is_true(read_caption(caption), *parsed)
+
+
+def says(claim: Claim) -> Counter:
+    """Count what a caption says: colours, sizes, a relation, a background."""
+    said = Counter(relation=bool(claim.relation), background=bool(claim.background))
+    for noun in claim.nouns:
+        said.update(colour=noun.count * bool(noun.colour), size=noun.count * bool(noun.size),
+                    objects=noun.count)
+    return said
+
+
+# -------------------------------------------------------------------------------------- calibration
+
+def total_variation(counts: Counter, expected: dict[str, float]) -> float:
+    """Return half of the sum of |share - expected share|, 0 for equal distributions."""
+    total = sum(counts.values())
+    return sum(abs(counts[name] / total - share) for name, share in expected.items()) / 2
+
+
+def kolmogorov_smirnov(values: list[float], low: float, high: float) -> tuple[float, float]:
+    """Return the largest distance between the distribution of the values and the uniform one from
+    low to high, and the probability of a larger one by chance (Kolmogorov's series)."""
+    ordered = (np.sort(values) - low) / (high - low)
+    n = len(ordered)
+    above = np.arange(1, n + 1) / n - ordered
+    below = ordered - np.arange(n) / n
+    distance = float(max(above.max(), below.max()))
+    scaled = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * distance
+    series = sum((-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101))
+    return distance, min(1.0, max(0.0, 2 * series))

@@ -1,0 +1,198 @@
+"""dataset/shapes.py and metrics/shapes.py: what is held out stays held out, and pixels are read
+exactly."""
+
+import os
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from common.cli import UserError
+from dataset import shapes
+from dataset.shapes import HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, Scene, Thing
+from metrics import shapes as scores
+from pretrained.tokenizer import gpt2_subset, gpt2_tokenizer
+
+SAMPLES = int(os.environ.get("SAMPLES", 3_000))       # SAMPLES=100000 takes minutes
+
+
+def held_out_in(text):
+    """Return the held-out combinations that a text names, found by its words alone."""
+    words = text.lower().replace("?", "").replace(",", "").split()
+    words = [word.removesuffix("es") if word == "crosses" else word for word in words]
+    found = [pair for pair in zip(words, words[1:]) if pair in HELD_PAIRS]
+    for count, shape in HELD_COUNTS:
+        plural = shape + "s"
+        at = words.index(plural) if plural in words else 0
+        if at and shapes.COUNTS[count - 1] in words[:at]:
+            found.append((count, shape))
+    for relation in (" left of ", " above "):
+        if relation in text:
+            first, second = (side.split(" on ")[0].split()[-1] for side in text.split(relation))
+            if (first, second) in HELD_ORDERS:
+                found.append((first, second))
+    return found
+
+
+def test_training_names_and_shows_nothing_that_is_held_out():
+    assert held_out_in("two small red rings") and held_out_in("a square left of a red disc on black")
+    for i in range(SAMPLES):
+        sample = shapes.sample(i)
+        assert not shapes.held_out(shapes.make_scene(i))
+        texts = sample["captions"] + [pair["question"] for pair in sample["questions"]]
+        for pair in sample["questions"]:
+            if "How many" in pair["question"]:
+                shape = pair["question"].split()[2]
+                texts.append(f"{pair['answer']} {shape}")
+            elif pair["type"] == "place":
+                other = pair["question"].rstrip("?").split()[-1]
+                texts.append(f"{pair['answer']} {'left of'} a {other}")
+        assert [text for text in texts if held_out_in(text)] == []
+
+
+@pytest.mark.parametrize("split", shapes.SPLITS[1:])
+def test_a_held_out_split_shows_its_own_kind_only(split):
+    for i in range(200):
+        assert shapes.held_out(shapes.make_scene(i, split)) == {split}
+
+
+def test_captions_leave_something_open_and_are_true():
+    captions = [shapes.sample(i)["captions"][0] for i in range(2000)]
+    claims = [scores.read_caption(caption) for caption in captions]
+    assert None not in claims
+    said = sum(map(scores.says, claims), Counter())
+    assert 0.3 < said["size"] / said["objects"] < 0.6 < said["colour"] / said["objects"] < 0.9
+    categories = Counter(claim.category for claim in claims)
+    assert set(categories) == set(scores.CATEGORIES) and min(categories.values()) > 40
+    for i, claim in enumerate(claims):
+        scene = shapes.make_scene(i)
+        assert scores.is_true(claim, scene.background, scene.things)
+
+
+def test_questions_are_balanced_and_their_answers_right():
+    answers = Counter()
+    for i in range(500):
+        scene = shapes.make_scene(i)
+        for pair in shapes.questions_of(scene, random.Random(i)):
+            answers[pair["type"], pair["answer"]] += 1
+            words = pair["question"].rstrip("?").split()
+            if pair["type"] == "yes/no":
+                shown = any(thing.pair == tuple(words[-2:]) for thing in scene.things)
+                assert pair["answer"] == ("yes" if shown else "no")
+            if pair["type"] == "colour":
+                assert pair["answer"] in [t.colour for t in scene.things if t.shape == words[-1]]
+    assert answers["yes/no", "yes"] == answers["yes/no", "no"]
+
+
+def key(thing):
+    return thing.size, thing.colour, thing.shape
+
+
+def test_pixels_are_read_exactly():
+    for i in range(SAMPLES // 5):
+        split = shapes.SPLITS[i % 4]
+        scene = shapes.make_scene(i, split)
+        background, things = scores.parse(shapes.render(scene))
+        assert background == scene.background
+        assert sorted(map(key, things)) == sorted(map(key, scene.things))
+        for thing in things:
+            assert min(abs(thing.x - true.x) + abs(thing.y - true.y) for true in scene.things) < 1.5
+
+
+def test_noise_makes_an_image_wrong_and_never_another_right_one():
+    generator = torch.Generator().manual_seed(0)
+    right = []
+    for sigma in (10, 40, 120):
+        count = 0
+        for i in range(60):
+            sample = shapes.sample(i)
+            noise = sigma * torch.randn(sample["image"].shape, generator=generator)
+            image = (sample["image"] + noise).clamp(0, 255).to(torch.uint8)
+            count += scores.is_drawn(sample["captions"][0], image)
+        right.append(count)
+    assert right[0] >= 59 and right[0] > right[1] > right[2] == 0
+
+
+RED_DISC = Thing("small", "red", "disc", 6, 6, 3.3)
+BLUE_SQUARE = Thing("large", "blue", "square", 18, 6, 4.7)
+BLUE_RING = Thing("small", "blue", "ring", 6, 18, 3.3)
+
+
+@pytest.mark.parametrize("caption, things, true", [
+    ("a disc", [RED_DISC], True), ("a disc on white", [RED_DISC], True),
+    ("a disc on black", [RED_DISC], False), ("a large disc", [RED_DISC], False),
+    ("a disc", [RED_DISC, BLUE_RING], False), ("two discs", [RED_DISC], False),
+    ("a red disc left of a blue square", [RED_DISC, BLUE_SQUARE], True),
+    ("a blue square left of a red disc", [RED_DISC, BLUE_SQUARE], False),
+    ("a red disc above a blue square", [RED_DISC, BLUE_SQUARE], False),
+    ("a disc above a ring", [BLUE_RING, RED_DISC], True),
+    ("a blue disc and a red square", [RED_DISC, BLUE_SQUARE], False),
+    ("a blue ring, a red disc and a square", [RED_DISC, BLUE_SQUARE, BLUE_RING], True),
+    ("two blue discs", [RED_DISC, RED_DISC], False), ("two red discs", [RED_DISC, RED_DISC], True)])
+def test_a_caption_is_true_or_not(caption, things, true):
+    assert scores.is_true(scores.read_caption(caption), "white", things) == true
+    scene = Scene("white", things, "several")
+    if len({(thing.x, thing.y) for thing in things}) == len(things):
+        assert scores.is_drawn(caption, shapes.render(scene)) == true
+
+
+@pytest.mark.parametrize("text", ["", "a", "disc", "a red", "a discs on green", "five discs", "a disc and",
+                                  "a disc left of a ring and a cross", "a pink disc", "a red red disc"])
+def test_a_text_that_is_not_of_the_grammar_says_nothing(text):
+    assert scores.read_caption(text) is None
+
+
+def test_what_is_no_shape_is_not_parsed():
+    image = shapes.render(Scene("white", [], "one"))
+    assert scores.parse(image) == ("white", [])
+    bar = image.clone()
+    bar[:, 10:12, 2:22] = torch.tensor(shapes.RGB["red"], dtype=torch.uint8)[:, None, None]
+    assert scores.parse(bar) is None
+    touching = shapes.render(Scene("white", [RED_DISC, Thing("small", "red", "disc", 12, 6, 3.3)], "pair"))
+    assert scores.parse(touching) is None
+
+
+def test_calibration_of_known_distributions():
+    expected = dict.fromkeys("abcd", 0.25)
+    assert scores.total_variation(Counter("aabbccdd"), expected) == 0
+    assert scores.total_variation(Counter("aaaa"), expected) == 0.75
+    grid = (np.arange(10_000) + 0.5) / 10_000
+    for shift, chance in ((0.01358, 0.05), (0.01628, 0.01)):     # of the published table, by root n
+        moved = np.minimum(grid + shift, 1).tolist()
+        assert scores.kolmogorov_smirnov(moved, 0, 1)[1] == pytest.approx(chance, rel=0.05)
+    # scipy.stats.kstest([0.1, 0.4, 0.7, 0.75], "uniform") gives the distance 0.25
+    assert scores.kolmogorov_smirnov([0.1, 0.4, 0.7, 0.75], 0, 1)[0] == pytest.approx(0.25)
+
+
+def test_the_world_is_a_source(tmp_path, monkeypatch):
+    mix = data.Mix(["shapes:2"], shapes.SIDE, "run")
+    samples = mix.take(range(100), "image")
+    again = mix.take(range(50, 60), "image")
+    assert [s["key"] for s in again] == [s["key"] for s in samples[50:60]]
+    assert len({s["key"] for s in samples}) == 100
+    assert all(torch.equal(one["image"], other["image"]) for one, other in zip(again, samples[50:]))
+    second_epoch = mix.take(range(len(mix), len(mix) + 9), "image")
+    assert not {s["key"] for s in second_epoch} & {s["key"] for s in samples}
+    held = {s["key"].split()[1] for s in mix.shown(9, held=True)}
+    assert held == {"pairs", "counts", "orders"}
+    with pytest.raises(UserError, match="--pixels 24"):
+        data.Mix(["shapes"], 64)
+    before = data.fingerprint("shapes")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()                                # a folder of that name wins
+    with pytest.raises(UserError, match="expected images"):
+        data.open_source("shapes", 24)
+    assert data.fingerprint("shapes") != before
+
+
+def test_the_vocabulary_has_every_word_and_some_more():
+    texts = list(data.open_source("shapes", shapes.SIDE).texts())
+    small, full = gpt2_tokenizer(gpt2_subset(texts)), gpt2_tokenizer()
+    assert small.vocab_size < 500
+    for text in [shapes.sample(i)["captions"][0] for i in range(5000, 5300)] + [
+            "a pink star left of an orange disc"]:
+        pieces = [small.decode([i]) for i in small.pieces(text)]
+        assert pieces == [full.decode([i]) for i in full.pieces(text)], text
