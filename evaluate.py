@@ -1,6 +1,7 @@
 """Measure a checkpoint.
 
     python evaluate.py emoji                            # the emoji set: captions, answers, images
+    python evaluate.py shapes --checkpoint out/shapes   # the shapes world: exact scores
     python evaluate.py draw geneval evaluation_metadata.jsonl out/geneval   # a benchmark's images
     torchrun --standalone --nproc_per_node=8 evaluate.py draw coco captions_val2014.json out/coco
     python evaluate.py fid out/drawn photos --inception pt_inception-2015-12-05-6726825d.pth
@@ -33,7 +34,7 @@ from common.cli import is_text, require
 from common.devices import DEVICES, choose_device
 from common.files import write_json, write_text
 from common.progress import Progress
-from dataset import emoji, questions
+from dataset import emoji, questions, shapes
 from dataset.questions import question_prompt
 from inference import image_folder
 from inference.answer_file import AnswerFile, Ask
@@ -43,6 +44,7 @@ from inference.parts import ModelConfig, Parts, open_parts
 from inference.text_to_image import DrawConfig
 from inference.texts import read_prompt
 from metrics import answers, benchmarks, captions, comparisons, emojis
+from metrics.shape_scores import ROWS, ShapesTest
 from metrics.tables import print_left_out, read_note, table, tell
 from viz import grids
 
@@ -231,7 +233,39 @@ def measure_emoji(args: argparse.Namespace) -> None:
             if args.limit and (is_random or not runs):           # else every seed gives one result
                 scores |= test.read(split, args.limit, seed, reading)
             runs.append(scores)
-    settings = image_folder.settings(parts, drawing) | {"reading": vars(complete)}
+    print_results(args, parts, results, drawing, vars(complete))
+
+
+def measure_shapes(args: argparse.Namespace) -> None:
+    """Measure drawing, reading and calibration on the shapes world, whose scores are exact."""
+    drawing = cli.take(DrawConfig, vars(args))
+    reading = cli.take(ReadConfig, vars(args))
+    parts = open_parts(cli.take(ModelConfig, vars(args)))
+    parts.silent = True
+    require(((parts.height, parts.width) == (shapes.SIDE, shapes.SIDE),
+             f"shapes: expected a model of {shapes.SIDE} pixels, this one has {parts.height}"))
+    test = ShapesTest(parts)
+    if args.page:
+        grids.write_image(args.page, test.page(drawing))
+        return
+    results = defaultdict(list)
+    for seed in args.seeds:
+        for row in ROWS:
+            scores = {}
+            if args.prompts:
+                scores |= test.draw(row, args.prompts, seed, drawing)
+            if args.limit:
+                scores |= test.read(row, args.limit, seed, reading)
+            results[row].append(scores)
+        if args.open:
+            results["open prompts"].append(test.calibrate(args.open, seed, drawing))
+    print_results(args, parts, results, drawing, vars(parts.complete(reading)))
+
+
+def print_results(args: argparse.Namespace, parts: Parts, results: dict[str, list[dict]],
+                  drawing: DrawConfig, reading: dict) -> None:
+    """Print a table for each kind of score, and how they were made; with --json, also write them."""
+    settings = image_folder.settings(parts, drawing) | {"reading": reading}
     for title, rows in emojis.tables(results).items():
         print(table(rows, corner=f"{title}, %"), end="\n\n")
     print(f"command: {args.command_line}\ncheckpoint: {settings['checkpoint']}")
@@ -253,6 +287,16 @@ def emoji_flags(add: Callable) -> None:
     add("--limit", **count(0, 200), help="number of images to read from each split (200)")
     add("--prompts", **count(0, 200), help="number of prompts to draw from each split (200)")
     add("--page", type=Path, help="measure nothing; write an image with drawings and captions")
+
+
+def shapes_flags(add: Callable) -> None:
+    add("--seeds", nargs="+", type=cli.number(int, 0, 1000), default=[0, 1, 2],
+        help="seeds of the drawings, and of reading (0 1 2)")
+    add("--limit", **count(0, 200), help="number of images to read, seen and held out (200)")
+    add("--prompts", **count(0, 40), help="number of prompts to draw in each category (40)")
+    add("--open", **count(0, 100), help="drawings of each open prompt, for calibration (100)")
+    add("--page", type=Path, help="measure nothing; write an image with drawings and what was read "
+        "off them")
 
 
 def draw_flags(add: Callable) -> None:
@@ -319,6 +363,7 @@ SHARED = {
 # name=(function, function that adds its flags, keys of SHARED, dataclasses with a flag per field)
 COMMANDS = dict(
     emoji=(measure_emoji, emoji_flags, "--json", DrawConfig, ReadConfig, ModelConfig),
+    shapes=(measure_shapes, shapes_flags, "--json", DrawConfig, ReadConfig, ModelConfig),
     draw=(draw, draw_flags, "--limit --seed", DrawConfig, ModelConfig),
     answer=(answer, answer_flags, "--limit --seed", ReadConfig, ModelConfig),
     score=(score, score_flags, "--json"),
@@ -359,8 +404,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error("--length auto changes nothing with draw")
     if args.command == "answer":
         check_answer(parser, args)
-    if args.command == "emoji":
-        check_emoji(parser, args)
+    if args.command in ("emoji", "shapes"):
+        check_world(parser, args)
 
 
 def check_answer(parser: cli.Parser, args: argparse.Namespace) -> None:
@@ -375,12 +420,12 @@ def check_answer(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"{cli.flag(min(unused))} changes nothing with --by likelihood")
 
 
-def check_emoji(parser: cli.Parser, args: argparse.Namespace) -> None:
+def check_world(parser: cli.Parser, args: argparse.Namespace) -> None:
     if args.page:
         parser.check_path("--page", args.page, grids.SUFFIXES)
         if args.json:
             parser.error("--json changes nothing with --page, which measures nothing")
-    elif not args.limit and not args.prompts:
+    elif not args.limit and not args.prompts and not vars(args).get("open"):
         parser.error("--limit 0 and --prompts 0 leave nothing to measure")
 
 

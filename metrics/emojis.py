@@ -151,7 +151,7 @@ def tables(results: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, list
         for scores in runs:
             for name, value in scores.items():
                 title, _, column = name.rpartition(": ")
-                if title not in ("drawing", "POPE"):
+                if title not in ("drawing", "POPE", "calibration"):
                     title = "reading"
                 by_table[title][split][column].append(value)
     return by_table

@@ -1,6 +1,7 @@
 """dataset/shapes.py and metrics/shapes.py: what is held out stays held out, and pixels are read
 exactly."""
 
+import json
 import os
 import random
 from collections import Counter
@@ -8,12 +9,19 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
+import evaluate
+import train
 from common.cli import UserError
 from dataset import shapes
 from dataset.shapes import HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, Scene, Thing
-from metrics import shapes as scores
+from helpers import rows
+from inference import text_to_image
+from inference.image_to_text import ReadConfig
+from inference.text_to_image import DrawConfig
+from metrics import shapes as scores, shape_scores
 from pretrained.tokenizer import gpt2_subset, gpt2_tokenizer
 
 SAMPLES = int(os.environ.get("SAMPLES", 3_000))       # SAMPLES=100000 takes minutes
@@ -196,3 +204,105 @@ def test_the_vocabulary_has_every_word_and_some_more():
             "a pink star left of an orange disc"]:
         pieces = [small.decode([i]) for i in small.pieces(text)]
         assert pieces == [full.decode([i]) for i in full.pieces(text)], text
+
+
+# ------------------------------------------------------------------------------ training and measuring
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Train for 60 steps from nothing: a quarter of a minute."""
+    out = tmp_path_factory.mktemp("shapes") / "run"
+    flags = ("--preset shapes --stage instruct --image-data shapes --pixels 24 --question-share 0.3 "
+             "--optimizer muon --lr 3e-3 --warmup 10 --image-batch 16 --text-batch 16 --steps 60 "
+             "--log-every 10 --eval-every 30 --sample-every 0 --save-every 60 --dtype float32")
+    train.main([*flags.split(), "--out", str(out)])
+    return out
+
+
+def test_a_short_training_learns_something(trained):
+    log = rows(trained)
+    first, last = log[0], log[-1]
+    assert last["image_loss"] < 0.6 * first["image_loss"]
+    assert last["text_loss"] < 0.4 * first["text_loss"]
+    measured = [row for row in log if "val_nats" in row]
+    assert measured[-1]["val_nats"] < 0.9 * measured[0]["val_nats"]
+    assert measured[-1]["val_image"] < measured[0]["val_image"]
+
+
+def test_evaluate_prints_exact_scores(trained, tmp_path, capsys):
+    flags = ["shapes", "--checkpoint", trained, "--limit", 6, "--prompts", 1, "--open", 2, "--seeds",
+             0, 1, "--steps", 2, "--json", tmp_path / "s.json"]
+    evaluate.main(list(map(str, flags)))
+    text = capsys.readouterr().out
+    for title in ("drawing", "reading", "calibration"):
+        assert f"| {title}, % |" in text
+    results = json.loads((tmp_path / "s.json").read_text())["results"]
+    assert results.keys() == {"seen", "held-out", "open prompts"}
+    assert all(0 <= value <= 100 for runs in results.values() for run in runs for value in run.values())
+    evaluate.main(["shapes", "--checkpoint", str(trained), "--steps", "1", "--page",
+                   str(tmp_path / "p.png")])
+    assert Image.open(tmp_path / "p.png").width > 900
+
+
+def test_a_perfect_painter_and_reader_scores_100(monkeypatch):
+    """In place of the network, the true images and texts."""
+    wanted, shown = {}, {}
+
+    def remember(row):
+        for sample in real(row):
+            wanted.setdefault(sample["captions"][0], sample["image"])
+            shown[sample["image"].numpy().tobytes()] = sample
+            yield sample
+    real = shape_scores.samples
+    monkeypatch.setattr(shape_scores, "samples", remember)
+
+    def draw(parts, texts, seed, **_):
+        return torch.stack([wanted[text] for text in texts]) / 127.5 - 1
+    monkeypatch.setattr(text_to_image, "draw", draw)
+    monkeypatch.setattr(shape_scores, "encode", lambda parts, images: images)
+
+    def write(parts, x, questions, config, seeds):
+        texts = []
+        for image, question in zip(shape_scores.to_pixels(x), questions):
+            sample = shown[image.numpy().tobytes()]
+            answers = {pair["question"]: pair["answer"] for pair in sample["questions"]}
+            texts.append(answers[question] if question else sample["captions"][0])
+        return texts
+    monkeypatch.setattr(shape_scores, "write", write)
+    test = shape_scores.ShapesTest(None)
+    for row in shape_scores.ROWS:
+        assert set(test.draw(row, 3, 0, DrawConfig()).values()) == {100}
+        read = test.read(row, 30, 0, ReadConfig())
+        assert read.pop("reading: yes") == 50 and 20 < read.pop("reading: complete") < 100
+        assert set(read.values()) == {100}
+
+
+def test_held_out_prompts_name_what_is_held_out():
+    for row in shape_scores.ROWS:
+        for category, captions in shape_scores.prompts(row, 5).items():
+            assert len(captions) == 5
+            for caption in captions:
+                assert bool(held_out_in(caption)) == (row == "held-out"), caption
+                assert scores.read_caption(caption).category == category
+
+
+def test_calibration_finds_a_painter_with_one_colour(monkeypatch):
+    rng = random.Random(0)
+
+    def draw(parts, texts, seed, **_):
+        images = []
+        for text in texts:
+            shape = text.split()[1]
+            colour = draw.colour or rng.choice([c for c in shapes.RGB if (c, shape) not in HELD_PAIRS])
+            size = rng.choice(list(shapes.RADII))
+            radius = rng.uniform(*shapes.RADII[size])
+            x, y = (rng.uniform(radius + 1, shapes.SIDE - radius - 1) for _ in "xy")
+            images.append(shapes.render(Scene("white", [Thing(size, colour, shape, x, y, radius)], "one")))
+        return torch.stack(images) / 127.5 - 1
+    monkeypatch.setattr(text_to_image, "draw", draw)
+    found = []
+    for draw.colour in ("", "cyan"):
+        found.append(shape_scores.ShapesTest(None).calibrate(100, 0, DrawConfig()))
+    true, one_colour = found
+    assert true["calibration: right"] == 100 and true["calibration: colour"] < 12
+    assert one_colour["calibration: colour"] == pytest.approx(80) and true["calibration: x"] < 15

@@ -1,0 +1,165 @@
+"""Measure a model on the shapes world: drawings, captions, answers, and how open prompts are filled.
+
+    drawing      a drawing shows what its caption says and nothing else, in GenEval's six categories
+    reading      "true": a caption of this world that is true of its image; "complete": it also names
+                 each object's colour; answers word for word, and POPE's figures of the yes/no ones
+    calibration  of drawings of "a disc" and its like, whose colour, size and place are open: total
+                 variation of colours and sizes against the true shares, and the largest distance of
+                 the distribution of places; 0 is perfect
+
+"Held-out" captions name, and held-out images show, a combination that training never has.
+
+Shapes: B batch, S = SIDE pixels.
+"""
+
+import itertools
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.progress import batches
+from dataset import shapes
+from dataset.shapes import HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, RADII, RGB, SHAPES, SIDE, SPLITS
+from inference import text_to_image
+from inference.image_to_text import ReadConfig, encode, write
+from inference.parts import Parts
+from inference.text_to_image import DrawConfig
+from metrics.emojis import percent
+from metrics.shapes import (CATEGORIES, Claim, is_drawn, is_true, kolmogorov_smirnov, parse,
+                            read_caption, total_variation)
+from viz import grids
+
+BATCH = 64
+ROWS = {"seen": SPLITS[:1], "held-out": SPLITS[1:]}
+
+
+def names_held_out(claim: Claim) -> bool:
+    """Return True if a caption names a combination that training never has."""
+    nouns = claim.nouns
+    order = tuple(noun.shape for noun in nouns)
+    return (any((noun.colour, noun.shape) in HELD_PAIRS for noun in nouns)
+            or any((noun.count, noun.shape) in HELD_COUNTS for noun in nouns)
+            or bool(claim.relation) and order in HELD_ORDERS)
+
+
+def samples(row: str) -> Iterator[dict]:
+    """Yield test samples of a row, with "scene" and "claim", of each split in turn."""
+    for i in itertools.count():
+        for split in ROWS[row]:
+            sample = shapes.sample(i, split)
+            claim = read_caption(sample["captions"][0])
+            yield sample | dict(scene=shapes.make_scene(i, split), claim=claim)
+
+
+def prompts(row: str, count: int) -> dict[str, list[str]]:
+    """Return `count` captions of each category; held-out ones name what is held out."""
+    found = {name: [] for name in CATEGORIES}
+    if row == "held-out":
+        del found["single object"], found["two objects"]         # they name no combination
+    for sample in samples(row):
+        claim = sample["claim"]
+        captions = found.get(claim.category)
+        if captions is not None and len(captions) < count and (
+                names_held_out(claim) == (row == "held-out")):
+            captions.append(sample["captions"][0])
+        if all(len(captions) == count for captions in found.values()):
+            return found
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Convert images in [-1, 1] to uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@dataclass
+class ShapesTest:
+    """A model to be measured."""
+    parts: Parts
+
+    def drawn(self, texts: list[str], seed: int, config: DrawConfig, title: str
+              ) -> Iterator[tuple[str, Tensor]]:
+        """Yield each text with its drawing (3, S, S) uint8."""
+        for n, batch in enumerate(batches(f"{title}, seed {seed}", texts, BATCH)):
+            first_seed = seed * 10**6 + n * BATCH
+            images = text_to_image.draw(self.parts, batch, first_seed, **vars(config))
+            yield from zip(batch, to_pixels(images))
+
+    def draw(self, row: str, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
+        """Return the share of right drawings in each category, in percent."""
+        by_category = prompts(row, count)
+        correct = defaultdict(list)
+        texts = [text for texts in by_category.values() for text in texts]
+        for text, image in self.drawn(texts, seed, config, f"{row}, drawings"):
+            correct[read_caption(text).category].append(is_drawn(text, image))
+        return {f"drawing: {name}": percent(values) for name, values in correct.items()}
+
+    def read(self, row: str, count: int, seed: int, config: ReadConfig) -> dict[str, float]:
+        """Score captions and answers for `count` images, in percent."""
+        shown = list(itertools.islice(samples(row), count))
+        images = torch.stack([sample["image"] for sample in shown]) / 127.5 - 1
+        latents = encode(self.parts, images)
+        jobs = [(i, None) for i in range(count)]
+        jobs += [(i, pair) for i, sample in enumerate(shown) for pair in sample["questions"]]
+        correct, yes_no = defaultdict(list), Counter()
+        for batch in batches(f"{row}, texts", jobs, BATCH):
+            questions = [pair and pair["question"] for _, pair in batch]
+            x = latents[[i for i, _ in batch]]
+            written = write(self.parts, x, questions, config, [seed] * len(batch))
+            for (i, pair), text in zip(batch, written):
+                if pair:
+                    correct[pair["type"]].append(text == pair["answer"])
+                    yes_no[text] += pair["type"] == "yes/no"
+                    continue
+                scene, claim = shown[i]["scene"], read_caption(text)
+                true = claim is not None and is_true(claim, scene.background, scene.things)
+                correct["true"].append(true)
+                correct["complete"].append(true and all(noun.colour for noun in claim.nouns))
+        scores = {f"reading: {name}": percent(values) for name, values in correct.items()}
+        return scores | {"reading: yes": 100 * yes_no["yes"] / max(1, yes_no.total())}
+
+    def calibrate(self, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
+        """Compare drawings of "a disc", "a square" and so on with the true distribution."""
+        distances = defaultdict(list)
+        for shape in SHAPES:
+            things = []
+            for _, image in self.drawn([f"a {shape}"] * count, seed, config, f"a {shape}"):
+                parsed = parse(image)
+                is_one = parsed is not None and [thing.shape for thing in parsed[1]] == [shape]
+                distances["right"].append(is_one)
+                things += parsed[1] if is_one else []
+            if not things:
+                continue
+            colours = [colour for colour in RGB if (colour, shape) not in HELD_PAIRS]
+            for name, values in (("colour", colours), ("size", list(RADII))):
+                counts = Counter(getattr(thing, name) for thing in things)
+                distances[name].append(total_variation(counts, dict.fromkeys(values, 1 / len(values))))
+            for name in ("x", "y"):
+                places = [(getattr(thing, name) - thing.radius - 1) / (SIDE - 2 * thing.radius - 2)
+                          for thing in things]
+                distances[name].append(kolmogorov_smirnov(places, 0, 1)[0])
+        return {f"calibration: {name}": percent(values) for name, values in distances.items()}
+
+    def page(self, drawing: DrawConfig) -> Image.Image:
+        """Return 48 drawings, half of them held out, each with its caption and what was parsed."""
+        rows = []
+        for row in ROWS:
+            by_category = prompts(row, 24 // (len(CATEGORIES) if row == "seen" else 4))
+            cells = []
+            texts = [text for texts in by_category.values() for text in texts]
+            for text, image in self.drawn(texts, 0, drawing, row):
+                verdict = "right" if is_drawn(text, image) else f"wrong: {describe(image)}"
+                cells.append((image / 127.5 - 1, f"{text} ({verdict})"))
+            rows += [cells[start:start + 8] for start in range(0, len(cells), 8)]
+        return grids.rows(*rows)
+
+
+def describe(image: Tensor) -> str:
+    """Return in words what an image (3, S, S) uint8 shows."""
+    parsed = parse(image)
+    if parsed is None:
+        return "not only shapes"
+    return ", ".join(shapes.noun(thing.size, *thing.pair) for thing in parsed[1]) or "nothing"
