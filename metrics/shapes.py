@@ -105,7 +105,7 @@ def parse(image: Tensor) -> tuple[str, list[Thing]] | None:
 
 @dataclass
 class Noun:
-    """What a caption says of some objects; "" where it says nothing."""
+    """A noun of a caption, with its number; "" for a size or a colour that it does not tell."""
     count: int
     size: str
     colour: str
@@ -118,7 +118,7 @@ class Noun:
 
 @dataclass
 class Claim:
-    """What a caption says: all objects, the relation of two of them, and the background."""
+    """The content of a caption: all objects, the relation of two of them, and the background."""
     nouns: list[Noun]
     relation: str = ""
     background: str = ""
