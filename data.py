@@ -8,8 +8,9 @@
 
 A source is a path: a folder of images with captions, tars, a JSON list, stored latents or tokens
 (dataset/sources.py), published files of questions (dataset/questions.py), or the embedded emoji set
-(dataset/emoji.py); or the word `shapes`, a world made on the spot (dataset/shapes.py).  An epoch of the emoji set has each emoji once in each style; with @each after
-its path, it has each image once.  docs/data.md shows how to add a kind of source.
+(dataset/emoji.py); or the word `shapes`, a world made on the spot (dataset/shapes.py).  An epoch of
+the emoji set has each emoji once in each style; with @each after its path, it has each image once.
+docs/data.md shows how to add a kind of source.
 
 The sample at position i of a run is a function of (run, i): there are no iterators, and nothing
 about the order is stored.
@@ -22,6 +23,7 @@ cli.interruptible(__name__)
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -189,7 +191,7 @@ def check_one_kind(path: Path) -> None:
         return
     found = [files[0] for files in (sources.tars_at(path), sources.shards_at(path)) if files]
     if found:
-        found += sources.captioned_at(path)[:1]
+        found += itertools.islice(sources.captioned_at(path), 1)
     require((len(found) < 2, f"{path}: has samples of several kinds, {' and '.join(found)}; keep "
              f"one kind in a folder"))
 
@@ -551,6 +553,7 @@ class ShowFlags:
 
 def show_sources(args: argparse.Namespace) -> None:
     """Write a page of twelve samples as the trainer sees them; print counts and bad samples."""
+    args.parser.check_path("--out", args.out, grids.SUFFIXES)
     mix = Mix(args.paths, args.pixels, "show", length=args.text_length)
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
     check_tokens(mix, tokenizer, args.tokenizer)
@@ -682,7 +685,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     def add(name: str, run: Callable, flags: type | None, about: str) -> cli.Parser:
         command = commands.add_parser(name, doc=about, help=about)
-        command.set_defaults(run=run, flags=flags)
+        command.set_defaults(run=run, flags=flags, parser=command)
         if flags:
             command.add_fields(flags)
         return command
@@ -706,10 +709,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help=".txt, or .jsonl with one object with \"text\" per line; also .gz")
     packed.add_argument("out", type=Path, metavar="T.safetensors", help="the token file to write")
     add("build-emoji", build_emoji, BuildFlags, "build the emoji set again from two npm packages")
-    args = parser.parse_args(argv)
-    if args.run is show_sources:
-        parser.check_path("--out", vars(args).get("out", ShowFlags().out), grids.SUFFIXES)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -211,12 +211,17 @@ def score_answers(args: argparse.Namespace, note: dict) -> None:
 
 # -------------------------------------------------------------------------------------------- emoji
 
-def measure_emoji(args: argparse.Namespace) -> None:
-    """Measure drawing, reading and POPE on the emoji set, in tables like the paper's."""
-    drawing = cli.take(DrawConfig, vars(args))
-    reading = cli.take(ReadConfig, vars(args))
+def open_model(args: argparse.Namespace) -> tuple[Parts, DrawConfig, ReadConfig]:
+    """Open the model that is measured, with the settings of drawing and reading."""
+    drawing, reading = cli.take(DrawConfig, vars(args)), cli.take(ReadConfig, vars(args))
     parts = open_parts(cli.take(ModelConfig, vars(args)))
     parts.silent = True
+    return parts, drawing, reading
+
+
+def measure_emoji(args: argparse.Namespace) -> None:
+    """Measure drawing, reading and POPE on the emoji set, in tables like the paper's."""
+    parts, drawing, reading = open_model(args)
     records, images = emoji.load(emoji.TAR, parts.height)
     test = emojis.EmojiTest(parts, records, images.float() / 127.5 - 1)
     if args.page:
@@ -238,10 +243,7 @@ def measure_emoji(args: argparse.Namespace) -> None:
 
 def measure_shapes(args: argparse.Namespace) -> None:
     """Measure drawing, reading and calibration on the shapes world, whose scores are exact."""
-    drawing = cli.take(DrawConfig, vars(args))
-    reading = cli.take(ReadConfig, vars(args))
-    parts = open_parts(cli.take(ModelConfig, vars(args)))
-    parts.silent = True
+    parts, drawing, reading = open_model(args)
     require(((parts.height, parts.width) == (shapes.SIDE, shapes.SIDE),
              f"shapes: expected a model of {shapes.SIDE} pixels, this one has {parts.height}"))
     test = ShapesTest(parts)

@@ -85,7 +85,7 @@ class Request:
 
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a file that are not blank.  Raises UserError."""
-    lines = files.text_lines(files.read_bytes(path), path)
+    lines = files.text_lines(files.read_text(path))
     require((bool(lines), f"{path}: is empty; write one prompt or question a line"))
     return lines
 

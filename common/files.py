@@ -10,10 +10,15 @@ from typing import Any, Iterator
 from common.cli import UserError, require
 
 
+def is_hidden(path: str) -> bool:
+    """Return True if the last name of a path, or that of a folder before it, begins with a dot."""
+    return any(name.startswith(".") and name not in (".", "..") for name in path.split("/"))
+
+
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
     """Return the paths that match a pattern, sorted, without hidden ones."""
     return [path for path in sorted(folder.glob(pattern))
-            if "/." not in f"/{path.relative_to(folder)}"]
+            if not is_hidden(str(path.relative_to(folder)))]
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -99,15 +104,16 @@ def split_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").split("\n")
 
 
-def text_lines(content: bytes, name: str | Path) -> list[str]:
+def text_lines(text: str) -> list[str]:
     """Return the lines of a caption file, or of one of prompts, that are not blank."""
-    lines = map(str.strip, split_lines(decode_text(content, name)))
-    return list(filter(None, lines))
+    return list(filter(None, map(str.strip, split_lines(text))))
 
 
-def parse_json(text: str, name: str | Path) -> Any:
+def parse_json(content: bytes | str, name: str | Path) -> Any:
+    if isinstance(content, bytes):
+        content = decode_text(content, name)
     try:
-        return json.loads(text)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not readable as JSON ({error})")
 
@@ -117,7 +123,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return parse_json(read_text(path), path)
+    return parse_json(read_bytes(path), path)
 
 
 def read_json_object(path: Path) -> dict:

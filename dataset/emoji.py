@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError, require
-from common.files import decode_text, parse_json, replacing
+from common.files import parse_json, replacing
 from common.seeding import fraction
 from dataset.images import fit_image, read_image
 from dataset.questions import question_prompt
@@ -343,7 +343,7 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
     for key, files in tar:
         where = f"{tar.path}: {key}"
         require(({"webp", "json"} <= files.keys(), f"{where}: expected a webp and a json"))
-        record = parse_json(decode_text(files["json"], where), where)
+        record = parse_json(files["json"], where)
         described(record, where)                                 # checks that it is an object
         records.append({name: text(record.get(name), where, name) for name in FIELDS})
         image = read_image(files["webp"], where)
@@ -380,7 +380,7 @@ def is_emoji(source) -> bool:
         return False
     _, files = source.tars[0][0]
     try:
-        return set(FIELDS) <= parse_json(decode_text(files["json"], ""), "").keys()
+        return set(FIELDS) <= parse_json(files["json"], "").keys()
     except (UserError, KeyError, AttributeError):
         return False                            # reading this sample will report the error
 

@@ -216,10 +216,15 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
+def to_pixels(tensor: Tensor) -> Tensor:
+    """Clip a tensor of any shape to [-1, 1] and convert it to uint8."""
+    values = (tensor.float().clamp(-1, 1) + 1) * 127.5
+    return values.round().to(torch.uint8)
+
+
 def to_image(tensor: Tensor) -> Image.Image:
     """Clip (3, P, P) to [-1, 1] and convert it to an RGB image."""
-    values = (tensor.float().clamp(-1, 1) + 1) * 127.5
-    values = values.round().to(torch.uint8).permute(1, 2, 0)     # (P, P, 3)
+    values = to_pixels(tensor).permute(1, 2, 0)                  # (P, P, 3)
     return Image.fromarray(values.cpu().numpy())
 
 

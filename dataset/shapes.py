@@ -165,11 +165,15 @@ def render(scene: Scene) -> Tensor:
 
 # -------------------------------------------------------------------------------------------- texts
 
+def plural(shape: str) -> str:
+    return "crosses" if shape == "cross" else f"{shape}s"
+
+
 def noun(size: str, colour: str, shape: str, count: int = 1) -> str:
     """Return "a small red disc", or "two discs"; an empty size or colour is left out."""
-    words = ["a" if count == 1 else COUNTS[count - 1], size, colour, shape + "s" * (count > 1)]
-    if count > 1 and shape == "cross":
-        words[-1] = "crosses"
+    words = ["a", size, colour, shape]
+    if count > 1:
+        words = [COUNTS[count - 1], size, colour, plural(shape)]
     return " ".join(filter(None, words))
 
 
@@ -206,8 +210,7 @@ def questions_of(scene: Scene, rng: random.Random) -> list[dict]:
     things = scene.things
     ask("number", "How many things are there?", COUNTS[len(things) - 1])
     for shape in dict.fromkeys(thing.shape for thing in things):
-        plural = noun("", "", shape, 2).removeprefix("two ")
-        ask("number", f"How many {plural} are there?", COUNTS[scene.count(shape) - 1])
+        ask("number", f"How many {plural(shape)} are there?", COUNTS[scene.count(shape) - 1])
     for thing in things:
         if scene.count(thing.shape) == 1:
             ask("colour", f"What colour is the {thing.shape}?", thing.colour)
@@ -229,7 +232,10 @@ def questions_of(scene: Scene, rng: random.Random) -> list[dict]:
 
 def sample(i: int, split: str = "train") -> dict:
     """Return sample i of a split, as `Source.__getitem__` does."""
-    scene = make_scene(i, split)
+    return sample_of(make_scene(i, split), i, split)
+
+
+def sample_of(scene: Scene, i: int, split: str) -> dict:
     rng = random.Random(f"{NAME} texts {split} {i}")
     return dict(key=f"{NAME} {split} {i}", image=render(scene), captions=[caption_of(scene, rng)],
                 questions=questions_of(scene, rng))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common.cli import UserError, is_text, require, warn
 from common.files import (decode_text, inside, is_there, listing, parse_json, read_bytes,
-                          read_json_lines, text_lines, visible, walk)
+                          read_json_lines, read_text, text_lines, visible, walk)
 from common.progress import Progress
 from dataset import webdataset
 from dataset.webdataset import Tar
@@ -258,7 +258,7 @@ class Folder(Source):
             raise UserError(f"{(texts | images)[min(single)]}: expected one .txt and one image "
                             f"({', '.join(IMAGE_SUFFIXES)}) of a name")
         for stem, file in images.items():
-            captions = text_lines(read_bytes(texts[stem]), texts[stem])
+            captions = text_lines(read_text(texts[stem]))
             yield str(file.relative_to(self.folder)), captions
 
     def __len__(self) -> int:
@@ -320,10 +320,12 @@ def tars_at(path: Path) -> list[str]:
     return [str(file) for file in visible(path) if file.name.endswith(webdataset.KINDS)]
 
 
-def captioned_at(folder: Path) -> list[str]:
-    """Return the captioned images in a folder, or its metadata.jsonl."""
-    return [str(file) for file in walk(folder) if file == folder / METADATA[0]
-            or file.suffix.lower() in IMAGE_SUFFIXES and file.with_suffix(".txt").exists()]
+def captioned_at(folder: Path) -> Iterator[str]:
+    """Yield the captioned images in a folder, and its metadata.jsonl."""
+    for file in walk(folder):
+        is_image = file.suffix.lower() in IMAGE_SUFFIXES
+        if file == folder / METADATA[0] or is_image and file.with_suffix(".txt").exists():
+            yield str(file)
 
 
 class Tars(Sharded):
@@ -333,9 +335,10 @@ class Tars(Sharded):
         paths = sum((tars_at(Path(path)) or [path] for path in location.paths), [])
         self.name = location.name
         self.tars = []
+        read = set(paths)
         for folder in filter(Path.is_dir, map(Path, location.paths)):
             others = [file for file in walk(folder) if webdataset.LIKE.search(file.name)
-                      and str(file) not in paths]
+                      and str(file) not in read]
             warn_left_out(self.name, others, f"expected {', '.join(webdataset.KINDS)} in {folder}")
         progress = Progress("tars indexed", len(paths))
         for path in paths:
@@ -351,11 +354,10 @@ class Tars(Sharded):
         suffix, image = image_in(files, where)
         sample = dict(key=where + suffix, image=image, captions=[])
         if "txt" in files:
-            sample["captions"] = text_lines(files["txt"], f"{where}.txt")
+            sample["captions"] = text_lines(decode_text(files["txt"], f"{where}.txt"))
         if "json" in files:
             where += ".json"
-            content = parse_json(decode_text(files["json"], where), where)
-            sample |= described(content, where)
+            sample |= described(parse_json(files["json"], where), where)
         return sample
 
 
@@ -389,7 +391,7 @@ class Latents(Sharded):
         begin, end = tensors.get_slice("ends")[row:row + 2].tolist()
         content = tensors.get_slice("texts")[begin:end].numpy().tobytes()
         where = f"{self.files[shard]}: sample {row}"
-        sample = parse_json(decode_text(content, where), where)
+        sample = parse_json(content, where)
         for name in {"latents", "states"} & set(tensors.keys()):
             sample[name] = tensors.get_slice(name)[row]
             require((sample[name].isfinite().all(),

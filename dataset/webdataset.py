@@ -22,7 +22,7 @@ from typing import Iterator
 import numpy as np
 
 from common.cli import UserError, require
-from common.files import replacing
+from common.files import is_hidden, replacing
 
 KINDS = (".tar", ".tar.gz", ".tgz")
 PACKED = KINDS[1:]
@@ -76,9 +76,8 @@ def part(path: str, member: tarfile.TarInfo) -> tuple[str, str] | None:
     The key is the path up to the first dot of the file name.  Raises UserError for a link."""
     *folders, file = member.name.split("/")
     stem, _, extension = file.partition(".")
-    hidden = any(re.match(r"\.[^.]", name) for name in [*folders, file])
     beside = BESIDE.fullmatch(file) or "__MACOSX" in folders
-    if member.isdir() or not extension or hidden or beside:
+    if member.isdir() or not extension or is_hidden(member.name) or beside:
         return None
     require((member.isreg() and not member.issparse(),
              f"{path}: {member.name} is a link or no plain file, expected the file itself; tar it "

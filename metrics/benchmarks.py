@@ -21,8 +21,8 @@ from pathlib import Path
 
 from common import seeding
 from common.cli import UserError, is_text, require
-from common.files import (read_bytes, read_json, read_json_lines, read_lines, read_text,
-                          text_lines, visible)
+from common.files import (read_json, read_json_lines, read_lines, read_text, text_lines,
+                          visible)
 from dataset import emoji
 from dataset.sources import text
 from metrics import captions
@@ -146,7 +146,7 @@ def read_coco(benchmark: Benchmark, paths: list[str]) -> None:
 def read_plain(benchmark: Benchmark, paths: list[str]) -> None:
     prompts = []
     for path in paths:
-        prompts += text_lines(read_bytes(Path(path)), path)
+        prompts += text_lines(read_text(Path(path)))
     add_numbered(benchmark, prompts)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from checkpoint import build, fill, shards
 from common.cli import UserError, require
-from common.files import is_there, read_bytes, read_json_object, read_text, text_lines
+from common.files import is_there, read_json_object, read_text, text_lines
 from common.progress import batches
 from dataset.images import read_image, text_fields, to_tensor
 from metrics.fid import image_files
@@ -303,4 +303,4 @@ def read_caption(file: Path) -> str | None:
     text_file = file.with_suffix(".txt")
     if "prompt" in fields or not is_there(text_file):
         return fields.get("prompt")
-    return next(iter(text_lines(read_bytes(text_file), text_file)), None)
+    return next(iter(text_lines(read_text(text_file))), None)

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from common.progress import batches
 from dataset import shapes
+from dataset.images import to_pixels
 from dataset.shapes import HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, RADII, RGB, SHAPES, SIDE, SPLITS
 from inference import text_to_image
 from inference.image_to_text import ReadConfig, encode, write
 from inference.parts import Parts
 from inference.text_to_image import DrawConfig
+from metrics.answers import pope
 from metrics.emojis import percent
 from metrics.shapes import (CATEGORIES, Claim, is_drawn, is_true, kolmogorov_smirnov, parse,
                             read_caption, total_variation)
@@ -50,9 +52,10 @@ def samples(row: str) -> Iterator[dict]:
     """Yield test samples of a row, with "scene" and "claim", of each split in turn."""
     for i in itertools.count():
         for split in ROWS[row]:
-            sample = shapes.sample(i, split)
+            scene = shapes.make_scene(i, split)
+            sample = shapes.sample_of(scene, i, split)
             claim = read_caption(sample["captions"][0])
-            yield sample | dict(scene=shapes.make_scene(i, split), claim=claim)
+            yield sample | dict(scene=scene, claim=claim)
 
 
 def prompts(row: str, count: int) -> dict[str, list[str]]:
@@ -70,9 +73,11 @@ def prompts(row: str, count: int) -> dict[str, list[str]]:
             return found
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """Convert images in [-1, 1] to uint8."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def judge(text: str, scene: shapes.Scene) -> tuple[bool, bool]:
+    """Return whether a caption is true of a scene, and whether it also names all colours."""
+    claim = read_caption(text)
+    is_right = claim is not None and is_true(claim, scene.background, scene.things)
+    return is_right, is_right and all(noun.colour for noun in claim.nouns)
 
 
 @dataclass
@@ -86,13 +91,12 @@ class ShapesTest:
         for n, batch in enumerate(batches(f"{title}, seed {seed}", texts, BATCH)):
             first_seed = seed * 10**6 + n * BATCH
             images = text_to_image.draw(self.parts, batch, first_seed, **vars(config))
-            yield from zip(batch, to_pixels(images))
+            yield from zip(batch, to_pixels(images).cpu())
 
     def draw(self, row: str, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Return the share of right drawings in each category, in percent."""
-        by_category = prompts(row, count)
         correct = defaultdict(list)
-        texts = [text for texts in by_category.values() for text in texts]
+        texts = list(itertools.chain(*prompts(row, count).values()))
         for text, image in self.drawn(texts, seed, config, f"{row}, drawings"):
             correct[read_caption(text).category].append(is_drawn(text, image))
         return {f"drawing: {name}": percent(values) for name, values in correct.items()}
@@ -104,22 +108,23 @@ class ShapesTest:
         latents = encode(self.parts, images)
         jobs = [(i, None) for i in range(count)]
         jobs += [(i, pair) for i, sample in enumerate(shown) for pair in sample["questions"]]
-        correct, yes_no = defaultdict(list), Counter()
+        correct, yes_no = defaultdict(list), []
         for batch in batches(f"{row}, texts", jobs, BATCH):
             questions = [pair and pair["question"] for _, pair in batch]
             x = latents[[i for i, _ in batch]]
             written = write(self.parts, x, questions, config, [seed] * len(batch))
             for (i, pair), text in zip(batch, written):
-                if pair:
-                    correct[pair["type"]].append(text == pair["answer"])
-                    yes_no[text] += pair["type"] == "yes/no"
+                if pair is None:
+                    is_right, is_complete = judge(text, shown[i]["scene"])
+                    correct["true"].append(is_right)
+                    correct["complete"].append(is_complete)
                     continue
-                scene, claim = shown[i]["scene"], read_caption(text)
-                true = claim is not None and is_true(claim, scene.background, scene.things)
-                correct["true"].append(true)
-                correct["complete"].append(true and all(noun.colour for noun in claim.nouns))
+                correct[pair["type"]].append(text == pair["answer"])
+                if pair["type"] == "yes/no":
+                    yes_no.append((text, pair["answer"]))
         scores = {f"reading: {name}": percent(values) for name, values in correct.items()}
-        return scores | {"reading: yes": 100 * yes_no["yes"] / max(1, yes_no.total())}
+        figures = pope(*zip(*yes_no))
+        return scores | {f"POPE: {name}": value for name, value in figures.items()}
 
     def calibrate(self, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Compare drawings of "a disc", "a square" and so on with the true distribution."""
@@ -149,7 +154,7 @@ class ShapesTest:
         for row in ROWS:
             by_category = prompts(row, 24 // (len(CATEGORIES) if row == "seen" else 4))
             cells = []
-            texts = [text for texts in by_category.values() for text in texts]
+            texts = list(itertools.chain(*by_category.values()))
             for text, image in self.drawn(texts, 0, drawing, row):
                 verdict = "right" if is_drawn(text, image) else f"wrong: {describe(image)}"
                 cells.append((image / 127.5 - 1, f"{text} ({verdict})"))

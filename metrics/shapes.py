@@ -174,15 +174,6 @@ def is_drawn(caption: str, image: Tensor) -> bool:
     return parsed is not None and is_true(read_caption(caption), *parsed)
 
 
-def says(claim: Claim) -> Counter:
-    """Count what a caption says: colours, sizes, a relation, a background."""
-    said = Counter(relation=bool(claim.relation), background=bool(claim.background))
-    for noun in claim.nouns:
-        said.update(colour=noun.count * bool(noun.colour), size=noun.count * bool(noun.size),
-                    objects=noun.count)
-    return said
-
-
 # -------------------------------------------------------------------------------------- calibration
 
 def total_variation(counts: Counter, expected: dict[str, float]) -> float:

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import checkpoint
 import data
 from common import cli, processes, progress
-from common.cli import UserError, require, warn
+from common.cli import UserError, in_one_line, require, warn
 from common.files import (inside, numbered, read_json_object, sha256, split_lines, write_json,
                           write_text)
 from pretrained.safetensors_io import write_tensors
@@ -318,9 +318,9 @@ class Run:
         """In this context, an error of writing makes the run save and end after the next step."""
         try:
             yield
-        except OSError as error:
-            self.problem = UserError(f"{error.filename or path}: {error.strerror}")
-        except UserError as error:
+        except (OSError, UserError) as error:
+            if isinstance(error, OSError):
+                error.filename = error.filename or path
             self.problem = error
 
     def due(self, every: int) -> bool:
@@ -332,7 +332,8 @@ class Run:
         self.wait()
         if not processes.first(self.is_exported):                # a kill can come between two files
             self.export()
-        for problem in processes.gather([str(self.problem or "")]):
+        problem_here = in_one_line(self.problem) if self.problem else ""
+        for problem in processes.gather([problem_here]):
             require((not problem, f"{problem}; step {self.step} is saved, and the same command goes "
                      f"on from there"))
         if self.rank > 0:

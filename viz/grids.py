@@ -12,7 +12,7 @@ from typing import Iterable
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from common.cli import UserError, printable
+from common.cli import UserError, one_line
 from common.files import replacing
 from common.progress import chunks
 from dataset.images import to_image
@@ -105,7 +105,7 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
     x, y = 12, 40
     for token in ids.tolist():
         word, colour = special.get(token) or (tokenizer.bpe.decode([token]), "black")
-        word = printable(word).replace("\n", "\\n")
+        word = one_line(word)
         width = pen.textlength(word)
         if x + width > 628:             # start the next line
             x, y = 12, y + 28

@@ -1,6 +1,5 @@
 """data.py: the order of an epoch; dataset/workers.py: batches that other processes prepare."""
 
-import gc
 import multiprocessing
 import os
 import signal
