@@ -63,7 +63,7 @@ PRESETS = {
     # The same for the shapes world of dataset/shapes.py, 24x24 pixels in patches of 4: 2.4 M
     # parameters, without the vocabulary.
     "shapes": dict(depth=4, heads=4, width=128, patch=4, channels=3, position_size=6,
-                   position_base=6, text_width=128, vocab_size=50258, qk_norm=True, text_length=24,
+                   position_base=6, text_width=128, vocab_size=50258, qk_norm=True, text_length=18,
                    predicts="data"),
 }
 

@@ -3,8 +3,8 @@
     python data.py show shapes --pixels 24          # "shapes" is the name of the source
     sample(7)["image"], sample(7)["captions"]       # (3, SIDE, SIDE) uint8, ["a cyan ring and ..."]
 
-An image shows one to four objects.  A caption says how many there are and the shape of each.  What
-it does not say is open: "a disc" may have any colour, size and place.  So a drawing can be right in
+An image has four cells, and one to four of them hold an object.  A caption says how many there are
+and the shape of each.  What it does not say is open: "a disc" may have any colour, size and cell.  So a drawing can be right in
 many ways, and pixels show exactly whether it is (metrics/shapes.py).
 
 Three kinds of combinations are never shown or named in training: some colours of a shape, some
@@ -25,14 +25,14 @@ from dataset.questions import question_prompt
 from dataset.sources import Location, Source
 
 NAME = "shapes"         # the source's path
-RULES = 1               # increase it when the same i gives another sample
+RULES = 2               # increase it when the same i gives another sample
 SIDE = 24               # pixels along a side of an image
-CELL = SIDE // 2        # objects that are not alone stand in the cells of a 2 x 2 grid
+CELL = SIDE // 2        # and of a cell; an object stands in the middle of one
 RGB = dict(red=(230, 40, 40), green=(40, 170, 60), blue=(50, 80, 230), yellow=(240, 210, 40),
            purple=(150, 60, 180), cyan=(60, 200, 220))
 BACKGROUNDS = dict(white=(255, 255, 255), grey=(128, 128, 128), black=(0, 0, 0))
 SHAPES = ["disc", "square", "triangle", "ring", "cross"]
-RADII = dict(small=(3.1, 3.5), large=(4.5, 4.9))                 # pixels: smaller discs look square
+RADII = dict(small=3.6, large=5.0)                               # pixels
 COUNTS = ["one", "two", "three", "four"]
 RELATIONS = ["left of", "above"]
 UNUSED = ["orange", "pink", "star"]                              # words for later
@@ -55,7 +55,6 @@ class Thing:
     shape: str
     x: float
     y: float
-    radius: float
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -73,10 +72,10 @@ class Scene:
 
 
 def is_related(first: Thing, relation: str, second: Thing) -> bool:
-    """Return True if `first` is left of, or above, `second`: more than jitter, CELL / 3 pixels."""
+    """Return True if `first` is left of, or above, `second`, by most of a cell."""
     if relation == "left of":
-        return second.x - first.x > CELL / 3
-    return second.y - first.y > CELL / 3
+        return second.x - first.x > CELL / 2
+    return second.y - first.y > CELL / 2
 
 
 def orders(scene: Scene) -> Iterator[tuple[Thing, str, Thing]]:
@@ -105,23 +104,17 @@ def held_out(scene: Scene) -> set[str]:
 def draw_scene(rng: random.Random) -> Scene:
     """Return a random scene, which may show held-out combinations."""
     kind = rng.choice(["one", "pair", "group", "several"])
-    count = dict(one=1, pair=2, group=rng.randint(2, 4), several=rng.randint(3, 4))[kind]
-    cells = rng.sample(range(4), count)
+    count = dict(one=1, pair=2, group=rng.randint(2, 4), several=3)[kind]
     shape, colour, size = rng.choice(SHAPES), rng.choice(list(RGB)), rng.choice(list(RADII))
     alike = rng.random() < 0.5                      # a group may have one colour and one size
     things = []
-    for cell in cells:
+    for cell in rng.sample(range(4), count):
         if kind != "group":
             shape = rng.choice(SHAPES)
         if kind != "group" or not alike:
             colour, size = rng.choice(list(RGB)), rng.choice(list(RADII))
-        radius = rng.uniform(*RADII[size])
-        room = 5.4 - radius                         # leaves a pixel between neighbours
-        x = CELL / 2 + CELL * (cell % 2) + rng.uniform(-room, room)
-        y = CELL / 2 + CELL * (cell // 2) + rng.uniform(-room, room)
-        if kind == "one":                           # anywhere
-            x, y = (rng.uniform(radius + 1, SIDE - radius - 1) for _ in "xy")
-        things.append(Thing(size, colour, shape, x, y, radius))
+        x, y = (CELL / 2 + CELL * place for place in (cell % 2, cell // 2))
+        things.append(Thing(size, colour, shape, x, y))
     return Scene(rng.choice(list(BACKGROUNDS)), things, kind)
 
 
@@ -146,7 +139,7 @@ def covered(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.nda
     if shape == "ring":
         return (distance <= radius) & (distance >= 0.5 * radius)
     if shape == "triangle":
-        return (dy <= 0.95 * radius) & (2 * abs(dx) <= dy + 0.95 * radius)
+        return (dy <= 0.8 * radius) & (2 * abs(dx) <= dy + radius)
     long, short = np.maximum(abs(dx), abs(dy)), np.minimum(abs(dx), abs(dy))
     if shape == "square":
         return long <= 0.9 * radius
@@ -159,7 +152,8 @@ def render(scene: Scene) -> Tensor:
     image[:] = BACKGROUNDS[scene.background]
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
     for thing in scene.things:
-        image[covered(thing.shape, x - thing.x, y - thing.y, thing.radius)] = RGB[thing.colour]
+        mask = covered(thing.shape, x - thing.x, y - thing.y, RADII[thing.size])
+        image[mask] = RGB[thing.colour]
     return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 

@@ -12,7 +12,6 @@ Shapes: S = SIDE pixels, n objects in an image, T templates.
 
 import functools
 import itertools
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from dataset.shapes import (BACKGROUNDS, COUNTS, RADII, RELATIONS, RGB, SHAPES, SIDE, Thing,
+from dataset.shapes import (BACKGROUNDS, CELL, COUNTS, RADII, RELATIONS, RGB, SHAPES, SIDE, Thing,
                             covered, is_related)
 
-CROP = 12               # pixels along a side of a template
 LEAST = 6               # pixels of an object; fewer are a speck
 FIT = 0.7               # intersection / union with the best template, below which nothing is seen
 CATEGORIES = ["single object", "colours", "two objects", "position", "counting",
@@ -33,27 +31,21 @@ CATEGORIES = ["single object", "colours", "two objects", "position", "counting",
 # ---------------------------------------------------------------------------------- image -> things
 
 @functools.cache
-def templates() -> tuple[np.ndarray, list[tuple[str, str, float]]]:
-    """Return the masks (T, CROP, CROP) of all shapes, at sizes and places finer than a pixel, moved
-    to the upper left corner; and (shape, size, radius) of each."""
-    masks = {}
-    y, x = np.mgrid[:2 * CROP, :2 * CROP] + 0.5
-    shifts = np.arange(8) / 8
-    for shape, (size, (low, high)) in itertools.product(SHAPES, RADII.items()):
-        for radius in np.linspace(low, high, 6):
-            for dx, dy in itertools.product(shifts, shifts):
-                mask = covered(shape, x - CROP - dx, y - CROP - dy, radius)
-                masks.setdefault(to_corner(mask).tobytes(), (shape, size, float(radius)))
-    arrays = [np.frombuffer(mask, bool).reshape(CROP, CROP) for mask in masks]
-    return np.stack(arrays), list(masks.values())
+def templates() -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Return the masks (T, CELL, CELL) of all shapes and sizes, moved to the upper left corner; and
+    (shape, size) of each."""
+    y, x = np.mgrid[:CELL, :CELL] + 0.5 - CELL / 2
+    kinds = list(itertools.product(SHAPES, RADII))
+    masks = [to_corner(covered(shape, x, y, RADII[size])) for shape, size in kinds]
+    return np.stack(masks), kinds
 
 
 def to_corner(mask: np.ndarray) -> np.ndarray:
-    """Return a mask (CROP, CROP) of an object moved to the upper left corner; what is further than
-    CROP pixels away is cut off."""
+    """Return a mask (CELL, CELL) of an object moved to the upper left corner; what is further than
+    CELL pixels away is cut off."""
     rows, columns = np.nonzero(mask)
-    part = mask[rows.min():, columns.min():][:CROP, :CROP]
-    corner = np.zeros((CROP, CROP), bool)
+    part = mask[rows.min():, columns.min():][:CELL, :CELL]
+    corner = np.zeros((CELL, CELL), bool)
     corner[:part.shape[0], :part.shape[1]] = part
     return corner
 
@@ -95,9 +87,9 @@ def parse(image: Tensor) -> tuple[str, list[Thing]] | None:
             if fits[best] < FIT or part.sum() != corner.sum():
                 return None
             rows, columns = np.nonzero(part)
-            shape, size, radius = kinds[best]
+            shape, size = kinds[best]
             x, y = (float(at.min() + at.max() + 1) / 2 for at in (columns, rows))
-            things.append(Thing(size, colour, shape, x, y, radius))
+            things.append(Thing(size, colour, shape, x, y))
     return background, things
 
 
@@ -176,20 +168,10 @@ def is_drawn(caption: str, image: Tensor) -> bool:
 
 # -------------------------------------------------------------------------------------- calibration
 
-def total_variation(counts: Counter, expected: dict[str, float]) -> float:
-    """Return half of the sum of |share - expected share|, 0 for equal distributions."""
+def total_variation(counts: Counter, values: list) -> float:
+    """Return the distance of the counts' shares from equal shares of the values: half of the sum of
+    |share - 1 / len(values)|, from 0 to 1; 1 if nothing was counted."""
     total = sum(counts.values())
-    return sum(abs(counts[name] / total - share) for name, share in expected.items()) / 2
-
-
-def kolmogorov_smirnov(values: list[float], low: float, high: float) -> tuple[float, float]:
-    """Return the largest distance between the distribution of the values and the uniform one from
-    low to high, and the probability of a larger one by chance (Kolmogorov's series)."""
-    ordered = (np.sort(values) - low) / (high - low)
-    n = len(ordered)
-    above = np.arange(1, n + 1) / n - ordered
-    below = ordered - np.arange(n) / n
-    distance = float(max(above.max(), below.max()))
-    scaled = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * distance
-    series = sum((-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101))
-    return distance, min(1.0, max(0.0, 2 * series))
+    if not total:
+        return 1.0
+    return sum(abs(counts[value] / total - 1 / len(values)) for value in values) / 2
