@@ -257,7 +257,8 @@ def measure_shapes(args: argparse.Namespace) -> None:
             if args.prompts:
                 scores |= test.draw(row, args.prompts, seed, drawing)
             if args.limit:
-                scores |= test.read(row, args.limit, seed, reading)
+                scores |= test.captions(row, args.limit, seed, reading)
+                scores |= test.answers(row, args.limit, seed, reading)
             results[row].append(scores)
         if args.open:
             results["open prompts"].append(test.calibrate(args.open, seed, drawing))

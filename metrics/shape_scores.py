@@ -49,9 +49,9 @@ def names_held_out(claim: Claim) -> bool:
             or bool(claim.relation) and order in HELD_ORDERS)
 
 
-def samples(row: str) -> Iterator[dict]:
+def samples(row: str, seed: int) -> Iterator[dict]:
     """Yield test samples of a row, with "scene" and "claim", of each split in turn."""
-    for i in itertools.count():
+    for i in itertools.count(seed * 10**6):
         for split in ROWS[row]:
             scene = shapes.make_scene(i, split)
             sample = shapes.sample_of(scene, i, split)
@@ -59,12 +59,12 @@ def samples(row: str) -> Iterator[dict]:
             yield sample | dict(scene=scene, claim=claim)
 
 
-def prompts(row: str, count: int) -> dict[str, list[str]]:
+def prompts(row: str, count: int, seed: int) -> dict[str, list[str]]:
     """Return `count` captions of each category; held-out ones name what is held out."""
     found = {name: [] for name in CATEGORIES}
     if row == "held-out":
         del found["single object"], found["two objects"]         # they name no combination
-    for sample in samples(row):
+    for sample in samples(row, seed):
         claim = sample["claim"]
         captions = found.get(claim.category)
         if captions is not None and len(captions) < count and (
@@ -97,32 +97,39 @@ class ShapesTest:
     def draw(self, row: str, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Return the share of right drawings in each category, in percent."""
         correct = defaultdict(list)
-        texts = list(itertools.chain(*prompts(row, count).values()))
+        texts = list(itertools.chain(*prompts(row, count, seed).values()))
         for text, image in self.drawn(texts, seed, config, f"{row}, drawings"):
             correct[read_caption(text).category].append(is_drawn(text, image))
         return {f"drawing: {name}": percent(values) for name, values in correct.items()}
 
-    def read(self, row: str, count: int, seed: int, config: ReadConfig) -> dict[str, float]:
-        """Score captions and answers for `count` images, in percent."""
-        shown = list(itertools.islice(samples(row), count))
-        images = torch.stack([sample["image"] for sample in shown]) / 127.5 - 1
-        latents = encode(self.parts, images)
-        jobs = [(i, None) for i in range(count)]
-        jobs += [(i, pair) for i, sample in enumerate(shown) for pair in sample["questions"]]
+    def written(self, jobs: list[tuple[dict, str | None]], seed: int, config: ReadConfig, title: str
+                ) -> Iterator[str]:
+        """Yield a text for each (sample, question); the question None asks for a caption."""
+        for n, batch in enumerate(batches(f"{title}, seed {seed}", jobs, BATCH)):
+            images = torch.stack([sample["image"] for sample, _ in batch]) / 127.5 - 1
+            first_seed = seed * 10**6 + n * BATCH
+            yield from write(self.parts, encode(self.parts, images), [asked for _, asked in batch],
+                             config, list(range(first_seed, first_seed + len(batch))))
+
+    def captions(self, row: str, count: int, seed: int, config: ReadConfig) -> dict[str, float]:
+        """Return the shares of true and of complete captions of `count` images, in percent."""
+        shown = list(itertools.islice(samples(row, seed), count))
+        texts = self.written([(sample, None) for sample in shown], seed, config, f"{row}, captions")
+        judged = [judge(text, sample["scene"]) for sample, text in zip(shown, texts)]
+        return {f"reading: {name}": percent(values)
+                for name, values in zip(("true", "complete"), zip(*judged))}
+
+    def answers(self, row: str, count: int, seed: int, config: ReadConfig) -> dict[str, float]:
+        """Return the shares of right answers about `count` images, in percent, and POPE's figures."""
+        asked = [(sample, pair) for sample in itertools.islice(samples(row, seed), count)
+                 for pair in sample["questions"]]
+        jobs = [(sample, pair["question"]) for sample, pair in asked]
         correct, yes_no = defaultdict(list), []
-        for batch in batches(f"{row}, texts", jobs, BATCH):
-            questions = [pair and pair["question"] for _, pair in batch]
-            x = latents[[i for i, _ in batch]]
-            written = write(self.parts, x, questions, config, [seed] * len(batch))
-            for (i, pair), text in zip(batch, written):
-                if pair is None:
-                    is_right, is_complete = judge(text, shown[i]["scene"])
-                    correct["true"].append(is_right)
-                    correct["complete"].append(is_complete)
-                    continue
-                correct[pair["type"]].append(text == pair["answer"])
-                if pair["type"] == "yes/no":
-                    yes_no.append((text, pair["answer"]))
+        texts = self.written(jobs, seed, config, f"{row}, answers")
+        for (_, pair), text in zip(asked, texts):
+            correct[pair["type"]].append(text == pair["answer"])
+            if pair["type"] == "yes/no":
+                yes_no.append((text, pair["answer"]))
         scores = {f"reading: {name}": percent(values) for name, values in correct.items()}
         figures = pope(*zip(*yes_no))
         return scores | {f"POPE: {name}": value for name, value in figures.items()}
@@ -147,7 +154,7 @@ class ShapesTest:
         """Return 48 drawings, half of them held out, each with its caption and what was parsed."""
         rows = []
         for row in ROWS:
-            by_category = prompts(row, 24 // (len(CATEGORIES) if row == "seen" else 4))
+            by_category = prompts(row, 24 // (len(CATEGORIES) if row == "seen" else 4), seed=0)
             cells = []
             texts = list(itertools.chain(*by_category.values()))
             for text, image in self.drawn(texts, 0, drawing, row):

@@ -16,6 +16,7 @@ import train
 from common.cli import UserError
 from dataset import shapes
 from dataset.shapes import HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, Scene, Thing
+from experiments import shapes_settings
 from helpers import rows
 from inference import text_to_image
 from inference.image_to_text import ReadConfig
@@ -246,12 +247,24 @@ def test_evaluate_prints_exact_scores(trained, tmp_path, capsys):
     assert Image.open(tmp_path / "p.png").width > 900
 
 
+def test_settings_are_compared_on_the_same_prompts(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shapes_settings, "GUIDANCE", {"one": DrawConfig(steps=1), "again": DrawConfig(steps=1)})
+    monkeypatch.setattr(shapes_settings, "ORDERS", dict(all=dict(order="random", steps=1)))
+    flags = ["--checkpoint", str(trained), "--seeds", "0", "1", "--prompts", "1", "--open", "2", "--limit", "6"]
+    shapes_settings.main(["guidance", *flags])
+    _, _, one, again = capsys.readouterr().out.splitlines()
+    assert one.removeprefix("| one") == again.removeprefix("| again")
+    shapes_settings.main(["orders", *flags, "--json", str(tmp_path / "orders.json")])
+    off, once = json.loads((tmp_path / "orders.json").read_text()).values()
+    assert off["evaluations"] == once["evaluations"] == [1, 1] and 0.8 < sum(off["time"]) / 2 < 1.2
+
+
 def test_a_perfect_painter_and_reader_scores_100(monkeypatch):
     """In place of the network, the true images and texts."""
     wanted, shown = {}, {}
 
-    def remember(row):
-        for sample in real(row):
+    def remember(row, seed):
+        for sample in real(row, seed):
             wanted.setdefault(sample["captions"][0], sample["image"])
             known = shown.setdefault(sample["image"].numpy().tobytes(), dict(questions=[]))
             known["captions"] = sample["captions"]
@@ -276,14 +289,14 @@ def test_a_perfect_painter_and_reader_scores_100(monkeypatch):
     test = shape_scores.ShapesTest(None)
     for row in shape_scores.ROWS:
         assert set(test.draw(row, 3, 0, DrawConfig()).values()) == {100}
-        read = test.read(row, 30, 0, ReadConfig())
+        read = test.captions(row, 30, 0, ReadConfig()) | test.answers(row, 30, 0, ReadConfig())
         assert read.pop("POPE: yes-ratio") == 50 and 20 < read.pop("reading: complete") < 100
         assert set(read.values()) == {100}
 
 
 def test_held_out_prompts_name_what_is_held_out():
     for row in shape_scores.ROWS:
-        for category, captions in shape_scores.prompts(row, 5).items():
+        for category, captions in shape_scores.prompts(row, 5, 1).items():
             assert len(captions) == 5
             for caption in captions:
                 assert bool(held_out_in(caption)) == (row == "held-out"), caption

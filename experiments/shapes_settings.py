@@ -1,0 +1,102 @@
+"""Measure what settings of drawing and reading change on the shapes world, without training again.
+
+    python -m experiments.shapes_settings guidance          # some minutes of two cores each
+    python -m experiments.shapes_settings solvers
+    python -m experiments.shapes_settings orders --checkpoint out/shapes --seeds 0
+
+guidance and solvers: the share of right drawings, over all six categories together, and how far the
+drawings of open prompts are from the true shares (metrics/shape_scores.py).
+orders: captions of seen images by each order of unmasking, with the image cache and without;
+"evaluations" is the number of network evaluations for a text, "time" is relative to the first row.
+This is not part of the test run.
+"""
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from common import cli
+from common.devices import choose_device
+from common.files import write_json
+from inference.image_to_text import ReadConfig
+from inference.parts import Parts
+from inference.text_to_image import DrawConfig
+from metrics.shape_scores import ROWS, ShapesTest
+from metrics.tables import table
+
+GUIDANCE = {f"guidance {scale:g}": DrawConfig(guidance=scale)
+            for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)}
+SOLVERS = {f"{solver}, {steps} evaluations": DrawConfig(steps=steps, solver=solver)
+           for solver in ("euler", "heun") for steps in (1, 2, 4, 8, 16, 32, 64)}
+ORDERS = {
+    **{f"{order}, {steps} steps": dict(order=order, steps=steps)
+       for order in ("random", "confidence") for steps in (18, 9, 6, 3, 2, 1)},
+    **{f"threshold {level:g}": dict(order="threshold", level=level) for level in (0.99, 0.9, 0.7)},
+    **{f"eb {level:g}": dict(order="eb", level=level) for level in (0.05, 0.5)},
+}
+
+
+def drawing_scores(test: ShapesTest, config: DrawConfig, seed: int, prompts: int, count: int
+                   ) -> dict[str, float]:
+    """Return the scores of one row of a table of drawing settings, in percent."""
+    scores = {}
+    for row in ROWS:
+        right = test.draw(row, prompts, seed, config).values()
+        scores[f"right, {row}"] = statistics.mean(right)
+    open_prompts = test.calibrate(count, seed, config)
+    return scores | {name.replace("calibration", "open"): value for name, value in open_prompts.items()}
+
+
+def reading_scores(test: ShapesTest, config: ReadConfig, seed: int, count: int) -> dict[str, float]:
+    """Return the scores of one row of the table of orders, with the seconds that it took."""
+    texts = []                                      # in each evaluation of the network
+    hook = test.parts.text.register_forward_pre_hook(lambda module, args: texts.append(len(args[0])))
+    started = time.perf_counter()
+    try:
+        scores = test.captions("seen", count, seed, config)
+    finally:
+        hook.remove()
+    return scores | {"evaluations": sum(texts) / count, "time": time.perf_counter() - started}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("what", choices=["guidance", "solvers", "orders"])
+    parser.add_argument("--checkpoint", type=Path, default=Path("assets/shapes"), help="(assets/shapes)")
+    parser.add_argument("--seeds", nargs="+", type=cli.number(int, 0, 1000), default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument("--prompts", type=cli.number(int, 1), default=20, help="in each category (20)")
+    parser.add_argument("--open", type=cli.number(int, 1), default=40, help="drawings of each open prompt (40)")
+    parser.add_argument("--limit", type=cli.number(int, 1), default=200, help="images to caption (200)")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args(argv)
+    parts = Parts(args.checkpoint, choose_device("auto"))
+    parts.silent = True
+    test = ShapesTest(parts)
+    rows = defaultdict(lambda: defaultdict(list))
+
+    def note(name: str, scores: dict[str, float]) -> None:
+        print(name, scores, file=sys.stderr, flush=True)
+        for column, value in scores.items():
+            rows[name][column].append(value)
+    for seed in args.seeds:
+        if args.what == "orders":
+            for name, how in ORDERS.items():
+                for cache in ("off", "once"):
+                    config = ReadConfig(**how, image_cache=cache)
+                    note(f"{name}, cache {cache}", reading_scores(test, config, seed, args.limit))
+        else:
+            for name, config in dict(guidance=GUIDANCE, solvers=SOLVERS)[args.what].items():
+                note(name, drawing_scores(test, config, seed, args.prompts, args.open))
+    if args.what == "orders":
+        first = statistics.mean(next(iter(rows.values()))["time"])
+        for columns in rows.values():
+            columns["time"] = [seconds / first for seconds in columns["time"]]
+    print(table(rows, decimals=2 if args.what == "orders" else 1))
+    if args.json:
+        write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
