@@ -181,7 +181,7 @@ def open_source(path: str, pixels: int, length: int = 256) -> Source:
 
 
 def is_shapes(path: str) -> bool:
-    return path == shapes.NAME and not Path(path).exists()
+    return path in shapes.WORLDS and not Path(path).exists()
 
 
 def check_one_kind(path: Path) -> None:

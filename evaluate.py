@@ -246,7 +246,7 @@ def measure_shapes(args: argparse.Namespace) -> None:
     parts, drawing, reading = open_model(args)
     require(((parts.height, parts.width) == (shapes.SIDE, shapes.SIDE),
              f"shapes: expected a model of {shapes.SIDE} pixels, this one has {parts.height}"))
-    test = ShapesTest(parts)
+    test = ShapesTest(parts, args.world)
     if args.page:
         grids.write_image(args.page, test.page(drawing))
         return
@@ -298,6 +298,7 @@ def shapes_flags(add: Callable) -> None:
     add("--limit", **count(0, 200), help="number of images to read, seen and held out (200)")
     add("--prompts", **count(0, 40), help="number of prompts to draw in each category (40)")
     add("--open", **count(0, 100), help="drawings of each open prompt, for calibration (100)")
+    add("--world", choices=shapes.WORLDS, default="shapes", help="the source it was trained on (shapes)")
     add("--page", type=Path, help="measure nothing; write an image with drawings and what was read "
         "off them")
 

@@ -24,7 +24,9 @@ from common.cli import require
 from dataset.questions import question_prompt
 from dataset.sources import Location, Source
 
-NAME = "shapes"         # the source's path
+KINDS = ["one", "pair", "group", "several"]
+# the path of the source, and the kinds of its scenes; the small one is learned in minutes
+WORLDS = {"shapes": KINDS, "shapes-small": ["one", "pair"]}
 RULES = 2               # increase it when the same i gives another sample
 SIDE = 24               # pixels along a side of an image
 CELL = SIDE // 2        # and of a cell; an object stands in the middle of one
@@ -101,9 +103,9 @@ def held_out(scene: Scene) -> set[str]:
 
 # ------------------------------------------------------------------------------------------- scenes
 
-def draw_scene(rng: random.Random) -> Scene:
+def draw_scene(rng: random.Random, kinds: list[str] = KINDS) -> Scene:
     """Return a random scene, which may show held-out combinations."""
-    kind = rng.choice(["one", "pair", "group", "several"])
+    kind = rng.choice(kinds)
     count = dict(one=1, pair=2, group=rng.randint(2, 4), several=3)[kind]
     shape, colour, size = rng.choice(SHAPES), rng.choice(list(RGB)), rng.choice(list(RADII))
     alike = rng.random() < 0.5                      # a group may have one colour and one size
@@ -118,13 +120,13 @@ def draw_scene(rng: random.Random) -> Scene:
     return Scene(rng.choice(list(BACKGROUNDS)), things, kind)
 
 
-def make_scene(i: int, split: str = "train") -> Scene:
+def make_scene(i: int, split: str = "train", world: str = "shapes") -> Scene:
     """Return the scene of sample i.  Those of the split "train" show no held-out combination, those
     of the others only the kind that names the split."""
-    rng = random.Random(f"{NAME} {split} {i}")
+    rng = random.Random(f"{world} {split} {i}")
     wanted = set() if split == "train" else {split}
     while True:
-        scene = draw_scene(rng)
+        scene = draw_scene(rng, WORLDS[world])
         pairs = [thing.pair for thing in scene.things]
         is_clear = scene.kind == "group" or len(set(pairs)) == len(pairs)
         if is_clear and held_out(scene) == wanted:
@@ -224,25 +226,22 @@ def questions_of(scene: Scene, rng: random.Random) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------- source
 
-def sample(i: int, split: str = "train") -> dict:
-    """Return sample i of a split, as `Source.__getitem__` does."""
-    return sample_of(make_scene(i, split), i, split)
-
-
-def sample_of(scene: Scene, i: int, split: str) -> dict:
-    rng = random.Random(f"{NAME} texts {split} {i}")
-    return dict(key=f"{NAME} {split} {i}", image=render(scene), captions=[caption_of(scene, rng)],
-                questions=questions_of(scene, rng))
+def sample(i: int, split: str = "train", world: str = "shapes") -> dict:
+    """Return sample i of a split as `Source.__getitem__` does, with its "scene"."""
+    scene = make_scene(i, split, world)
+    rng = random.Random(f"{world} texts {split} {i}")
+    return dict(key=f"{world} {split} {i}", image=render(scene), captions=[caption_of(scene, rng)],
+                questions=questions_of(scene, rng), scene=scene)
 
 
 class Shapes(Source):
-    """The world as a source of `data.Mix`.  Each epoch has EPOCH new samples."""
+    """A world as a source of `data.Mix`.  Each epoch has EPOCH new samples."""
 
     held = range(HELD, HELD + 1000)
 
     def __init__(self, location: Location):
-        self.name = NAME
-        require((location.pixels == SIDE, f"{NAME}: images of {SIDE} pixels, not of "
+        self.name = location.name
+        require((location.pixels == SIDE, f"{self.name}: images of {SIDE} pixels, not of "
                  f"{location.pixels}; give --pixels {SIDE}"))
 
     def __len__(self) -> int:
@@ -252,15 +251,19 @@ class Shapes(Source):
         return int(chance * HELD)
 
     def __getitem__(self, i: int) -> dict:
-        if i < HELD:
-            return sample(i)
-        return sample(i - HELD, SPLITS[1 + i % 3])
+        split = "train"
+        if i >= HELD:
+            i -= HELD
+            split = SPLITS[1 + i % 3]
+        made = sample(i, split, self.name)
+        del made["scene"]
+        return made
 
     def texts(self) -> Iterator[str]:
         """Yield texts with every word of the world, and those of UNUSED."""
         yield from map(" {}".format, UNUSED)
         for i in range(2000):
-            made = sample(i)
+            made = sample(i, world=self.name)
             yield from made["captions"]
             for pair in made["questions"]:
                 yield question_prompt(pair["question"])

@@ -25,7 +25,7 @@ from common.progress import batches
 from dataset import shapes
 from dataset.images import to_pixels
 from dataset.shapes import (BACKGROUNDS, CELL, HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, RADII, RGB,
-                            SHAPES, SPLITS)
+                            SHAPES, SPLITS, WORLDS)
 from inference import text_to_image
 from inference.image_to_text import ReadConfig, encode, write
 from inference.parts import Parts
@@ -49,23 +49,22 @@ def names_held_out(claim: Claim) -> bool:
             or bool(claim.relation) and order in HELD_ORDERS)
 
 
-def samples(row: str, seed: int) -> Iterator[dict]:
-    """Yield test samples of a row, with "scene" and "claim", of each split in turn."""
+def samples(row: str, seed: int, world: str = "shapes") -> Iterator[dict]:
+    """Yield test samples of a row, of each split in turn."""
     for i in itertools.count(seed * 10**6):
         for split in ROWS[row]:
-            scene = shapes.make_scene(i, split)
-            sample = shapes.sample_of(scene, i, split)
-            claim = read_caption(sample["captions"][0])
-            yield sample | dict(scene=scene, claim=claim)
+            yield shapes.sample(i, split, world)
 
 
-def prompts(row: str, count: int, seed: int) -> dict[str, list[str]]:
+def prompts(row: str, count: int, seed: int, world: str = "shapes") -> dict[str, list[str]]:
     """Return `count` captions of each category; held-out ones name what is held out."""
     found = {name: [] for name in CATEGORIES}
     if row == "held-out":
         del found["single object"], found["two objects"]         # they name no combination
-    for sample in samples(row, seed):
-        claim = sample["claim"]
+    if "group" not in WORLDS[world]:
+        del found["counting"]
+    for sample in samples(row, seed, world):
+        claim = read_caption(sample["captions"][0])
         captions = found.get(claim.category)
         if captions is not None and len(captions) < count and (
                 names_held_out(claim) == (row == "held-out")):
@@ -83,8 +82,9 @@ def judge(text: str, scene: shapes.Scene) -> tuple[bool, bool]:
 
 @dataclass
 class ShapesTest:
-    """A model to be measured."""
+    """A model to be measured, and the world that it has learned."""
     parts: Parts
+    world: str = "shapes"
 
     def drawn(self, texts: list[str], seed: int, config: DrawConfig, title: str
               ) -> Iterator[tuple[str, Tensor]]:
@@ -97,7 +97,7 @@ class ShapesTest:
     def draw(self, row: str, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Return the share of right drawings in each category, in percent."""
         correct = defaultdict(list)
-        texts = list(itertools.chain(*prompts(row, count, seed).values()))
+        texts = list(itertools.chain(*prompts(row, count, seed, self.world).values()))
         for text, image in self.drawn(texts, seed, config, f"{row}, drawings"):
             correct[read_caption(text).category].append(is_drawn(text, image))
         return {f"drawing: {name}": percent(values) for name, values in correct.items()}
@@ -113,7 +113,7 @@ class ShapesTest:
 
     def captions(self, row: str, count: int, seed: int, config: ReadConfig) -> dict[str, float]:
         """Return the shares of true and of complete captions of `count` images, in percent."""
-        shown = list(itertools.islice(samples(row, seed), count))
+        shown = list(itertools.islice(samples(row, seed, self.world), count))
         texts = self.written([(sample, None) for sample in shown], seed, config, f"{row}, captions")
         judged = [judge(text, sample["scene"]) for sample, text in zip(shown, texts)]
         return {f"reading: {name}": percent(values)
@@ -121,8 +121,8 @@ class ShapesTest:
 
     def answers(self, row: str, count: int, seed: int, config: ReadConfig) -> dict[str, float]:
         """Return the shares of right answers about `count` images, in percent, and POPE's figures."""
-        asked = [(sample, pair) for sample in itertools.islice(samples(row, seed), count)
-                 for pair in sample["questions"]]
+        shown = itertools.islice(samples(row, seed, self.world), count)
+        asked = [(sample, pair) for sample in shown for pair in sample["questions"]]
         jobs = [(sample, pair["question"]) for sample, pair in asked]
         correct, yes_no = defaultdict(list), []
         texts = self.written(jobs, seed, config, f"{row}, answers")
@@ -154,9 +154,10 @@ class ShapesTest:
         """Return 48 drawings, half of them held out, each with its caption and what was parsed."""
         rows = []
         for row in ROWS:
-            by_category = prompts(row, 24 // (len(CATEGORIES) if row == "seen" else 4), seed=0)
+            by_category = prompts(row, 24, 0, self.world)
+            count = 24 // len(by_category)
             cells = []
-            texts = list(itertools.chain(*by_category.values()))
+            texts = [text for captions in by_category.values() for text in captions[:count]]
             for text, image in self.drawn(texts, 0, drawing, row):
                 verdict = "right" if is_drawn(text, image) else f"wrong: {describe(image)}"
                 cells.append((image / 127.5 - 1, f"{text} ({verdict})"))

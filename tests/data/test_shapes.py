@@ -1,6 +1,7 @@
 """dataset/shapes.py and metrics/shapes.py: what is held out stays held out, and pixels are read
 exactly."""
 
+import itertools
 import json
 import os
 import random
@@ -65,6 +66,14 @@ def test_training_names_and_shows_nothing_that_is_held_out():
 def test_a_held_out_split_shows_its_own_kind_only(split):
     for i in range(200):
         assert shapes.held_out(shapes.make_scene(i, split)) == {split}
+
+
+def test_the_small_world_has_one_or_two_objects():
+    samples = [shapes.sample(i, world="shapes-small") for i in range(300)]
+    assert Counter(len(sample["scene"].things) for sample in samples).keys() == {1, 2}
+    categories = {scores.read_caption(sample["captions"][0]).category for sample in samples}
+    assert categories == {*scores.CATEGORIES} - {"counting"}
+    assert shapes.sample(0)["key"] != samples[0]["key"]
 
 
 def says(claim):
@@ -215,7 +224,7 @@ def test_the_vocabulary_has_every_word_and_some_more():
 def trained(tmp_path_factory):
     """Train for 60 steps from nothing: a quarter of a minute."""
     out = tmp_path_factory.mktemp("shapes") / "run"
-    flags = ("--preset shapes --stage instruct --image-data shapes --pixels 24 --question-share 0.3 "
+    flags = ("--preset shapes --stage instruct --image-data shapes-small --pixels 24 --question-share 0.3 "
              "--optimizer muon --lr 3e-3 --warmup 10 --image-batch 16 --text-batch 16 --steps 60 "
              "--log-every 10 --eval-every 30 --sample-every 0 --save-every 60 --dtype float32")
     train.main([*flags.split(), "--out", str(out)])
@@ -233,8 +242,8 @@ def test_a_short_training_learns_something(trained):
 
 
 def test_evaluate_prints_exact_scores(trained, tmp_path, capsys):
-    flags = ["shapes", "--checkpoint", trained, "--limit", 6, "--prompts", 1, "--open", 2, "--seeds",
-             0, 1, "--steps", 2, "--json", tmp_path / "s.json"]
+    flags = ["shapes", "--checkpoint", trained, "--world", "shapes-small", "--limit", 6, "--prompts", 1,
+             "--open", 2, "--seeds", 0, 1, "--steps", 2, "--json", tmp_path / "s.json"]
     evaluate.main(list(map(str, flags)))
     text = capsys.readouterr().out
     for title in ("drawing", "reading", "calibration"):
@@ -263,8 +272,8 @@ def test_a_perfect_painter_and_reader_scores_100(monkeypatch):
     """In place of the network, the true images and texts."""
     wanted, shown = {}, {}
 
-    def remember(row, seed):
-        for sample in real(row, seed):
+    def remember(*which):
+        for sample in real(*which):
             wanted.setdefault(sample["captions"][0], sample["image"])
             known = shown.setdefault(sample["image"].numpy().tobytes(), dict(questions=[]))
             known["captions"] = sample["captions"]
@@ -295,8 +304,8 @@ def test_a_perfect_painter_and_reader_scores_100(monkeypatch):
 
 
 def test_held_out_prompts_name_what_is_held_out():
-    for row in shape_scores.ROWS:
-        for category, captions in shape_scores.prompts(row, 5, 1).items():
+    for row, world in itertools.product(shape_scores.ROWS, shapes.WORLDS):
+        for category, captions in shape_scores.prompts(row, 5, 1, world).items():
             assert len(captions) == 5
             for caption in captions:
                 assert bool(held_out_in(caption)) == (row == "held-out"), caption
