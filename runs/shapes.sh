@@ -16,5 +16,5 @@ if nvidia-smi -L >/dev/null 2>&1; then
 fi
 # Captions and questions from the start: a question's answer is one word, and needs no stage of its own.
 python train.py --out out/shapes --preset shapes --stage instruct --image-data shapes --pixels 24 \
-    --question-share 0.4 --optimizer muon --lr 3e-3 --warmup 50 --image-batch 32 --text-batch 16 \
+    --question-share 0.4 --optimizer muon --lr 3e-3 --warmup 50 --image-batch 32 --text-batch 16 --time-shift 5 --text-weight 0.5 \
     --steps 16000 --decay-steps 6000 $flags "$@"

@@ -1,4 +1,4 @@
-"""experiments/bench.py and experiments/ablations.py: the tables hold the measured numbers."""
+"""experiments/bench.py and experiments/claims.py: the tables hold the measured numbers."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments import ablations, bench
+from experiments import bench, claims
 from model import PRESETS, MMDiTConfig
 from training import plan
 from training.config import TrainConfig, parse
@@ -71,48 +71,69 @@ def test_the_table_of_samples_counts_evaluations(flags, fewest, capsys, monkeypa
 
 
 @pytest.fixture
-def ablation_runs(tmp_path, monkeypatch, capsys):
-    """Run ablations.py with a trainer that only writes a log; return its commands and its table."""
+def claim_runs(tmp_path, monkeypatch):
+    """Run claims.py with programs that only write their files; return a function that runs a claim,
+    and the commands that were called."""
     commands = []
 
-    def train(command, **how):
-        commands.append(command[2:])
-        seed = int(command[command.index("--seed") + 1])
-        out = Path(command[command.index("--out") + 1])
-        loss = seed + 10 * ("flat" in command)
-        row = dict(val_image=loss, val_image_t=[0] * 5 + [loss / 2] * 5, val_nats=loss + 1,
-                   seconds=1.0)
-        out.mkdir(parents=True)
-        (out / "log.jsonl").write_text(json.dumps(row) + "\n")
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(ablations.subprocess, "run", train)
-    monkeypatch.setattr(sys, "argv", ["ablations.py", str(tmp_path), "--steps", "9"])
-    ablations.main()
-    return commands, capsys.readouterr().out.splitlines()
+    def call(command):
+        commands.append(command)
+        flags = dict(zip(command, command[1:]))
+        if command[0] == "train.py":
+            config = parse(command[1:])
+            row = dict(val_image=config.seed, val_nats=1.0, meter_cosine=0.5)
+            folder = Path(config.out)
+            assert not config.init or (Path(config.init) / "log.jsonl").exists()
+            folder.mkdir(exist_ok=True)
+            (folder / "log.jsonl").write_text(json.dumps(row) + "\n")
+            return
+        names = ["drawing: colours", "reading: true", "POPE: accuracy"]
+        names += [f"reading: {name}" for name in ("number", "colour", "shape", "yes/no", "place")]
+        open_prompts = {"calibration: colour": 7}
+        results = {"seen": [dict.fromkeys(names, 60)], "held-out": [dict.fromkeys(names, 20)],
+                   "open prompts": [open_prompts]}
+        Path(flags["--json"]).write_text(json.dumps(dict(results=results)))
+    monkeypatch.setattr(claims, "call", call)
+    monkeypatch.setattr("training.config.start", start_of_shapes)
+    return lambda claim: claims.main([claim, str(tmp_path), "--steps", "10"]), commands
 
 
-def test_the_table_of_ablations_holds_means_and_ranges_of_the_logs(ablation_runs):
-    _, lines = ablation_runs
+def start_of_shapes(init, preset):
+    """Return what `training.config.start` does, with every run a finished run of the shapes world."""
+    sizes = MMDiTConfig(**PRESETS["shapes"])
+    return ("ours" if init else ""), sizes, (dict(pixels=24) if init else {})
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS)
+def test_a_claim_runs_and_its_table_holds_the_scores(claim, claim_runs, capsys, tmp_path):
+    run, commands = claim_runs
+    run(claim)
+    lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert ["the defaults", "1.000 (0.000–2.000)", "0.500 (0.000–1.000)",
-            "2.000 (1.000–3.000)"] in rows
-    assert ["--text-loss flat", "11.000 (10.000–12.000)", "5.500 (5.000–6.000)",
-            "12.000 (11.000–13.000)"] in rows
-    assert len(rows) - 2 == len(ablations.FLAGS)
+    assert [row[0] for row in rows[2:]] == list(claims.CLAIMS[claim])
+    column = dict(zip(rows[0], rows[2]))
+    assert column["drawn right, %"] == "60.00" and column["held out, %"] == "20.00"
+    assert column["velocity's error"] == "1.00 (0.00–2.00)" and column["open colours, TV"] == "7.00"
+    trained = [command for command in commands if command[0] == "train.py"]
+    assert (tmp_path / f"{claim}.md").read_text().splitlines() == lines
+    before = len(commands)
+    run(claim)                                                   # train.py skips what is done
+    assert [command for command in commands[before:] if command[0] != "train.py"] == []
+    names = {Path(parse(command[1:]).out).name for command in trained}
+    starts = {row.start.name for row in claims.CLAIMS[claim].values() if row.start}
+    assert len(names) == 3 * (len(claims.CLAIMS[claim]) + len(starts))
 
 
-def test_each_ablation_changes_only_its_own_flags(ablation_runs):
-    commands, _ = ablation_runs
-    configs = [parse(command) for command in commands]
-    assert len({config.out for config in configs}) == 3 * len(ablations.FLAGS)
-    default = next(config for config in configs if "the_defaults_1" in config.out)
-    flags_of = {}
-    for name, flags in ablations.FLAGS.items():
-        flags_of[name.replace("--", "").replace(" ", "_")] = flags
-    for config in configs:
+def test_a_run_of_a_claim_changes_only_its_own_flags():
+    default = parse(["--out", "x", *claims.RECIPE, *claims.INSTRUCT])
+    for row in [*claims.CLAIMS["weight"].values(), *claims.CLAIMS["losses"].values()]:
+        config = parse(["--out", "x", *claims.RECIPE, *row.flags])
         changed = set()
         for field in fields(TrainConfig):
             if getattr(config, field.name) != getattr(default, field.name):
-                changed.add(field.name)
-        name, _, _ = Path(config.out).name.rpartition("_")
-        assert len(changed - {"seed", "out"}) == len(flags_of[name]) // 2
+                changed.add("--" + field.name.replace("_", "-"))
+        own = row.flags[len(claims.INSTRUCT):]
+        given = dict(zip(own[::2], own[1::2]))
+        if given.get("--text-weight") == "1":                    # the default
+            del given["--text-weight"]
+        assert changed == set(given)

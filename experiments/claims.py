@@ -1,0 +1,182 @@
+"""Test claims of the paper, and what users ask, in miniature: on the small shapes world, three seeds.
+
+    python -m experiments.claims weight OUT            # the weight of the text loss, lambda
+    python -m experiments.claims pretraining OUT       # Table 4: from a text-to-image model
+    python -m experiments.claims losses OUT            # 1/t, prediction, times; each loss alone
+    python -m experiments.claims tuning OUT            # Table 5: instruction tuning, image data
+    python -m experiments.claims weight OUT --steps 20 # a quick test that it works
+
+Two runs at a time share two cores, a thread each.  A run is a folder below OUT: one that was
+stopped is resumed, and one that is done is not run again.  OUT/CLAIM.json has the scores of all
+seeds, OUT/CLAIM.md the table.  docs/results.md says what counts as reproduced.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+from common import cli
+from common.files import write_json, write_text
+from dataset import shapes
+from dataset.images import to_image, write_png
+from metrics.tables import table
+
+WORLD = "shapes-small"
+SEEDS = [0, 1, 2]
+RECIPE = ["--preset", "shapes", "--image-data", WORLD, "--pixels", "24", "--optimizer", "muon",
+          "--lr", "3e-3", "--warmup", "50", "--image-batch", "32", "--text-batch", "16", "--time-shift", "5",
+          "--dtype", "float32", "--device", "cpu", "--sample-every", "0", "--meter-every", "50"]
+INSTRUCT = ["--stage", "instruct", "--question-share", "0.4"]
+
+
+@dataclass
+class Run:
+    """A training run: its flags, beside those of RECIPE; the run that it starts from, if any; and
+    its steps, as a share of --steps."""
+    name: str
+    flags: list[str] = field(default_factory=lambda: INSTRUCT)
+    start: "Run | None" = None
+    steps: float = 1.0
+
+
+def changed(name: str, *flags: str) -> Run:
+    """Return a run that differs from the defaults in these flags."""
+    return Run(name, [*INSTRUCT, *flags])
+
+
+DEFAULT = Run("default")
+# as many samples as 32 images and 16 texts
+IMAGE_ALONE = changed("image-alone", "--text-weight", "0", "--image-batch", "47", "--text-batch", "1")
+TEXT_ALONE = changed("text-alone", "--image-weight", "0", "--image-batch", "1", "--text-batch", "47")
+CAPTIONS = Run("captions", ["--stage", "pretrain"])
+
+
+def tuned(share: str, flags: list[str], steps: float) -> Run:
+    """Return a run of instruction tuning, by questions alone beside the image data."""
+    text = ["--stage", "instruct", "--text-data", WORLD, "--question-share", "1"]
+    return Run(f"tuned-{share}-{steps:g}", [*text, *flags], CAPTIONS, steps)
+
+
+CLAIMS = dict(
+    weight={f"λ = {weight}": changed(f"weight-{weight}", "--text-weight", weight)
+            for weight in ("0.05", "0.2", "1", "5")},
+    pretraining={"from a text-to-image model": Run("from-images", start=IMAGE_ALONE),
+                 "from scratch": DEFAULT},
+    losses={"the defaults": DEFAULT,
+            "flat text weight": changed("flat", "--text-loss", "flat"),
+            "velocity predicted": changed("velocity", "--predicts", "velocity"),
+            "uniform times": changed("uniform", "--times", "uniform"),
+            "image loss alone": IMAGE_ALONE,
+            "text loss alone": TEXT_ALONE},
+    tuning={f"{name}, {steps:g} of the steps": tuned(share, flags, steps)
+            for steps in (0.5, 1.0)
+            for name, share, flags in (
+                ("no image data", "none", ["--image-weight", "0"]),
+                ("500 images", "some", ["--image-data", "{some}"]),
+                ("all image data", "all", []))})
+
+
+def call(command: list[str]) -> None:
+    """Run a program of the project on one thread.  Raises SystemExit with its error."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+
+
+def train(run: Run, out: Path, steps: int, seed: int) -> Path:
+    """Train a run, and first the one that it starts from; return its folder."""
+    folder = out / f"{run.name}_{seed}"
+    steps = round(steps * run.steps)
+    flags = [flag.format(some=out / "some") for flag in run.flags]
+    recipe = RECIPE
+    if run.start:
+        flags += ["--init", str(out / f"{run.start.name}_{seed}")]
+        recipe = RECIPE[2:]                         # --init brings the sizes
+    call(["train.py", *recipe, *flags, "--steps", str(steps), "--decay-steps", str(round(0.4 * steps)),
+          "--save-every", "200", "--eval-every", str(steps), "--seed", str(seed), "--out", str(folder)])
+    return folder
+
+
+def write_some(folder: Path, count: int = 500) -> None:
+    """Write the first images of the world with their captions, as a folder."""
+    temporary = folder.with_name(folder.name + ".part")
+    temporary.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        sample = shapes.sample(i, world=WORLD)
+        write_png(temporary / f"{i:03}.png", to_image(sample["image"] / 127.5 - 1), {})
+        write_text(temporary / f"{i:03}.txt", sample["captions"][0])
+    temporary.rename(folder)
+
+
+def measure(folder: Path, prompts: int) -> dict[str, float]:
+    """Return the scores of a run, from evaluate.py and from its log."""
+    file = folder / "shapes.json"
+    if not file.exists():
+        call(["evaluate.py", "shapes", "--world", WORLD, "--checkpoint", str(folder), "--seeds", "0",
+              "--prompts", str(prompts), "--open", str(prompts), "--limit", str(2 * prompts),
+              "--device", "cpu", "--json", str(file)])
+    results = json.loads(file.read_text())["results"]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    [seen], [held_out], [open_prompts] = results["seen"], results["held-out"], results["open prompts"]
+    questions = ("number", "colour", "shape", "yes/no", "place")
+    cosines = [row["meter_cosine"] for row in log if "meter_cosine" in row]
+    last = next(row for row in reversed(log) if "val_nats" in row)
+    third = len(cosines) // 3 or 1
+    return {
+        "drawn right, %": mean_of(seen, "drawing"),
+        "held out, %": mean_of(held_out, "drawing"),
+        "open colours, TV": open_prompts["calibration: colour"],
+        "captions true, %": seen["reading: true"],
+        "answers, %": statistics.mean(seen[f"reading: {name}"] for name in questions),
+        "POPE accuracy, %": seen["POPE: accuracy"],
+        "velocity's error": last["val_image"],
+        "text, nats": last["val_nats"],
+        "cosine, first third": statistics.mean(cosines[:third]),
+        "cosine, last third": statistics.mean(cosines[-third:]),
+    }
+
+
+def mean_of(scores: dict[str, float], title: str) -> float:
+    return statistics.mean(value for name, value in scores.items() if name.startswith(title))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("claim", choices=CLAIMS)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=cli.number(int, 2), default=1200, help="of a run (1200)")
+    parser.add_argument("--prompts", type=cli.number(int, 1), default=40, help="in each category (40)")
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    rows = CLAIMS[args.claim]
+    if args.claim == "tuning" and not (out / "some").exists():
+        write_some(out / "some")
+
+    def done(name: str, run: Run, seed: int) -> dict[str, float]:
+        scores = measure(train(run, out, args.steps, seed), args.prompts)
+        print(f"{name}, seed {seed}: {scores}", file=sys.stderr, flush=True)
+        return scores
+    with ThreadPoolExecutor(2) as two:
+        starts = {run.start.name: run.start for run in rows.values() if run.start}
+        list(two.map(lambda job: train(job[0], out, args.steps, job[1]),
+                     [(run, seed) for run in starts.values() for seed in SEEDS]))
+        jobs = {(name, seed): two.submit(done, name, run, seed)
+                for seed in SEEDS for name, run in rows.items()}
+    runs = {name: [jobs[name, seed].result() for seed in SEEDS] for name in rows}
+    columns = {name: {column: [scores[column] for scores in seeds] for column in seeds[0]}
+               for name, seeds in runs.items()}
+    shown = table(columns, decimals=2)
+    write_json(out / f"{args.claim}.json", dict(steps=args.steps, prompts=args.prompts, runs=runs))
+    write_text(out / f"{args.claim}.md", shown + "\n")
+    print(shown)
+
+
+if __name__ == "__main__":
+    cli.run(main)
