@@ -35,12 +35,12 @@ from common.devices import DEVICES, choose_device
 from common.files import write_json, write_text
 from common.progress import Progress
 from dataset import emoji, questions, shapes
-from dataset.questions import question_prompt
+from dataset.sources import question_prompt
 from inference import image_folder
 from inference.answer_file import AnswerFile, Ask
 from inference.image_folder import ImageFolder
 from inference.image_to_text import ReadConfig
-from inference.parts import ModelConfig, Parts, open_parts
+from inference.parts import SHAPES, ModelConfig, Parts, open_parts
 from inference.text_to_image import DrawConfig
 from inference.texts import read_prompt
 from metrics import answers, benchmarks, captions, comparisons, emojis
@@ -391,6 +391,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.add_fields(config)
         for flag in shared.split():
             command.add_argument(flag, **SHARED[flag])
+        if name == "shapes":
+            command.set_defaults(checkpoint=SHAPES)
     args = parser.parse_args(argv)
     check(parser, args)
     args.command_line = shlex.join(["python", "evaluate.py", *argv])

@@ -31,8 +31,7 @@ from common.cli import UserError, require
 from common.files import parse_json, replacing
 from common.seeding import fraction
 from dataset.images import fit_image, read_image
-from dataset.questions import question_prompt
-from dataset.sources import Source, Tars, described, text
+from dataset.sources import Source, Tars, described, text, texts_in
 from dataset.webdataset import Tar
 
 TAR = Path(__file__).parents[1] / "assets" / "emoji.tar.gz"
@@ -369,8 +368,7 @@ def texts(records: list[dict]) -> list[str]:
     """Return every text of the emoji set; questions and answers apart, as they are tokenized."""
     result = [record["caption"] for record in records]
     for record in records:
-        for pair in record["questions"]:
-            result += [question_prompt(pair["question"]), pair["answer"]]
+        result += texts_in(dict(questions=record["questions"]))
     return result
 
 

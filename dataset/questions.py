@@ -9,8 +9,8 @@
     train.json@train                                          VizWiz
 
 READ has one reader per format.  Training (`open_json`) takes the most common answer to a question,
-and adds the suffix of the published code after the question; `question_prompt` gives the paper's
-prompt format.  Scoring (metrics/answers.py) takes all answers, and also reads ChartQA and POPE.
+and adds the suffix of the published code after the question; `sources.question_prompt` gives the
+paper's prompt format.  Scoring (metrics/answers.py) takes all answers, and also reads ChartQA and POPE.
 """
 
 import json
@@ -31,11 +31,6 @@ Issues = dict[str, list[str]]
 
 
 # ---------------------------------------------------------------------------- published formats
-
-def question_prompt(question: str) -> str:
-    """Return a question in the paper's prompt format; the answer follows it directly."""
-    return f"Q: {question} A: "
-
 
 @dataclass
 class Question:

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from common.cli import require
-from dataset.questions import question_prompt
-from dataset.sources import Location, Source
+from dataset.sources import Location, Source, texts_in
 
 KINDS = ["one", "pair", "group", "several"]
 # the path of the source, and the kinds of its scenes; the small one is learned in minutes
@@ -263,8 +262,4 @@ class Shapes(Source):
         """Yield texts with every word of the world, and those of UNUSED."""
         yield from map(" {}".format, UNUSED)
         for i in range(2000):
-            made = sample(i, world=self.name)
-            yield from made["captions"]
-            for pair in made["questions"]:
-                yield question_prompt(pair["question"])
-                yield pair["answer"]
+            yield from texts_in(sample(i, world=self.name))

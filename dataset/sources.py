@@ -18,6 +18,7 @@ import glob
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -39,7 +40,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jxl", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")     # only the first one is read
 TEXTS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-CAPTIONS = ("caption", "re_caption")                             # fields of a record
 SHARDS = "latents-{}.safetensors"
 
 
@@ -143,6 +143,21 @@ def described(record, where: str) -> dict:
                 text(pair.get(name), where, f"questions[{n}].{name}")
         sample["questions"] = pairs
     return sample
+
+
+def question_prompt(question: str) -> str:
+    """Return a question in the paper's prompt format; the answer follows it directly."""
+    return f"Q: {question} A: "
+
+
+def texts_in(sample: dict) -> Iterator[str]:
+    """Yield a sample's texts as they are tokenized: captions, question prompts, answers."""
+    yield from sample.get("captions", [])
+    if sample.get("recaption"):
+        yield sample["recaption"]
+    for pair in sample.get("questions", []):
+        yield question_prompt(pair["question"])
+        yield pair["answer"]
 
 
 def image_in(files: dict[str, bytes], where: str) -> tuple[str, bytes]:
@@ -296,7 +311,8 @@ class Listed(Source):
 
     def texts(self) -> Iterator[str]:
         for entry in self.content:
-            yield from filter(is_text, map(entry.get, CAPTIONS))
+            with suppress(UserError):            # training names and replaces such an entry
+                yield from texts_in(described(entry, self.name))
 
 
 class Sharded(Source):

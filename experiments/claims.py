@@ -29,7 +29,7 @@ from metrics.tables import table
 
 WORLD = "shapes-small"
 SEEDS = [0, 1, 2]
-RECIPE = ["--preset", "shapes", "--image-data", WORLD, "--pixels", "24", "--optimizer", "muon",
+RECIPE = ["--preset", "shapes", "--image-data", WORLD, "--optimizer", "muon",
           "--lr", "3e-3", "--warmup", "50", "--image-batch", "32", "--text-batch", "16", "--time-shift", "5",
           "--dtype", "float32", "--device", "cpu", "--sample-every", "0", "--meter-every", "50"]
 INSTRUCT = ["--stage", "instruct", "--question-share", "0.4"]

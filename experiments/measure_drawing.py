@@ -26,18 +26,18 @@ from common.devices import choose_device
 from dataset import emoji
 from inference import text_to_image
 from inference.parts import EMOJI, Parts
+from inference.text_to_image import DrawConfig
 from metrics import emojis
 from viz import grids
 
-SOLVERS = {f"{solver}, {steps} evaluations": dict(solver=solver, steps=steps)
+SOLVERS = {f"{solver}, {steps} evaluations": DrawConfig(solver=solver, steps=steps)
            for steps in (28, 12, 6) for solver in flow.SOLVERS}
 GUIDANCE = {
-    **{f"guidance {scale:g}": dict(guidance=scale) for scale in (1.0, 1.5, 2.0, 4.0, 7.0)},
-    "guidance 4 for t in 0.2 .. 0.9": dict(guidance=4.0, interval=(0.2, 0.9)),
-    "guidance 4 for t in 0.3 .. 1": dict(guidance=4.0, interval=(0.3, 1.0)),
-    "guidance 4 for t in 0.7 .. 1": dict(guidance=4.0, interval=(0.7, 1.0)),
+    **{f"guidance {scale:g}": DrawConfig(guidance=scale) for scale in (1.0, 1.5, 2.0, 4.0, 7.0)},
+    **{f"guidance 4 for t in {low:g} .. {high:g}": DrawConfig(guidance=4.0, guidance_interval=(low, high))
+       for low, high in ((0.2, 0.9), (0.3, 1.0), (0.7, 1.0))},
 }
-SHIFTS = {f"shift {shift:g}": dict(shift=shift) for shift in (0.5, 1.0, 2.0, 3.0)}
+SHIFTS = {f"shift {shift:g}": DrawConfig(shift=shift) for shift in (0.5, 1.0, 2.0, 3.0)}
 TABLES = dict(solvers=SOLVERS, guidance=GUIDANCE, shifts=SHIFTS)
 OBJECTS = ["red apple", "snowman", "cat face", "slice of pizza", "rocket", "dog face", "elephant", "penguin",
            "fire", "flag of Japan", "guitar", "sunflower", "bicycle", "strawberry", "octopus", "hammer",
@@ -47,11 +47,11 @@ OUTSIDE = ["blue apple, noto style", "a blue apple", "a cat on a train", "pizza"
 
 @torch.no_grad()
 def measured(parts: Parts, captions: list[str], own: list[int], records: list[dict], images: torch.Tensor,
-             how: dict) -> dict[str, float]:
+             config: DrawConfig) -> dict[str, float]:
     """Return one row of the table.  own: the indices of the captions' images in `images` (n, 3,
     P, P)."""
     trace, begun = text_to_image.Trace(), time.time()
-    drawn = text_to_image.draw(parts, captions, trace=trace, **how)
+    drawn = text_to_image.draw(parts, captions, trace=trace, **vars(config))
     seconds, found = time.time() - begun, emojis.nearest(drawn, images)
     right = [records[f]["emoji"] == records[i]["emoji"] for f, i in zip(found, own)]
     single = [hit for hit, i in zip(right, own) if records[i]["kind"] != emojis.PEOPLE]
@@ -140,8 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     print("| | emoji, % | single objects, % | distance | evaluations | seconds |\n|---|---|---|---|---|---|")
     rows, captions = {}, [records[i]["caption"] for i in own]
     for table in args.tables or TABLES:
-        for name, how in TABLES[table].items():
-            row = rows[name] = measured(parts, captions, own, records, images, how)
+        for name, config in TABLES[table].items():
+            row = rows[name] = measured(parts, captions, own, records, images, config)
             print(f"| {name} | {row['emoji']:.1f} | {row['single']:.1f} | {row['distance']:.1f} | "
                   f"{row['evaluations']:.0f} | {row['seconds']:.0f} |", flush=True)
     if args.json:

@@ -21,7 +21,7 @@ from common import cli
 from common.devices import choose_device
 from common.files import write_json
 from inference.image_to_text import ReadConfig
-from inference.parts import Parts
+from inference.parts import SHAPES, Parts
 from inference.text_to_image import DrawConfig
 from metrics.shape_scores import ROWS, ShapesTest
 from metrics.tables import table
@@ -64,7 +64,7 @@ def reading_scores(test: ShapesTest, config: ReadConfig, seed: int, count: int) 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("what", choices=["guidance", "solvers", "orders"])
-    parser.add_argument("--checkpoint", type=Path, default=Path("assets/shapes"), help="(assets/shapes)")
+    parser.add_argument("--checkpoint", type=Path, default=SHAPES, help="(assets/shapes)")
     parser.add_argument("--seeds", nargs="+", type=cli.number(int, 0, 1000), default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--prompts", type=cli.number(int, 1), default=20, help="in each category (20)")
     parser.add_argument("--open", type=cli.number(int, 1), default=40, help="drawings of each open prompt (40)")

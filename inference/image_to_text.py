@@ -18,7 +18,7 @@ from torch import Tensor
 import mask_diffusion
 from common.cli import UserError, option, require
 from common.progress import Progress
-from dataset.questions import question_prompt
+from dataset.sources import question_prompt
 from inference.parts import Parts
 from mask_diffusion import SampleConfig
 from model import MMDiT

@@ -24,6 +24,7 @@ from pretrained.safetensors_io import Tensors
 from pretrained.vae import Pixels
 
 EMOJI = ROOT / "assets" / "emoji"               # the shipped weights
+SHAPES = ROOT / "assets" / "shapes"
 
 # The values that replace None in a DrawConfig or ReadConfig.  OWN: for models with their own token
 # embedding.  PUBLISHED: for models that read T5, as D-DiT and SD3 are sampled (the batch is ours).

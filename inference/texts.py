@@ -3,7 +3,7 @@
 import sys
 
 from common.cli import require, warn
-from dataset.questions import question_prompt
+from dataset.sources import question_prompt
 from inference.parts import Parts
 
 

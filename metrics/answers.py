@@ -32,8 +32,8 @@ from pathlib import Path
 
 from common.cli import UserError, require
 from common.files import read_json_lines
-from dataset.questions import READ, VQA, Issues, Question, question_prompt
-from dataset.sources import identity, text
+from dataset.questions import READ, VQA, Issues, Question
+from dataset.sources import identity, question_prompt, text
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                  # as in VQA's code: without ' : . & $ % # *
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(),

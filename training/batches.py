@@ -15,7 +15,7 @@ import mask_diffusion
 from common import seeding
 from dataset import sources
 from dataset.aspect_buckets import Buckets
-from dataset.questions import question_prompt
+from dataset.sources import question_prompt
 from pretrained.tokenizer import Tokenizer
 from training.config import TrainConfig
 

@@ -15,7 +15,7 @@ import mask_diffusion
 from common import cli
 from common.cli import option
 from common.devices import DEVICES, DTYPES
-from dataset import emoji
+from dataset import emoji, shapes
 from model import PRESETS, MMDiTConfig
 from training.optimizers import OPTIMIZERS
 
@@ -164,8 +164,13 @@ def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
     del defaults["extras"]
     if sizes.channels == 3:
         defaults |= SMALL
+        is_shapes = sizes.patch * sizes.position_size == shapes.SIDE     # the largest image
+        if is_shapes:
+            defaults["pixels"] = shapes.SIDE
         if stage == "text":
             defaults["image_batch"] = 0
+        elif is_shapes:
+            defaults["image_data"] = ["shapes"]
         else:
             defaults["image_data"] = [str(emoji.TAR)]
         if stage == "high-res":

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from common.cli import UserError
-from dataset.questions import SUFFIX, Question, question_prompt
+from dataset.questions import SUFFIX, Question
+from dataset.sources import question_prompt
 from experiments.compare_answers import rounded
 from helpers import assert_lines
 from metrics import answers

@@ -10,7 +10,7 @@ import torch
 import data
 from common.cli import UserError
 from dataset import emoji
-from dataset.questions import question_prompt
+from dataset.sources import question_prompt
 from helpers import write_tar
 from model import PRESETS
 from pretrained import tokenizer

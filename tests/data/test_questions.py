@@ -9,7 +9,7 @@ from PIL import Image
 import data
 from common.cli import UserError
 from dataset import questions
-from dataset.questions import question_prompt
+from dataset.sources import question_prompt
 
 SHORT = "Q: What is it? Answer the question using a single word or phrase. A: "
 

@@ -71,6 +71,15 @@ def test_a_list_of_images_with_captions_and_recaptions(photos):
     assert source[1]["recaption"] == "another"
 
 
+def test_texts_of_a_list_include_questions(photos):
+    pair = dict(question="Which colour?", answer="red")
+    entries = [dict(image_path="IMG 1.png", caption="one", re_caption="again", questions=[pair]),
+               dict(image_path="IMG 3.webp", caption=5)]                 # skipped when it is read
+    (photos / "list.json").write_text(json.dumps(entries))
+    texts = list(data.open_source(str(photos / "list.json"), 16).texts())
+    assert texts == ["one", "again", "Q: Which colour? A: ", "red"]
+
+
 def test_captions_beside_a_recaption_are_drawn_uniformly():
     sample = dict(captions=["one", "two", "three"], recaption="again")
     counts = Counter(sources.choose_caption(sample, 0.25, (n + 0.5) / 1000) for n in range(1000))

@@ -10,7 +10,7 @@ import torch
 import evaluate
 from common.cli import UserError
 from dataset.images import fit_image, read_image, to_image, to_tensor
-from dataset.questions import question_prompt
+from dataset.sources import question_prompt
 from helpers import Forked, kill_when, to_the_end
 from inference import answer_file
 from inference.answer_file import AnswerFile, Ask
