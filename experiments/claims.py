@@ -29,10 +29,10 @@ from metrics.tables import table
 
 WORLD = "shapes-small"
 SEEDS = [0, 1, 2]
-RECIPE = ["--preset", "shapes", "--image-data", WORLD, "--optimizer", "muon",
-          "--lr", "3e-3", "--warmup", "50", "--image-batch", "32", "--text-batch", "16", "--time-shift", "5",
-          "--dtype", "float32", "--device", "cpu", "--sample-every", "0", "--meter-every", "50"]
-INSTRUCT = ["--stage", "instruct", "--question-share", "0.4"]
+PRESET = ["--preset", "shapes"]
+RECIPE = ["--image-data", WORLD, "--image-batch", "32", "--text-batch", "16", "--dtype", "float32",
+          "--device", "cpu", "--sample-every", "0", "--meter-every", "50"]
+INSTRUCT = ["--stage", "instruct", "--text-weight", "0.5"]
 
 
 @dataclass
@@ -59,7 +59,7 @@ CAPTIONS = Run("captions", ["--stage", "pretrain"])
 
 def tuned(share: str, flags: list[str], steps: float) -> Run:
     """Return a run of instruction tuning, by questions alone beside the image data."""
-    text = ["--stage", "instruct", "--text-data", WORLD, "--question-share", "1"]
+    text = [*INSTRUCT, "--text-data", WORLD, "--question-share", "1"]
     return Run(f"tuned-{share}-{steps:g}", [*text, *flags], CAPTIONS, steps)
 
 
@@ -71,7 +71,7 @@ CLAIMS = dict(
     losses={"the defaults": DEFAULT,
             "flat text weight": changed("flat", "--text-loss", "flat"),
             "velocity predicted": changed("velocity", "--predicts", "velocity"),
-            "uniform times": changed("uniform", "--times", "uniform"),
+            "logit-normal times": changed("logit-normal", "--times", "logit-normal"),
             "image loss alone": IMAGE_ALONE,
             "text loss alone": TEXT_ALONE},
     tuning={f"{name}, {steps:g} of the steps": tuned(share, flags, steps)
@@ -95,11 +95,10 @@ def train(run: Run, out: Path, steps: int, seed: int) -> Path:
     folder = out / f"{run.name}_{seed}"
     steps = round(steps * run.steps)
     flags = [flag.format(some=out / "some") for flag in run.flags]
-    recipe = RECIPE
+    start = PRESET
     if run.start:
-        flags += ["--init", str(out / f"{run.start.name}_{seed}")]
-        recipe = RECIPE[2:]                         # --init brings the sizes
-    call(["train.py", *recipe, *flags, "--steps", str(steps), "--decay-steps", str(round(0.4 * steps)),
+        start = ["--init", str(out / f"{run.start.name}_{seed}")]
+    call(["train.py", *start, *RECIPE, *flags, "--steps", str(steps), "--decay-steps", str(round(0.4 * steps)),
           "--save-every", "200", "--eval-every", str(steps), "--seed", str(seed), "--out", str(folder)])
     return folder
 

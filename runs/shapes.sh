@@ -3,7 +3,7 @@
 # same command resumes.
 #
 #   bash runs/shapes.sh                                     # 16000 steps
-#   bash runs/shapes.sh --steps 2600 --decay-steps 1100     # 20 minutes of two cores
+#   bash runs/shapes.sh --steps 4300 --decay-steps 1800     # 20 minutes of two cores
 #   python evaluate.py shapes --checkpoint out/shapes
 #
 # Flags go to train.py.  On a GPU, each step runs as one CUDA graph.  On a CPU, networks this small
@@ -15,6 +15,5 @@ if nvidia-smi -L >/dev/null 2>&1; then
     flags="--cuda-graph --workers 12 --log-every 100 --eval-every 1000 --save-every 5000 --sample-every 5000"
 fi
 # Captions and questions from the start: a question's answer is one word, and needs no stage of its own.
-python train.py --out out/shapes --preset shapes --stage instruct \
-    --question-share 0.4 --optimizer muon --lr 3e-3 --warmup 50 --image-batch 32 --text-batch 16 --times uniform --time-shift 4 --text-weight 0.5 \
-    --steps 16000 --decay-steps 6000 $flags "$@"
+python train.py --out out/shapes --preset shapes --stage instruct --text-weight 0.5 \
+    --steps 16000 --decay-steps 5000 $flags "$@"
