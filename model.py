@@ -60,10 +60,10 @@ PRESETS = {
     "emoji": dict(depth=6, heads=6, width=192, patch=8, channels=3, position_size=16,
                   position_base=16, text_width=192, vocab_size=50258, qk_norm=True, text_length=28,
                   predicts="data"),
-    # The same for the shapes world of dataset/shapes.py, 24x24 pixels in patches of 4: 2.4 M
+    # The same for the shapes world of dataset/shapes.py, 24x24 pixels in patches of 4: 2.5 M
     # parameters, without the vocabulary.
     "shapes": dict(depth=4, heads=4, width=128, patch=4, channels=3, position_size=6,
-                   position_base=6, text_width=128, vocab_size=50258, qk_norm=True, text_length=18,
+                   position_base=6, text_width=128, vocab_size=50258, qk_norm=True, text_length=16,
                    predicts="data"),
 }
 

@@ -1,7 +1,7 @@
 """A world of coloured shapes that needs no files: sample i is a function of i, without end.
 
     python data.py show shapes --pixels 24          # "shapes" is the name of the source
-    sample(7)["image"], sample(7)["captions"]       # (3, SIDE, SIDE) uint8, ["a cyan ring and ..."]
+    sample(7)["image"], sample(7)["captions"]       # (3, SIDE, SIDE) uint8, ["two squares on white"]
 
 An image has four cells, and one to four of them hold an object.  A caption says how many there are
 and the shape of each.  What it does not say is open: "a disc" may have any colour, size and cell.  So a drawing can be right in
@@ -23,10 +23,10 @@ from torch import Tensor
 from common.cli import require
 from dataset.sources import Location, Source, texts_in
 
-KINDS = ["one", "pair", "group", "several"]
+KINDS = ["one", "pair", "group"]
 # the path of the source, and the kinds of its scenes; the small one is learned in minutes
 WORLDS = {"shapes": KINDS, "shapes-small": ["one", "pair"]}
-RULES = 2               # increase it when the same i gives another sample
+RULES = 3               # increase it when the same i gives another sample
 SIDE = 24               # pixels along a side of an image
 CELL = SIDE // 2        # and of a cell; an object stands in the middle of one
 RGB = dict(red=(230, 40, 40), green=(40, 170, 60), blue=(50, 80, 230), yellow=(240, 210, 40),
@@ -66,7 +66,7 @@ class Thing:
 class Scene:
     background: str
     things: list[Thing]
-    kind: str           # "one", "pair", "group" of one shape, or "several"
+    kind: str           # "one", "pair", or "group": two to four of one shape
 
     def count(self, shape: str) -> int:
         return sum(thing.shape == shape for thing in self.things)
@@ -105,7 +105,7 @@ def held_out(scene: Scene) -> set[str]:
 def draw_scene(rng: random.Random, kinds: list[str] = KINDS) -> Scene:
     """Return a random scene, which may show held-out combinations."""
     kind = rng.choice(kinds)
-    count = dict(one=1, pair=2, group=rng.randint(2, 4), several=3)[kind]
+    count = dict(one=1, pair=2, group=rng.randint(2, 4))[kind]
     shape, colour, size = rng.choice(SHAPES), rng.choice(list(RGB)), rng.choice(list(RADII))
     alike = rng.random() < 0.5                      # a group may have one colour and one size
     things = []
@@ -186,10 +186,9 @@ def caption_of(scene: Scene, rng: random.Random) -> str:
         says_colour = says_colour or len({thing.shape for thing in things}) < len(things)
         nouns = {id(thing): noun(thing.size * says_size, thing.colour * says_colour, thing.shape)
                  for thing in things}
-        *first, last = nouns.values()
-        text = f"{', '.join(first)} and {last}" if first else last
+        text = " and ".join(nouns.values())
         true = list(orders(scene))
-        if true and rng.random() < 0.7:
+        if true and rng.random() < 0.5:
             one, relation, other = rng.choice(true)
             text = f"{nouns[id(one)]} {relation} {nouns[id(other)]}"
     return f"{text} on {scene.background}" if rng.random() < 0.3 else text

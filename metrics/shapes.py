@@ -136,7 +136,7 @@ def read_caption(text: str) -> Claim | None:
     """Return what a caption says; None if it is not of this world's grammar."""
     text, _, background = text.partition(" on ")
     relation = next((name for name in RELATIONS if f" {name} " in text), "")
-    pieces = re.split(rf", | and | {relation} " if relation else ", | and ", text)
+    pieces = text.split(f" {relation} " if relation else " and ")
     matches = [NOUN.fullmatch(piece) for piece in pieces]
     if None in matches or background not in ("", *BACKGROUNDS) or relation and len(pieces) != 2:
         return None

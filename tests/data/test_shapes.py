@@ -90,7 +90,7 @@ def test_captions_leave_something_open_and_are_true():
     claims = [scores.read_caption(caption) for caption in captions]
     assert None not in claims
     said = sum(map(says, claims), Counter())
-    assert 0.3 < said["size"] / said["objects"] < 0.6 < said["colour"] / said["objects"] < 0.9
+    assert 0.3 < said["size"] / said["objects"] < 0.5 < said["colour"] / said["objects"] < 0.8
     categories = Counter(claim.category for claim in claims)
     assert set(categories) == set(scores.CATEGORIES) and min(categories.values()) > 40
     for i, claim in enumerate(claims):
@@ -156,17 +156,18 @@ BLUE_RING = Thing("small", "blue", "ring", 6, 18)
     ("a red disc above a blue square", [RED_DISC, BLUE_SQUARE], False),
     ("a disc above a ring", [BLUE_RING, RED_DISC], True),
     ("a blue disc and a red square", [RED_DISC, BLUE_SQUARE], False),
-    ("a blue ring, a red disc and a square", [RED_DISC, BLUE_SQUARE, BLUE_RING], True),
+    ("a blue ring and a red disc", [RED_DISC, BLUE_RING], True),
+    ("a blue ring and a red disc", [RED_DISC, BLUE_SQUARE, BLUE_RING], False),
     ("two blue discs", [RED_DISC, RED_DISC], False), ("two red discs", [RED_DISC, RED_DISC], True)])
 def test_a_caption_is_true_or_not(caption, things, true):
     assert scores.is_true(scores.read_caption(caption), "white", things) == true
-    scene = Scene("white", things, "several")
+    scene = Scene("white", things, "pair")
     if len({(thing.x, thing.y) for thing in things}) == len(things):
         assert scores.is_drawn(caption, shapes.render(scene)) == true
 
 
 @pytest.mark.parametrize("text", ["", "a", "disc", "a red", "a discs on green", "five discs", "a disc and",
-                                  "a disc left of a ring and a cross", "a pink disc", "a red red disc"])
+                                  "a disc left of a ring and a cross", "a disc, a ring and a cross", "a pink disc", "a red red disc"])
 def test_a_text_that_is_not_of_the_grammar_says_nothing(text):
     assert scores.read_caption(text) is None
 
@@ -234,11 +235,10 @@ def trained(tmp_path_factory):
 def test_a_short_training_learns_something(trained):
     log = rows(trained)
     first, last = log[0], log[-1]
-    assert last["image_loss"] < 0.6 * first["image_loss"]
     assert last["text_loss"] < 0.4 * first["text_loss"]
     measured = [row for row in log if "val_nats" in row]
     assert measured[-1]["val_nats"] < 0.9 * measured[0]["val_nats"]
-    assert measured[-1]["val_image"] < measured[0]["val_image"]
+    assert measured[-1]["val_image"] < 0.7 * measured[0]["val_image"]     # single steps vary too much
 
 
 def test_evaluate_prints_exact_scores(trained, tmp_path, capsys):
