@@ -100,3 +100,9 @@ def test_links_and_file_names_exist(page):
         if is_ours and page.name not in PAST and name not in CREATED and not (ROOT / name).exists():
             wrong.append(name)
     assert wrong == []
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 2000 and len(text.splitlines()) <= 260
+    assert max(map(len, text.splitlines())) <= 120
