@@ -293,6 +293,7 @@ def emoji_flags(add: Callable) -> None:
 
 
 def shapes_flags(add: Callable) -> None:
+    add("--checkpoint", type=Path, default=SHAPES, metavar="FILE", help="weights (assets/shapes)")
     add("--seeds", nargs="+", type=cli.number(int, 0, 1000), default=[0, 1, 2],
         help="seeds of the drawings, and of reading (0 1 2)")
     add("--limit", **count(0, 200), help="number of images to read, seen and held out (200)")
@@ -391,8 +392,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.add_fields(config)
         for flag in shared.split():
             command.add_argument(flag, **SHARED[flag])
-        if name == "shapes":
-            command.set_defaults(checkpoint=SHAPES)
     args = parser.parse_args(argv)
     check(parser, args)
     args.command_line = shlex.join(["python", "evaluate.py", *argv])

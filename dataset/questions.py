@@ -10,7 +10,8 @@
 
 READ has one reader per format.  Training (`open_json`) takes the most common answer to a question,
 and adds the suffix of the published code after the question; `sources.question_prompt` gives the
-paper's prompt format.  Scoring (metrics/answers.py) takes all answers, and also reads ChartQA and POPE.
+paper's prompt format.  Scoring (metrics/answers.py) takes all answers, and also reads ChartQA and
+POPE.
 """
 
 import json

@@ -4,8 +4,8 @@
     sample(7)["image"], sample(7)["captions"]       # (3, SIDE, SIDE) uint8, ["two squares on white"]
 
 An image has four cells, and one to four of them hold an object.  A caption says how many there are
-and the shape of each.  What it does not say is open: "a disc" may have any colour, size and cell.  So a drawing can be right in
-many ways, and pixels show exactly whether it is (metrics/shapes.py).
+and the shape of each.  What it does not say is open: "a disc" may have any colour, size and cell.
+So a drawing can be right in many ways, and pixels show exactly whether it is (metrics/shapes.py).
 
 Three kinds of combinations are never shown or named in training: some colours of a shape, some
 numbers of a shape, and some shapes left of or above another.  Two colours and a shape have a word
@@ -23,9 +23,8 @@ from torch import Tensor
 from common.cli import require
 from dataset.sources import Location, Source, texts_in
 
-KINDS = ["one", "pair", "group"]
 # the path of the source, and the kinds of its scenes; the small one is learned in minutes
-WORLDS = {"shapes": KINDS, "shapes-small": ["one", "pair"]}
+WORLDS = {"shapes": ["one", "pair", "group"], "shapes-small": ["one", "pair"]}
 RULES = 3               # increase it when the same i gives another sample
 SIDE = 24               # pixels along a side of an image
 CELL = SIDE // 2        # and of a cell; an object stands in the middle of one
@@ -102,7 +101,7 @@ def held_out(scene: Scene) -> set[str]:
 
 # ------------------------------------------------------------------------------------------- scenes
 
-def draw_scene(rng: random.Random, kinds: list[str] = KINDS) -> Scene:
+def draw_scene(rng: random.Random, kinds: list[str]) -> Scene:
     """Return a random scene, which may show held-out combinations."""
     kind = rng.choice(kinds)
     count = dict(one=1, pair=2, group=rng.randint(2, 4))[kind]

@@ -56,12 +56,15 @@ IMAGE_ALONE = changed("image-alone", "--text-weight", "0", "--image-batch", "47"
 TEXT_ALONE = changed("text-alone", "--image-weight", "0", "--image-batch", "1", "--text-batch", "47")
 CAPTIONS = Run("captions", ["--stage", "pretrain"])
 
-
-def tuned(share: str, flags: list[str], steps: float) -> Run:
-    """Return a run of instruction tuning, by questions alone beside the image data."""
-    text = [*INSTRUCT, "--text-data", WORLD, "--question-share", "1"]
-    return Run(f"tuned-{share}-{steps:g}", [*text, *flags], CAPTIONS, steps)
-
+# instruction tuning: the texts are questions only
+TUNE = [*INSTRUCT, "--text-data", WORLD, "--question-share", "1"]
+IMAGE_DATA = {"no image data": ["--image-weight", "0"], "500 images": ["--image-data", "{some}"],
+              "all image data": []}
+TUNED = {}
+for share in (0.5, 1.0):
+    for title, own_flags in IMAGE_DATA.items():
+        name = f"{title}-{share:g}".replace(" ", "-")
+        TUNED[f"{title}, {share:g} of the steps"] = Run(name, [*TUNE, *own_flags], CAPTIONS, share)
 
 CLAIMS = dict(
     weight={f"λ = {weight}": changed(f"weight-{weight}", "--text-weight", weight)
@@ -74,12 +77,7 @@ CLAIMS = dict(
             "logit-normal times": changed("logit-normal", "--times", "logit-normal"),
             "image loss alone": IMAGE_ALONE,
             "text loss alone": TEXT_ALONE},
-    tuning={f"{name}, {steps:g} of the steps": tuned(share, flags, steps)
-            for steps in (0.5, 1.0)
-            for name, share, flags in (
-                ("no image data", "none", ["--image-weight", "0"]),
-                ("500 images", "some", ["--image-data", "{some}"]),
-                ("all image data", "all", []))})
+    tuning=TUNED)
 
 
 def call(command: list[str]) -> None:
@@ -91,7 +89,7 @@ def call(command: list[str]) -> None:
 
 
 def train(run: Run, out: Path, steps: int, seed: int) -> Path:
-    """Train a run, and first the one that it starts from; return its folder."""
+    """Train a run, after the one that it starts from; return its folder."""
     folder = out / f"{run.name}_{seed}"
     steps = round(steps * run.steps)
     flags = [flag.format(some=out / "some") for flag in run.flags]

@@ -49,20 +49,26 @@ def names_held_out(claim: Claim) -> bool:
             or bool(claim.relation) and order in HELD_ORDERS)
 
 
-def samples(row: str, seed: int, world: str = "shapes") -> Iterator[dict]:
+def samples(row: str, seed: int, world: str) -> Iterator[dict]:
     """Yield test samples of a row, of each split in turn."""
     for i in itertools.count(seed * 10**6):
         for split in ROWS[row]:
             yield shapes.sample(i, split, world)
 
 
-def prompts(row: str, count: int, seed: int, world: str = "shapes") -> dict[str, list[str]]:
-    """Return `count` captions of each category; held-out ones name what is held out."""
-    found = {name: [] for name in CATEGORIES}
+def categories(row: str, world: str) -> list[str]:
+    """Return the categories that a row of a world has."""
+    absent = []
     if row == "held-out":
-        del found["single object"], found["two objects"]         # they name no combination
+        absent += ["single object", "two objects"]               # they name no combination
     if "group" not in WORLDS[world]:
-        del found["counting"]
+        absent.append("counting")
+    return [name for name in CATEGORIES if name not in absent]
+
+
+def prompts(row: str, count: int, seed: int, world: str) -> dict[str, list[str]]:
+    """Return `count` captions of each category; held-out ones name what is held out."""
+    found = {name: [] for name in categories(row, world)}
     for sample in samples(row, seed, world):
         claim = read_caption(sample["captions"][0])
         captions = found.get(claim.category)
@@ -154,10 +160,9 @@ class ShapesTest:
         """Return 48 drawings, half of them held out, each with its caption and what was parsed."""
         rows = []
         for row in ROWS:
-            by_category = prompts(row, 24, 0, self.world)
-            count = 24 // len(by_category)
+            count = 24 // len(categories(row, self.world))
             cells = []
-            texts = [text for captions in by_category.values() for text in captions[:count]]
+            texts = list(itertools.chain(*prompts(row, count, 0, self.world).values()))
             for text, image in self.drawn(texts, 0, drawing, row):
                 verdict = "right" if is_drawn(text, image) else f"wrong: {describe(image)}"
                 cells.append((image / 127.5 - 1, f"{text} ({verdict})"))

@@ -168,15 +168,14 @@ def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
     del defaults["extras"]
     if sizes.channels == 3:
         defaults |= SMALL
-        is_shapes = sizes.patch * sizes.position_size == shapes.SIDE     # the largest image
-        if is_shapes:
+        image_data = str(emoji.TAR)
+        if sizes.patch * sizes.position_size == shapes.SIDE:     # the largest image
             defaults |= SHAPES
+            image_data = "shapes"
         if stage == "text":
             defaults["image_batch"] = 0
-        elif is_shapes:
-            defaults["image_data"] = ["shapes"]
         else:
-            defaults["image_data"] = [str(emoji.TAR)]
+            defaults["image_data"] = [image_data]
         if stage == "high-res":
             defaults.update(pixels=128, image_batch=16, text_batch=16)
     elif stage == "instruct":

@@ -167,7 +167,8 @@ def test_a_caption_is_true_or_not(caption, things, true):
 
 
 @pytest.mark.parametrize("text", ["", "a", "disc", "a red", "a discs on green", "five discs", "a disc and",
-                                  "a disc left of a ring and a cross", "a disc, a ring and a cross", "a pink disc", "a red red disc"])
+                                  "a disc left of a ring and a cross", "a disc, a ring and a cross",
+                                  "a pink disc", "a red red disc"])
 def test_a_text_that_is_not_of_the_grammar_says_nothing(text):
     assert scores.read_caption(text) is None
 
