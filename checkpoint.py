@@ -52,7 +52,8 @@ FORMAT = "dual-diffusion-transformer"
 MASK_EMBEDDING = "mask_embedding.safetensors"       # T5's trained [MASK] row, beside our weights
 PART_SIZES = dict(transformer=layouts.mmdit_config, vae=layouts.vae_config, t5=layouts.t5_config)
 # a run's settings in config.json, and their types
-KINDS = dict(pixels=int, buckets=bool, text_length=int, step=int, latents=str, t5=str, vae=str)
+KINDS = dict(pixels=int, buckets=bool, text_length=int, step=int, latents=str, t5=str, vae=str,
+             guidance=float, shift=float)
 
 
 # -------------------------------------------------------------------- find parts at a path

@@ -71,9 +71,8 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
     x: clean latents (B, C, h, w).
     t (B,) and noise (B, C, h, w): from `draw` unless both are given; one without the other raises
     ValueError.
-    floor: above 0 for a network that predicts x and returns v = (x_t - x) / max(t, floor).  The
-    target is divided in the same way (JiT, arXiv 2511.13720), so that a perfect network has an
-    error of 0 at every t.
+    floor: weigh times below it by (t / floor)^2.  An error of v is one of x, divided by t^2: without
+    a floor, a network that predicts x would learn most from the images with hardly any noise.
     """
     if (t is None) != (noise is None):
         raise ValueError("flow takes t and noise together, or neither")
@@ -85,11 +84,11 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
 
     t_image = per_image(t, x)
     x_t = (1 - t_image) * x + t_image * noise
-    target = noise - x
-    if floor:
-        target = target * (t_image / floor).clamp(max=1)
     predicted = velocity(x_t, t).to(x.dtype)
-    return (predicted - target).square().flatten(1).mean(1)
+    error = (predicted - (noise - x)).square().flatten(1).mean(1)
+    if floor:
+        error = error * (t / floor).clamp(max=1).square()
+    return error
 
 
 def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,

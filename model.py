@@ -68,9 +68,6 @@ PRESETS = {
 }
 
 
-T_FLOOR = dict(train=0.05, draw=1e-3)   # smallest divisor when data become a velocity
-
-
 def layer_norm(x: Tensor) -> Tensor:
     """Normalise the last axis; scale and shift follow in `modulate`."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -80,15 +77,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)              # (B or 1, D) -> (B, ., D)
 
 
-def velocity_to(data: Tensor, latents: Tensor, t: Tensor, floor: float) -> Tensor:
+def velocity_to(data: Tensor, latents: Tensor, t: Tensor) -> Tensor:
     """Return the velocity that leads from noised latents (B, ...) to clean data, in float32:
 
-        v = (x_t - x) / max(t, floor) = e - x    from t = floor on
+        v = (x_t - x) / t = e - x
 
-    t: (B,) or (1,).  The squared error of v is that of x over t^2: in training a floor of 0.05
-    keeps a rare small t from outweighing the batch (JiT, arXiv 2511.13720).  In sampling, the floor
-    is at most the smallest noise level, so that the last step ends at x."""
-    t = t.to(torch.promote_types(t.dtype, torch.float32)).clamp(min=floor)
+    t: (B,) or (1,).  A t below 0.001 counts as 0.001, which is the lowest level of sampling."""
+    t = t.to(torch.promote_types(t.dtype, torch.float32)).clamp(min=1e-3)
     t = t.view(-1, *[1] * (data.ndim - 1))                                # (B or 1, 1, 1, 1)
     difference = latents.to(t.dtype) - data.to(t.dtype)
     return difference / t
@@ -392,7 +387,7 @@ class MMDiT(nn.Module):
         image = patches.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h, w)
         if self.config.predicts == "velocity":
             return image
-        return velocity_to(image, latents, t, T_FLOOR["train" if self.training else "draw"])
+        return velocity_to(image, latents, t)
 
     def text_head(self, txt: Tensor, at: Tensor | None) -> Tensor:
         """txt (B, L, D) -> logits (B, L, V), or (n, V) at positions `at`."""

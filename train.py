@@ -38,7 +38,6 @@ from common import processes
 from common.cli import UserError
 from common.devices import autocast
 from dataset import workers
-from model import T_FLOOR
 from training import cuda_graph, distributed, gradient_meter, plan, reports
 from training.batches import Batch, Errors, ImageBatch, TextBatch
 from training.config import TrainConfig, average_decay, learning_rate, parse
@@ -53,16 +52,15 @@ from training.setup import Job, set_up, stop_requests
 def image_errors(models: Models, batch: ImageBatch) -> Tensor:
     """Return |v(x_t, t | caption) - (e - x)|^2, averaged over each image's values, (B,).
 
-    L_image is the mean over images.  The caption has no [MASK]."""
+    L_image is the mean over images.  The caption has no [MASK].  --time-floor weighs low times
+    less."""
     mmdit = models.trainable["mmdit"]
     text = models.captions(batch.ids, batch.dropped, batch.states)                # (B, L, E)
     latents = models.latents(batch.images)                                        # (B, C, h, w)
-    # if the network predicts data, its velocity and the target are divided by max(t, floor)
-    floor = T_FLOOR["train"] if mmdit.config.predicts == "data" else 0.0
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
         return mmdit(x_t, text, t, need="velocity")[0]
-    return flow.errors(velocity, latents, t=batch.t, noise=batch.noise, floor=floor)
+    return flow.errors(velocity, latents, t=batch.t, noise=batch.noise, floor=batch.floor)
 
 
 def text_errors(models: Models, batch: TextBatch) -> Tensor:

@@ -28,6 +28,7 @@ SHAPES = ROOT / "assets" / "shapes"
 
 # The values that replace None in a DrawConfig or ReadConfig.  OWN: for models with their own token
 # embedding.  PUBLISHED: for models that read T5, as D-DiT and SD3 are sampled (the batch is ours).
+# A checkpoint of ours may have its own guidance and shift.
 OWN = dict(guidance=1.5, shift=1.0, batch=16,
            temperature=0.0, order="threshold", image_cache="once")
 PUBLISHED = dict(guidance=7.0, shift=3.0, batch=4,
@@ -82,6 +83,7 @@ class Parts:
             saved = checkpoint.read_config(path)
         self.own = self.sizes.text_length > 0                    # the end-to-end variant's embedding
         self.defaults = OWN if self.own else PUBLISHED
+        self.set_defaults(saved)
         self.latents = saved.get("latents")                      # digest of their autoencoder
         self.null_trained = bool(saved.get("null_image"))        # reads texts without an image
         self.paths = dict(text=config.t5 or saved.get("t5") or path, mmdit=path,
@@ -161,6 +163,11 @@ class Parts:
         # FSDP gathers its shards in `forward`, which a cached image does not call
         parts.defaults = (OWN if own else PUBLISHED) | dict(image_cache="off")
         return parts
+
+    def set_defaults(self, about: dict) -> None:
+        """Use a checkpoint's own guidance and shift, if it has them.  about: its config.json."""
+        own = {name: about[name] for name in ("guidance", "shift") if about.get(name)}
+        self.defaults = self.defaults | own
 
     def complete(self, config):
         """Return a DrawConfig or ReadConfig with this checkpoint's defaults in place of None."""

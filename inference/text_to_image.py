@@ -20,7 +20,9 @@ from common.cli import option
 from common.progress import Progress, chunks
 from inference import compiled
 from inference.parts import Parts
-from model import T_FLOOR
+
+
+LOWEST = 0.05
 
 
 @dataclass
@@ -92,10 +94,9 @@ def noise_levels(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> 
 
     config.steps limits the evaluations: a step of Heun's solver takes up to two, and an edit leaves
     out the levels above its strength.  For a network that predicts the clean image, the lowest
-    level above 0 is the floor by which training divides (model.T_FLOOR): below it, the prediction
-    was hardly trained."""
+    level above 0 is LOWEST: below it, training weighs the loss less (--time-floor)."""
     config = parts.complete(config)
-    least = T_FLOOR["train"] if parts.sizes.predicts == "data" else 1e-3
+    least = LOWEST if parts.sizes.predicts == "data" else 1e-3
     steps = math.ceil(config.steps / flow.SOLVERS[config.solver].evaluations)
     levels = flow.sigmas(steps, config.shift, least)
     if edit is None:

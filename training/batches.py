@@ -19,6 +19,8 @@ from dataset.sources import question_prompt
 from pretrained.tokenizer import Tokenizer
 from training.config import TrainConfig
 
+VALIDATION_FLOOR = 0.05     # of flow.errors
+
 
 @dataclass
 class Batch:
@@ -70,6 +72,7 @@ class ImageBatch(Batch):
     noise: Tensor                   # (B, C, h, w)
     dropped: Tensor                 # (B,) bool: the prompt is empty, for guidance
     states: Tensor | None = None    # (B, L, E) T5's, if the data store them
+    floor: float = 0.0              # see flow.errors
 
     @property
     def denominator(self) -> int:
@@ -167,7 +170,7 @@ class BatchMaker:
             dropped.append(drop_draw < config.text_dropout)
             ids.append(self.tokenizer.encode(caption, config.text_length))
         batch = ImageBatch(images, torch.stack(ids), torch.cat(t), torch.cat(noise),
-                           torch.tensor(dropped))
+                           torch.tensor(dropped), floor=config.time_floor)
         if times is not None:
             batch.t = times      # t is drawn nevertheless, so that the noise stays the same
         if self.stored_states:
@@ -213,8 +216,9 @@ class BatchMaker:
         return ids, len(prompt)
 
     def for_validation(self) -> "BatchMaker":
-        """Return a maker without dropped captions or re-captions, and with the weight 1/t.
+        """Return a maker without dropped captions or re-captions, and with fixed weights of times.
 
         So runs with other settings are measured in the same way."""
-        plain = replace(self.config, text_dropout=0.0, recaption=0.0, text_loss="1/t")
+        plain = replace(self.config, text_dropout=0.0, recaption=0.0, text_loss="1/t",
+                        time_floor=VALIDATION_FLOOR)
         return replace(self, config=plain)

@@ -48,11 +48,13 @@ STAGES = {
 # run takes a quarter of an hour on a laptop.  runs/emoji.sh has the recipe of the shipped weights.
 SMALL = dict(pixels=64, text_length=28, image_batch=32, text_batch=32, lr=2.5e-3, warmup=50,
              steps=500, vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0,
-             question_share=0.4)
+             time_floor=0.05, question_share=0.4)
 # These replace those of SMALL for the shapes world.  An image of large plain shapes shows through
 # the noise up to t = 0.9: only above does the caption help, and only such times teach the model to
-# follow it.  Logit-normal times around 0.67 have 7 % there, these 31 %.
-SHAPES = dict(pixels=shapes.SIDE, text_batch=16, lr=3e-3, times="uniform", time_shift=4.0)
+# follow it.  Logit-normal times around 0.67 have 7 % there, these 31 %.  The high floor is for the
+# same reason.
+SHAPES = dict(pixels=shapes.SIDE, image_batch=64, text_batch=16, lr=3e-3, times="uniform",
+              time_shift=4.0, time_floor=0.3, guidance=2.5, shift=2.0)
 
 
 @dataclass
@@ -101,6 +103,8 @@ class TrainConfig:
                         choices=flow.TIMES)
     time_shift: float = option(1.0, "shift of the image loss's times towards noise; 1: none",
                                low=0.001, high=1000)
+    time_floor: float = option(0.0, "weigh the image loss at times t below this by (t / this)^2",
+                               low=0, high=1)
     predicts: str = option("", "what the image head predicts, in place of the preset's choice",
                            choices=["", "velocity", "data"])
     text_loss: str = option("1/t", "weight of a masked token", choices=mask_diffusion.WEIGHTS)
@@ -131,6 +135,10 @@ class TrainConfig:
                                     "(a tenth of --steps, at most 1000)", low=1)
     sample_every: int | None = option(None, "steps between images of samples; 0: never "
                                       "(a tenth of --steps, at most 5000)", low=0)
+    guidance: float | None = option(None, "sample.py's default with these weights (1.5; T5: 7)",
+                                    low=0.001)
+    shift: float | None = option(None, "sample.py's default with these weights (1; T5: 3)",
+                                 low=0.001)
     resume_step: int = option(0, "resume from this step_N; 0: from the newest", low=1)
     fresh: bool = option(False, "delete the run in the folder, and start over")
     print_plan: int = option(0, "print what the run needs on this many GPUs, and stop",
@@ -145,8 +153,8 @@ RENAMED = {"--schedule": "--decay-steps", "--min-side": "--filtered", "--learnin
 
 ONLY_FROM_SCRATCH = ["preset", "vocabulary", "predicts"]
 ONLY_WITH_IMAGES = ["image_data", "image_batch", "image_weight", "times", "time_shift",
-                    "text_dropout", "recaption", "filtered", "pixels", "buckets", "sample_every",
-                    "meter_every"]
+                    "time_floor", "text_dropout", "recaption", "filtered", "pixels", "buckets",
+                    "sample_every", "meter_every"]
 
 
 def start(init: str, preset: str) -> tuple[str, MMDiTConfig, dict]:
@@ -186,9 +194,8 @@ def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
         defaults.update(steps=400_000, image_batch=2560, text_batch=2560)
     if sizes.text_length:
         defaults["text_length"] = min(defaults["text_length"], sizes.text_length)
-    if stage != "high-res" and about.get("pixels"):
-        defaults["pixels"] = about["pixels"]
-    return defaults
+    inherited = ["guidance", "shift"] + ["pixels"] * (stage != "high-res")
+    return defaults | {name: about[name] for name in inherited if about.get(name)}
 
 
 def read_stage_defaults(argv: list[str] | None) -> dict:

@@ -54,7 +54,6 @@ def averaged_weights(job: Job) -> Iterator[None]:
 def validate(job: Job, validation: Validation) -> dict:
     """Measure the averaged weights, with the same samples, times and noise every time."""
     with averaged_weights(job):
-        job.models.trainable.train()       # eval mode has another T_FLOOR
         return validation.measure(job.run.rank, job.run.world)
 
 
@@ -67,6 +66,7 @@ def show_samples(job: Job) -> None:
     prompts = [sources.choose_caption(sample, 0, 0) for sample in trained_on + held_out[:2]]
     captions = [sources.choose_caption(sample, 0, 0) for sample in held_out]
     parts = Parts.of(job.models, config.pixels, config.text_length)
+    parts.set_defaults(run.about)
     with averaged_weights(job):
         page = samples_page(parts, prompts, captions, sources.latents_of(held_out))
     if run.rank == 0:

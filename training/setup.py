@@ -110,7 +110,7 @@ def remember(config: TrainConfig, base: Base, latents: str | None, no_images: bo
     null_image = no_images or bool(base.about.get("null_image"))               # True: it is trained
     return paths | dict(pixels=config.pixels, buckets=config.buckets,
                         text_length=config.text_length, stage=config.stage, latents=latents,
-                        null_image=null_image)
+                        null_image=null_image, guidance=config.guidance, shift=config.shift)
 
 
 def check_batches(config: TrainConfig, world: int) -> None:

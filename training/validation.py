@@ -12,7 +12,7 @@
 
 The samples are held out if the first source has held-out samples; otherwise they are training
 samples.  The random draws for a sample depend only on its number, not on the run, its seed or its
-processes, so two runs can be compared.  A network that predicts data keeps its training floor of t.
+processes, so two runs can be compared.  Errors at times below 0.05 are weighed by (t / 0.05)^2.
 
 Shapes: B samples at once, L tokens.
 """

@@ -21,6 +21,7 @@ from experiments import shapes_settings
 from helpers import rows
 from inference import text_to_image
 from inference.image_to_text import ReadConfig
+from inference.parts import Parts
 from inference.text_to_image import DrawConfig
 from metrics import shapes as scores, shape_scores
 from pretrained.tokenizer import gpt2_subset, gpt2_tokenizer
@@ -228,7 +229,8 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("shapes") / "run"
     flags = ("--preset shapes --stage instruct --image-data shapes-small --pixels 24 --question-share 0.3 "
              "--optimizer muon --lr 3e-3 --warmup 10 --image-batch 16 --text-batch 16 --steps 60 "
-             "--log-every 10 --eval-every 30 --sample-every 0 --save-every 60 --dtype float32")
+             "--log-every 10 --eval-every 30 --sample-every 0 --save-every 60 --dtype float32 "
+             "--guidance 3")
     train.main([*flags.split(), "--out", str(out)])
     return out
 
@@ -240,6 +242,14 @@ def test_a_short_training_learns_something(trained):
     measured = [row for row in log if "val_nats" in row]
     assert measured[-1]["val_nats"] < 0.9 * measured[0]["val_nats"]
     assert measured[-1]["val_image"] < 0.7 * measured[0]["val_image"]     # single steps vary too much
+
+
+def test_weights_keep_their_own_guidance_and_shift(trained):
+    parts = Parts(trained)
+    config = parts.complete(DrawConfig())
+    assert (config.guidance, config.shift) == (3.0, 2.0)         # of the flag, and of the preset
+    assert parts.complete(DrawConfig(guidance=4.0)).guidance == 4
+    assert train.parse(["--init", str(trained)]).guidance == 3
 
 
 def test_evaluate_prints_exact_scores(trained, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flow
-from model import T_FLOOR, velocity_to
+from model import velocity_to
 
 MEAN = torch.tensor([0.7, -1.2], dtype=torch.float64)
 VARIANCE = torch.tensor([0.25, 2.0], dtype=torch.float64)     # of x, per axis
@@ -55,12 +55,11 @@ def test_loss_is_least_at_the_true_velocity():
 
 
 def test_perfect_data_prediction_has_no_loss_at_any_time():
-    """The predicted velocity and its target are divided by the same max(t, floor)."""
     x = torch.randn(4, 3, 8, 8, generator=seeded(0))
     noise = torch.randn(4, 3, 8, 8, generator=seeded(1))
 
     def errors(data, t):
-        velocity = lambda x_t, s: velocity_to(data, x_t, s, 0.05)
+        velocity = lambda x_t, s: velocity_to(data, x_t, s)
         return flow.errors(velocity, x, t=t, noise=noise, floor=0.05)
     for time in (1e-3, 0.01, 0.04, 0.05, 0.1, 0.7, 1.0):
         t = torch.full((4,), time)
@@ -69,12 +68,13 @@ def test_perfect_data_prediction_has_no_loss_at_any_time():
             assert (errors(x + shift * (noise - x), t) > 1e-4).all()
 
 
-def test_floor_changes_nothing_at_times_above_it():
-    x = torch.randn(4, 3, 8, 8, generator=seeded(0))
-    noise = torch.randn(4, 3, 8, 8, generator=seeded(1))
-    t = torch.tensor([0.1, 0.3, 0.6, 1.0])
+def test_floor_weighs_only_times_below_it():
+    x = torch.randn(5, 3, 8, 8, generator=seeded(0))
+    noise = torch.randn(5, 3, 8, 8, generator=seeded(1))
+    t = torch.tensor([0.1, 0.3, 0.6, 1.0, 0.025])
     errors = lambda floor: flow.errors(lambda x_t, s: 0 * x_t, x, t=t, noise=noise, floor=floor)
-    assert torch.equal(errors(0.0), errors(0.05))
+    assert torch.equal(errors(0.0)[:4], errors(0.05)[:4])
+    assert torch.allclose(errors(0.05)[4], errors(0.0)[4] / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -232,7 +232,7 @@ def test_predicted_data_samples_as_the_velocity_does():
 
     def velocity(x, t):
         data = x - t.view(-1, 1) * exact_velocity(x, t)
-        return velocity_to(data, x, t, T_FLOOR["draw"])
+        return velocity_to(data, x, t)
     for steps, shift in ((28, 1.0), (28, 3.0), (400, 1.0)):
         sigmas = flow.sigmas(steps, shift).double()
         x = flow.euler(velocity, noise, sigmas)
