@@ -6,9 +6,9 @@
     torchrun --standalone --nproc_per_node=2 train.py       # the same, sharded by FSDP2
 
 To start from SD3's weights, as in the paper (training/config.py has the table of stages), or to
-train the paper's end-to-end variant:
+train the paper's end-to-end variant (SD3 stands for a folder of SD3-medium; docs/paper.md):
 
-    torchrun --nproc_per_node=8 train.py --init SD3 --image-data 'recap/{000..999}.tar'
+    torchrun --nproc_per_node=8 train.py --init SD3 --micro-batch 8 --image-data 'recap/{000..999}.tar'
     torchrun --nproc_per_node=8 train.py --stage mask-emb --init out/pretrain --image-data ...
     torchrun --nproc_per_node=8 train.py --stage text --preset e2e-1.1b --text-data t.safetensors
     python train.py --init SD3 --print-plan 8               # print memory, arithmetic and days

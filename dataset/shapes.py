@@ -14,7 +14,7 @@ in the vocabulary and occur nowhere: they are there to be learned later.
 
 import random
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +23,7 @@ from torch import Tensor
 from common.cli import require
 from dataset.sources import Location, Source, texts_in
 
-# the path of the source, and the kinds of its scenes; the small one is learned in minutes
-WORLDS = {"shapes": ["one", "pair", "group"], "shapes-small": ["one", "pair"]}
-RULES = 3               # increase it when the same i gives another sample
+RULES = 4               # increase it when the same i gives another sample
 SIDE = 24               # pixels along a side of an image
 CELL = SIDE // 2        # and of a cell; an object stands in the middle of one
 RGB = dict(red=(230, 40, 40), green=(40, 170, 60), blue=(50, 80, 230), yellow=(240, 210, 40),
@@ -36,6 +34,18 @@ RADII = dict(small=3.6, large=5.0)                               # pixels
 COUNTS = ["one", "two", "three", "four"]
 RELATIONS = ["left of", "above"]
 UNUSED = ["orange", "pink", "star"]                              # words for later
+
+
+class World(NamedTuple):
+    """What varies in a world besides shapes, colours and cells."""
+    kinds: list[str]        # of scenes: "one" object, a "pair", a "group" of two to four of one shape
+    sizes: list[str]
+    backgrounds: list[str]
+
+
+# by the path of the source; the small world is learned in minutes
+WORLDS = {"shapes": World(["one", "pair", "group"], list(RADII), list(BACKGROUNDS)),
+          "shapes-small": World(["one", "pair"], ["large"], ["white"])}
 
 HELD_PAIRS = {("red", "ring"), ("blue", "cross"), ("green", "triangle"), ("yellow", "square"),
               ("purple", "disc")}
@@ -65,7 +75,7 @@ class Thing:
 class Scene:
     background: str
     things: list[Thing]
-    kind: str           # "one", "pair", or "group": two to four of one shape
+    kind: str           # see World
 
     def count(self, shape: str) -> int:
         return sum(thing.shape == shape for thing in self.things)
@@ -101,21 +111,21 @@ def held_out(scene: Scene) -> set[str]:
 
 # ------------------------------------------------------------------------------------------- scenes
 
-def draw_scene(rng: random.Random, kinds: list[str]) -> Scene:
+def draw_scene(rng: random.Random, world: World) -> Scene:
     """Return a random scene, which may show held-out combinations."""
-    kind = rng.choice(kinds)
+    kind = rng.choice(world.kinds)
     count = dict(one=1, pair=2, group=rng.randint(2, 4))[kind]
-    shape, colour, size = rng.choice(SHAPES), rng.choice(list(RGB)), rng.choice(list(RADII))
+    shape, colour, size = rng.choice(SHAPES), rng.choice(list(RGB)), rng.choice(world.sizes)
     alike = rng.random() < 0.5                      # a group may have one colour and one size
     things = []
     for cell in rng.sample(range(4), count):
         if kind != "group":
             shape = rng.choice(SHAPES)
         if kind != "group" or not alike:
-            colour, size = rng.choice(list(RGB)), rng.choice(list(RADII))
+            colour, size = rng.choice(list(RGB)), rng.choice(world.sizes)
         x, y = (CELL / 2 + CELL * place for place in (cell % 2, cell // 2))
         things.append(Thing(size, colour, shape, x, y))
-    return Scene(rng.choice(list(BACKGROUNDS)), things, kind)
+    return Scene(rng.choice(world.backgrounds), things, kind)
 
 
 def make_scene(i: int, split: str = "train", world: str = "shapes") -> Scene:
@@ -171,26 +181,32 @@ def noun(size: str, colour: str, shape: str, count: int = 1) -> str:
     return " ".join(filter(None, words))
 
 
-def caption_of(scene: Scene, rng: random.Random) -> str:
-    """Return a caption that says more or less about a scene."""
+def caption_of(scene: Scene, world: World, rng: random.Random) -> str:
+    """Return a caption that says more or less about a scene, but nothing that never varies."""
     things = rng.sample(scene.things, len(scene.things))
-    says_size, says_colour = rng.random() < 0.5, rng.random() < 0.7
+    says_size = rng.random() < 0.5 and len(world.sizes) > 1
+    says_colour = rng.random() < 0.7
     if scene.kind == "group":
-        sizes, colours = ({getattr(thing, name) for thing in things} for name in ("size", "colour"))
+        sizes = {thing.size for thing in things}
+        colours = {thing.colour for thing in things}
         size = sizes.pop() if says_size and len(sizes) == 1 else ""
         colour = colours.pop() if says_colour and len(colours) == 1 else ""
         text = noun(size, colour, things[0].shape, len(things))
     else:
-        # two discs are told apart by their colours
-        says_colour = says_colour or len({thing.shape for thing in things}) < len(things)
-        nouns = {id(thing): noun(thing.size * says_size, thing.colour * says_colour, thing.shape)
-                 for thing in things}
-        text = " and ".join(nouns.values())
-        true = list(orders(scene))
-        if true and rng.random() < 0.5:
-            one, relation, other = rng.choice(true)
-            text = f"{nouns[id(one)]} {relation} {nouns[id(other)]}"
-    return f"{text} on {scene.background}" if rng.random() < 0.3 else text
+        if len({thing.shape for thing in things}) < len(things):
+            says_colour = True                      # two discs are told apart by their colours
+
+        def name(thing: Thing) -> str:
+            size = thing.size if says_size else ""
+            colour = thing.colour if says_colour else ""
+            return noun(size, colour, thing.shape)
+        text = " and ".join(map(name, things))
+        related = list(orders(scene))
+        if related and rng.random() < 0.5:
+            first, relation, second = rng.choice(related)
+            text = f"{name(first)} {relation} {name(second)}"
+    says_background = rng.random() < 0.3 and len(world.backgrounds) > 1
+    return f"{text} on {scene.background}" if says_background else text
 
 
 def questions_of(scene: Scene, rng: random.Random) -> list[dict]:
@@ -227,7 +243,8 @@ def sample(i: int, split: str = "train", world: str = "shapes") -> dict:
     """Return sample i of a split as `Source.__getitem__` does, with its "scene"."""
     scene = make_scene(i, split, world)
     rng = random.Random(f"{world} texts {split} {i}")
-    return dict(key=f"{world} {split} {i}", image=render(scene), captions=[caption_of(scene, rng)],
+    caption = caption_of(scene, WORLDS[world], rng)
+    return dict(key=f"{world} {split} {i}", image=render(scene), captions=[caption],
                 questions=questions_of(scene, rng), scene=scene)
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from common.progress import batches
 from dataset import shapes
 from dataset.images import to_pixels
-from dataset.shapes import (BACKGROUNDS, CELL, HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, RADII, RGB,
-                            SHAPES, SPLITS, WORLDS)
+from dataset.shapes import (CELL, HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, RGB, SHAPES, SPLITS, WORLDS,
+                            World)
 from inference import text_to_image
 from inference.image_to_text import ReadConfig, encode, write
 from inference.parts import Parts
@@ -61,7 +61,7 @@ def categories(row: str, world: str) -> list[str]:
     absent = []
     if row == "held-out":
         absent += ["single object", "two objects"]               # they name no combination
-    if "group" not in WORLDS[world]:
+    if "group" not in WORLDS[world].kinds:
         absent.append("counting")
     return [name for name in CATEGORIES if name not in absent]
 
@@ -151,7 +151,7 @@ class ShapesTest:
                 found["right"].append(is_one)
                 if is_one:
                     right.append(open_features(*parsed))
-            for name, values in open_values(shape).items():
+            for name, values in open_values(shape, WORLDS[self.world]).items():
                 counts = Counter(features[name] for features in right)
                 found[name].append(total_variation(counts, values))
         return {f"calibration: {name}": percent(values) for name, values in found.items()}
@@ -170,11 +170,12 @@ class ShapesTest:
         return grids.rows(*rows)
 
 
-def open_values(shape: str) -> dict[str, list]:
-    """Return what may vary in an image of one object of a shape, each value as likely as another."""
+def open_values(shape: str, world: World) -> dict[str, list]:
+    """Return what varies in images of one object of a shape, each value as likely as another."""
     colours = [colour for colour in RGB if (colour, shape) not in HELD_PAIRS]
-    return dict(colour=colours, size=list(RADII), cell=list(itertools.product(range(2), range(2))),
-                background=list(BACKGROUNDS))
+    values = dict(colour=colours, size=world.sizes, cell=list(itertools.product(range(2), range(2))),
+                  background=world.backgrounds)
+    return {name: possible for name, possible in values.items() if len(possible) > 1}
 
 
 def open_features(background: str, things: list[shapes.Thing]) -> dict:

@@ -2,8 +2,8 @@
 # Train on the shapes world from scratch, into out/shapes.  You can stop at any time (Ctrl-C, kill): the
 # same command resumes.
 #
-#   bash runs/shapes.sh                                     # 20000 steps
-#   bash runs/shapes.sh --steps 3600 --decay-steps 1500     # 20 minutes of two cores
+#   bash runs/shapes.sh                                                     # 20000 steps
+#   bash runs/shapes.sh --steps 3600 --decay-steps 1500 --out out/short     # 20 minutes of two cores
 #   python evaluate.py shapes --checkpoint out/shapes
 #
 # Flags go to train.py.  On a GPU, each step runs as one CUDA graph.  On a CPU, networks this small

@@ -194,8 +194,13 @@ def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
         defaults.update(steps=400_000, image_batch=2560, text_batch=2560)
     if sizes.text_length:
         defaults["text_length"] = min(defaults["text_length"], sizes.text_length)
-    inherited = ["guidance", "shift"] + ["pixels"] * (stage != "high-res")
-    return defaults | {name: about[name] for name in inherited if about.get(name)}
+    inherited = ["guidance", "shift"]
+    if stage != "high-res":
+        inherited.append("pixels")
+    for name in inherited:
+        if about.get(name):
+            defaults[name] = about[name]
+    return defaults
 
 
 def read_stage_defaults(argv: list[str] | None) -> dict:

@@ -69,12 +69,16 @@ def test_a_held_out_split_shows_its_own_kind_only(split):
         assert shapes.held_out(shapes.make_scene(i, split)) == {split}
 
 
-def test_the_small_world_has_one_or_two_objects():
+def test_the_small_world_has_one_or_two_large_objects_on_white():
     samples = [shapes.sample(i, world="shapes-small") for i in range(300)]
     assert Counter(len(sample["scene"].things) for sample in samples).keys() == {1, 2}
     categories = {scores.read_caption(sample["captions"][0]).category for sample in samples}
     assert categories == {*scores.CATEGORIES} - {"counting"}
     assert shapes.sample(0)["key"] != samples[0]["key"]
+    for sample in samples:
+        assert {thing.size for thing in sample["scene"].things} == {"large"}
+        assert sample["scene"].background == "white"
+        assert not {"small", "large", "white"} & set(sample["captions"][0].split())
 
 
 def says(claim):

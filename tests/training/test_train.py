@@ -378,18 +378,18 @@ def test_emoji_recipe_skips_finished_stages_and_stops_at_a_failed_one(tmp_path):
     def stages():
         return [line.split()[2] for line in lines()]
     (tmp_path / "stop").touch()
-    assert call() == 1 and stages() == ["out/pretrain"]
+    assert call() == 1 and stages() == ["out/emoji/pretrain"]
     (tmp_path / "stop").unlink()
     (tmp_path / "25000.json").touch()
-    assert call() == 0 and stages()[1:] == ["out/pretrain", "out/instruct", "out/each"]
-    assert call("--steps", "200", "--decay-steps", "100") == 0 and stages()[4:] == ["out/each"]
+    assert call() == 0 and stages()[1:] == ["out/emoji/pretrain", "out/emoji/instruct", "out/emoji/each"]
+    assert call("--steps", "200", "--decay-steps", "100") == 0 and stages()[4:] == ["out/emoji/each"]
     (tmp_path / "gpu").touch()
     shutil.rmtree(tmp_path / "out")
     assert call() == 0 and stages()[5:] == stages()[1:4]
     assert ["--cuda-graph" in line for line in lines()] == 5 * [False] + 3 * [True]
     configs = []
     for line in lines():
-        flags = re.sub("--init out/[a-z]*", "--init assets/emoji", line).split()[1:]
+        flags = re.sub("--init out/[a-z/]*", "--init assets/emoji", line).split()[1:]
         configs.append(parse(flags))
     assert (configs[4].decay_steps, configs[4].steps) == (100, 200)
     assert {config.workers for config in configs} == {0, 12}
