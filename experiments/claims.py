@@ -74,7 +74,7 @@ CLAIMS = dict(
     losses={"the defaults": DEFAULT,
             "flat text weight": changed("flat", "--text-loss", "flat"),
             "velocity predicted": changed("velocity", "--predicts", "velocity"),
-            "logit-normal times": changed("logit-normal", "--times", "logit-normal"),
+            "uniform times": changed("uniform", "--times", "uniform"),
             "image loss alone": IMAGE_ALONE,
             "text loss alone": TEXT_ALONE},
     tuning=TUNED)
