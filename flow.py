@@ -84,8 +84,9 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
 
     t_image = per_image(t, x)
     x_t = (1 - t_image) * x + t_image * noise
+    target = noise - x
     predicted = velocity(x_t, t).to(x.dtype)
-    error = (predicted - (noise - x)).square().flatten(1).mean(1)
+    error = (predicted - target).square().flatten(1).mean(1)
     if floor:
         error = error * (t / floor).clamp(max=1).square()
     return error

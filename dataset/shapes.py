@@ -37,7 +37,7 @@ UNUSED = ["orange", "pink", "star"]                              # words for lat
 
 
 class World(NamedTuple):
-    """What varies in a world besides shapes, colours and cells."""
+    """The choices of a world, besides shapes, colours and cells."""
     kinds: list[str]        # of scenes: "one" object, a "pair", a "group" of two to four of one shape
     sizes: list[str]
     backgrounds: list[str]

@@ -54,6 +54,7 @@ def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any
     except (RuntimeError, ConnectionResetError, EOFError) as error:
         if not waits:
             raise
+        waits = False               # the signal may come after the error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"a process that reads data ahead was lost ({reason})")
     finally:
