@@ -11,12 +11,12 @@ project does not need.
 """
 
 import statistics
-import time
 
 import torch
 from diffusers import SD3Transformer2DModel
 
 from common import cli
+from experiments.turns import compare, time_in_turns
 from model import MMDiT, MMDiTConfig
 
 
@@ -40,18 +40,11 @@ def main() -> None:
         jobs = dict(diffusers=lambda: theirs(x, text, pooled, 1000 * t),
                     velocity=lambda: ours(x, text, t, need="velocity"),
                     both=lambda: ours(x, text, t))
-        times = {name: [] for name in jobs}
-        for round in range(repeats + 1):                     # the first round warms up
-            for name, job in jobs.items():
-                started = time.perf_counter()
-                job()
-                if round:
-                    times[name].append(time.perf_counter() - started)
-        base = times["diffusers"]
+        time_in_turns(jobs, 1)                               # to warm up
+        times = time_in_turns(jobs, repeats)
         for name in ("velocity", "both"):
-            ratios = [a / b for a, b in zip(times[name], base)]
-            print(f"{dtype}: ours ({name}) / diffusers {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-                  f"{max(ratios):.2f}), {repeats} rounds; ours {statistics.median(times[name]):.2f} s")
+            print(f"{dtype}: ours ({name}) / diffusers {compare(times[name], times['diffusers'])}, "
+                  f"{repeats} rounds; ours {statistics.median(times[name]):.2f} s")
 
 
 if __name__ == "__main__":

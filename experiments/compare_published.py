@@ -17,12 +17,11 @@ it needs packages that the project does not need.
 import statistics
 import sys
 import tempfile
-import time
 import types
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
+from unittest.mock import MagicMock
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -32,9 +31,10 @@ from transformers import T5Config, T5EncoderModel
 import checkpoint
 from common import cli
 from common.files import write_json
+from experiments.turns import compare, time_in_turns
 from inference import text_to_image
 from inference.image_to_text import ReadConfig, fill
-from inference.parts import PUBLISHED, Parts
+from inference.parts import Parts
 from pretrained.vae import Pixels
 from training.models import Models
 
@@ -49,14 +49,8 @@ GUIDANCE = 7.0
 def import_published(folder: Path) -> tuple[types.ModuleType, types.ModuleType]:
     """Import the published model and pipeline.  The pipeline uses torchvision to read image files
     only; a stand-in saves its installation."""
-    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
-    sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
-    sys.modules["torchvision.transforms.functional"].InterpolationMode = SimpleNamespace(BICUBIC=None)
-    transforms = sys.modules["torchvision.transforms"]
-    for name in ("Compose", "Lambda", "Resize", "CenterCrop", "ToTensor", "Normalize"):
-        setattr(transforms, name, lambda *args, **settings: None)
+    names = ["torchvision", "torchvision.transforms", "torchvision.transforms.functional"]
+    sys.modules.update(dict.fromkeys(names, MagicMock()))
     sys.path.insert(0, str(folder))
     from sd3_modules import dual_diff_pipeline, sd3_model
     return sd3_model, dual_diff_pipeline
@@ -74,9 +68,7 @@ def make_published(folder: Path) -> tuple:
             nn.init.normal_(parameter, std=0.02)
     text_encoder = T5EncoderModel(T5Config(**T5)).eval()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = pipeline_module.DualDiffSD3Pipeline(transformer, scheduler, None, text_encoder, None)
+    pipeline = pipeline_module.DualDiffSD3Pipeline(transformer, scheduler, None, text_encoder, None)
     pipeline.set_progress_bar_config(disable=True)
     sampler = pipeline_module.ConditionalMaskedDiffusionSampler(MASK, text_encoder, transformer)
     return pipeline, sampler
@@ -87,37 +79,20 @@ def make_ours(pipeline) -> tuple[Parts, nn.Module]:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.transformer.save_pretrained(f"{folder}/transformer")
         pipeline.text_encoder.save_pretrained(f"{folder}/text_encoder")
-        mmdit = checkpoint.load_mmdit(folder).float()
-        t5 = checkpoint.load_t5(folder).float()
-        # the tensors are mapped to files that are about to be deleted
-        mmdit.load_state_dict({name: tensor.clone() for name, tensor in mmdit.state_dict().items()}, assign=True)
-        t5.load_state_dict({name: tensor.clone() for name, tensor in t5.state_dict().items()}, assign=True)
+        mmdit, t5 = checkpoint.load_mmdit(folder), checkpoint.load_t5(folder)
+        for module in (mmdit, t5):          # its tensors are mapped to files that are about to go
+            copies = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            module.load_state_dict(copies, assign=True)
     tokenizer = SimpleNamespace(mask_id=MASK, end_id=-1, pad_id=-1,       # a text never ends
                                 encode=lambda text, length: prompt_ids(text))
-    models = Models(nn.ModuleDict(dict(mmdit=mmdit)).eval().requires_grad_(False), tokenizer, t5, Pixels())
-    parts = Parts.of(models, SIDE, LENGTH)
-    parts.defaults = PUBLISHED
-    parts.silent = True
-    return parts, t5
+    models = Models(nn.ModuleDict(dict(mmdit=mmdit)).eval(), tokenizer, t5, Pixels())
+    return Parts.of(models, SIDE, LENGTH), t5
 
 
 def prompt_ids(text: str) -> Tensor:
     """Return made-up ids (L,) of a text."""
     generator = torch.Generator().manual_seed(len(text))
     return torch.randint(0, MASK, (LENGTH,), generator=generator)
-
-
-def alternate(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each job in each round, after a round that warms up."""
-    times = {name: [] for name in jobs}
-    for round in range(rounds + 1):
-        for name, job in jobs.items():
-            started = time.perf_counter()
-            job()
-            if round:
-                times[name].append(time.perf_counter() - started)
-            print(f"round {round}: {name}, {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
-    return times
 
 
 def compare_drawing(pipeline, parts: Parts, steps: int, rounds: int) -> dict[str, list[float]]:
@@ -129,19 +104,22 @@ def compare_drawing(pipeline, parts: Parts, steps: int, rounds: int) -> dict[str
         ids = torch.stack([prompt_ids("a prompt"), prompt_ids("")])
         prompt, negative = pipeline.text_encoder(ids)[0].split(1)
         drawn["published"] = pipeline.text_to_image_sampling_loop(
-            None, num_inference_steps=steps, guidance_scale=GUIDANCE, latents=noise, prompt_embeds=prompt,
-            negative_prompt_embeds=negative, output_type="latent")
+            None, num_inference_steps=steps, guidance_scale=GUIDANCE, latents=noise,
+            prompt_embeds=prompt, negative_prompt_embeds=negative, output_type="latent")
 
     def ours() -> None:
         drawn["ours"] = text_to_image.draw(parts, ["a prompt"], steps=steps, guidance=GUIDANCE)
-    times = alternate(dict(published=published, ours=ours), rounds)
+    jobs = dict(published=published, ours=ours)
+    time_in_turns(jobs, 1)                                       # to warm up
+    times = time_in_turns(jobs, rounds)
     difference = (drawn["published"].clamp(-1, 1) - drawn["ours"]).abs().max()
     print(f"drawings differ by at most {difference:.1e}", file=sys.stderr)
     assert difference < 1e-2, difference
     return times
 
 
-def compare_captioning(sampler, parts: Parts, t5: nn.Module, steps: int, rounds: int) -> dict[str, list[float]]:
+def compare_captioning(sampler, parts: Parts, t5: nn.Module, steps: int, rounds: int
+                       ) -> dict[str, list[float]]:
     """Time captions of one image, in random order at temperature 1, as published.
 
     Both loops skip steps that reveal nothing.  The published one also ends with an evaluation in
@@ -159,15 +137,17 @@ def compare_captioning(sampler, parts: Parts, t5: nn.Module, steps: int, rounds:
         config = ReadConfig(steps=steps, order="random", temperature=1.0, image_cache=image_cache)
         return lambda: fill(parts, latents, blank, config)
     jobs = dict(published=published, ours=ours("off"), cached=ours("once"))
-    for name, job in jobs.items():
-        print(f"{name}: {count_calls(job, [sampler.text_encoder, t5])} evaluations", file=sys.stderr)
-    return alternate(jobs, rounds)
+    for name, job in jobs.items():                               # this also warms up
+        evaluations = count_calls(job, [sampler.text_encoder, t5])
+        print(f"{name}: {evaluations} evaluations", file=sys.stderr)
+    return time_in_turns(jobs, rounds)
 
 
 def count_calls(job: Callable[[], object], text_encoders: list[nn.Module]) -> int:
-    """Return how often a job encodes a text, which is once in each evaluation of the transformer."""
+    """Return how often a job encodes a text: once in each evaluation of the transformer."""
     calls = []
-    hooks = [encoder.register_forward_pre_hook(lambda *args: calls.append(1)) for encoder in text_encoders]
+    hooks = [encoder.register_forward_pre_hook(lambda *args: calls.append(1))
+             for encoder in text_encoders]
     job()
     for hook in hooks:
         hook.remove()
@@ -188,9 +168,8 @@ def main() -> None:
                    captioning=compare_captioning(sampler, parts, t5, args.steps, args.rounds))
     for title, times in results.items():
         for name, seconds in times.items():
-            ratios = [a / b for a, b in zip(seconds, times["published"])]
-            print(f"{title}, {name}: {statistics.median(seconds):.2f} s; / published {statistics.median(ratios):.2f} "
-                  f"({min(ratios):.2f} to {max(ratios):.2f}), {args.rounds} rounds")
+            print(f"{title}, {name}: {statistics.median(seconds):.2f} s; / published "
+                  f"{compare(seconds, times['published'])}, {args.rounds} rounds")
     if args.json:
         write_json(args.json, dict(steps=args.steps, seconds=results))
 

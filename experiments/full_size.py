@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from common import cli
+from experiments.turns import time_in_turns
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
@@ -124,13 +125,8 @@ def load(folder: Path, repeats: int = 5) -> None:
                     at += stream.readinto(view[at:at + 2**28])
         jobs = {"read": read} | {name: lambda dtype=getattr(torch, name): checkpoint.load_mmdit(path, dtype)
                                  for name in ("float16", "bfloat16", "float32")}
-        times = {name: [] for name in jobs}
         read()                                               # fills the page cache
-        for _ in range(repeats):
-            for name, job in jobs.items():
-                started = time.perf_counter()
-                job()
-                times[name].append(time.perf_counter() - started)
+        times = time_in_turns(jobs, repeats)
         base = statistics.median(times["read"])
         for name, values in times.items():
             middle, low, high = statistics.median(values), min(values), max(values)

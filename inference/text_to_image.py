@@ -21,8 +21,9 @@ from common.progress import Progress, chunks
 from inference import compiled
 from inference.parts import Parts
 
-
-LOWEST = 0.05
+# the lowest noise level above 0, before the shift, by what the network predicts.  Training weighs
+# the loss of clean images less at low levels (--time-floor)
+LOWEST = dict(data=0.05, velocity=1e-3)
 
 
 @dataclass
@@ -93,12 +94,10 @@ def noise_levels(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> 
     """Return the noise levels, from 1, or the edit's strength, down to 0.
 
     config.steps limits the evaluations: a step of Heun's solver takes up to two, and an edit leaves
-    out the levels above its strength.  For a network that predicts the clean image, the lowest
-    level above 0 is LOWEST: below it, training weighs the loss less (--time-floor)."""
+    out the levels above its strength."""
     config = parts.complete(config)
-    least = LOWEST if parts.sizes.predicts == "data" else 1e-3
     steps = math.ceil(config.steps / flow.SOLVERS[config.solver].evaluations)
-    levels = flow.sigmas(steps, config.shift, least)
+    levels = flow.sigmas(steps, config.shift, LOWEST[parts.sizes.predicts])
     if edit is None:
         return levels
     return torch.cat([torch.tensor([edit.strength]), levels[levels < edit.strength]])

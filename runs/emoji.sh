@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train the emoji weights from scratch, into out/emoji/each.  The three stages take a quarter of an hour on
-# an H200, or most of a day on two CPU cores.  You can stop at any time (Ctrl-C, kill): the same
-# command resumes from the newest checkpoint, and skips a stage that has all its steps.
+# Train the emoji weights from scratch, into out/emoji/each.  The three stages take a quarter of an
+# hour on an H200, or most of a day on two CPU cores.  You can stop at any time (Ctrl-C, kill): the
+# same command resumes from the newest checkpoint, and skips a stage that has all its steps.
 #
 #   bash runs/emoji.sh
 #   bash runs/emoji.sh --steps 6000 --decay-steps 3000      # if time is short: stage 3 ends at step

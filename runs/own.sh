@@ -9,11 +9,12 @@ if [ $# -lt 2 ]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-folder=$1 prompt=$2 out=out/own_$(basename "$1"); shift 2
+folder=$1 prompt=$2; shift 2
 [ ! -e "$folder" ] || folder=$(realpath "$folder")
+out=out/own_$(basename "$folder")
 cd "$(dirname "$0")/.."
 mkdir -p out
-python data.py show "$folder" --pixels 64 --tokenizer assets/emoji --out "$out.png"     # what the model will see
+python data.py show "$folder" --pixels 64 --tokenizer assets/emoji --out "$out.png"   # what the model will see
 # the emoji are a sixth of the mixture, whatever the number of images
 weight=$(python -c 'import sys, data
 own, emoji = [len(data.open_source(path, 64)) for path in sys.argv[1:]]

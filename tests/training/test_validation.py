@@ -155,6 +155,7 @@ def test_validation_uses_averaged_weights_captions_and_its_own_floor(tiny, small
 
     model = nn.ModuleDict(dict(mmdit=checkpoint.load_mmdit(tiny),
                                embedding=checkpoint.load_embedding(tiny)))
+    assert model["mmdit"].config.predicts == "data"
     samples = maker.mixes["image"].shown(SAMPLES, True)
     images, noises, ids = [], [], []
     for row in range(SAMPLES):
