@@ -148,16 +148,18 @@ def named(path: str | Path, part: str) -> Part:
 def read_config(path: str | Path) -> dict:
     """Read config.json of a checkpoint in our layout, with "mmdit" as an MMDiTConfig.
 
-    Raises UserError for a file of another format or a setting of a wrong type."""
+    Raises UserError for a file of another format or a wrong setting."""
     file = Path(path) / "config.json"
     config = read_json_object(file)
     if config.get("format") != FORMAT or not isinstance(config.get("mmdit"), dict):
         raise UserError(f"{file}: expected \"format\": \"{FORMAT}\", "
                         f"found {config.get('format')!r}")
     for name in KINDS.keys() & config.keys():
-        kind = KINDS[name]
-        require((type(config[name]) in (kind, type(None)),
-                 f"{file}: \"{name}\" is {config[name]!r}, expected {kind.__name__}"))
+        value, kind = config[name], KINDS[name]
+        require((type(value) in (kind, type(None)),
+                 f"{file}: \"{name}\" is {value!r}, expected {kind.__name__}"))
+        if kind is float and value is not None:
+            require((0 < value < math.inf, f"{file}: \"{name}\" is {value}, expected more than 0"))
     config["mmdit"] = layouts.our_config(config["mmdit"], file)
     return config
 

@@ -148,7 +148,7 @@ def test_sizes_that_shapes_show_are_not_read_from_a_config(part, keys, tmp_path)
     ("qk_norm", "no", "'no'.*bool"), ("qk_norm", 1, "1.*bool"), ("heads", 2.0, "2.0.*int"),
     ("width", "64", "'64'.*int"), ("depth", None, "null.*int"), ("channels", True, "True.*int"),
     ("text_length", -1, "-1.*at least 0"), ("pixels", "32", "'32'.*int"), ("latents", 5, "5.*str"),
-    ("vae", ["a"], ".*str")])
+    ("vae", ["a"], ".*str"), ("guidance", 0.0, "0.0.*more than 0"), ("shift", math.inf, "inf.*more than 0")])
 def test_wrong_config_of_ours_is_refused_at_once(key, value, message, tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "ours")
     config = json.loads((folder / "config.json").read_text())
