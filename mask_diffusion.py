@@ -107,11 +107,10 @@ def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None
 
 def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
          generator: torch.Generator | None = None, **drawn: Tensor) -> Tensor:
-    """Return L_text, a float32 scalar: the sum of `errors`, per unfrozen token, masked or not."""
-    tokens = ids.numel()
-    if frozen is not None:
-        tokens = (~frozen).sum().clamp(min=1)
-    return errors(at_positions(logits_fn), ids, mask_id, frozen, generator, **drawn).sum() / tokens
+    """Return L_text, a float32 scalar: the sum of `errors`, divided by the number of tokens, masked,
+    frozen or not."""
+    per_text = errors(at_positions(logits_fn), ids, mask_id, frozen, generator, **drawn)
+    return per_text.sum() / ids.numel()
 
 
 # --------------------------------------------------------------------------------- unmasking orders

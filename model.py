@@ -82,7 +82,7 @@ def velocity_to(data: Tensor, latents: Tensor, t: Tensor) -> Tensor:
 
         v = (x_t - x) / t = e - x
 
-    t: (B,) or (1,).  A t below 0.001 counts as 0.001, which is the lowest level of sampling."""
+    t: (B,) or (1,).  A t below 0.001 counts as 0.001."""
     t = t.to(torch.promote_types(t.dtype, torch.float32)).clamp(min=1e-3)
     t = t.view(-1, *[1] * (data.ndim - 1))                                # (B or 1, 1, 1, 1)
     difference = latents.to(t.dtype) - data.to(t.dtype)

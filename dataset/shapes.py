@@ -44,7 +44,8 @@ class World(NamedTuple):
     backgrounds: list[str]
 
 
-# by the path of the source; the small world is learned in minutes
+# By the path of the source.  The small world is learned in minutes.  "pair" twice: pairs are the
+# hardest to learn.
 WORLDS = {"shapes": World(["one", "pair", "pair", "group"], list(RADII), list(BACKGROUNDS)),
           "shapes-small": World(["one", "pair"], ["large"], ["white"])}
 
@@ -115,8 +116,11 @@ def held_out(scene: Scene) -> set[str]:
 def draw_scene(rng: random.Random, world: World) -> Scene:
     """Return a random scene, which may show held-out combinations."""
     kind = rng.choice(world.kinds)
-    count = dict(one=1, pair=2, group=rng.randint(2, 4))[kind]
-    shape, colour, size = rng.choice(SHAPES), rng.choice(list(RGB)), rng.choice(world.sizes)
+    group_size = rng.randint(2, 4)
+    count = dict(one=1, pair=2, group=group_size)[kind]
+    shape = rng.choice(SHAPES)
+    colour = rng.choice(list(RGB))
+    size = rng.choice(world.sizes)
     alike = rng.random() < 0.5                      # a group may have one colour and one size
     things = []
     for cell in rng.sample(range(4), count):
@@ -130,13 +134,14 @@ def draw_scene(rng: random.Random, world: World) -> Scene:
 
 
 def make_scene(i: int, split: str = "train", world: str = "shapes") -> Scene:
-    """Return the scene of sample i.  Those of the split "train" show no held-out combination, those
-    of the others only the kind that names the split."""
+    """Return the scene of sample i.  A scene of "train" shows no held-out combination; one of another
+    split shows held-out combinations of exactly that kind."""
     rng = random.Random(f"{world} {split} {i}")
     wanted = set() if split == "train" else {split}
     while True:
         scene = draw_scene(rng, WORLDS[world])
         pairs = [thing.pair for thing in scene.things]
+        # captions and questions could not tell two red discs apart
         is_clear = scene.kind == "group" or len(set(pairs)) == len(pairs)
         if is_clear and held_out(scene) == wanted:
             return scene
@@ -183,7 +188,8 @@ def noun(size: str, colour: str, shape: str, count: int = 1) -> str:
 
 
 def caption_of(scene: Scene, world: World, rng: random.Random) -> str:
-    """Return a caption that says more or less about a scene, but nothing that never varies."""
+    """Return a random caption.  It never names a size or background that all images of the world
+    share."""
     things = sorted(scene.things, key=lambda thing: (thing.y, thing.x))
     says_size = rng.random() < 0.5 and len(world.sizes) > 1
     says_colour = rng.random() < 0.7
@@ -213,10 +219,10 @@ def caption_of(scene: Scene, world: World, rng: random.Random) -> str:
 def questions_of(scene: Scene, rng: random.Random) -> list[dict]:
     """Return questions with their answers.  No question names a held-out combination that the scene
     does not show, and there are as many with the answer yes as with no."""
-    pairs = []
+    questions = []
 
     def ask(kind: str, question: str, answer: str) -> None:
-        pairs.append(dict(type=kind, question=question, answer=answer))
+        questions.append(dict(type=kind, question=question, answer=answer))
     things = scene.things
     ask("number", "How many things are there?", COUNTS[len(things) - 1])
     for shape in dict.fromkeys(thing.shape for thing in things):
@@ -235,7 +241,7 @@ def questions_of(scene: Scene, rng: random.Random) -> list[dict]:
     for first, relation, second in orders(scene):
         if first.shape != second.shape:
             ask("place", f"What is {relation} the {second.shape}?", noun("", *first.pair))
-    return pairs
+    return questions
 
 
 # ------------------------------------------------------------------------------------------- source
@@ -269,10 +275,10 @@ class Shapes(Source):
         split = "train"
         if i >= HELD:
             i -= HELD
-            split = SPLITS[1 + i % 3]
-        made = sample(i, split, self.name)
-        del made["scene"]
-        return made
+            split = SPLITS[1:][i % 3]
+        shown = sample(i, split, self.name)
+        del shown["scene"]
+        return shown
 
     def texts(self) -> Iterator[str]:
         """Yield texts with every word of the world, and those of UNUSED."""

@@ -4,11 +4,12 @@
     python -m experiments.claims pretraining OUT       # Table 4: from a text-to-image model
     python -m experiments.claims losses OUT            # 1/t, prediction, times; each loss alone
     python -m experiments.claims tuning OUT            # Table 5: instruction tuning, image data
-    python -m experiments.claims weight OUT --steps 20 # a quick test that it works
+    python -m experiments.claims weight out/quick --steps 20     # a quick test that it works
 
 Two runs at a time share two cores, a thread each.  A run is a folder below OUT: one that was
-stopped is resumed, and one that is done is not run again.  OUT/CLAIM.json has the scores of all
-seeds, OUT/CLAIM.md the table.  docs/results.md says what counts as reproduced.
+stopped is resumed, and one that is done is not run again.  Claims share runs, so give them the same
+OUT.  OUT/CLAIM.json has the scores of all seeds, OUT/CLAIM.md the table.  docs/results.md says what
+counts as reproduced.
 """
 
 import json
@@ -17,12 +18,12 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
 from common import cli
-from common.files import write_json, write_text
+from common.cli import ROOT, UserError
+from common.files import read_json, write_json, write_text
 from dataset import shapes
 from dataset.images import to_image, write_png
 from metrics.tables import table
@@ -40,17 +41,17 @@ class Run:
     """A training run: its flags, beside those of RECIPE; the run that it starts from, if any; and
     its steps, as a share of --steps."""
     name: str
-    flags: list[str] = field(default_factory=lambda: INSTRUCT)
+    flags: list[str]
     start: "Run | None" = None
     steps: float = 1.0
 
 
-def changed(name: str, *flags: str) -> Run:
+def changed(name: str, *flags: str, start: Run | None = None) -> Run:
     """Return a run that differs from the defaults in these flags."""
-    return Run(name, [*INSTRUCT, *flags])
+    return Run(name, [*INSTRUCT, *flags], start)
 
 
-DEFAULT = Run("default")
+DEFAULT = changed("default")
 # as many samples as the preset's 64 images and 16 texts
 IMAGE_ALONE = changed("image-alone", "--text-weight", "0", "--image-batch", "79", "--text-batch", "1")
 TEXT_ALONE = changed("text-alone", "--image-weight", "0", "--image-batch", "1", "--text-batch", "79")
@@ -60,24 +61,31 @@ CAPTIONS = Run("captions", ["--stage", "pretrain"])
 TUNE = [*INSTRUCT, "--text-data", WORLD, "--question-share", "1"]
 IMAGE_DATA = {"no image data": ["--image-weight", "0"], "500 images": ["--image-data", "{some}"],
               "all image data": []}
-TUNED = {}
-for share in (0.5, 1.0):
-    for title, own_flags in IMAGE_DATA.items():
-        name = f"{title}-{share:g}".replace(" ", "-")
-        TUNED[f"{title}, {share:g} of the steps"] = Run(name, [*TUNE, *own_flags], CAPTIONS, share)
+
+
+def tuning_runs() -> dict[str, Run]:
+    """Return a run for each choice of image data, with half of the steps and with all."""
+    runs = {}
+    for share in (0.5, 1.0):
+        for title, flags in IMAGE_DATA.items():
+            name = f"{title}-{share:g}".replace(" ", "-")
+            runs[f"{title}, {share:g} of the steps"] = Run(name, [*TUNE, *flags], CAPTIONS, share)
+    return runs
+
 
 CLAIMS = dict(
     weight={f"λ = {weight}": changed(f"weight-{weight}", "--text-weight", weight)
             for weight in ("0.05", "0.2", "1", "5")},
-    pretraining={"from a text-to-image model": Run("from-images", start=IMAGE_ALONE),
+    pretraining={"from a text-to-image model": changed("from-images", start=IMAGE_ALONE),
                  "from scratch": DEFAULT},
     losses={"the defaults": DEFAULT,
             "flat text weight": changed("flat", "--text-loss", "flat"),
-            "velocity predicted": changed("velocity", "--predicts", "velocity"),
+            # the floor is for predicted images
+            "velocity predicted": changed("velocity", "--predicts", "velocity", "--time-floor", "0"),
             "uniform times": changed("uniform", "--times", "uniform"),
             "image loss alone": IMAGE_ALONE,
             "text loss alone": TEXT_ALONE},
-    tuning=TUNED)
+    tuning=tuning_runs())
 
 
 def call(command: list[str]) -> None:
@@ -89,7 +97,8 @@ def call(command: list[str]) -> None:
 
 
 def train(run: Run, out: Path, steps: int, seed: int) -> Path:
-    """Train a run, after the one that it starts from; return its folder."""
+    """Train a run, after the one that it starts from; return its folder.  Raises UserError if it was
+    stopped, or has other steps."""
     folder = out / f"{run.name}_{seed}"
     steps = round(steps * run.steps)
     flags = [flag.format(some=out / "some") for flag in run.flags]
@@ -97,16 +106,23 @@ def train(run: Run, out: Path, steps: int, seed: int) -> Path:
     if run.start:
         start = ["--init", str(out / f"{run.start.name}_{seed}")]
     call(["train.py", *start, *RECIPE, *flags, "--steps", str(steps), "--decay-steps", str(round(0.4 * steps)),
-          "--save-every", "200", "--eval-every", str(steps), "--seed", str(seed), "--out", str(folder)])
+          "--save-every", "200", "--eval-every", str(steps), "--seed", str(seed),
+          "--out", str(folder)])
+    step = read_json(folder / "config.json")["step"]
+    if step != steps:
+        raise UserError(f"{folder}: is at step {step}, expected {steps}; the same command resumes a "
+                        f"run that was stopped, other --steps need another OUT")
     return folder
 
 
 def write_some(folder: Path, count: int = 500) -> None:
-    """Write the first images of the world with their captions, as a folder."""
+    """Write images of the world with their captions, as a folder.
+
+    The first samples are left out: evaluate.py tests on them."""
     temporary = folder.with_name(folder.name + ".part")
     temporary.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        sample = shapes.sample(i, world=WORLD)
+        sample = shapes.sample(shapes.HELD - 1 - i, world=WORLD)
         write_png(temporary / f"{i:03}.png", to_image(sample["image"] / 127.5 - 1), {})
         write_text(temporary / f"{i:03}.txt", sample["captions"][0])
     temporary.rename(folder)
@@ -114,19 +130,18 @@ def write_some(folder: Path, count: int = 500) -> None:
 
 def measure(folder: Path, prompts: int) -> dict[str, float]:
     """Return the scores of a run, from evaluate.py and from its log."""
-    file = folder / "shapes.json"
+    file = folder / f"shapes_{prompts}.json"
     if not file.exists():
         call(["evaluate.py", "shapes", "--world", WORLD, "--checkpoint", str(folder), "--seeds", "0",
               "--prompts", str(prompts), "--open", str(prompts), "--limit", str(2 * prompts),
               "--device", "cpu", "--json", str(file)])
-    results = json.loads(file.read_text())["results"]
+    results = read_json(file)["results"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     [seen], [held_out], [open_prompts] = results["seen"], results["held-out"], results["open prompts"]
     questions = ("number", "colour", "shape", "yes/no", "place")
     cosines = [row["meter_cosine"] for row in log if "meter_cosine" in row]
     last = next(row for row in reversed(log) if "val_nats" in row)
-    third = len(cosines) // 3 or 1
-    return {
+    scores = {
         "drawn right, %": mean_of(seen, "drawing"),
         "held out, %": mean_of(held_out, "drawing"),
         "open colours, TV": open_prompts["calibration: colour"],
@@ -135,9 +150,12 @@ def measure(folder: Path, prompts: int) -> dict[str, float]:
         "POPE accuracy, %": seen["POPE: accuracy"],
         "velocity's error": last["val_image"],
         "text, nats": last["val_nats"],
-        "cosine, first third": statistics.mean(cosines[:third]),
-        "cosine, last third": statistics.mean(cosines[-third:]),
     }
+    if any(cosines):                # there are none of so few steps, and all are 0 with one loss
+        third = len(cosines) // 3 or 1
+        scores["cosine, first third"] = statistics.mean(cosines[:third])
+        scores["cosine, last third"] = statistics.mean(cosines[-third:])
+    return scores
 
 
 def mean_of(scores: dict[str, float], title: str) -> float:
@@ -160,13 +178,16 @@ def main(argv: list[str] | None = None) -> None:
         scores = measure(train(run, out, args.steps, seed), args.prompts)
         print(f"{name}, seed {seed}: {scores}", file=sys.stderr, flush=True)
         return scores
-    with ThreadPoolExecutor(2) as two:
-        starts = {run.start.name: run.start for run in rows.values() if run.start}
+    starts = {run.start.name: run.start for run in rows.values() if run.start}
+    two = ThreadPoolExecutor(2)
+    try:
         list(two.map(lambda job: train(job[0], out, args.steps, job[1]),
                      [(run, seed) for run in starts.values() for seed in SEEDS]))
         jobs = {(name, seed): two.submit(done, name, run, seed)
                 for seed in SEEDS for name, run in rows.items()}
-    runs = {name: [jobs[name, seed].result() for seed in SEEDS] for name in rows}
+        runs = {name: [jobs[name, seed].result() for seed in SEEDS] for name in rows}
+    finally:
+        two.shutdown(cancel_futures=True)           # after an error, start no other run
     columns = {name: {column: [scores[column] for scores in seeds] for column in seeds[0]}
                for name, seeds in runs.items()}
     shown = table(columns, decimals=2)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from common.cli import ROOT, option, require, warn
+from common.cli import ROOT, UserError, option, require, warn
 from common.devices import DEVICES, choose_device, has_bfloat16
 from common.files import sha256
 from dataset import aspect_buckets
@@ -78,7 +78,7 @@ class Parts:
         """more: the other fields of ModelConfig.  Raises UserError if parts don't fit together."""
         config = ModelConfig(path, **more)
         self.family, self.sizes = checkpoint.read_sizes(path)
-        saved = {"null_image": True}                             # D-DiT's joint training trains it
+        saved = {"null_image": self.family == "D-DiT"}           # SD3 has none
         if self.family == "ours":
             saved = checkpoint.read_config(path)
         self.own = self.sizes.text_length > 0                    # the end-to-end variant's embedding
@@ -95,21 +95,24 @@ class Parts:
             dtype = torch.bfloat16 if half else torch.float32
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.tokenizer = checkpoint.load_tokenizer(config.tokenizer or path)
-        self.choose_length(config)
+        self.choose_length(config, saved.get("text_length"))
         self.check_text(config)
         self.choose_size(config, saved.get("pixels"), bool(saved.get("buckets")))
         self.keep = 1.5 * self.memory_bytes() < available(self.device) if keep is None else keep
         if keep or (self.own and self.keep):                     # small, or keep=True was given
             self.hold("text", "mmdit", "vae")
 
-    def choose_length(self, config: ModelConfig) -> None:
-        """Choose the number of tokens of a text, and of a question with its answer."""
+    def choose_length(self, config: ModelConfig, trained: int | None) -> None:
+        """Choose the number of tokens of a text, and of a question with its answer.
+
+        trained: the number in a run of ours."""
         length = config.length
         if length == "auto":
             length = None
             self.defaults = self.defaults | dict(length_at=0.95)
-        self.length = length or self.sizes.text_length or 256
-        self.answer_length = length or self.sizes.text_length or 128
+        trained = self.sizes.text_length or trained
+        self.length = length or trained or 256
+        self.answer_length = length or trained or 128
 
     def choose_size(self, config: ModelConfig, pixels: int | None, buckets: bool) -> None:
         """Choose the size of an image.  pixels, buckets: as trained, if known."""
@@ -136,6 +139,8 @@ class Parts:
         if self.own:
             require((not config.mask_embedding, "--mask-embedding is a row of T5's table; this "
                      "checkpoint has an embedding of its own"),
+                    (not config.t5, "--t5: this checkpoint has an embedding of its own, and reads no "
+                     "T5"),
                     (self.length <= self.sizes.text_length, f"--length {self.length}: {path} reads at "
                      f"most {self.sizes.text_length} tokens"))
         else:
@@ -175,7 +180,10 @@ class Parts:
         for name, value in self.defaults.items():
             if getattr(config, name, value) is None:
                 missing[name] = value
-        return replace(config, **missing)
+        try:
+            return replace(config, **missing)
+        except ValueError as error:                              # they don't fit the given flags
+            raise UserError(str(error)) from None
 
     def check_text_head(self) -> None:
         """Raise UserError for SD3's own weights, which can't read an image."""

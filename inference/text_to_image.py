@@ -41,7 +41,7 @@ class DrawConfig:
     compile: bool = option(False, "compile the blocks; on a GPU capture a CUDA graph")
 
     def __post_init__(self):
-        low, high = self.guidance_interval
+        self.guidance_interval = low, high = tuple(self.guidance_interval)
         if low > high:
             raise ValueError(f"guidance interval {low:g} {high:g}: expected the lower level first")
         if self.guidance == 1 and (self.negative_prompt or self.guidance_interval != (0, 1)):

@@ -42,10 +42,12 @@ ROWS = {"seen": SPLITS[:1], "held-out": SPLITS[1:]}
 
 def names_held_out(claim: Claim) -> bool:
     """Return True if a caption names a combination that training never has."""
-    nouns = claim.nouns
-    order = tuple(noun.shape for noun in nouns)
-    return (any((noun.colour, noun.shape) in HELD_PAIRS for noun in nouns)
-            or any((noun.count, noun.shape) in HELD_COUNTS for noun in nouns)
+    counts = Counter()
+    for noun in claim.nouns:
+        counts[noun.shape] += noun.count
+    order = tuple(noun.shape for noun in claim.nouns)
+    return (any((noun.colour, noun.shape) in HELD_PAIRS for noun in claim.nouns)
+            or any((count, shape) in HELD_COUNTS for shape, count in counts.items())
             or bool(claim.relation) and order in HELD_ORDERS)
 
 
@@ -66,17 +68,16 @@ def categories(row: str, world: str) -> list[str]:
     return [name for name in CATEGORIES if name not in absent]
 
 
-def prompts(row: str, count: int, seed: int, world: str) -> dict[str, list[str]]:
-    """Return `count` captions of each category; held-out ones name what is held out."""
-    found = {name: [] for name in categories(row, world)}
+def prompts(row: str, count: int, seed: int, world: str) -> list[str]:
+    """Return `count` captions of each category in turn; held-out ones name what is held out."""
+    captions = {name: [] for name in categories(row, world)}
     for sample in samples(row, seed, world):
-        claim = read_caption(sample["captions"][0])
-        captions = found.get(claim.category)
-        if captions is not None and len(captions) < count and (
-                names_held_out(claim) == (row == "held-out")):
-            captions.append(sample["captions"][0])
-        if all(len(captions) == count for captions in found.values()):
-            return found
+        text = sample["captions"][0]
+        claim = read_caption(text)
+        if claim.category in captions and names_held_out(claim) == (row == "held-out"):
+            captions[claim.category].append(text)
+        if all(len(texts) >= count for texts in captions.values()):
+            return [text for texts in captions.values() for text in texts[:count]]
 
 
 def judge(text: str, scene: shapes.Scene) -> tuple[bool, bool]:
@@ -103,7 +104,7 @@ class ShapesTest:
     def draw(self, row: str, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Return the share of right drawings in each category, in percent."""
         correct = defaultdict(list)
-        texts = list(itertools.chain(*prompts(row, count, seed, self.world).values()))
+        texts = prompts(row, count, seed, self.world)
         for text, image in self.drawn(texts, seed, config, f"{row}, drawings"):
             correct[read_caption(text).category].append(is_drawn(text, image))
         return {f"drawing: {name}": percent(values) for name, values in correct.items()}
@@ -122,23 +123,28 @@ class ShapesTest:
         shown = list(itertools.islice(samples(row, seed, self.world), count))
         texts = self.written([(sample, None) for sample in shown], seed, config, f"{row}, captions")
         judged = [judge(text, sample["scene"]) for sample, text in zip(shown, texts)]
-        return {f"reading: {name}": percent(values)
-                for name, values in zip(("true", "complete"), zip(*judged))}
+        true, complete = zip(*judged)
+        return {"reading: true": percent(true), "reading: complete": percent(complete)}
 
     def answers(self, row: str, count: int, seed: int, config: ReadConfig) -> dict[str, float]:
         """Return the shares of right answers about `count` images, in percent, and POPE's figures."""
         shown = itertools.islice(samples(row, seed, self.world), count)
-        asked = [(sample, pair) for sample in shown for pair in sample["questions"]]
-        jobs = [(sample, pair["question"]) for sample, pair in asked]
-        correct, yes_no = defaultdict(list), []
-        texts = self.written(jobs, seed, config, f"{row}, answers")
-        for (_, pair), text in zip(asked, texts):
+        jobs, pairs = [], []
+        for sample in shown:
+            for pair in sample["questions"]:
+                jobs.append((sample, pair["question"]))
+                pairs.append(pair)
+        correct = defaultdict(list)
+        yes_no, true_yes_no = [], []
+        for pair, text in zip(pairs, self.written(jobs, seed, config, f"{row}, answers")):
             correct[pair["type"]].append(text == pair["answer"])
             if pair["type"] == "yes/no":
-                yes_no.append((text, pair["answer"]))
+                yes_no.append(text)
+                true_yes_no.append(pair["answer"])
         scores = {f"reading: {name}": percent(values) for name, values in correct.items()}
-        figures = pope(*zip(*yes_no))
-        return scores | {f"POPE: {name}": value for name, value in figures.items()}
+        for name, value in pope(yes_no, true_yes_no).items():
+            scores[f"POPE: {name}"] = value
+        return scores
 
     def calibrate(self, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Compare drawings of "a disc", "a square" and so on with the true distribution."""
@@ -157,13 +163,12 @@ class ShapesTest:
         return {f"calibration: {name}": percent(values) for name, values in found.items()}
 
     def page(self, drawing: DrawConfig) -> Image.Image:
-        """Return 48 drawings, half of them held out, each with its caption and what was parsed."""
+        """Return 48 drawings or fewer, each with its caption and what was parsed; half are held out."""
         rows = []
         for row in ROWS:
             count = 24 // len(categories(row, self.world))
             cells = []
-            texts = list(itertools.chain(*prompts(row, count, 0, self.world).values()))
-            for text, image in self.drawn(texts, 0, drawing, row):
+            for text, image in self.drawn(prompts(row, count, 0, self.world), 0, drawing, row):
                 verdict = "right" if is_drawn(text, image) else f"wrong: {describe(image)}"
                 cells.append((image / 127.5 - 1, f"{text} ({verdict})"))
             rows += [cells[start:start + 8] for start in range(0, len(cells), 8)]
@@ -171,7 +176,8 @@ class ShapesTest:
 
 
 def open_values(shape: str, world: World) -> dict[str, list]:
-    """Return what varies in images of one object of a shape, each value as likely as another."""
+    """Return the possible values of each open feature of an object of this shape; all are equally
+    likely."""
     colours = [colour for colour in RGB if (colour, shape) not in HELD_PAIRS]
     values = dict(colour=colours, size=world.sizes, cell=list(itertools.product(range(2), range(2))),
                   background=world.backgrounds)
@@ -179,7 +185,7 @@ def open_values(shape: str, world: World) -> dict[str, list]:
 
 
 def open_features(background: str, things: list[shapes.Thing]) -> dict:
-    """Return those of an image of one object."""
+    """Return the values of these features in an image of one object."""
     thing, = things
     return dict(colour=thing.colour, size=thing.size, background=background,
                 cell=(int(thing.x / CELL), int(thing.y / CELL)))

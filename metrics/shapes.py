@@ -4,8 +4,8 @@
     is_true(read_caption("a red disc left of a blue square"), background, things)
 
 A drawing is right if it shows what its caption says and no other object.  The categories are those
-of GenEval (arXiv 2310.11513).  An image that can't be parsed counts as wrong: nothing is chosen out
-of several, and nothing is repaired.
+of GenEval (arXiv 2310.11513).  An image that can't be parsed counts as wrong.  Each prompt is drawn
+once, and no drawing is repaired.
 
 Shapes: S = SIDE pixels, n objects in an image, T templates.
 """
@@ -20,10 +20,10 @@ import numpy as np
 from torch import Tensor
 
 from dataset.shapes import (BACKGROUNDS, CELL, COUNTS, RADII, RELATIONS, RGB, SHAPES, SIDE, Thing,
-                            covered, is_related)
+                            covered, is_related, noun)
 
 LEAST = 6               # pixels of an object; fewer are a speck
-FIT = 0.7               # intersection / union with the best template, below which nothing is seen
+FIT = 0.7               # least intersection / union with the best template; below it, no object
 CATEGORIES = ["single object", "colours", "two objects", "position", "counting",
               "attribute binding"]
 
@@ -77,12 +77,16 @@ def parse(image: Tensor) -> tuple[str, list[Thing]] | None:
     background = max(BACKGROUNDS, key=lambda name: (names == name).sum())
     masks, kinds = templates()
     things = []
-    for colour in RGB:
+    for colour in colours:
+        if colour == background:
+            continue
         for part in connected(names == colour):
             if part.sum() < LEAST:
                 continue
+            if colour in BACKGROUNDS:
+                return None
             corner = to_corner(part)
-            fits = (masks & corner).sum((1, 2)) / np.maximum((masks | corner).sum((1, 2)), 1)
+            fits = (masks & corner).sum((1, 2)) / (masks | corner).sum((1, 2))
             best = int(fits.argmax())
             if fits[best] < FIT or part.sum() != corner.sum():
                 return None
@@ -104,8 +108,8 @@ class Noun:
     shape: str
 
     def fits(self, thing: Thing) -> bool:
-        return all(said in ("", true) for said, true in (
-            (self.size, thing.size), (self.colour, thing.colour), (self.shape, thing.shape)))
+        return (self.shape == thing.shape and self.size in ("", thing.size)
+                and self.colour in ("", thing.colour))
 
 
 @dataclass
@@ -129,21 +133,27 @@ class Claim:
 
 
 NOUN = re.compile(rf"(a|{'|'.join(COUNTS[1:])})(?: ({'|'.join(RADII)}))?(?: ({'|'.join(RGB)}))?"
-                  rf" ({'|'.join(SHAPES)})(e?s)?")
+                  rf" ({'|'.join(SHAPES)})(?:e?s)?")
 
 
 def read_caption(text: str) -> Claim | None:
     """Return what a caption says; None if it is not of this world's grammar."""
     text, _, background = text.partition(" on ")
     relation = next((name for name in RELATIONS if f" {name} " in text), "")
-    pieces = text.split(f" {relation} " if relation else " and ")
-    matches = [NOUN.fullmatch(piece) for piece in pieces]
-    if None in matches or background not in ("", *BACKGROUNDS) or relation and len(pieces) != 2:
-        return None
     nouns = []
-    for match in matches:
-        count, size, colour, shape, _ = match.groups(default="")
-        nouns.append(Noun(1 if count == "a" else COUNTS.index(count) + 1, size, colour, shape))
+    for piece in text.split(f" {relation} " if relation else " and "):
+        match = NOUN.fullmatch(piece)
+        if match is None:
+            return None
+        number, size, colour, shape = match.groups(default="")
+        count = 1 if number == "a" else COUNTS.index(number) + 1
+        if piece != noun(size, colour, shape, count):            # "a discs", "two disc"
+            return None
+        nouns.append(Noun(count, size, colour, shape))
+    if background not in ("", *BACKGROUNDS):
+        return None
+    if relation and [each.count for each in nouns] != [1, 1]:
+        return None
     return Claim(nouns, relation, background)
 
 

@@ -111,7 +111,7 @@ class TrainConfig:
     ema: float = option(0.9999, "decay of the averaged weights", low=0, high=1)
     seed: int = option(0, "seed of weights, order, noise, times and masks", low=0, high=2**63 - 1)
 
-    micro_batch: int = option(0, "rows in one pass on each process; 0: all of them", low=1,
+    micro_batch: int = option(0, "rows in one pass on each process; 0: all of them", low=0,
                               group="the machine")
     checkpoint_activations: bool = option(False, "keep only each block's input, recompute the rest")
     dtype: str = option("auto", "dtype of matrix products; auto: bfloat16 if supported",
@@ -138,7 +138,7 @@ class TrainConfig:
                                     low=0.001)
     shift: float | None = option(None, "sample.py's default with these weights (1; T5: 3)",
                                  low=0.001)
-    resume_step: int = option(0, "resume from this step_N; 0: from the newest", low=1)
+    resume_step: int = option(0, "resume from this step_N; 0: from the newest", low=0)
     fresh: bool = option(False, "delete the run in the folder, and start over")
     print_plan: int = option(0, "print what the run needs on this many GPUs, and stop",
                              low=1, bare=1)

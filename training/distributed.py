@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from common.cli import require
+
 
 def make_mesh(mode: str, device_type: str) -> DeviceMesh | None:
     """Return the processes as a mesh (copies, shards), or None: FSDP2 then makes one copy."""
@@ -27,6 +29,8 @@ def make_mesh(mode: str, device_type: str) -> DeviceMesh | None:
         shards = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # processes of this machine
         if shards == world_size:
             shards = world_size // 2
+        require((world_size % shards == 0, f"--shard hsdp: {world_size} processes don't divide into "
+                 f"groups of {shards}"))
     shape = (world_size // shards, shards)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 

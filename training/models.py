@@ -80,6 +80,10 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
     factor: pixels per latent, along a side; None without images."""
     name = f"--init {config.init}" if config.init else f"--preset {config.preset}"
     if sizes.text_length:
+        for flag in ("t5", "mask_embedding"):
+            if getattr(config, flag):
+                raise UserError(f"--{flag.replace('_', '-')}: {name} has a token embedding of its own, "
+                                f"and reads no T5")
         if config.stage == "mask-emb":
             raise UserError(f"--stage mask-emb: teaches T5's [MASK], {name} has a token embedding "
                             f"of its own; choose another stage")
@@ -216,7 +220,9 @@ def add_text_encoder(models: Models, config: TrainConfig, path: str | None,
         vector = checkpoint.trained_mask(config.init)
     dtype = getattr(torch, config.dtype)
     t5 = checkpoint.load_text_encoder(path, dtype, tokenizer, width, vector)
-    vector = t5.embed.weight[tokenizer.mask_id].detach().float().clone()
+    if vector is None:
+        vector = t5.embed.weight[tokenizer.mask_id].detach()
+    vector = vector.float().clone()                              # not rounded to T5's dtype
     models.extra_tensors["mask.vector"] = vector
     if "[MASK]" in STAGES[config.stage].extras:
         models.trainable["mask"] = MaskEmbedding(vector, tokenizer.mask_id)

@@ -40,8 +40,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized and scaled to AdamW's size (arXiv 2502.16982).
 
     parameters: matrices (rows, columns), which FSDP2 may have sharded.  The learning rate may be a
-    tensor, as a CUDA graph needs.  State, settings and checkpoints have the same form as those of
-    torch.optim.Muon."""
+    tensor, as a CUDA graph needs.  The state has the same form as that of torch.optim.Muon."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float | Tensor, weight_decay: float,
                  momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16):

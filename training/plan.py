@@ -17,7 +17,7 @@ from model import Block, MMDiT, MMDiTConfig, TokenEmbedding
 from pretrained.t5 import T5Block, T5Config, T5Encoder
 from pretrained.vae import AutoencoderKL, VAEConfig
 from training import models as training_models
-from training.config import STAGES, TrainConfig, start
+from training.config import STAGES, Stage, TrainConfig, start
 from training.optimizers import OPTIMIZERS
 
 NODE = 8                # GPUs of a machine; hsdp shards within it
@@ -44,7 +44,17 @@ def count_parameters(build_module, *sizes) -> int:
         return sum(p.numel() for p in build_module(*sizes).parameters())
 
 
-def count_trained(c: MMDiTConfig) -> int:
+def count_frozen(stage: Stage, c: MMDiTConfig) -> int:
+    """Count the transformer's parameters that a stage does not train."""
+    with torch.device("meta"):
+        mmdit = MMDiT(c)
+    mmdit.null_image.requires_grad_("null image" in stage.extras)
+    if stage.losses == "text":
+        training_models.freeze_velocity_parts(mmdit)
+    return sum(p.numel() for p in mmdit.parameters() if not p.requires_grad)
+
+
+def count_weights(c: MMDiTConfig) -> int:
     """Count the parameters of the transformer and the end-to-end variant's token embedding."""
     count = count_parameters(MMDiT, c)
     if c.text_length:
@@ -201,14 +211,14 @@ def rows_at_once(config: TrainConfig, gpus: int) -> int:
 
 def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, float]:
     """Return the bytes on each GPU of the trained weights, gradients and moments, by part."""
-    parameters = count_trained(c)
+    parameters = count_weights(c)
     block = count_parameters(Block, c)
     bytes_each = getattr(torch, config.dtype).itemsize
     shards = gpus
     if config.shard == "none":
         shards = 1
     elif config.shard == "hsdp":
-        shards = min(gpus, NODE)
+        shards = NODE if gpus > NODE else max(1, gpus // 2)      # as distributed.make_mesh
     shard = parameters / shards
 
     in_use = parameters
@@ -278,19 +288,18 @@ def show(config: TrainConfig) -> str:
     stage = STAGES[config.stage]
     t5, vae = frozen_sizes(config, c, about)
     factor = vae.factor if vae else 1
-    training_models.check(config, c, factor)
+    training_models.check(config, c, factor if vae or c.channels == 3 else None)
     N = image_tokens(config, c, factor)
     update = work(config, c, factor)
     frozen = frozen_flops(config, t5, vae) / 1e12                # TFLOP
     seconds = config.steps * (update["tflop"] + frozen) / (gpus * PEAK * MFU)
 
-    trained = total = count_trained(c)
+    total = count_weights(c)
+    trained = total - count_frozen(stage, c)
     if t5:
         total += count_parameters(T5Encoder, t5)
     if vae:
         total += count_parameters(AutoencoderKL, vae)
-    if "null image" not in stage.extras:
-        trained -= c.null_tokens * c.width
     mask = f", and a [MASK] of {t5.width}" if "[MASK]" in stage.extras else ""
     recomputed = ", activations recomputed" if config.checkpoint_activations else ""
     lines = [

@@ -9,6 +9,7 @@ from torch import Tensor
 from common.devices import autocast
 from dataset import sources
 from inference.parts import Parts
+from inference.text_to_image import decode
 from training import distributed
 from training.batches import Batch, Errors
 from training.setup import Job
@@ -67,8 +68,11 @@ def show_samples(job: Job) -> None:
     captions = [sources.choose_caption(sample, 0, 0) for sample in held_out]
     parts = Parts.of(job.models, config.pixels, config.text_length)
     parts.set_defaults(run.about)
+    images = sources.latents_of(held_out)
     with averaged_weights(job):
-        page = samples_page(parts, prompts, captions, sources.latents_of(held_out))
+        if images.shape[1] != 3:                    # stored latents
+            images = torch.stack([decode(parts, x) for x in images.to(parts.device)])
+        page = samples_page(parts, prompts, captions, images)
     if run.rank == 0:
         path = run.out / f"samples_{run.step}.png"
         with run.writing(path):

@@ -258,6 +258,10 @@ class Run:
             raise UserError(f"{out}: holds {results[0].name}, which no run made there; use another "
                             f"--out")
         steps = saved_steps(out)
+        if resume_step and (fresh or resume_step not in steps):
+            saved = ", ".join(folder.name for folder in complete(out)) or "no checkpoint"
+            raise UserError(f"--resume-step {resume_step}: {out} has {saved}"
+                            + "; it does not go with --fresh" * fresh)
         unfinished = [*out.glob(".tmp_*"), *out.glob(UNSAVED)]   # saves that were killed or failed
         if results and not steps and not unfinished and not fresh:
             raise UserError(f"{out}: holds weights and no whole step_* folder to go on from; "
@@ -273,9 +277,6 @@ class Run:
             return 0, [], {}, key
         check_identity(out, before, settings)
         step = resume_step or steps[-1]
-        if step not in steps:
-            names = ", ".join(folder.name for folder in complete(out))
-            raise UserError(f"--resume-step {step}: {out} has {names}")
         return step, read_log(out / "log.jsonl", step), before, key
 
     def begin(self, models, optimizers: list, about: dict, work: dict[str, float]) -> None:
@@ -304,7 +305,9 @@ class Run:
         """Rename later checkpoints to left_step_N; cut the log at this step.  Process 0 only."""
         for step in saved_steps(self.out):
             if step > self.step:
-                (self.out / f"step_{step}").rename(self.out / f"left_step_{step}")
+                left = self.out / f"left_step_{step}"
+                shutil.rmtree(left, ignore_errors=True)          # of an earlier --resume-step
+                (self.out / f"step_{step}").rename(left)
         self.write_log()
 
     def write_settings(self) -> None:
@@ -483,6 +486,8 @@ class Run:
 
     def save_again(self) -> None:
         """Save this step where an earlier save has failed, and end with a UserError."""
+        if self.saver is not None:
+            self.saver.join()                       # another process may know of its error before
         why, step = self.error, self.saver_step
         error = self.failed(why)
         self.error, self.saver = "", None
@@ -570,7 +575,7 @@ class Run:
         """Write loss.png and run.html.  Process 0 only."""
         with self.writing(self.out / "run.html"):
             curves.curves(self.rows, self.out / "loss.png", self.others)
-            curves.page(self.out, self.settings)
+            curves.page(self.out, self.settings, self.step)
 
     # ---------------------------------------------------------------------- the log
 
@@ -615,12 +620,13 @@ class Run:
         with self.writing(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
         losses = "  ".join(f"{name} {loss:.4f}" for name, loss in means.items())
-        print(f"step {self.step}/{steps}  {losses}  grad {grad_norm:.2f}  "
-              f"{progress.pace(pace, 'step')}  {progress.time_left((steps - self.step) / pace)}",
-              flush=True)
+        lines = [f"step {self.step}/{steps}  {losses}  grad {grad_norm:.2f}  "
+                 f"{progress.pace(pace, 'step')}  {progress.time_left((steps - self.step) / pace)}"]
         scores = [f"{name} {x:.4f}" for name, x in measured.items() if isinstance(x, float)]
         if scores:
-            print(f"at step {self.step}  {'  '.join(scores)}", flush=True)
+            lines.append(f"at step {self.step}  {'  '.join(scores)}")
+        with self.writing(Path("stdout")):
+            print("\n".join(lines), flush=True)
 
     def device_use(self, pace: float) -> dict[str, float]:
         """Return "gib", the peak memory of this process, on its GPU if it has one, and "mfu".

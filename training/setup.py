@@ -69,7 +69,7 @@ def set_up(config: TrainConfig) -> Job:
     shard(config, models, world)
     about = remember(config, base, latents, no_images)
     run.begin(models, make_optimizers(models.trainable, config), about,
-              plan.work(config, base.sizes, maker.factor))
+              plan.work(config, models.trainable["mmdit"].config, maker.factor))
     job = Job(config, maker, models, run)
     if rank == 0:
         print_start(job, base.family, device, why)
@@ -107,7 +107,8 @@ def open_data(config: TrainConfig, base: Base, key: str) -> tuple[dict[str, data
 def remember(config: TrainConfig, base: Base, latents: str | None, no_images: bool) -> dict:
     """Return the entries of the run's config.json besides the sizes."""
     paths = {part: str(Path(path).resolve()) for part, path in base.where.items()}
-    null_image = no_images or bool(base.about.get("null_image"))               # True: it is trained
+    # True: it is trained, here or before
+    null_image = no_images or base.family == "D-DiT" or bool(base.about.get("null_image"))
     return paths | dict(pixels=config.pixels, buckets=config.buckets,
                         text_length=config.text_length, stage=config.stage, latents=latents,
                         null_image=null_image, guidance=config.guidance, shift=config.shift)

@@ -112,16 +112,17 @@ def png_address(path: Path) -> str:
     return image_address("png", read_bytes(path))
 
 
-def page(out: Path, settings: dict) -> None:
-    """Write run.html in a run's folder: loss.png, samples over time, and the settings."""
+def page(out: Path, settings: dict, step: int) -> None:
+    """Write run.html in a run's folder: loss.png, samples up to this step, and the settings."""
     sheets = list(numbered(out, "samples_", ".png").items())
+    sheets = [(at, path) for at, path in sheets if at <= step]   # later ones were left behind
     every = math.ceil(len(sheets) / SHOWN) or 1         # 1 if there are no samples yet
     figures = []
     first = (len(sheets) - 1) % every                   # so that the newest one is shown
-    for step, path in sheets[first::every]:
+    for at, path in sheets[first::every]:
         address = png_address(path)
         figures.append(f'<figure hidden><img src="{address}" alt="">'
-                       f'<figcaption>step {step}</figcaption></figure>')
+                       f'<figcaption>step {at}</figcaption></figure>')
     last = len(figures) - 1
     slider = ""
     if figures:

@@ -85,6 +85,7 @@ def claim_runs(tmp_path, monkeypatch):
             assert not config.init or (Path(config.init) / "log.jsonl").exists()
             folder.mkdir(exist_ok=True)
             (folder / "log.jsonl").write_text(json.dumps(row) + "\n")
+            (folder / "config.json").write_text(json.dumps(dict(step=config.steps)))
             return
         names = ["drawing: colours", "reading: true", "POPE: accuracy"]
         names += [f"reading: {name}" for name in ("number", "colour", "shape", "yes/no", "place")]

@@ -299,6 +299,8 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     ([*ONE_IMAGE, "--image-cache", "4"], 2, "--image-cache: .*'4'.*'once', 'off'"),
     ([*ONE_IMAGE, "--order", "threshold", "--level", "1.5"], 1, "order threshold.*1.5"),
     ([*ONE_IMAGE, "--order", "random", "--level", "1"], 1, "order random.*level"),
+    ([*ONE_IMAGE, "--level", "1.5"], 1, "order threshold.*1.5"),
+    ([*ONE_IMAGE, "--t5", "assets/emoji"], 1, "--t5: .*embedding of its own"),
     ([*ONE_IMAGE, "--level", "0"], 2, "--level: .*'0'"),
     ([*ONE_IMAGE, "--length", "long"], 2, "--length: .*whole .*2"),
     # filling, asking and scoring

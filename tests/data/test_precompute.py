@@ -259,6 +259,13 @@ def test_a_run_on_latents_records_their_autoencoder(finished_run):
     assert Parts(finished_run, vae=VAE).vae.channels == 16
 
 
+def test_a_run_on_latents_draws_samples_with_its_autoencoder(init, stored, tmp_path):
+    flags = settings(init, "--image-data", stored, "--vae", VAE, "--out", tmp_path / "run", "--steps", 1,
+                     "--sample-every", 1)
+    train.main(list(map(str, flags)))
+    assert (tmp_path / "run" / "samples_1.png").exists()
+
+
 def test_sampling_refuses_another_autoencoder(finished_run, other_vae):
     digest = checkpoint.read_config(finished_run)["latents"]
     with pytest.raises(UserError, match=f"other.safetensors: .*{digest}"):

@@ -104,6 +104,10 @@ def no_log(monkeypatch):
     monkeypatch.setattr(run_folder, "open", opened, raising=False)
 
 
+def no_stdout(monkeypatch):
+    monkeypatch.setattr(run_folder, "print", full, raising=False)
+
+
 def no_curves(monkeypatch):
     monkeypatch.setattr(curves, "curves", full)
 
@@ -113,7 +117,7 @@ def no_page(monkeypatch):
 
 
 @pytest.mark.parametrize("fault, name, done", [
-    (no_log, "log.jsonl", 2), (no_curves, "run.html", 3), (no_page, "run.html", 3)])
+    (no_log, "log.jsonl", 2), (no_stdout, "stdout", 2), (no_curves, "run.html", 3), (no_page, "run.html", 3)])
 def test_a_full_disk_between_saves_ends_a_run_that_is_saved(fault, name, done, run_training, trained,
                                                             tmp_path, monkeypatch):
     """The curves are written at the save of step 2."""

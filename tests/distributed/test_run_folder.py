@@ -262,6 +262,24 @@ def test_resume_step_goes_back_and_keeps_the_later_one(run, run_training):
     assert [path.name for path in complete(run)] == ["step_6", "step_8"]
     assert (run / "left_step_6").is_dir()
     assert steps_logged(run) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert run_training("--steps", 8, "--resume-step", 6) == ""
+    assert run_training("--steps", 8, "--resume-step", 6) == ""  # left_step_8 is there already
+    assert [path.name for path in complete(run)] == ["step_6", "step_8"]
+
+
+def test_resume_step_deletes_and_starts_nothing_in_its_place(run, run_training, tmp_path):
+    message = run_training("--steps", 8, "--resume-step", 4, "--fresh")
+    assert "--resume-step 4" in message and "--fresh" in message
+    assert [path.name for path in complete(run)] == ["step_4", "step_6"]
+    message = run_training("--steps", 8, "--resume-step", 4, out=tmp_path / "mistyped")
+    assert "--resume-step 4" in message and "no checkpoint" in message
+
+
+def test_hsdp_needs_groups_of_one_size(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    with pytest.raises(UserError, match="hsdp: 5 processes .* groups of 2"):
+        distributed.make_mesh("hsdp", "cpu")
 
 
 def test_weights_too_large_for_float16_are_saved_in_bfloat16(run_training, tmp_path, tiny):

@@ -41,6 +41,10 @@ def levels(content):
     return np.array(read_image(content)).astype(float)
 
 
+def test_an_interval_from_the_command_line_equals_the_default():
+    assert DrawConfig(guidance_interval=[0.0, 1.0]) == DrawConfig()
+
+
 def test_a_file_does_not_depend_on_its_batch_or_place(either, tmp_path):
     jobs = [(prompt, seed) for prompt in PROMPTS for seed in (0, 5)]
     image_folder.fill(either, jobs, tmp_path / "single", DrawConfig(steps=3, batch=1))

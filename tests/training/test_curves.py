@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -91,6 +92,12 @@ def test_page_of_a_run_fetches_nothing(run):
     assert "one <b>" in "".join(page.cells)
     assert page.cells[page.cells.index("save_every") + 1] == "2"
     assert "step 2" in page.cells
+
+
+def test_page_leaves_out_samples_of_later_steps(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    curves.page(out, {}, 1)
+    assert "step 2" not in (out / "run.html").read_text()
 
 
 def test_log_has_the_pace_and_the_memory_of_a_run(run):

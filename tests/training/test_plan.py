@@ -163,7 +163,7 @@ def show_plan(monkeypatch, capsys):
       "autoencoder  "], ["[MASK]", "T5's activations"]),
     ("sd3-medium", "mask-emb", ["[MASK] of 4096", "T5's activations"], []),
     ("e2e-1.1b", "text",
-     ["0 images", "2048 texts of 8 + 256 tokens", "540,672 tokens", "4 at once"],
+     ["1,071.4 M of them trained", "0 images", "2048 texts of 8 + 256 tokens", "540,672 tokens", "4 at once"],
      ["autoencoder  "]),
     ("e2e-1.1b", "instruct", ["autoencoder  "], ["T5   "]),
 ])
@@ -183,6 +183,20 @@ def test_days_are_proportional_to_the_steps(show_plan):
         page = show_plan(*flags, "--steps", steps)
         days.append(float(re.search(r"([\d.]+) days at 40% of 8 x 989 TFLOP/s", page)[1]))
     assert days[1] == pytest.approx(2 * days[0], rel=0.01)       # two decimals
+
+
+def test_hsdp_shards_over_a_machine_or_over_half_of_a_single_one():
+    def weights(gpus):
+        config = train.parse(["--preset", "sd3-medium", "--shard", "hsdp", "--print-plan", str(gpus)])
+        return plan.weight_memory(config, SMALL, gpus)["averaged weights, float32"]
+    assert weights(1) == 4 * weights(8) == 8 * weights(16) == 8 * weights(64)
+
+
+def test_a_stage_without_images_has_no_size_of_images(monkeypatch):
+    """--init may be a run on larger images than the model's position table has patches of pixels."""
+    monkeypatch.setattr(plan, "block_activations", lambda *args: 1e6)
+    config = train.parse(["--preset", "e2e-1.1b", "--stage", "text", "--print-plan", "8"])
+    assert "stage text" in plan.show(replace(config, pixels=512))
 
 
 def test_plan_without_a_number_is_for_one_gpu(show_plan):

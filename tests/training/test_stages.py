@@ -142,7 +142,9 @@ def test_every_stage_trains_resumes_draws_and_captions(chain, tmp_path, capsys):
         common = ["--checkpoint", str(chain / stage), "--steps", "2"]
         image = str(tmp_path / "drawn.png")
         sample.main([*common, "--prompt", "a red cat", "--out", image])
-        assert Parts(chain / stage).height == (24 if stage in ("high-res", "instruct") else 16)
+        parts = Parts(chain / stage)
+        assert parts.height == (24 if stage in ("high-res", "instruct") else 16)
+        assert parts.length == parts.answer_length == 12         # as trained
         sample.main([*common, "--image", image, "--dtype", "float32"])
         assert len(capsys.readouterr().out.splitlines()) == 2
     config = checkpoint.read_config(chain / "instruct")
@@ -173,7 +175,7 @@ def test_exported_average_computes_the_same(stage, chain, tmp_path):
     assert torch.equal(*images)                                  # the [MASK] embedding is kept
 
 
-def test_only_mask_emb_trains_the_mask_and_none_the_null_image(chain):
+def test_only_mask_emb_trains_the_mask_and_none_the_null_image(chain, images, tmp_path):
     null_image = checkpoint.load_mmdit(SD3, vocab_size=VOCABULARY).null_image
     t5_row = checkpoint.load_t5(RELEASE).embed.weight[MASK_ID]
     weights = {stage: load_file(chain / stage / "weights.safetensors") for stage in STAGES_FROM_SD3}
@@ -185,6 +187,10 @@ def test_only_mask_emb_trains_the_mask_and_none_the_null_image(chain):
     assert not torch.equal(aligned, t5_row)
     for later in ("high-res", "instruct"):  # a stage starts from the weights, not their average
         assert torch.equal(weights[later]["mask.vector"], aligned)
+    train.main(flags("instruct", tmp_path / "half", images, "--init", chain / "mask-emb", "--pixels", 24,
+                     "--steps", 1, "--dtype", "bfloat16"))
+    half = load_file(tmp_path / "half" / "weights.safetensors")
+    assert torch.equal(half["mask.vector"], aligned)             # not rounded to T5's dtype
     average = load_file(chain / "mask-emb" / checkpoint.MASK_EMBEDDING)["vector"]
     assert 0 < (average - aligned).abs().max() < (t5_row - average).abs().max()
 
@@ -542,6 +548,7 @@ def test_own_sh_without_a_prompt_shows_its_usage():
 @pytest.mark.parametrize("more, status, names", [
     (["--stage", "text", *FROM_SD3], 1, ["--stage text", "end-to-end", str(SD3)]),
     (["--stage", "mask-emb"], 1, ["--stage mask-emb", "--preset emoji"]),
+    (["--t5", RELEASE], 1, ["--t5", "--preset emoji", "embedding of its own"]),
     (["--init", SD3, "--tokenizer", RELEASE], 1, [str(SD3), "--t5"]),
     (["--init", SD3, "--t5", RELEASE], 1, [str(SD3), "tokenizer.json", "--tokenizer"]),
     (["--init", RELEASE], 1, ["--image-data", "--vae", "16"]),

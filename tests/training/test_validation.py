@@ -17,7 +17,7 @@ from helpers import Forked, rows, to_the_end
 from training import gradient_meter
 from training import reports
 from training.batches import TextBatch
-from training.validation import BINS, SAMPLES, Validation, spread
+from training.validation import BINS, SAMPLES, Validation, mean_by_bin, spread
 
 BATCHES = ["--image-batch", 4, "--text-batch", 4, "--dtype", "float32", "--device", "cpu"]
 FLAGS = [*BATCHES, "--log-every", 1, "--sample-every", 0, "--warmup", 2, "--optimizer", "adamw",
@@ -54,6 +54,12 @@ def stub_tokenizer(end_id, token):
     """Return a tokenizer with an end token; all other tokens decode to the same text."""
     bpe = SimpleNamespace(decode=lambda ids: token * len(ids))
     return SimpleNamespace(end_id=end_id, pad_id=end_id, bpe=bpe)
+
+
+def test_a_text_without_tokens_of_its_own_does_not_count():
+    values = torch.arange(20.0)
+    values[3] = math.nan                                         # 0 nats of 0 tokens
+    assert mean_by_bin(values) == [5, 6, 7, 13, *range(9, 15)]
 
 
 def test_times_are_spread_evenly_over_ten_bins():
