@@ -19,7 +19,7 @@ from dataset.sources import question_prompt
 from pretrained.tokenizer import Tokenizer
 from training.config import TrainConfig
 
-VALIDATION_FLOOR = 0.05     # of flow.errors
+VALIDATION_FLOOR = 0.05     # of flow.errors, unless the run's is higher
 
 
 @dataclass
@@ -220,5 +220,5 @@ class BatchMaker:
 
         So runs with other settings are measured in the same way."""
         plain = replace(self.config, text_dropout=0.0, recaption=0.0, text_loss="1/t",
-                        time_floor=VALIDATION_FLOOR)
+                        time_floor=max(VALIDATION_FLOOR, self.config.time_floor))
         return replace(self, config=plain)

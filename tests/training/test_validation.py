@@ -16,7 +16,7 @@ from common import seeding
 from helpers import Forked, rows, to_the_end
 from training import gradient_meter
 from training import reports
-from training.batches import TextBatch
+from training.batches import BatchMaker, TextBatch
 from training.validation import BINS, SAMPLES, Validation, mean_by_bin, spread
 
 BATCHES = ["--image-batch", 4, "--text-batch", 4, "--dtype", "float32", "--device", "cpu"]
@@ -145,6 +145,13 @@ def test_validation_of_a_perfect_model_is_the_entropy():
                             tokenizer=stub_tokenizer(END, "a"))
     result = Validation(maker, errors, count).measure(0, 1)
     assert L * result["val_nats"] == pytest.approx(math.log(4), abs=1e-4)    # times are 1e-6 off
+
+
+@pytest.mark.parametrize("floor, expected", [("0", 0.05), ("0.01", 0.05), ("0.3", 0.3)])
+def test_validation_has_a_floor_at_least(floor, expected):
+    config = train.parse(["--time-floor", floor])
+    maker = BatchMaker(config, None, {}, "", 0, 1, 3, 1)
+    assert maker.for_validation().config.time_floor == expected
 
 
 def test_validation_uses_averaged_weights_captions_and_its_own_floor(tiny, small_tar, tmp_path):
