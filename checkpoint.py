@@ -400,6 +400,13 @@ def load_autoencoder(path: str | Path, channels: int) -> AutoencoderKL | Pixels:
     return autoencoder
 
 
+def training_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer that pads with its end token, as in D-DiT's training: T5's own is <pad>."""
+    tokenizer = load_tokenizer(path)
+    tokenizer.pad_id = tokenizer.end_id
+    return tokenizer
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer: from a folder of any layout, from a tokenizer.json, or by the name "gpt2".
 
@@ -473,10 +480,16 @@ def export(source: Path, target: Path, layout: str = "release",
              f"the published layouts' a velocity"),
             (not sizes.text_length, f"{source}: its text comes from a token embedding; the "
              f"published layouts are made for T5"))
+    if tokenizer:
+        load_tokenizer(tokenizer)                                # raises UserError
+        tokenizer = tokenizer if tokenizer.is_dir() else tokenizer.parent
     stored = Counter(part.tensors.dtype.values()).most_common(1)[0][0]
     dtypes = {name: dtype for dtype, name in NAMES.items()}
     dtype = dtypes.get(stored, torch.float32)
-    write_folder(load_mmdit(source, dtype), target, layout, dtype,
+    shift = layouts.SHIFT
+    if part.family == "ours":
+        shift = part.config.get("shift") or shift
+    write_folder(load_mmdit(source, dtype), target, layout, dtype, shift,
                  tokenizer or part_folder(source, "tokenizer"), source / MASK_EMBEDDING)
 
 

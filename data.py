@@ -184,6 +184,14 @@ def is_shapes(path: str) -> bool:
     return path in shapes.WORLDS and not Path(path).exists()
 
 
+def stride(size: int) -> int:
+    """Return a step that leads through all `size` rows of a source, each far from the one before."""
+    step = max(1, int(0.618 * size))
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
 def check_one_kind(path: Path) -> None:
     """Raise UserError for a folder with samples of several kinds: one would be read, and the others
     be left out."""
@@ -213,8 +221,8 @@ def split_weight(spec: str) -> tuple[str, float]:
 def fingerprint(spec: str) -> str:
     """Return a hash that identifies a source, wherever it is stored, with its weight and EACH.
 
-    The hash covers the contents of one file below 256 MiB.  Otherwise it covers the names and sizes
-    of all files, and the first 1024 bytes of the first file."""
+    The hash covers the contents of one file below 256 MiB, and of its VQA annotations.  Otherwise it
+    covers the names and sizes of all files, and the first 1024 bytes of the first file."""
     path, weight = split_weight(spec)
     if is_shapes(path):
         return f"{path} {shapes.RULES}:{weight}"
@@ -224,6 +232,9 @@ def fingerprint(spec: str) -> str:
     require((paths and paths[0].exists(), f"{pattern}: no such file or folder"))
     if len(paths) == 1 and paths[0].is_file() and paths[0].stat().st_size < 2**28:
         digest = sha256(paths[0])
+        answers = questions.annotations_of(paths[0])
+        if answers != paths[0] and answers.exists():
+            digest = hashlib.sha256((digest + sha256(answers)).encode()).hexdigest()
     else:
         digest = hashlib.sha256(os.fsencode(list_files(paths))).hexdigest()
     return f"{digest[:16]}:{weight}{each}"
@@ -340,15 +351,17 @@ class Mix:
         return locate(torch.tensor(list(positions)), sizes, self.weights, f"{self.key} {name}")
 
     def read(self, place: Place, captioned: bool, size: Size | None = None) -> dict:
-        """Return the sample at a place, or the next usable one of its source.
+        """Return the sample at a place, or else a usable one far from it in its source, because
+        neighbours in a sorted folder are often alike.
 
         Raises UserError after 100 unusable samples in a row, or if over 5 % are unreadable: so many
         that a source with 5 % would show as many with a probability of 1e-4.  Filters may leave out
         any share."""
         source = self.sources[place.source]
-        for row in range(place.row, place.row + 100):
+        step = stride(len(source))
+        for n in range(100):
             self.seen += 1
-            candidate = place._replace(row=row % len(source))
+            candidate = place._replace(row=(place.row + n * step) % len(source))
             try:
                 return self.sample(candidate, captioned, size)
             except UserError as error:
@@ -403,9 +416,10 @@ class Mix:
         if isinstance(sample.get("image"), bytes):
             image = read_image(sample["image"], sample["key"])
             self.check_size(image, sample["key"])
-            height, width = size or (self.pixels, self.pixels)
-            pixels = np.array(fit_image(image, height, width))
-            sample["image"] = torch.from_numpy(pixels).permute(2, 0, 1)        # (3, P, P)
+            sample["image"] = self.fit(image, size)
+        elif size and "image" in sample:                         # square pixels, in a bucket
+            image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
+            sample["image"] = self.fit(image, size)
         self.filter_captions(sample, captioned)
         pairs = None if captioned else sample.get("questions")
         require((pairs != [] or not self.asks,
@@ -413,6 +427,12 @@ class Mix:
                 (sample["captions"] or sample.get("recaption") or pairs,
                  f"{sample['key']}: no caption{'' if captioned else ' and no question'}"))
         return sample
+
+    def fit(self, image: Image.Image, size: Size | None) -> Tensor:
+        """Return the image cropped and resized, (3, P, P) uint8, or (3, *size)."""
+        height, width = size or (self.pixels, self.pixels)
+        pixels = np.array(fit_image(image, height, width))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def check_size(self, image: Image.Image, name: str) -> None:
         """Raise Filtered for an image that is too small or too elongated."""
@@ -454,7 +474,9 @@ class Mix:
         count = min(count, len(source))
         # evenly spaced, because neighbours in a sorted folder are often alike
         places = [Place(0, 0, i * len(source) // count) for i in range(count)]
-        return [self.read(place, captioned) for place in places]
+        samples = [self.read(place, captioned) for place in places]
+        self.newly_bad()                                         # they are not training's
+        return samples
 
 
 # ----------------------------------------------------------------------------------------- checks
@@ -555,7 +577,7 @@ def show_sources(args: argparse.Namespace) -> None:
     """Write a page of twelve samples as the trainer sees them; print counts and bad samples."""
     args.parser.check_path("--out", args.out, grids.SUFFIXES)
     mix = Mix(args.paths, args.pixels, "show", length=args.text_length)
-    tokenizer = checkpoint.load_tokenizer(args.tokenizer)
+    tokenizer = checkpoint.training_tokenizer(args.tokenizer)
     check_tokens(mix, tokenizer, args.tokenizer)
     for source, weight in zip(mix.sources, mix.weights):
         share = weight / sum(mix.weights)

@@ -32,7 +32,7 @@ from typing import Callable
 from common import processes
 from common.cli import is_text, require
 from common.devices import DEVICES, choose_device
-from common.files import write_json, write_text
+from common.files import is_there, read_json_object, write_json, write_text
 from common.progress import Progress
 from dataset import emoji, questions, shapes
 from dataset.sources import question_prompt
@@ -49,6 +49,7 @@ from metrics.tables import print_left_out, read_note, table, tell
 from viz import grids
 
 ANSWERED = [*answers.READ, "captions"]
+MODELS = ["vae", "t5", "tokenizer", "mask_embedding"]            # flags that name parts of a model
 SEEDS = 2**50           # the largest --seed; drawings add their number to it
 ANSWER_ROOM = 32        # tokens kept free for an answer after the longest prompt with --shots
 
@@ -74,6 +75,9 @@ def draw(args: argparse.Namespace) -> None:
     with processes.one_voice():
         config = cli.take(DrawConfig, vars(args))
         benchmark = benchmarks.read(args.benchmark, args.prompts, args.n, args.seed, args.limit)
+        note = Path(f"{args.out}.json")
+        require((not is_there(note) or "settings" in read_json_object(note),
+                 f"{note}: is in the way: settings of drawings go there; name another folder"))
         parts = open_parts(cli.take(ModelConfig, vars(args)), device)
         parts.silent = True
         config.negative_prompt = read_prompt(parts, config.negative_prompt, "negative prompt")
@@ -154,6 +158,8 @@ def answer(args: argparse.Namespace) -> None:
         note |= dict(made_by=args.command_line, asked=len(asks), pictures=str(args.images),
                      checkpoint=processes.first(parts.digest), length=parts.answer_length,
                      dtype=str(parts.dtype).removeprefix("torch."),
+                     size=f"{parts.width}x{parts.height}",
+                     models={name: str(getattr(args, name, None) or "") for name in MODELS},
                      settings=vars(parts.complete(config)))
         progress = Progress("questions", rank=rank, world=world)
         file = AnswerFile(args.out, asks, args.images, note, config, args.choices, args.seed)
@@ -202,7 +208,7 @@ def score_answers(args: argparse.Namespace, note: dict) -> None:
     by_id, more = answers.read_answers(args.results)
     scores, problems = answers.score(args.benchmark, scored[:note.get("limit")], by_id)
     rows = defaultdict(dict)
-    for name, value in scores.items():                   # "random: F1"; "overall", "binary: choose"
+    for name, value in scores.items():                   # "random: F1"; "overall", "structural: choose"
         row, _, column = name.rpartition(": ")
         if args.benchmark == "pope" or not row:
             rows[row or "these answers"][column] = value
@@ -215,6 +221,7 @@ def open_model(args: argparse.Namespace) -> tuple[Parts, DrawConfig, ReadConfig]
     """Open the model that is measured, with the settings of drawing and reading."""
     drawing, reading = cli.take(DrawConfig, vars(args)), cli.take(ReadConfig, vars(args))
     parts = open_parts(cli.take(ModelConfig, vars(args)))
+    parts.check_text_head()
     parts.silent = True
     return parts, drawing, reading
 
@@ -222,6 +229,8 @@ def open_model(args: argparse.Namespace) -> tuple[Parts, DrawConfig, ReadConfig]
 def measure_emoji(args: argparse.Namespace) -> None:
     """Measure drawing, reading and POPE on the emoji set, in tables like the paper's."""
     parts, drawing, reading = open_model(args)
+    require((parts.height == parts.width,
+             f"emoji: expected square images, not {parts.width}x{parts.height}"))
     records, images = emoji.load(emoji.TAR, parts.height)
     test = emojis.EmojiTest(parts, records, images.float() / 127.5 - 1)
     if args.page:
@@ -409,6 +418,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error("--length auto changes nothing with draw")
     if args.command == "answer":
         check_answer(parser, args)
+    if args.command == "statistics":
+        parser.check_path("OUT", args.out, [".npz"])
     if args.command in ("emoji", "shapes"):
         check_world(parser, args)
 

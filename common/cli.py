@@ -97,6 +97,7 @@ def number(kind: type, low: float | None = None, high: float | None = None,
             wanted += f", or {word}"
         try:
             value = kind(text)
+            math.isfinite(value)                                 # a huge int raises OverflowError
         except (ValueError, OverflowError):
             value = math.nan
         too_low = low is not None and value < low

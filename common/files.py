@@ -9,14 +9,37 @@ from typing import Any, Iterator
 
 from common.cli import UserError, require
 
+try:
+    import resource
+except ImportError:                                              # on Windows
+    resource = None
+
 
 def is_hidden(path: str) -> bool:
     """Return True if the last name of a path, or that of a folder before it, begins with a dot."""
     return any(name.startswith(".") and name not in (".", "..") for name in path.split("/"))
 
 
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files by `count`, or up to the system's limit: a
+    memory-mapped file stays open.  Raises UserError if that can't be enough."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    limit = soft + count
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    require((count < limit, f"{count} files must stay open, and this system allows {hard} (ulimit "
+             f"-n)"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """Return the paths that match a pattern, sorted, without hidden ones."""
+    """Return the paths that match a pattern, sorted, without hidden ones.  Raises OSError."""
+    if folder.is_dir():
+        os.scandir(folder).close()                               # glob skips a folder it may not read
     return [path for path in sorted(folder.glob(pattern))
             if not is_hidden(str(path.relative_to(folder)))]
 
@@ -27,7 +50,7 @@ def walk(folder: Path) -> Iterator[Path]:
     Links are followed, but no folder is read twice.  A broken link is yielded: who reads it will
     say so.  Raises OSError."""
     top = folder.resolve()
-    linked = set()                                               # folders outside
+    read = set()
     pending = visible(folder)[::-1]
     while pending:
         path = pending.pop()
@@ -35,12 +58,12 @@ def walk(folder: Path) -> Iterator[Path]:
             if path.is_file() or not path.exists():
                 yield path
             continue
-        if path.is_symlink():
-            target = path.resolve()
-            if target.is_relative_to(top) or target in linked:
-                continue
-            linked.add(target)
-        pending += visible(path)[::-1]
+        target = path.resolve()
+        if path.is_symlink() and target.is_relative_to(top):
+            continue                                             # it is read in its own place
+        if target not in read:
+            read.add(target)
+            pending += visible(path)[::-1]
 
 
 def listing(folder: Path) -> str:
@@ -51,12 +74,12 @@ def listing(folder: Path) -> str:
 
 def numbered(folder: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
     """Return the files and folders named PREFIX, a number and SUFFIX, by their numbers in order."""
-    found = {}
+    paths = {}
     for path in folder.glob(f"{prefix}*{suffix}"):
         number = path.name.removeprefix(prefix).removesuffix(suffix)
         if number.isascii() and number.isdecimal() and path.name == f"{prefix}{int(number)}{suffix}":
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+            paths[int(number)] = path
+    return dict(sorted(paths.items()))
 
 
 def inside(folder: Path, name: str) -> Path:

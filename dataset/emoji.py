@@ -344,7 +344,10 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
         require(({"webp", "json"} <= files.keys(), f"{where}: expected a webp and a json"))
         record = parse_json(files["json"], where)
         described(record, where)                                 # checks that it is an object
-        records.append({name: text(record.get(name), where, name) for name in FIELDS})
+        record = {name: text(record.get(name), where, name) for name in FIELDS}
+        require((record["kind"] in KINDS and record["name"],
+                 f"{where}: expected a name, and a kind of the emoji set"))
+        records.append(record)
         image = read_image(files["webp"], where)
         images.append(np.array(fit_image(image, pixels)))
     add_questions(records)
@@ -414,7 +417,7 @@ class Emoji(Source):
 
     def __getitem__(self, i: int) -> dict:
         record = self.records[i]
-        return dict(key=record["key"], image=self.images[i], captions=[record["caption"]],
+        return dict(key=record["key"], image=self.images[i].clone(), captions=[record["caption"]],
                     questions=record["questions"])
 
     def texts(self) -> list[str]:

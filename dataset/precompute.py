@@ -68,8 +68,7 @@ class Encoder:
             self.vae.to(self.device)
         self.t5 = None
         if args.t5:
-            self.tokenizer = checkpoint.load_tokenizer(args.tokenizer or args.t5)
-            self.tokenizer.pad_id = self.tokenizer.end_id                # train.py pads so, too
+            self.tokenizer = checkpoint.training_tokenizer(args.tokenizer or args.t5)
             self.t5 = checkpoint.load_text_encoder(args.t5, torch.bfloat16, self.tokenizer)
             self.stamp |= states_stamp(self.t5, self.tokenizer, args.text_length, args.recaption)
             self.t5.to(self.device)
@@ -90,6 +89,13 @@ class Encoder:
             encoded["states"] = self.t5(torch.stack(ids).to(self.device))
         dtype = getattr(torch, self.args.dtype)
         return {name: tensor.to("cpu", dtype) for name, tensor in encoded.items()}
+
+
+    def no_rows(self) -> dict[str, Tensor]:
+        """Return what `encode` does, of no samples."""
+        pixels = self.args.pixels
+        blank = dict(key="", captions=[""], image=torch.zeros(3, pixels, pixels, dtype=torch.uint8))
+        return {name: tensor[:0] for name, tensor in self.encode([blank]).items()}
 
 
 def missing_shards(args: argparse.Namespace, shards: list[Sequence[int]],
@@ -123,11 +129,13 @@ def read(mix, captioned: bool, batches: list[Sequence[int]], number: int) -> lis
 def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: str) -> None:
     """Encode the one source of a `data.Mix` into shards; existing shards are kept.
 
-    fingerprint: identifies the source.  Raises UserError for a shard without a usable sample."""
+    fingerprint: identifies the source.  Raises UserError if no sample is usable."""
     [source] = mix.sources
     require((source.holds == "images", f"{args.source}: has no images to encode"))
     shards = chunks(source.every, SHARD)
     stamp = dict(encoder.stamp, source=fingerprint, shards=str(len(shards)))
+    if args.filtered:
+        stamp["filtered"] = "True"
     missing = missing_shards(args, shards, stamp)
     batches = []
     for positions in missing.values():
@@ -138,17 +146,25 @@ def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: 
     progress = Progress("samples", total)
     args.out.mkdir(parents=True, exist_ok=True)
     stored = 0
+    empty = []
     for file, positions in missing.items():
         samples, encoded = [], []
         for batch in itertools.islice(reading, math.ceil(len(positions) / args.batch)):
             if batch:
                 encoded.append(encoder.encode(batch))
+            for sample in batch:
+                del sample["image"]                              # workers share memory for it
             samples += batch
             progress.update(stored + len(samples))
-        require((samples, f"{file}: all of its samples are unreadable"))
+        if not samples:
+            empty.append(file)
+            continue
         tensors = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
         write_shard(file, samples, tensors, stamp)
         stored += len(samples)
+    require((stored or len(missing) < len(shards), f"{args.source}: all of its samples are unusable"))
+    for file in empty:
+        write_shard(file, [], encoder.no_rows(), stamp)
     print(f"{args.out}: {len(shards)} shards, {stored:,} samples encoded now, "
           f"{total - stored:,} left out")
 
@@ -160,11 +176,8 @@ def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
     Raises UserError for tensors that are not finite."""
     for name, tensor in tensors.items():
         require((finite(tensor), f"{file}: {name} are not finite in {stamp['dtype']}"))
-    texts = []
-    for sample in samples:
-        del sample["image"]
-        texts.append(json.dumps(sample).encode())
-    tensors["texts"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+    texts = [json.dumps(sample).encode() for sample in samples]
+    tensors["texts"] = torch.tensor(bytearray(b"".join(texts)), dtype=torch.uint8)
     tensors["ends"] = torch.tensor([0, *itertools.accumulate(map(len, texts))])
     with replacing(file) as temporary:
         try:
@@ -220,7 +233,7 @@ def pack(args: argparse.Namespace) -> None:
     """Write documents as one safetensors file of tokens, in uint16 if the vocabulary fits, else in
     uint32.  Raises UserError."""
     require((args.out.suffix == ".safetensors", f"{args.out}: expected the .safetensors to write"))
-    tokenizer = checkpoint.load_tokenizer(args.tokenizer)
+    tokenizer = checkpoint.training_tokenizer(args.tokenizer)
     paths = sources.expand_all(args.paths)
     for path in paths:
         require((path.endswith(sources.TEXTS), f"{path}: expected {', '.join(sources.TEXTS)}"))

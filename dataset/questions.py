@@ -51,14 +51,20 @@ class Question:
         return f"{self.question.strip()} {suffix}".strip()
 
 
+def annotations_of(path: Path) -> Path:
+    """Return where the annotations of VQAv2's or OK-VQA's questions stand under their published
+    name; for other files, the path itself."""
+    name = path.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
+    return path.with_name(name)
+
+
 def read_vqa(content: dict, path: Path, issues: Issues, annotations: Path | None = None
              ) -> Iterator[Question]:
     """Yield the questions of VQAv2 or OK-VQA.
 
     annotations: the file of answers; by default the one with the published name, in the folder of
     the questions."""
-    published_name = path.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    annotated = files.read_json(annotations or path.with_name(published_name))
+    annotated = files.read_json(annotations or annotations_of(path))
     type_names = annotated.get("question_types", {})             # OK-VQA's types are numbers
     notes = {}
     for note in annotated["annotations"]:

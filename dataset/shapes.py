@@ -101,14 +101,14 @@ def orders(scene: Scene) -> Iterator[tuple[Thing, str, Thing]]:
 
 def held_out(scene: Scene) -> set[str]:
     """Return the kinds of held-out combinations that a scene shows."""
-    found = set()
+    kinds = set()
     if any(thing.pair in HELD_PAIRS for thing in scene.things):
-        found.add("pairs")
+        kinds.add("pairs")
     if any((scene.count(shape), shape) in HELD_COUNTS for shape in SHAPES):
-        found.add("counts")
+        kinds.add("counts")
     if any((first.shape, second.shape) in HELD_ORDERS for first, _, second in orders(scene)):
-        found.add("orders")
-    return found
+        kinds.add("orders")
+    return kinds
 
 
 # ------------------------------------------------------------------------------------------- scenes

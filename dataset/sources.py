@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError, is_text, require, warn
-from common.files import (decode_text, inside, is_there, listing, parse_json, read_bytes,
-                          read_json_lines, read_text, text_lines, visible, walk)
+from common.files import (allow_open_files, decode_text, inside, is_there, listing, parse_json,
+                          read_bytes, read_json_lines, read_text, text_lines, visible, walk)
 from common.progress import Progress
 from dataset import webdataset
 from dataset.webdataset import Tar
@@ -130,9 +130,9 @@ def described(record, where: str) -> dict:
     require((isinstance(record, dict),
              f"{where}: expected a JSON object, found {ascii(record)[:60]}"))
     sample = {}
-    if record.get("caption"):
+    if record.get("caption") not in (None, ""):
         sample["captions"] = [text(record["caption"], where, "caption")]
-    if record.get("re_caption"):
+    if record.get("re_caption") not in (None, ""):
         sample["recaption"] = text(record["re_caption"], where, "re_caption")
     pairs = record.get("questions")
     if pairs is not None:
@@ -263,7 +263,8 @@ class Folder(Source):
             require((isinstance(record, dict) and isinstance(record.get("file_name"), str),
                      f"{where}: expected an object with file_name and text, found "
                      f"{ascii(record)[:60]}"))
-            yield record["file_name"], [text(record.get("text"), where, "text")]
+            caption = text(record.get("text"), where, "text")
+            yield record["file_name"], [caption] if caption.strip() else []
 
     def pair(self, images: list[Path], others: list[Path]) -> Iterator[tuple[str, list[str]]]:
         """Pair images with caption files of the same name."""
@@ -356,6 +357,7 @@ class Tars(Sharded):
             others = [file for file in walk(folder) if webdataset.LIKE.search(file.name)
                       and str(file) not in read]
             warn_left_out(self.name, others, f"expected {', '.join(webdataset.KINDS)} in {folder}")
+        allow_open_files(len(paths))                             # their indexes are memory-mapped
         progress = Progress("tars indexed", len(paths))
         for path in paths:
             self.tars.append(Tar(path))

@@ -44,6 +44,8 @@ def whole(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such tar file")
     except Exception as error:      # tarfile and gzip raise whatever the damage led to
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path}: can't be read ({error.strerror})")
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: not a whole tar file ({reason}); fetch or build it again")
 

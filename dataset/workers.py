@@ -52,7 +52,7 @@ def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any
                 raise result
             yield result
     except (RuntimeError, ConnectionResetError, EOFError) as error:
-        if not waits:
+        if not waits or str(error).startswith("Caught "):        # an error of `make` itself
             raise
         waits = False               # the signal may come after the error
         reason = (str(error) or type(error).__name__).splitlines()[0]

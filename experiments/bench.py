@@ -45,16 +45,20 @@ from training.models import Models
 from training.optimizers import make_optimizers
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all work that it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()            # torch.cuda, torch.mps
+
+
 def median_seconds(function: Callable[[], object], rounds: int, device: torch.device) -> float:
     """Return the median time of a call in seconds, after one warm-up call."""
     seconds = []
     for _ in range(1 + rounds):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         started = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 

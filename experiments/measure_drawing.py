@@ -13,8 +13,6 @@ difference from the prompted image, in levels of 255; `evaluations`: network eva
 This is not part of the test run.
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import torch
 import flow
 from common import cli
 from common.devices import choose_device
+from common.files import write_json
 from dataset import emoji
 from inference import text_to_image
 from inference.parts import EMOJI, Parts
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=emoji.SPLITS, default="train", help="(train)")
     parser.add_argument("--prompts", type=cli.number(int, 1), default=192, help="(192)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(as sample.py)")
-    parser.add_argument("--json", type=argparse.FileType("w"), help="also write the rows here")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--page", type=Path, help="write an image of the drawings here")
     args = parser.parse_args(argv)
     cli.require(*((name not in args.tables or len(args.tables) == 1, f"{name}: is measured alone")
@@ -145,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"| {name} | {row['emoji']:.1f} | {row['single']:.1f} | {row['distance']:.1f} | "
                   f"{row['evaluations']:.0f} | {row['seconds']:.0f} |", flush=True)
     if args.json:
-        json.dump(rows, args.json, indent=1)
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
 from common import cli
 from dataset import emoji
 from inference import image_to_text
@@ -39,13 +38,15 @@ CACHES = ("off", "once")
 
 def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float, float]:
     """Return the percentage of right captions, the evaluations per text, and the seconds."""
-    calls, mmdit = [], parts.mmdit.forward
-    parts.mmdit.forward = lambda *a, **k: calls.append(len(a[1])) or mmdit(*a, **k)      # a[1]: the text
+    rows_evaluated = []                             # texts in each evaluation of the network
+    hook = parts.text.register_forward_pre_hook(
+        lambda module, args: rows_evaluated.append(len(args[0])))
     started = time.perf_counter()
-    said = image_to_text.write(parts, latents, [None] * len(latents), ReadConfig(**how))
+    written = image_to_text.write(parts, latents, [None] * len(latents), ReadConfig(**how))
     seconds = time.perf_counter() - started
-    parts.mmdit.forward = mmdit
-    return 100 * sum(map(str.__eq__, said, true)) / len(true), sum(calls) / len(true), seconds
+    hook.remove()
+    right = 100 * sum(map(str.__eq__, written, true)) / len(true)
+    return right, sum(rows_evaluated) / len(true), seconds
 
 
 def orders(parts: Parts, records: list[dict], latents, limit: int) -> None:

@@ -57,6 +57,7 @@ PARTS = {"new": False, "held-out": True}
 class Row(NamedTuple):
     exercise: str
     seed: int
+    steps: int | None           # None: those of tour.py
     shares: dict[str, float]
 
 
@@ -95,7 +96,7 @@ def measure(exercise: str, seed: int, steps: int | None) -> Row:
         images, captions = tour.make_data(200, seed=1, held_out=held_out)
         for name, share in tour.measure(model, images, captions).items():
             shares[f"{part}, {name}"] = share
-    return Row(exercise, seed, shares)
+    return Row(exercise, seed, steps, shares)
 
 
 def print_table(rows: list[Row]) -> None:
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     if args.out and args.out.exists():
         rows = [Row(**row) for _, row in read_json_lines(args.out)]
+        rows = [row for row in rows if row.steps == args.steps]
     done = {(row.exercise, row.seed) for row in rows}
     for seed in range(args.seeds):
         for exercise in args.exercises or CHANGES:

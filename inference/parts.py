@@ -20,6 +20,7 @@ from common.cli import ROOT, UserError, option, require, warn
 from common.devices import DEVICES, choose_device, has_bfloat16
 from common.files import sha256
 from dataset import aspect_buckets
+from pretrained.layouts import SHIFT
 from pretrained.safetensors_io import Tensors
 from pretrained.vae import Pixels
 
@@ -31,7 +32,7 @@ SHAPES = ROOT / "assets" / "shapes"
 # A checkpoint of ours may have its own guidance and shift.
 OWN = dict(guidance=1.5, shift=1.0, batch=16,
            temperature=0.0, order="threshold", image_cache="once")
-PUBLISHED = dict(guidance=7.0, shift=3.0, batch=4,
+PUBLISHED = dict(guidance=7.0, shift=SHIFT, batch=4,
                  temperature=1.0, order="random", image_cache="off")
 
 

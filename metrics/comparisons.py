@@ -28,8 +28,12 @@ def load_network(args: argparse.Namespace) -> tuple[inception.Inception, dict[st
 
 def fid_command(args: argparse.Namespace) -> None:
     """Measure FID, and KID if features of both sources are available."""
-    network, settings = load_network(args)
     first, second = args.sources
+    note = read_note(Path(first))
+    for source in args.sources:
+        require((source.startswith("emoji:") or Path(source).exists(),
+                 f"{source}: no such file or folder"))
+    network, settings = load_network(args)
     a, left_out = fid.measure(first, network, args.device)
     b, more = fid.measure(second, network, args.device)
     scores = {"FID": fid.frechet(a, b)}
@@ -39,7 +43,7 @@ def fid_command(args: argparse.Namespace) -> None:
         if spread:
             scores["its spread"] = 1000 * spread
     settings["images"] = f"{a.count or 'an unknown number'} and {b.count or 'an unknown number'}"
-    tell(args, {first: scores}, left_out + more, read_note(Path(first)), settings)
+    tell(args, {first: scores}, left_out + more, note, settings)
 
 
 def statistics_command(args: argparse.Namespace) -> None:
@@ -104,16 +108,17 @@ def compare(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
 def coco(args: argparse.Namespace) -> None:
     """Measure FID of 30,000 drawings against real images, cut to the same size, and CLIP score."""
     benchmark = benchmarks.read("coco", [str(args.captions)])
+    scorer = load_clip(args) if args.clip else None         # before FID, which takes long
     # `draw` makes all drawings in one size, so the first one shows it
     first = min(visible(args.drawn, "*.png"), default=args.drawn / benchmark.names[0])
     width, height = read_image(first).size
     groups = {"FID": benchmark.names}
     scores, left_out, settings = compare(args, benchmark, groups, (height, width))
-    if args.clip:
+    if scorer:
         pairs = []
         for name, (prompt, _) in zip(benchmark.names, benchmark.jobs):
             pairs.append((name, args.drawn / name, prompt))
-        cosines, more = clip_cosines(args, pairs)
+        cosines, more = clip.score(pairs, *scorer, args.device)
         scores.update(clip.summarize(cosines))
         left_out = list(dict.fromkeys(left_out + more))     # both list the unreadable drawings
     left_out = benchmark.left_out + left_out
@@ -128,14 +133,14 @@ def mjhq(args: argparse.Namespace) -> None:
     tell(args, {"these drawings": scores}, left_out, read_note(args.drawn), settings)
 
 
-def clip_cosines(args: argparse.Namespace, pairs: clip.Pairs) -> tuple[list[float], list[str]]:
-    model = clip.load(args.clip, args.device)
-    return clip.score(pairs, model, clip.load_tokenizer(args.clip), args.device)
+def load_clip(args: argparse.Namespace) -> tuple:
+    """Return CLIP and its tokenizer."""
+    return clip.load(args.clip, args.device), clip.load_tokenizer(args.clip)
 
 
 def clip_command(args: argparse.Namespace) -> None:
     """Measure how well images fit their captions, as CLIP score."""
-    cosines, left_out = clip_cosines(args, clip.read_pairs(args.drawn))
+    cosines, left_out = clip.score(clip.read_pairs(args.drawn), *load_clip(args), args.device)
     rows = {str(args.drawn): clip.summarize(cosines)}
     settings = dict(pairs=len(cosines), clip=str(args.clip))
     tell(args, rows, left_out, read_note(args.drawn), settings)

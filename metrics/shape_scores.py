@@ -115,7 +115,7 @@ class ShapesTest:
         for n, batch in enumerate(batches(f"{title}, seed {seed}", jobs, BATCH)):
             images = torch.stack([sample["image"] for sample, _ in batch]) / 127.5 - 1
             first_seed = seed * 10**6 + n * BATCH
-            yield from write(self.parts, encode(self.parts, images), [asked for _, asked in batch],
+            yield from write(self.parts, encode(self.parts, images), [question for _, question in batch],
                              config, list(range(first_seed, first_seed + len(batch))))
 
     def captions(self, row: str, count: int, seed: int, config: ReadConfig) -> dict[str, float]:
@@ -148,19 +148,19 @@ class ShapesTest:
 
     def calibrate(self, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Compare drawings of "a disc", "a square" and so on with the true distribution."""
-        found = defaultdict(list)
+        scores = defaultdict(list)
         for shape in SHAPES:
             right = []
             for _, image in self.drawn([f"a {shape}"] * count, seed, config, f"a {shape}"):
                 parsed = parse(image)
                 is_one = parsed is not None and [thing.shape for thing in parsed[1]] == [shape]
-                found["right"].append(is_one)
+                scores["right"].append(is_one)
                 if is_one:
                     right.append(open_features(*parsed))
             for name, values in open_values(shape, WORLDS[self.world]).items():
                 counts = Counter(features[name] for features in right)
-                found[name].append(total_variation(counts, values))
-        return {f"calibration: {name}": percent(values) for name, values in found.items()}
+                scores[name].append(total_variation(counts, values))
+        return {f"calibration: {name}": percent(values) for name, values in scores.items()}
 
     def page(self, drawing: DrawConfig) -> Image.Image:
         """Return 48 drawings or fewer, each with its caption and what was parsed; half are held out."""

@@ -52,8 +52,11 @@ def tell(args: argparse.Namespace, rows: Rows, left_out: list[str], note: dict,
     print(table(rows | published, DECIMALS.get(name, 1)))
     command = dict(command=args.command_line)
     for key, value in (command | note | settings).items():
+        if key == "left_out":                       # by `answer`; `score` lists them itself
+            continue
         if isinstance(value, dict):
-            value = ", ".join(f"{name} {part}" for name, part in value.items() if part)
+            given = {name: part for name, part in value.items() if part not in (None, "")}
+            value = ", ".join(f"{name} {part}" for name, part in given.items())
         print(f"{key}: {value}")
     print_left_out(left_out)
     if args.json:

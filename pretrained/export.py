@@ -16,18 +16,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "spiece.model")
 
 
-def write_folder(model: MMDiT, target: Path, layout: str, dtype: torch.dtype, tokenizer: Path,
-                 mask_embedding: Path) -> None:
+def write_folder(model: MMDiT, target: Path, layout: str, dtype: torch.dtype, shift: float,
+                 tokenizer: Path, mask_embedding: Path) -> None:
     """Write a transformer in `dtype`, without the autoencoder and T5.
 
-    layout: "release" or "sd3", see `checkpoint.export`.  tokenizer: a folder with T5's tokenizer.
-    mask_embedding: a file.  Both are copied if they exist."""
+    layout: "release" or "sd3", see `checkpoint.export`.  shift: of the noise levels.  tokenizer: a
+    folder with T5's tokenizer.  mask_embedding: a file.  Both are copied if they exist."""
     tokenizer_target = target / ("tokenizer" if layout == "release" else "tokenizer_3")
     for folder in (target / "transformer", target / "scheduler", tokenizer_target):
         folder.mkdir(parents=True, exist_ok=True)
     file = target / "transformer" / "diffusion_pytorch_model.safetensors"
     write_tensors(file, layouts.published_state(model, layout), dtype)
-    for name, content in layouts.published_files(model.config, layout).items():
+    for name, content in layouts.published_files(model.config, layout, shift).items():
         write_json(target / name, content)
     copies = {mask_embedding: target / mask_embedding.name}
     for name in TOKENIZER_FILES:

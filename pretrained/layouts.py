@@ -408,7 +408,10 @@ def published_state(model: MMDiT, layout: str) -> dict[str, Tensor]:
     return state
 
 
-def published_files(c: MMDiTConfig, layout: str) -> dict[str, dict]:
+SHIFT = 3.0             # of the noise levels, in SD3's published scheduler
+
+
+def published_files(c: MMDiTConfig, layout: str, shift: float) -> dict[str, dict]:
     """Return the contents of a published folder's JSON files, by file name, for its pipeline."""
     sizes = dict(
         attention_head_dim=c.width // c.heads, caption_projection_dim=c.width,
@@ -432,6 +435,6 @@ def published_files(c: MMDiTConfig, layout: str) -> dict[str, dict]:
         for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
             parts[name] = [None, None]
     scheduler = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000,
-                     shift=3.0, use_dynamic_shifting=False)
+                     shift=shift, use_dynamic_shifting=False)
     return {"transformer/config.json": sizes, "scheduler/scheduler_config.json": scheduler,
             "model_index.json": parts}

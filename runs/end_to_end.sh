@@ -6,7 +6,8 @@
 #   VAE=sd3_medium.safetensors bash runs/end_to_end.sh           # LAUNCH as in runs/paper.sh
 #
 # data/openwebtext*.jsonl.gz is converted to tokens once, and the shards of re-captioned DataComp to
-# latents.
+# latents.  For several nodes, prepare these on one of them first: with LAUNCH=true, the script ends
+# after that.
 #
 # The paper gives 350 B tokens of text, 400,000 and 100,000 steps.  It gives no batch sizes, learning
 # rates or questions.  We chose batches of 2,048 texts at a learning rate of 1e-4, with documents

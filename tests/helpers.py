@@ -109,8 +109,10 @@ class Forked:
 
 
 def wait_until(condition, process: subprocess.Popen | Forked) -> None:
-    """Wait until a condition holds; fail if the process ends first."""
+    """Wait until a condition holds; fail if the process ends first, or after two minutes."""
+    end = time.monotonic() + 120
     while not condition():
+        assert time.monotonic() < end
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
 
@@ -144,6 +146,7 @@ def equal_runs(one, other, tolerance=1e-5):
             assert row[name] == expected, (row["step"], name)
     weights = load_file(one / "weights.safetensors")
     other_weights = load_file(other / "weights.safetensors")
+    assert weights.keys() == other_weights.keys()
     for name, tensor in weights.items():
         difference = (tensor - other_weights[name]).abs()
         if name.endswith("qkv.bias"):

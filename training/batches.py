@@ -206,7 +206,8 @@ class BatchMaker:
         question_draw, choice_draw = torch.rand(2, generator=generator).tolist()
         share = config.question_share if config.stage == "instruct" else 0.0
         questions = sample.get("questions")
-        if questions and (question_draw < share or not sample["captions"]):
+        captioned = sample["captions"] or sample.get("recaption")
+        if questions and (question_draw < share or not captioned):
             question = questions[int(choice_draw * len(questions))]
             prompt = tokenizer.pieces(question_prompt(question["question"]))
             answer = question["answer"]

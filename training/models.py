@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 from common.cli import UserError, warn
+from dataset import aspect_buckets
 from dataset.precompute import states_stamp
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from pretrained.t5 import MaskEmbedding, T5Encoder
@@ -96,9 +97,13 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
     if factor:
         unit = sizes.patch * factor
         largest = unit * sizes.position_size
-        if config.pixels % unit or config.pixels > largest:
-            raise UserError(f"--pixels {config.pixels}: expected a multiple of the patch, {unit}, "
-                            f"up to {largest}, this model's position table")
+        side = config.pixels
+        if config.buckets:
+            side = max(map(max, aspect_buckets.sizes(config.pixels, unit)))
+        if config.pixels % unit or side > largest:
+            longest = f" (--buckets has sides of {side})" * (side > config.pixels)
+            raise UserError(f"--pixels {config.pixels}{longest}: expected a multiple of the patch, "
+                            f"{unit}, up to {largest}, this model's position table")
 
 
 def places(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:
@@ -173,8 +178,7 @@ def build_tokenizer(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | 
         if not path:
             raise UserError(f"--preset {config.preset} reads T5's states: name its tokenizer with "
                             f"--tokenizer, T5 with --t5 and the autoencoder with --vae")
-        tokenizer = checkpoint.load_tokenizer(path)
-        tokenizer.pad_id = tokenizer.end_id              # as published, not <pad>
+        tokenizer = checkpoint.training_tokenizer(path)
         if end_to_end and tokenizer.seen is not None:    # it has met all earlier texts
             tokenizer.meet(texts)
     tokenizer.warns = False                              # the log counts the texts that are cut

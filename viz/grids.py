@@ -104,7 +104,7 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
     special = {tokenizer.mask_id: (" [MASK]", "#bebebe"), tokenizer.end_id: (" <end>", "#7896dc")}
     x, y = 12, 40
     for token in ids.tolist():
-        word, colour = special.get(token) or (tokenizer.bpe.decode([token]), "black")
+        word, colour = special.get(token) or (tokenizer.behind([token]), "black")
         word = one_line(word)
         width = pen.textlength(word)
         if x + width > 628:             # start the next line

@@ -39,7 +39,7 @@ def pieces(parts: Parts, ids: list[int]) -> list[str]:
     """Return the text of each token, with its spaces; "" for an end token or padding."""
     tokenizer = parts.tokenizer
     special = {tokenizer.end_id: "", tokenizer.pad_id: "", tokenizer.mask_id: "[MASK]"}
-    return [special[i] if i in special else tokenizer.bpe.decode([i]) for i in ids]
+    return [special[i] if i in special else tokenizer.behind([i]) for i in ids]
 
 
 def write_drawing(path: Path, parts: Parts, prompt: str, trace: Trace, about: dict) -> None:

@@ -1,5 +1,6 @@
 """evaluate.py: a benchmark's images, by any number of processes; scores; the emoji set."""
 
+import argparse
 import functools
 import json
 
@@ -13,7 +14,7 @@ from common.cli import UserError
 from dataset.images import read_image, text_fields
 from helpers import ROOT, Forked, kill_when, to_the_end
 from inference.parts import Parts
-from metrics import benchmarks, comparisons, emojis, fid
+from metrics import benchmarks, comparisons, emojis, fid, tables
 
 
 class Means(torch.nn.Module):
@@ -310,6 +311,27 @@ def test_fid_of_a_folder_equals_fid_of_its_statistics(two_folders, tmp_path, cap
     assert scores == pytest.approx(fid_scores(tmp_path, tmp_path / "b.npz"))      # float64
 
 
+def test_statistics_need_a_name_that_fid_reads(tmp_path, mistake):
+    code, error = mistake(evaluate.main, ["statistics", "nowhere", tmp_path / "b.stats", "--inception", "random"])
+    assert code == 2 and ".npz" in error
+
+
+def test_drawings_do_not_overwrite_their_prompts(tmp_path):
+    captions = tmp_path / "mjhq.json"
+    captions.write_text(json.dumps({"a": dict(category="b", prompt="c")}))
+    with pytest.raises(UserError, match="mjhq.json: .*another folder"):
+        run("draw", "mjhq", captions, tmp_path / "mjhq")
+    assert "prompt" in captions.read_text()
+
+
+def test_settings_of_zero_are_printed_and_left_out_questions_are_counted(capsys):
+    note = dict(settings=dict(temperature=0.0, seed=None, suffix=""), left_out=["a", "b"])
+    args = argparse.Namespace(command="clip", command_line="x", json=None)
+    tables.tell(args, {"a": {"b": 1.0}}, [], note)
+    output = capsys.readouterr().out
+    assert "settings: temperature 0.0\n" in output and "left_out" not in output
+
+
 def test_statistics_without_features_give_no_kid(two_folders, tmp_path):
     run("statistics", tmp_path / "b", tmp_path / "b.npz", "--inception", "random")
     scores = fid_scores(tmp_path, tmp_path / "b.npz")
@@ -392,6 +414,15 @@ def read_settings(monkeypatch):
 
 
 EMOJI = ["emoji", "--splits", "tone", "--limit", 2, "--steps", 2]
+
+
+def test_the_emoji_set_needs_square_images_and_a_text_head(tmp_path):
+    with pytest.raises(UserError, match="square images, not 96x64"):
+        run(*EMOJI, "--width", 96)
+    fixtures = ROOT / "tests" / "fixtures"
+    with pytest.raises(UserError, match="SD3's, which has no text head"):
+        run(*EMOJI, "--checkpoint", fixtures / "sd3.safetensors", "--t5", fixtures / "release",
+            "--tokenizer", fixtures / "release", "--height", 16, "--width", 16)
 
 
 def test_the_emoji_set_is_measured_in_three_tables(emoji_records, read_settings, tmp_path, capsys):

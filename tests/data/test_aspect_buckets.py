@@ -85,6 +85,18 @@ def test_rows_do_not_depend_on_the_number_of_processes(folder):
                 assert rows == (positions[rank::world_size], size)
 
 
+def test_pixels_beside_files_are_cut_to_the_size_of_the_batch(folder):
+    mix = data.Mix([folder, "shapes"], 24, "key")
+    sample = mix.sample(data.Place(1, 0, 0), True, (16, 32))
+    assert sample["image"].shape == (3, 16, 32)
+
+
+def test_buckets_beyond_the_position_table_are_refused(folder, tmp_path, mistake):
+    code, error = mistake(main, ["--preset", "shapes", "--image-data", folder, "--buckets",
+                                 "--out", tmp_path / "run"])
+    assert code == 1 and "--pixels 24 (--buckets has sides of 28)" in error
+
+
 def test_buckets_refuse_plain_text(mistake, tmp_path, folder):
     (tmp_path / "a.txt").write_text("some plain text about nothing. " * 99)
     data.main(["pack", str(tmp_path / "a.txt"), str(tmp_path / "t.safetensors")])

@@ -100,6 +100,22 @@ def test_an_error_in_a_worker_reaches_the_main_process(count):
         list(feed(broken, range(9), count))
 
 
+def crashed(step):
+    raise RuntimeError("the sizes do not match")
+
+
+def test_a_crash_in_a_worker_keeps_its_reason():
+    with pytest.raises(RuntimeError, match="the sizes do not match"):
+        list(feed(crashed, range(9), 2))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 100, 10_007])
+def test_replacements_visit_all_rows_far_from_each_other(size):
+    step = data.stride(size)
+    assert sorted(n * step % size for n in range(size)) == list(range(size))
+    assert size < 10 or min(step % size, -step % size) > size / 4
+
+
 def terminated(step):
     if step == 4:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -131,6 +131,21 @@ def test_a_pattern_of_folders_reads_all_of_them_or_none(tmp_path):
 
 # ------------------------------------------------------------------------------ where data may lie
 
+def test_a_folder_in_a_linked_folder_is_read_once(tmp_path):
+    for name in ("all", "coco"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "coco" / "val", a_jpg=RED, a_txt="red")
+    (tmp_path / "all" / "coco").symlink_to(tmp_path / "coco")
+    (tmp_path / "all" / "coco_val").symlink_to(tmp_path / "coco" / "val")
+    assert captions(tmp_path / "all") == [["red"]]
+
+
+def test_an_empty_text_in_the_metadata_is_no_caption(tmp_path):
+    line = json.dumps(dict(file_name="a.jpg", text=" "))
+    folder = write(tmp_path / "d", a_jpg=RED, metadata_jsonl=line)
+    assert captions(folder) == [[]]
+
+
 def test_links_are_followed_and_a_cycle_ends(tmp_path):
     folder = write(tmp_path / "d", a_jpg=RED, a_txt="red")
     write(tmp_path / "real", b_jpg=BLUE, b_txt="blue")

@@ -157,9 +157,24 @@ def test_unreadable_images_are_left_out_and_named(photos, tmp_path, small_shards
     assert str(images[1]) in capsys.readouterr().err
     for image in images:
         image.write_bytes(b"not an image")
-    with pytest.raises(UserError, match="latents-00000.safetensors: all "):
+    with pytest.raises(UserError, match="photos: all "):
         encode(tmp_path / "photos", tmp_path / "none")
     assert not list((tmp_path / "none").iterdir())
+
+
+def test_a_shard_without_a_usable_image_is_empty(photos, tmp_path, small_shards):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    for image in sorted(folder.glob("*.png"))[5:10]:             # the second shard
+        image.write_bytes(b"not an image")
+    out = encode(folder, tmp_path / "out")
+    assert [len(load_file(file)["latents"]) for file in sorted(out.iterdir())] == [5, 0, 2]
+    stored = data.open_source(str(out), 16)
+    assert [row["key"] for row in map(stored.__getitem__, range(7))][5] == str(folder / "8.png")
+    before = contents(out)
+    encode(folder, out)
+    assert contents(out) == before
+    with pytest.raises(UserError, match="latents-00000.*filtered"):
+        encode(folder, out, "--filtered")
 
 
 def test_shards_of_other_settings_are_refused(photos, tmp_path, small_shards):
@@ -318,6 +333,18 @@ def test_a_run_resumes_on_the_same_latents_only(photos, other_vae, finished_run,
 def pack(out, *files, tokenizer="gpt2"):
     data.main(list(map(str, ["pack", *files, out, "--tokenizer", tokenizer])))
     return out
+
+
+def test_text_is_packed_with_the_padding_of_training(tmp_path):
+    """T5's own tokenizer pads with <pad>; the trainer pads with the end token, as published."""
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    shutil.copy(RELEASE / "tokenizer" / "tokenizer.json", folder)
+    (tmp_path / "a.txt").write_text("a red cat")
+    out = pack(tmp_path / "t.safetensors", tmp_path / "a.txt", tokenizer=folder)
+    tokenizer = checkpoint.training_tokenizer(folder)
+    assert tokenizer.digest() != checkpoint.load_tokenizer(folder).digest()
+    data.check_tokens(data.Mix([str(out)], 16, length=12), tokenizer, str(folder))
 
 
 @pytest.mark.parametrize("piece_length", [2**16, 100, 1])

@@ -66,6 +66,14 @@ def test_vqa_takes_the_most_common_answer(folder):
     assert vqa("v2_", 7, folder, answers) == [(SHORT, "apple")]
 
 
+def test_other_annotations_are_other_data(folder):
+    vqa("v2_", 7, folder, ["apple"])
+    [file] = folder.glob("v2_*questions.json")
+    before = data.fingerprint(f"{file}@{folder}")
+    vqa("v2_", 7, folder, ["pear"])
+    assert data.fingerprint(f"{file}@{folder}") != before
+
+
 def test_vqa_takes_the_first_answer_in_a_tie(folder):
     assert vqa("", "OK-VQA", folder, ["pear", "apple", "apple", "pear"]) == [(SHORT, "pear")]
 

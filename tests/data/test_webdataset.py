@@ -220,7 +220,7 @@ def test_captions_in_another_encoding_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("record, recaption", [
-    (dict(caption=None, re_caption="b"), "b"), (dict(caption=None), None)])
+    (dict(caption=None, re_caption="b"), "b"), (dict(caption=None), None), (dict(caption=""), None)])
 def test_null_is_no_caption(record, recaption, tmp_path):
     path = write_tar(tmp_path / "null.tar", [FILES[0], ("000.json", json.dumps(record).encode())])
     sample = data.open_source(path, 16)[0]

@@ -58,7 +58,7 @@ def flags(stage, out, images, *more):
              "--log-every", 1, "--sample-every", 0, "--eval-every", 0, "--save-every", 9,
              "--lr", 1e-3, "--warmup", 1]
     if stage == "instruct":
-        given += ["--question-share", 0]
+        given += ["--question-share", 0, "--shift", 2]
     return list(map(str, [*given, *more]))
 
 
@@ -156,6 +156,8 @@ def test_every_stage_trains_resumes_draws_and_captions(chain, tmp_path, capsys):
 def test_exported_average_computes_the_same(stage, chain, tmp_path):
     checkpoint.export(chain / stage, tmp_path / "release")
     checkpoint.export(chain / stage, tmp_path / "sd3", "sd3")
+    scheduler = json.loads((tmp_path / "sd3" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["shift"] == (2.0 if stage == "instruct" else 3.0)
     ours = checkpoint.load_mmdit(chain / stage)
     release = checkpoint.load_mmdit(tmp_path / "release")
     for a, b in zip(ours.state_dict().values(), release.state_dict().values(), strict=True):
@@ -171,7 +173,7 @@ def test_exported_average_computes_the_same(stage, chain, tmp_path):
     images = []
     for path in (chain / stage, tmp_path / "release"):
         parts = Parts(path, vae=SD3, t5=RELEASE, height=16, width=16, length=12)
-        images.append(text_to_image.draw(parts, ["a [MASK] cat"], steps=2))
+        images.append(text_to_image.draw(parts, ["a [MASK] cat"], steps=2, shift=3.0))
     assert torch.equal(*images)                                  # the [MASK] embedding is kept
 
 

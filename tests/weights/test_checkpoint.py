@@ -231,6 +231,14 @@ def test_run_from_published_weights_keeps_its_position_table(release, tmp_path):
     assert_equal_states(load_mmdit(tmp_path / "out"), release)
 
 
+def test_export_needs_a_tokenizer_that_exists(tmp_path):
+    with pytest.raises(UserError, match="typo: expected a folder or a tokenizer.json"):
+        checkpoint.export(RELEASE, tmp_path / "out", tokenizer=tmp_path / "typo")
+    file = RELEASE / "tokenizer" / "tokenizer.json"
+    checkpoint.export(RELEASE, tmp_path / "out", tokenizer=file)
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() == file.read_bytes()
+
+
 def test_data_prediction_is_saved_and_not_exported(release, tmp_path):
     run = save_run(tmp_path / "run", release, replace(release.config, predicts="data"))
     assert load_mmdit(run).config.predicts == "data"
