@@ -340,7 +340,7 @@ def test_text_is_packed_with_the_padding_of_training(tmp_path):
     folder = tmp_path / "t5"
     folder.mkdir()
     shutil.copy(RELEASE / "tokenizer" / "tokenizer.json", folder)
-    (tmp_path / "a.txt").write_text("a red cat")
+    (tmp_path / "a.txt").write_text("a red cat " * 20)
     out = pack(tmp_path / "t.safetensors", tmp_path / "a.txt", tokenizer=folder)
     tokenizer = checkpoint.training_tokenizer(folder)
     assert tokenizer.digest() != checkpoint.load_tokenizer(folder).digest()
