@@ -2,7 +2,7 @@
 # Train on the shapes world from scratch, into out/shapes.  You can stop at any time (Ctrl-C, kill): the
 # same command resumes.
 #
-#   bash runs/shapes.sh                                                     # 18000 steps
+#   bash runs/shapes.sh                                                     # 22000 steps
 #   bash runs/shapes.sh --steps 3600 --decay-steps 1500 --out out/short     # 20 minutes of two cores
 #   python evaluate.py shapes --checkpoint out/shapes
 #
@@ -16,4 +16,4 @@ if nvidia-smi -L >/dev/null 2>&1; then
 fi
 # Captions and questions from the start: a question's answer is one word, and needs no stage of its own.
 python train.py --out out/shapes --preset shapes --stage instruct --text-weight 0.5 \
-    --steps 18000 --decay-steps 7000 $flags "$@"
+    --steps 22000 --decay-steps 8500 $flags "$@"
