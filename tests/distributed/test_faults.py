@@ -237,12 +237,12 @@ def test_a_save_that_failed_once_is_tried_again(run_training, trained, tmp_path,
 def test_a_latent_that_is_not_finite_is_a_bad_sample(name, tmp_path):
     from dataset import precompute
     stamp = dict(source="s", shards="1", dtype="float32", vae="v", pixels="16", channels="4")
-    samples = [dict(key=f"{i}.png", image=b"", captions=["red"]) for i in range(3)]
+    samples = [dict(key=f"{i}.png", captions=["red"]) for i in range(3)]
     tensors = dict(latents=torch.ones(3, 4, 2, 2), states=torch.ones(3, 5, 6))
     file = tmp_path / "latents-00000.safetensors"
     with pytest.raises(UserError, match="not finite"):
         wrong = tensors | {name: tensors[name] * float("inf")}
-        precompute.write_shard(file, [dict(sample) for sample in samples], wrong, stamp)
+        precompute.write_shard(file, samples, wrong, stamp)
     precompute.write_shard(file, samples, dict(tensors), stamp)
     content = bytearray(file.read_bytes())
     header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
