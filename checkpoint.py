@@ -490,7 +490,7 @@ def export(source: Path, target: Path, layout: str = "release",
     if part.family == "ours":
         shift = part.config.get("shift") or shift
     write_folder(load_mmdit(source, dtype), target, layout, dtype, shift,
-                 tokenizer or part_folder(source, "tokenizer"), source / MASK_EMBEDDING)
+                 part_folder(tokenizer or source, "tokenizer"), source / MASK_EMBEDDING)
 
 
 def inspect(path: Path) -> str:

@@ -43,7 +43,7 @@ from common.files import sha256, walk
 from common.seeding import fraction
 from dataset import emoji, precompute, questions, shapes, sources, webdataset
 from dataset.aspect_buckets import Buckets
-from dataset.images import fit_image, image_size, read_image
+from dataset.images import fit_image, image_size, read_image, to_image
 from dataset.sources import Location, Source
 from pretrained.safetensors_io import is_safetensors
 from viz import grids
@@ -418,8 +418,7 @@ class Mix:
             self.check_size(image, sample["key"])
             sample["image"] = self.fit(image, size)
         elif size and "image" in sample:                         # square pixels, in a bucket
-            image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
-            sample["image"] = self.fit(image, size)
+            sample["image"] = self.fit(to_image(sample["image"] / 127.5 - 1), size)
         self.filter_captions(sample, captioned)
         pairs = None if captioned else sample.get("questions")
         require((pairs != [] or not self.asks,

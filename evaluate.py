@@ -159,8 +159,10 @@ def answer(args: argparse.Namespace) -> None:
                      checkpoint=processes.first(parts.digest), length=parts.answer_length,
                      dtype=str(parts.dtype).removeprefix("torch."),
                      size=f"{parts.width}x{parts.height}",
-                     models={name: str(getattr(args, name, None) or "") for name in MODELS},
                      settings=vars(parts.complete(config)))
+        for name in MODELS:
+            if path := getattr(args, name, None):
+                note[name] = str(path)
         progress = Progress("questions", rank=rank, world=world)
         file = AnswerFile(args.out, asks, args.images, note, config, args.choices, args.seed)
         unanswered = file.fill(parts, rank, world, progress.update)

@@ -18,7 +18,7 @@ import sys
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import safetensors.torch
@@ -90,7 +90,6 @@ class Encoder:
         dtype = getattr(torch, self.args.dtype)
         return {name: tensor.to("cpu", dtype) for name, tensor in encoded.items()}
 
-
     def no_rows(self) -> dict[str, Tensor]:
         """Return what `encode` does, of no samples."""
         pixels = self.args.pixels
@@ -126,6 +125,22 @@ def read(mix, captioned: bool, batches: list[Sequence[int]], number: int) -> lis
     return samples
 
 
+def encode_shard(encoder: Encoder, batches: Iterable[list[dict]], progress: Progress
+                 ) -> tuple[list[dict], dict[str, Tensor]]:
+    """Return the samples of a shard, without their images, and their tensors; {} of no samples."""
+    samples, encoded = [], []
+    for batch in batches:
+        if batch:
+            encoded.append(encoder.encode(batch))
+        for sample in batch:
+            del sample["image"]                                  # workers share memory for it
+        samples += batch
+        progress.update(progress.done + len(batch))
+    if not encoded:
+        return [], {}
+    return samples, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+
+
 def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: str) -> None:
     """Encode the one source of a `data.Mix` into shards; existing shards are kept.
 
@@ -142,31 +157,22 @@ def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: 
         batches += chunks(positions, args.batch)              # a batch never spans two shards
     read_batch = partial(read, mix, bool(args.t5), batches)
     reading = workers.feed(read_batch, range(len(batches)), args.workers)
-    total = sum(map(len, batches))
-    progress = Progress("samples", total)
+    progress = Progress("samples", sum(map(len, batches)))
     args.out.mkdir(parents=True, exist_ok=True)
-    stored = 0
     empty = []
     for file, positions in missing.items():
-        samples, encoded = [], []
-        for batch in itertools.islice(reading, math.ceil(len(positions) / args.batch)):
-            if batch:
-                encoded.append(encoder.encode(batch))
-            for sample in batch:
-                del sample["image"]                              # workers share memory for it
-            samples += batch
-            progress.update(stored + len(samples))
-        if not samples:
+        count = math.ceil(len(positions) / args.batch)
+        samples, tensors = encode_shard(encoder, itertools.islice(reading, count), progress)
+        if samples:
+            write_shard(file, samples, tensors, stamp)
+        else:
             empty.append(file)
-            continue
-        tensors = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
-        write_shard(file, samples, tensors, stamp)
-        stored += len(samples)
-    require((stored or len(missing) < len(shards), f"{args.source}: all of its samples are unusable"))
+    require((progress.done or len(missing) < len(shards),
+             f"{args.source}: all of its samples are unusable"))
     for file in empty:
         write_shard(file, [], encoder.no_rows(), stamp)
-    print(f"{args.out}: {len(shards)} shards, {stored:,} samples encoded now, "
-          f"{total - stored:,} left out")
+    print(f"{args.out}: {len(shards)} shards, {progress.done:,} samples encoded now, "
+          f"{progress.total - progress.done:,} left out")
 
 
 def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
@@ -177,7 +183,7 @@ def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
     for name, tensor in tensors.items():
         require((finite(tensor), f"{file}: {name} are not finite in {stamp['dtype']}"))
     texts = [json.dumps(sample).encode() for sample in samples]
-    tensors["texts"] = torch.tensor(bytearray(b"".join(texts)), dtype=torch.uint8)
+    tensors["texts"] = torch.from_numpy(np.frombuffer(bytearray(b"".join(texts)), np.uint8))
     tensors["ends"] = torch.tensor([0, *itertools.accumulate(map(len, texts))])
     with replacing(file) as temporary:
         try:

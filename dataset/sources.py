@@ -383,8 +383,8 @@ class Latents(Sharded):
     """Stored latents with their texts, read a row at a time from mapped files.
 
     stamp: the settings that made the latents, the same in all files of a folder: "source",
-    "shards", "dtype", "vae" (the digest of its weights), "pixels" and "channels"; if T5's states
-    are stored, also the settings in `states`."""
+    "shards", "dtype", "vae" (the digest of its weights), "pixels" and "channels"; "filtered" with
+    --filtered; if T5's states are stored, also the settings in `states`."""
 
     holds = "stored latents"
 

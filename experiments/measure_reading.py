@@ -20,6 +20,7 @@ import torch
 
 from common import cli
 from dataset import emoji
+from experiments.turns import count_texts
 from inference import image_to_text
 from inference.image_to_text import ReadConfig
 from inference.parts import Parts
@@ -38,15 +39,12 @@ CACHES = ("off", "once")
 
 def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float, float]:
     """Return the percentage of right captions, the evaluations per text, and the seconds."""
-    rows_evaluated = []                             # texts in each evaluation of the network
-    hook = parts.text.register_forward_pre_hook(
-        lambda module, args: rows_evaluated.append(len(args[0])))
-    started = time.perf_counter()
-    written = image_to_text.write(parts, latents, [None] * len(latents), ReadConfig(**how))
-    seconds = time.perf_counter() - started
-    hook.remove()
+    with count_texts(parts.text) as counts:
+        started = time.perf_counter()
+        written = image_to_text.write(parts, latents, [None] * len(latents), ReadConfig(**how))
+        seconds = time.perf_counter() - started
     right = 100 * sum(map(str.__eq__, written, true)) / len(true)
-    return right, sum(rows_evaluated) / len(true), seconds
+    return right, sum(counts) / len(true), seconds
 
 
 def orders(parts: Parts, records: list[dict], latents, limit: int) -> None:

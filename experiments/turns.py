@@ -1,10 +1,26 @@
-"""Time jobs in turns, so that a slow moment of the machine hits all of them alike."""
+"""Time jobs in turns, so that a slow moment of the machine hits all of them alike; count how many
+texts the network evaluates."""
 
 import statistics
 import time
-from typing import Callable
+from contextlib import contextmanager
+from typing import Callable, Iterator
+
+from torch import nn
 
 from common.progress import Progress
+
+
+@contextmanager
+def count_texts(text_encoder: nn.Module) -> Iterator[list[int]]:
+    """Yield a list.  In this context, each call of the text encoder appends its number of texts: it
+    is called once in each evaluation of the network."""
+    counts = []
+    hook = text_encoder.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    try:
+        yield counts
+    finally:
+        hook.remove()
 
 
 def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -91,10 +91,7 @@ class Parts:
                           vae=config.vae or saved.get("vae") or path)
         self.silent = False                                      # True: print no progress
         self.device = torch.device(device)
-        if dtype is None:
-            half = not self.own or has_bfloat16(self.device)
-            dtype = torch.bfloat16 if half else torch.float32
-        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.choose_dtype(dtype)
         self.tokenizer = checkpoint.load_tokenizer(config.tokenizer or path)
         self.choose_length(config, saved.get("text_length"))
         self.check_text(config)
@@ -102,6 +99,13 @@ class Parts:
         self.keep = 1.5 * self.memory_bytes() < available(self.device) if keep is None else keep
         if keep or (self.own and self.keep):                     # small, or keep=True was given
             self.hold("text", "mmdit", "vae")
+
+    def choose_dtype(self, dtype: str | torch.dtype | None) -> None:
+        """Choose the dtype of the models, if it is not given."""
+        if dtype is None:
+            half = not self.own or has_bfloat16(self.device)
+            dtype = torch.bfloat16 if half else torch.float32
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     def choose_length(self, config: ModelConfig, trained: int | None) -> None:
         """Choose the number of tokens of a text, and of a question with its answer.

@@ -55,8 +55,8 @@ def tell(args: argparse.Namespace, rows: Rows, left_out: list[str], note: dict,
         if key == "left_out":                       # by `answer`; `score` lists them itself
             continue
         if isinstance(value, dict):
-            given = {name: part for name, part in value.items() if part not in (None, "")}
-            value = ", ".join(f"{name} {part}" for name, part in given.items())
+            value = ", ".join(f"{name} {part}" for name, part in value.items()
+                              if part not in (None, ""))
         print(f"{key}: {value}")
     print_left_out(left_out)
     if args.json:

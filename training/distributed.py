@@ -19,6 +19,13 @@ from torch.distributed.tensor import DTensor
 from common.cli import require
 
 
+def hsdp_shards(world_size: int, machine: int) -> int:
+    """Return how many processes share a copy: those of a machine, or half of a single machine's."""
+    if machine < world_size:
+        return machine
+    return max(1, world_size // 2)
+
+
 def make_mesh(mode: str, device_type: str) -> DeviceMesh | None:
     """Return the processes as a mesh (copies, shards), or None: FSDP2 then makes one copy."""
     if mode in ("zero2", "zero3"):
@@ -26,9 +33,7 @@ def make_mesh(mode: str, device_type: str) -> DeviceMesh | None:
     world_size = dist.get_world_size()
     shards = 1
     if mode == "hsdp":
-        shards = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # processes of this machine
-        if shards == world_size:
-            shards = world_size // 2
+        shards = hsdp_shards(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         require((world_size % shards == 0, f"--shard hsdp: {world_size} processes don't divide into "
                  f"groups of {shards}"))
     shape = (world_size // shards, shards)

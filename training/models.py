@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
-from common.cli import UserError, warn
+from common.cli import UserError, flag, warn
 from dataset import aspect_buckets
 from dataset.precompute import states_stamp
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
@@ -81,10 +81,10 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
     factor: pixels per latent, along a side; None without images."""
     name = f"--init {config.init}" if config.init else f"--preset {config.preset}"
     if sizes.text_length:
-        for flag in ("t5", "mask_embedding"):
-            if getattr(config, flag):
-                raise UserError(f"--{flag.replace('_', '-')}: {name} has a token embedding of its own, "
-                                f"and reads no T5")
+        for part in ("t5", "mask_embedding"):
+            if getattr(config, part):
+                raise UserError(f"{flag(part)}: {name} has a token embedding of its own, and reads no "
+                                f"T5")
         if config.stage == "mask-emb":
             raise UserError(f"--stage mask-emb: teaches T5's [MASK], {name} has a token embedding "
                             f"of its own; choose another stage")
@@ -94,16 +94,17 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
     elif config.stage == "text":
         raise UserError(f"--stage text: is the end-to-end variant's, {name} reads T5's states; "
                         f"start with --stage pretrain")
-    if factor:
+    if factor and STAGES[config.stage].losses != "text":
         unit = sizes.patch * factor
         largest = unit * sizes.position_size
         side = config.pixels
+        named = f"--pixels {config.pixels}"
         if config.buckets:
             side = max(map(max, aspect_buckets.sizes(config.pixels, unit)))
+            named += f" (--buckets has sides of {side})"
         if config.pixels % unit or side > largest:
-            longest = f" (--buckets has sides of {side})" * (side > config.pixels)
-            raise UserError(f"--pixels {config.pixels}{longest}: expected a multiple of the patch, "
-                            f"{unit}, up to {largest}, this model's position table")
+            raise UserError(f"{named}: expected a multiple of the patch, {unit}, up to {largest}, this "
+                            f"model's position table")
 
 
 def places(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:

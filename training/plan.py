@@ -18,6 +18,7 @@ from pretrained.t5 import T5Block, T5Config, T5Encoder
 from pretrained.vae import AutoencoderKL, VAEConfig
 from training import models as training_models
 from training.config import STAGES, Stage, TrainConfig, start
+from training.distributed import hsdp_shards
 from training.optimizers import OPTIMIZERS
 
 NODE = 8                # GPUs of a machine; hsdp shards within it
@@ -218,7 +219,7 @@ def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, f
     if config.shard == "none":
         shards = 1
     elif config.shard == "hsdp":
-        shards = NODE if gpus > NODE else max(1, gpus // 2)      # as distributed.make_mesh
+        shards = hsdp_shards(gpus, NODE)
     shard = parameters / shards
 
     in_use = parameters
@@ -288,7 +289,7 @@ def show(config: TrainConfig) -> str:
     stage = STAGES[config.stage]
     t5, vae = frozen_sizes(config, c, about)
     factor = vae.factor if vae else 1
-    training_models.check(config, c, factor if vae or c.channels == 3 else None)
+    training_models.check(config, c, factor)
     N = image_tokens(config, c, factor)
     update = work(config, c, factor)
     frozen = frozen_flops(config, t5, vae) / 1e12                # TFLOP

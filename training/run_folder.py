@@ -258,10 +258,10 @@ class Run:
             raise UserError(f"{out}: holds {results[0].name}, which no run made there; use another "
                             f"--out")
         steps = saved_steps(out)
-        if resume_step and (fresh or resume_step not in steps):
-            saved = ", ".join(folder.name for folder in complete(out)) or "no checkpoint"
-            raise UserError(f"--resume-step {resume_step}: {out} has {saved}"
-                            + "; it does not go with --fresh" * fresh)
+        saved = ", ".join(f"step_{step}" for step in steps) or "no checkpoint"
+        require((not resume_step or not fresh, f"--resume-step {resume_step}: --fresh would delete it; "
+                 f"give one of the two"),
+                (resume_step in (0, *steps), f"--resume-step {resume_step}: {out} has {saved}"))
         unfinished = [*out.glob(".tmp_*"), *out.glob(UNSAVED)]   # saves that were killed or failed
         if results and not steps and not unfinished and not fresh:
             raise UserError(f"{out}: holds weights and no whole step_* folder to go on from; "
@@ -476,21 +476,24 @@ class Run:
             return last_line(error)
         return ""
 
-    def wait(self) -> None:
-        """Wait for the save in progress, if any.  Raises UserError if it failed."""
+    def join_saver(self) -> None:
+        """Wait for the save in progress, if any; then `error` has its result."""
         if self.saver is not None:
             self.saver.join()
             self.saver = None
+
+    def wait(self) -> None:
+        """Wait for the save in progress, if any.  Raises UserError if it failed."""
+        self.join_saver()
         if self.error:
             raise self.failed(self.error)
 
     def save_again(self) -> None:
         """Save this step where an earlier save has failed, and end with a UserError."""
-        if self.saver is not None:
-            self.saver.join()                       # another process may know of its error before
+        self.join_saver()                           # another process may know of its error before
         why, step = self.error, self.saver_step
         error = self.failed(why)
-        self.error, self.saver = "", None
+        self.error = ""
         self.rescue()
         if self.step not in processes.first(lambda: saved_steps(self.out)):
             raise error
@@ -508,8 +511,7 @@ class Run:
 
     def failed(self, why: str) -> UserError:
         """Delete what was written of this step, to free the disk, and return the error to raise."""
-        if self.saver is not None:
-            self.saver.join()
+        self.join_saver()
         if self.rank == 0:
             for folder in self.out.glob(".tmp_*"):
                 shutil.rmtree(folder, ignore_errors=True)

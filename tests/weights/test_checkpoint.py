@@ -235,8 +235,9 @@ def test_export_needs_a_tokenizer_that_exists(tmp_path):
     with pytest.raises(UserError, match="typo: expected a folder or a tokenizer.json"):
         checkpoint.export(RELEASE, tmp_path / "out", tokenizer=tmp_path / "typo")
     file = RELEASE / "tokenizer" / "tokenizer.json"
-    checkpoint.export(RELEASE, tmp_path / "out", tokenizer=file)
-    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() == file.read_bytes()
+    for name, path in dict(file=file, folder=file.parent, release=RELEASE).items():
+        checkpoint.export(RELEASE, tmp_path / name, tokenizer=path)
+        assert (tmp_path / name / "tokenizer" / "tokenizer.json").read_bytes() == file.read_bytes()
 
 
 def test_data_prediction_is_saved_and_not_exported(release, tmp_path):
