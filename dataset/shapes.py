@@ -42,11 +42,15 @@ class World(NamedTuple):
     kinds: list[str]        # of scenes: "one" object, a "pair", a "group" of two to four of one shape
     sizes: list[str]
     backgrounds: list[str]
+    in_order: bool = True   # a caption "a disc and a ring" has the objects in reading order
 
 
-# By the path of the source.  The small world is learned in minutes.  "pair" twice: pairs are the
-# hardest to learn.
-WORLDS = {"shapes": World(["one", "pair", "pair", "group"], list(RADII), list(BACKGROUNDS)),
+# By the path of the source.  "pair" twice: pairs are the hardest to learn.  In order, they are drawn
+# right sooner; in any order, questions about them are answered, since a word's place in a caption
+# tells nothing about the object's.  The small world is learned in minutes.
+FULL = World(["one", "pair", "pair", "group"], list(RADII), list(BACKGROUNDS))
+WORLDS = {"shapes": FULL,
+          "shapes-any-order": FULL._replace(in_order=False),
           "shapes-small": World(["one", "pair"], ["large"], ["white"])}
 
 HELD_PAIRS = {("red", "ring"), ("blue", "cross"), ("green", "triangle"), ("yellow", "square"),
@@ -190,7 +194,9 @@ def noun(size: str, colour: str, shape: str, count: int = 1) -> str:
 def caption_of(scene: Scene, world: World, rng: random.Random) -> str:
     """Return a random caption.  It never names a size or background that all images of the world
     share."""
-    things = sorted(scene.things, key=lambda thing: (thing.y, thing.x))
+    things = scene.things
+    if world.in_order:
+        things = sorted(things, key=lambda thing: (thing.y, thing.x))
     says_size = rng.random() < 0.5 and len(world.sizes) > 1
     says_colour = rng.random() < 0.7
     if scene.kind == "group":

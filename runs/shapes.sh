@@ -16,4 +16,5 @@ if nvidia-smi -L >/dev/null 2>&1; then
 fi
 # Captions and questions from the start: a question's answer is one word, and needs no stage of its own.
 python train.py --out out/shapes --preset shapes --stage instruct --text-weight 0.5 \
-    --steps 22000 --decay-steps 8500 $flags "$@"
+    --image-data shapes --text-data shapes-any-order --text-batch 24 \
+    --steps 17000 --decay-steps 7000 $flags "$@"

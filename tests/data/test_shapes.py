@@ -102,6 +102,19 @@ def test_the_small_world_has_one_or_two_large_objects_on_white():
         assert not {"small", "large", "white"} & set(sample["captions"][0].split())
 
 
+def test_two_objects_are_named_in_reading_order_or_in_any_order():
+    in_order = Counter()
+    for world, i in itertools.product(["shapes", "shapes-any-order"], range(300)):
+        sample = shapes.sample(i, world=world)
+        claim = scores.read_caption(sample["captions"][0])
+        if claim.category == "attribute binding":
+            by_name = {thing.pair: (thing.y, thing.x) for thing in sample["scene"].things}
+            first, second = [by_name[noun.colour, noun.shape] for noun in claim.nouns]
+            in_order[world, first < second] += 1
+    assert in_order["shapes", True] > 50 and not in_order["shapes", False]
+    assert min(in_order["shapes-any-order", True], in_order["shapes-any-order", False]) > 20
+
+
 def says(claim):
     """Count what a caption says: colours, sizes, a relation, a background."""
     said = Counter(relation=bool(claim.relation), background=bool(claim.background))
