@@ -130,11 +130,11 @@ def make_room(parts: Parts, asks: list[Ask], args: argparse.Namespace) -> None:
     if needed <= parts.answer_length:
         return
     # only T5, which has no position table, can read longer texts
-    if vars(args).get("length", "auto") == "auto" and not parts.own:
+    if vars(args).get("length", "auto") == "auto" and not parts.has_embedding:
         parts.answer_length = needed
         return
     advice = f"--length {parts.answer_length}: use --length {needed}"
-    if parts.own:
+    if parts.has_embedding:
         advice = f"at most {parts.sizes.text_length} positions: use fewer --shots"
     require((sizes[0] + 2 <= parts.answer_length,
              f"--shots {args.shots}: the prompts have {sizes[0]} to {sizes[-1]} tokens, {advice}"))

@@ -36,7 +36,7 @@ def device_of(generator: torch.Generator | None) -> torch.device | None:
 
 
 def logit_normal_times(batch: int, generator: torch.Generator | None) -> Tensor:
-    """Draw times (B,) as SD3 does, most near 0.5, where the velocity is hardest to predict."""
+    """Draw times (B,) as SD3 does: most near 0.5, few near the ends."""
     return torch.sigmoid(torch.randn(batch, generator=generator, device=device_of(generator)))
 
 
@@ -45,6 +45,8 @@ def uniform_times(batch: int, generator: torch.Generator | None) -> Tensor:
     return torch.rand(batch, generator=generator, device=device_of(generator))
 
 
+# Training draws the time of each image separately (batch = 1), so that its draws depend on no other
+# image.  A function here can therefore not spread the times over a batch.
 TIMES = {"logit-normal": logit_normal_times, "uniform": uniform_times}
 
 
@@ -53,31 +55,24 @@ def shifted(t: Tensor | float, shift: float) -> Tensor | float:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def draw(shape: tuple[int, ...], generator: torch.Generator | None = None, shift: float = 1.0,
-         times: str = "logit-normal") -> tuple[Tensor, Tensor]:
-    """Draw the random part of the loss: times t (B,) in (0, 1), and noise of this shape (B, ...).
+def draw_times(batch: int, generator: torch.Generator | None = None, shift: float = 1.0,
+               times: str = "logit-normal") -> Tensor:
+    """Draw training times t (B,) in [0, 1].  times: a key of TIMES.
 
-    A shift above 1 moves the times towards noise, where the content of an image is decided: a shift
-    of 2 moves the median from 0.5 to 0.67.  Drawing is separate from the loss, so that a batch
-    keeps its draws when it is split over processes."""
-    t = shifted(TIMES[times](shape[0], generator), shift)
-    return t, torch.randn(shape, generator=generator, device=device_of(generator))
+    A shift above 1 moves them towards noise, where the content of an image is decided: a shift of 2
+    moves the median from 0.5 to 0.67."""
+    return shifted(TIMES[times](batch, generator), shift)
 
 
-def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
-           t: Tensor | None = None, noise: Tensor | None = None, floor: float = 0.0) -> Tensor:
+def errors(velocity: Velocity, x: Tensor, t: Tensor, noise: Tensor, floor: float = 0.0) -> Tensor:
     """Return |v(x_t, t) - (e - x)|^2, averaged over each image's values, (B,) float32.
 
     x: clean latents (B, C, h, w).
-    t (B,) and noise (B, C, h, w): from `draw` unless both are given; one without the other raises
-    ValueError.
-    floor: weigh times below it by (t / floor)^2.  An error of v is one of x, divided by t^2: without
-    a floor, a network that predicts x would learn most from the images with hardly any noise.
-    """
-    if (t is None) != (noise is None):
-        raise ValueError("flow takes t and noise together, or neither")
-    if t is None:
-        t, noise = draw(tuple(x.shape), generator)
+    t (B,) and noise (B, C, h, w) are drawn by the caller, so that a batch keeps its draws when it
+    is split over processes.
+    floor: weigh times below it by (t / floor)^2.  The squared error of v is that of x, divided by
+    t^2: without a floor, a network that predicts x would learn most from the images with hardly
+    any noise."""
     x = at_least_float32(x)
     t = at_least_float32(t).to(x.device, non_blocking=True)
     noise = at_least_float32(noise).to(x.device, non_blocking=True)
@@ -92,10 +87,13 @@ def errors(velocity: Velocity, x: Tensor, generator: torch.Generator | None = No
     return error
 
 
-def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None,
-         **settings) -> Tensor:
-    """Return L_image, the mean of `errors` over the batch, a scalar."""
-    return errors(velocity, x, generator, **settings).mean()
+def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return L_image, the mean of `errors` over a batch x (B, C, h, w), a scalar.
+
+    train.py computes the same from `errors`, in micro-batches and with draws of its own."""
+    t = draw_times(len(x), generator)
+    noise = torch.randn(x.shape, generator=generator, device=device_of(generator))
+    return errors(velocity, x, t, noise).mean()
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -147,15 +145,6 @@ class Solver(NamedTuple):
 
 
 SOLVERS = {"euler": Solver(euler_step, 1), "heun": Solver(heun_step, 2)}
-
-
-def evaluations(sigmas: Tensor, solver: str) -> int:
-    """Count how often `walk` evaluates the velocity along these noise levels."""
-    levels = sigmas.tolist()
-    count = len(levels) - 1
-    if SOLVERS[solver].evaluations == 2:
-        count += sum(leaves_half(t, s) for t, s in zip(levels[:-1], levels[1:]))
-    return count
 
 
 def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler",

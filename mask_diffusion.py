@@ -47,50 +47,43 @@ def forbid(logits: Tensor, mask_id: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------ training
 
-def draw(shape: tuple[int, int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw the random part of the loss: times t (B,) in (1e-3, 1], and uniform numbers (B, L).
+def draw_times(batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw training times t (B,) in (1e-3, 1]: one random offset plus i/B.
 
-    Times are antithetic: a random offset plus i/B, so that every batch covers (0, 1] evenly.  A
-    token is masked if its uniform number is below the time of its row."""
+    So every batch covers (0, 1] evenly, which MDLM's code calls antithetic sampling."""
     device = generator.device if generator else None
     offset = torch.rand(1, generator=generator, device=device)
-    spread = torch.arange(shape[0], device=device) / shape[0]
+    spread = torch.arange(batch, device=device) / batch
     t = 1 - (offset + spread) % 1                                                 # (B,) in (0, 1]
-    return T_MIN + (1 - T_MIN) * t, torch.rand(shape, generator=generator, device=device)
+    return T_MIN + (1 - T_MIN) * t
 
 
-def inverse_time(errors: Tensor, t: Tensor) -> Tensor:
-    """Weight errors by 1/t, as in the bound."""
-    return errors / t
+def inverse_time(cross_entropy: Tensor, t: Tensor) -> Tensor:
+    """Weight by 1/t, as in the bound."""
+    return cross_entropy / t
 
 
-def flat(errors: Tensor, t: Tensor) -> Tensor:
-    """Weight errors by 2 at all times.
+def flat(cross_entropy: Tensor, t: Tensor) -> Tensor:
+    """Weight by 2 at all times.
 
     A token is masked with probability t.  Its mean weight over all times is the integral of 2 t,
     which is 1, the same as with 1/t."""
-    return 2 * errors
+    return 2 * cross_entropy
 
 
 WEIGHTS = {"1/t": inverse_time, "flat": flat}
 
 
-def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
-           generator: torch.Generator | None = None, t: Tensor | None = None,
-           uniform: Tensor | None = None, weight: str = "1/t") -> Tensor:
+def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, t: Tensor, uniform: Tensor,
+           frozen: Tensor | None = None, weight: str = "1/t") -> Tensor:
     """Return the weighted cross-entropy of each text, summed over its masked tokens, (B,) float32.
 
     ids: clean tokens (B, L) int64, padding included: by predicting it, the network learns where
     texts end.
+    t (B,) and uniform (B, L): a token is masked if its uniform number is below the time of its row.
     frozen: (B, L) bool, True at prompt tokens, which are never masked and have no loss.
-    t (B,) and uniform (B, L): from `draw` unless both are given; one without the other raises
-    ValueError.  t, uniform and frozen may stay on the CPU, so that counting the masks does not wait
-    for the GPU.
-    weight: a key of WEIGHTS."""
-    if (t is None) != (uniform is None):
-        raise ValueError("mask_diffusion takes t and uniform together, or neither")
-    if t is None:
-        t, uniform = draw(tuple(ids.shape), generator)
+    weight: a key of WEIGHTS.
+    t, uniform and frozen may stay on the CPU: then counting the masks does not wait for the GPU."""
     masked = uniform < t[:, None]                                                 # (B, L)
     if frozen is not None:
         masked &= ~frozen.to(masked.device)
@@ -106,10 +99,14 @@ def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None
 
 
 def loss(logits_fn: LogitsFn, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
-         generator: torch.Generator | None = None, **drawn: Tensor) -> Tensor:
+         generator: torch.Generator | None = None) -> Tensor:
     """Return L_text, a float32 scalar: the sum of `errors`, divided by the number of tokens, masked,
-    frozen or not."""
-    per_text = errors(at_positions(logits_fn), ids, mask_id, frozen, generator, **drawn)
+    frozen or not.
+
+    train.py computes the same from `errors`, in micro-batches and with draws of its own."""
+    t = draw_times(len(ids), generator)
+    uniform = torch.rand(ids.shape, generator=generator, device=t.device)
+    per_text = errors(at_positions(logits_fn), ids, mask_id, t, uniform, frozen)
     return per_text.sum() / ids.numel()
 
 
@@ -125,7 +122,7 @@ class State(NamedTuple):
     reveal_step: Tensor                 # (B, L) int64: a random step for each token, 1 to steps
     steps_left: int                     # evaluations that are left, this one included
     level: float | None                 # the order's parameter, if it has one
-    probabilities: Tensor | None = None # (n, V) at the n masked tokens, for orders that need them
+    probabilities: Tensor | None = None # (n, V) at the n masked tokens, at temperature 1
 
 
 def scatter_scores(scores: Tensor, masked: Tensor) -> Tensor:
@@ -180,11 +177,13 @@ class Order(NamedTuple):
     """A row of ORDERS."""
     select: Callable[[State], Tensor]   # -> (B, L) bool; `walk` ignores unmasked tokens
     level: float | None = None          # the default; None: the order has no level
-    needs_probabilities: bool = True    # False: only the selected tokens' logits are computed
+    # True: reveals tokens by their reveal_step, so it needs no probabilities: only the revealed
+    # tokens' logits are computed, and steps that reveal nothing are skipped
+    follows_reveal_step: bool = False
 
 
 ORDERS = {
-    "random": Order(select_random, needs_probabilities=False),
+    "random": Order(select_random, follows_reveal_step=True),
     "confidence": Order(select_confidence),
     "threshold": Order(select_threshold, level=0.99),
     "eb": Order(select_entropy_bounded, level=0.05),
@@ -200,7 +199,8 @@ class SampleConfig:
     temperature: float = 1.0            # 0: take the most probable token
     order: str = "random"               # a key of ORDERS
     level: float | None = None          # None: the default of the order, if it has a level
-    end_id: int | None = None           # once it is revealed, all later [MASK]s become padding
+    end_id: int | None = None           # once it is revealed, all written tokens behind it become
+                                        # padding
     pad_id: int | None = None
     length_at: float | None = None      # end the text where end_id has this probability at first
 
@@ -314,14 +314,15 @@ def walk(logits_at: LogitsAt, ids: Tensor, mask_id: int, config: SampleConfig,
             return
         state = State(masked, reveal_step, max(1, config.steps - evaluation), config.level)
         wanted = masked                                          # tokens that need logits
-        if not order.needs_probabilities:
+        if order.follows_reveal_step:
             wanted = masked & order.select(state)
         logits = exact_logits(logits_at, ids, positions(wanted), mask_id)         # (n, V)
-        selected = wanted
-        reached = torch.where(masked, reveal_step, config.steps).amin(1)
-        if order.needs_probabilities:
+        if order.follows_reveal_step:
+            selected = wanted
+            reached = torch.where(masked, reveal_step, config.steps).amin(1)
+        else:
             selected = masked & order.select(state._replace(probabilities=logits.softmax(-1)))
-            reached = torch.full_like(reached, evaluation + 1)
+            reached = torch.full_like(ids[:, 0], evaluation + 1)
         tokens = choose(logits, config.temperature, uniform[wanted])              # (n,)
         ids = torch.where(selected, ids.masked_scatter(wanted, tokens), ids)
         if config.end_id is not None:
@@ -371,13 +372,13 @@ def fix_mask_counts(t: Tensor, uniform: Tensor, frozen: Tensor) -> tuple[Tensor,
 
 def likelihood(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | None = None,
                copies: int = 64, generator: torch.Generator | None = None) -> tuple[float, float]:
-    """Return an upper bound of -log p of one text (L,), in nats, and its standard error.
+    """Return an upper bound of -log p of one text (L,) in nats, and its standard error.
 
         -log p(x) <= E_l [ n/l sum of the masked tokens' cross-entropies ],   l of n are masked
 
     l takes values spread evenly over 1 .. n, which gives far less noise than the weight 1/t (LLaDA,
-    arXiv 2502.09992, appendix B).  logits_at receives `copies` copies of the text, each with a
-    different mask."""
+    arXiv 2502.09992, appendix B).  The standard error is that of independent l, so the true one is
+    smaller.  logits_at receives `copies` (at least 2) copies of the text, each with its own mask."""
     if frozen is None:
         frozen = torch.zeros_like(ids, dtype=torch.bool)
     if frozen.all():
@@ -387,5 +388,5 @@ def likelihood(logits_at: LogitsAt, ids: Tensor, mask_id: int, frozen: Tensor | 
     t = (offset + torch.arange(copies)) / copies
     t, uniform = fix_mask_counts(t, torch.rand(frozen.shape, generator=generator), frozen)
     ids = ids.expand(copies, -1)
-    bounds = errors(logits_at, ids, mask_id, frozen, t=t, uniform=uniform).cpu().double()
+    bounds = errors(logits_at, ids, mask_id, t, uniform, frozen).cpu().double()
     return float(bounds.mean()), float(bounds.std() / copies ** 0.5)

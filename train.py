@@ -3,7 +3,7 @@
     python train.py --preset emoji --stage pretrain         # from scratch: images and captions
     python train.py --stage instruct --init out/pretrain    # then questions with answers
     bash runs/emoji.sh                                      # the recipe of the shipped weights
-    torchrun --standalone --nproc_per_node=2 train.py       # the same, sharded by FSDP2
+    torchrun --standalone --nproc_per_node=2 train.py       # two processes, sharded by FSDP2
 
 To start from SD3's weights, as in the paper (training/config.py has the table of stages), or to
 train the paper's end-to-end variant (SD3 stands for a folder of SD3-medium; docs/paper.md):
@@ -50,7 +50,7 @@ from training.setup import Job, set_up, stop_requests
 # ----------------------------------------------------------------------------------- the two losses
 
 def image_errors(models: Models, batch: ImageBatch) -> Tensor:
-    """Return |v(x_t, t | caption) - (e - x)|^2, averaged over each image's values, (B,).
+    """Return |v(x_t, t | caption) - (e - x)|^2 (e: noise), averaged over each image's values, (B,).
 
     L_image is the mean over images.  The caption has no [MASK].  --time-floor weighs low times
     less."""
@@ -60,7 +60,7 @@ def image_errors(models: Models, batch: ImageBatch) -> Tensor:
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
         return mmdit(x_t, text, t, need="velocity")[0]
-    return flow.errors(velocity, latents, t=batch.t, noise=batch.noise, floor=batch.floor)
+    return flow.errors(velocity, latents, batch.t, batch.noise, batch.floor)
 
 
 def text_errors(models: Models, batch: TextBatch) -> Tensor:
@@ -74,8 +74,8 @@ def text_errors(models: Models, batch: TextBatch) -> Tensor:
 
     def logits_at(ids: Tensor, at: Tensor) -> Tensor:
         return mmdit(latents, models.text(ids), time_zero, need="logits", at=at)[1]
-    return mask_diffusion.errors(logits_at, batch.ids, models.tokenizer.mask_id, batch.frozen,
-                                 t=batch.t, uniform=batch.uniform, weight=batch.weight)
+    return mask_diffusion.errors(logits_at, batch.ids, models.tokenizer.mask_id, batch.t,
+                                 batch.uniform, batch.frozen, batch.weight)
 
 
 ERRORS = dict(image=image_errors, text=text_errors)
@@ -87,8 +87,8 @@ def accumulate(errors: Errors, models: Models, batch: Batch, weight: float, conf
                reduce_gradients: bool) -> Tensor:
     """Add up the gradient of weight * L, in micro-batches, and return L of this process's rows.
 
-    reduce_gradients: FSDP2 reduces the gradients that both losses share after this loss, because it
-    is the last one of the step, or because the gradient meter reads its gradient."""
+    reduce_gradients: let FSDP2 reduce the gradients that both losses share.  True for the last loss
+    of the step, and for the first if the gradient meter reads its gradient."""
     device = models.device
     loss = torch.zeros((), device=device)
     micro_batches = batch.split(config.micro_batch)
@@ -117,16 +117,18 @@ def check_step(run: Run, signals: list[int], grad_norm: Tensor, losses: dict[str
 
     Call it before the weights are updated: it raises UserError if the gradient is not finite, or a
     save has failed, on any process."""
-    votes = bool(signals or run.problem), not grad_norm.isfinite(), bool(run.error)
-    stopping, is_unsound, save_failed = processes.agree(*votes, device=grad_norm.device)
+    stops_here = bool(signals or run.stop_reason)
+    is_infinite_here = not grad_norm.isfinite()
+    stops, is_infinite, save_failed = processes.agree(stops_here, is_infinite_here,
+                                                      bool(run.save_error), device=grad_norm.device)
     if save_failed:
         run.save_again()
-    if is_unsound:
+    if is_infinite:
         shown = ", ".join(f"{name} loss {float(loss):.4g}" for name, loss in losses.items())
         run.rescue()
         raise UserError(f"step {run.step + 1}: the gradient is not finite (on this process "
                         f"{shown}); go on from {run.newest()} with a smaller --lr")
-    return stopping
+    return stops
 
 
 # ---------------------------------------------------------------------------------- the loop
@@ -139,7 +141,7 @@ def train(job: Job, signals: list[int]) -> None:
 
     feed = workers.feed(maker.make_batches, range(run.step, config.steps), config.workers)
     for batches, error in workers.look_ahead(feed):
-        run.problem = run.problem or error
+        run.stop_reason = run.stop_reason or error               # the next batch can't be read
         lr = learning_rate(run.step, config)
         set_learning_rate(run.optimizers, lr)
         metered = bool(config.meter_every) and (run.step + 1) % config.meter_every == 0

@@ -3,7 +3,7 @@
 It has every emoji of Unicode 16 in the styles of Google (Noto) and Twitter (Twemoji).  Each image
 has one caption, and questions with answers from Unicode's metadata.
 
-    python data.py build-emoji      # assets/emoji.tar.gz from two npm packages (needs npm, 140 MB)
+    python data.py build-emoji      # assets/emoji.tar.gz from two npm packages (needs npm, 136 MB)
 
 Shapes: n images, P pixels a side.
 """

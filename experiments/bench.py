@@ -35,7 +35,7 @@ from common import processes
 from common.devices import DEVICES, choose_device
 from inference import text_to_image
 from inference.image_to_text import encode, fill
-from inference.parts import EMOJI, OWN, PUBLISHED, Parts
+from inference.parts import EMOJI, PUBLISHED, WITH_EMBEDDING, Parts
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 from pretrained.vae import AutoencoderKL, Pixels, VAEConfig
 from training import plan
@@ -93,10 +93,12 @@ def random_batches(config: TrainConfig, sizes: MMDiTConfig, side: int) -> tuple[
         images = torch.randn(rows, *shape, generator=generator)
         return images, torch.randint(0, mask_id, (rows, length), generator=generator)
     image, text = pair(config.image_batch), pair(config.text_batch)
-    t, noise = flow.draw((config.image_batch, *shape), generator, config.time_shift)
+    t = flow.draw_times(config.image_batch, generator, config.time_shift)
+    noise = torch.randn(image[0].shape, generator=generator)
     dropped = torch.zeros(config.image_batch, dtype=torch.bool)
     image_batch = ImageBatch(*image, t, noise, dropped)
-    t, uniform = mask_diffusion.draw((config.text_batch, length), generator)
+    t = mask_diffusion.draw_times(config.text_batch, generator)
+    uniform = torch.rand(text[1].shape, generator=generator)
     frozen = torch.zeros(uniform.shape, dtype=torch.bool)
     return image_batch, TextBatch(*text, t, uniform, frozen, config.text_loss)
 
@@ -147,7 +149,7 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
                                        encode=lambda text, length: torch.full((length,), len(text) % mask_id))
     side = pixels or (64 if sizes.channels == 3 else 512)
     parts = Parts.of(models, side, length, dtype)
-    parts.defaults = OWN if sizes.text_length else PUBLISHED
+    parts.defaults = WITH_EMBEDDING if sizes.text_length else PUBLISHED
     if not sizes.text_length:
         parts.text = lambda ids: models.text(ids).to(dtype)
     return parts

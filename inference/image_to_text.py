@@ -149,7 +149,8 @@ def fill(parts: Parts, latents: Tensor | None, ids: Tensor, config: ReadConfig =
     tokenizer = parts.tokenizer
     try:
         sampler = SampleConfig(config.steps, config.temperature, config.order, config.level,
-                               tokenizer.end_id, tokenizer.pad_id, config.length_at)
+                               end_id=tokenizer.end_id, pad_id=tokenizer.pad_id,
+                               length_at=config.length_at)
     except ValueError as error:
         raise UserError(str(error))
     parts.hold("text", "mmdit")
@@ -310,7 +311,7 @@ def score(parts: Parts, latents: Tensor | None, ids: Tensor, given: int = 0,
     T5.  Texts of the same length get the same random numbers, so that their scores can be compared.
     The image is never cached."""
     parts.hold("text", "mmdit")
-    copies = copies or (64 if parts.own else 16)
+    copies = copies or (64 if parts.has_embedding else 16)
     reader = Reader(parts, repeat(latents, copies))
     ids = ids.to(parts.device)
     frozen = torch.arange(len(ids)) < given

@@ -27,11 +27,11 @@ from pretrained.vae import Pixels
 EMOJI = ROOT / "assets" / "emoji"               # the shipped weights
 SHAPES = ROOT / "assets" / "shapes"
 
-# The values that replace None in a DrawConfig or ReadConfig.  OWN: for models with their own token
-# embedding.  PUBLISHED: for models that read T5, as D-DiT and SD3 are sampled (the batch is ours).
-# A checkpoint of ours may have its own guidance and shift.
-OWN = dict(guidance=1.5, shift=1.0, batch=16,
-           temperature=0.0, order="threshold", image_cache="once")
+# The values that replace None in a DrawConfig or ReadConfig, for models with a token embedding, and
+# for those that read T5, as D-DiT and SD3 are sampled (the batch is ours).  A checkpoint of ours
+# may have its own guidance and shift.
+WITH_EMBEDDING = dict(guidance=1.5, shift=1.0, batch=16,
+                      temperature=0.0, order="threshold", image_cache="once")
 PUBLISHED = dict(guidance=7.0, shift=SHIFT, batch=4,
                  temperature=1.0, order="random", image_cache="off")
 
@@ -82,8 +82,8 @@ class Parts:
         saved = {"null_image": self.family == "D-DiT"}           # SD3 has none
         if self.family == "ours":
             saved = checkpoint.read_config(path)
-        self.own = self.sizes.text_length > 0                    # the end-to-end variant's embedding
-        self.defaults = OWN if self.own else PUBLISHED
+        self.has_embedding = self.sizes.text_length > 0          # the end-to-end variant; or T5
+        self.defaults = WITH_EMBEDDING if self.has_embedding else PUBLISHED
         self.set_defaults(saved)
         self.latents = saved.get("latents")                      # digest of their autoencoder
         self.null_trained = bool(saved.get("null_image"))        # reads texts without an image
@@ -97,13 +97,13 @@ class Parts:
         self.check_text(config)
         self.choose_size(config, saved.get("pixels"), bool(saved.get("buckets")))
         self.keep = 1.5 * self.memory_bytes() < available(self.device) if keep is None else keep
-        if keep or (self.own and self.keep):                     # small, or keep=True was given
+        if keep or (self.has_embedding and self.keep):                     # small, or keep=True was given
             self.hold("text", "mmdit", "vae")
 
     def choose_dtype(self, dtype: str | torch.dtype | None) -> None:
         """Choose the dtype of the models, if it is not given."""
         if dtype is None:
-            half = not self.own or has_bfloat16(self.device)
+            half = not self.has_embedding or has_bfloat16(self.device)
             dtype = torch.bfloat16 if half else torch.float32
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
@@ -141,7 +141,7 @@ class Parts:
         """Check that tokenizer, text encoder and text head fit, before the slow loading starts."""
         path, width = self.paths["mmdit"], self.sizes.text_width
         self.vector = None
-        if self.own:
+        if self.has_embedding:
             require((not config.mask_embedding, "--mask-embedding is a row of T5's table; this "
                      "checkpoint has an embedding of its own"),
                     (not config.t5, "--t5: this checkpoint has an embedding of its own, and reads no "
@@ -162,8 +162,8 @@ class Parts:
         """Wrap models that are being trained (`training.models.Models`); no file is read."""
         parts = cls.__new__(cls)
         mmdit = models.trainable["mmdit"]
-        own = models.t5 is None
-        parts.family, parts.own, parts.sizes = "ours", own, mmdit.config
+        parts.family, parts.sizes = "ours", mmdit.config
+        parts.has_embedding = models.t5 is None
         parts.mmdit, parts.vae, parts.text = mmdit, models.vae, models.text
         parts.tokenizer, parts.device, parts.dtype = models.tokenizer, models.device, dtype
         parts.height = parts.width = pixels
@@ -171,13 +171,14 @@ class Parts:
         parts.length = parts.answer_length = length
         parts.keep = parts.silent = parts.null_trained = True
         # FSDP gathers its shards in `forward`, which a cached image does not call
-        parts.defaults = (OWN if own else PUBLISHED) | dict(image_cache="off")
+        defaults = WITH_EMBEDDING if parts.has_embedding else PUBLISHED
+        parts.defaults = defaults | dict(image_cache="off")
         return parts
 
     def set_defaults(self, about: dict) -> None:
         """Use a checkpoint's own guidance and shift, if it has them.  about: its config.json."""
-        own = {name: about[name] for name in ("guidance", "shift") if about.get(name)}
-        self.defaults = self.defaults | own
+        saved = {name: about[name] for name in ("guidance", "shift") if about.get(name)}
+        self.defaults = self.defaults | saved
 
     def complete(self, config):
         """Return a DrawConfig or ReadConfig with this checkpoint's defaults in place of None."""
@@ -210,7 +211,7 @@ class Parts:
     def memory_bytes(self) -> int:
         """Return the bytes of all parts in memory, from the headers of their files."""
         values = self.transformer().values()
-        if not self.own:
+        if not self.has_embedding:
             values += checkpoint.find(self.paths["text"], "t5").tensors.values()
         size = values * self.dtype.itemsize
         if self.sizes.channels != 3:
@@ -219,7 +220,7 @@ class Parts:
         return size
 
     def load_text(self):
-        if self.own:
+        if self.has_embedding:
             return checkpoint.load_embedding(self.paths["text"], self.dtype)
         return checkpoint.load_text_encoder(self.paths["text"], self.dtype, self.tokenizer,
                                             self.sizes.text_width, self.vector)

@@ -21,8 +21,8 @@ from common.progress import Progress, chunks
 from inference import compiled
 from inference.parts import Parts
 
-# the lowest noise level above 0, before the shift, by what the network predicts.  Training weighs
-# the loss of clean images less at low levels (--time-floor)
+# the lowest noise level above 0, before the shift, by what the network predicts.  Models that
+# predict clean images have trained little below it (--time-floor)
 LOWEST = dict(data=0.05, velocity=1e-3)
 
 
@@ -41,7 +41,8 @@ class DrawConfig:
     compile: bool = option(False, "compile the blocks; on a GPU capture a CUDA graph")
 
     def __post_init__(self):
-        self.guidance_interval = low, high = tuple(self.guidance_interval)
+        low, high = self.guidance_interval
+        self.guidance_interval = (low, high)
         if low > high:
             raise ValueError(f"guidance interval {low:g} {high:g}: expected the lower level first")
         if self.guidance == 1 and (self.negative_prompt or self.guidance_interval != (0, 1)):
@@ -197,7 +198,7 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
             for i, (t, x, clean) in enumerate(walk(velocity, noise, levels, config, edit)):
                 trace.add(i, t, x[:len(batch)], clean[:len(batch)])
                 progress.update(progress.done + 1)
-            finished += x[:len(batch)]
+            finished.extend(x[:len(batch)])
         if not parts.keep:                                       # free it for the autoencoder
             network = velocity = None
         parts.hold("vae")

@@ -58,8 +58,8 @@ class Batch:
     def split(self, rows: int) -> list["Batch"]:
         """Split into n micro-batches of `rows` rows; 0: into one.
 
-        Each one takes every n-th row.  Masking times fall along the batch, so neighbouring rows
-        could all have nearly all of their tokens masked, and need much memory for their logits."""
+        Each one takes every n-th row.  Masking times fall from row to row, so neighbouring rows
+        could all be almost fully masked, and their logits would need much memory."""
         if not rows:
             return [self]
         count = len(self.ids) // rows
@@ -132,7 +132,8 @@ class BatchMaker:
         if "image" in self.mixes:
             image = self.image_batch(*self.rows(step, config.image_batch, "image"))
         # evenly spaced over the batch; processes take rows in turn, so each has low and high t
-        t, _ = mask_diffusion.draw((config.text_batch, 0), seeding.seeded(self.key, "times", step))
+        generator = seeding.seeded(self.key, "times", step)
+        t = mask_diffusion.draw_times(config.text_batch, generator)
         samples, generators = self.rows(step, config.text_batch, "text")
         text = self.text_batch(samples, generators, t[self.rank::self.world])
         unreadable = []
@@ -160,14 +161,14 @@ class BatchMaker:
         shape = self.latent_shape(images)
         t, noise, dropped, ids = [], [], [], []
         for sample, generator in zip(samples, generators):
-            row_t, row_noise = flow.draw(shape, generator, config.time_shift, config.times)
+            t.append(flow.draw_times(1, generator, config.time_shift, config.times))
+            noise.append(torch.randn(shape, generator=generator))
             drop_draw, caption_draw = torch.rand(2, generator=generator).tolist()
+            drop = drop_draw < config.text_dropout
             caption = ""
-            if drop_draw >= config.text_dropout:
+            if not drop:
                 caption = sources.choose_caption(sample, config.recaption, caption_draw)
-            t.append(row_t)
-            noise.append(row_noise)
-            dropped.append(drop_draw < config.text_dropout)
+            dropped.append(drop)
             ids.append(self.tokenizer.encode(caption, config.text_length))
         batch = ImageBatch(images, torch.stack(ids), torch.cat(t), torch.cat(noise),
                            torch.tensor(dropped), floor=config.time_floor)
@@ -217,9 +218,10 @@ class BatchMaker:
         return ids, len(prompt)
 
     def for_validation(self) -> "BatchMaker":
-        """Return a maker without dropped captions or re-captions, and with fixed weights of times.
+        """Return a maker without dropped captions or re-captions, and with the weight 1/t.
 
-        So runs with other settings are measured in the same way."""
-        plain = replace(self.config, text_dropout=0.0, recaption=0.0, text_loss="1/t",
-                        time_floor=max(VALIDATION_FLOOR, self.config.time_floor))
+        `times` must be the same for all runs, too: their draws come before the noise, from the same
+        generator."""
+        plain = replace(self.config, text_dropout=0.0, recaption=0.0, times="logit-normal",
+                        text_loss="1/t", time_floor=max(VALIDATION_FLOOR, self.config.time_floor))
         return replace(self, config=plain)

@@ -21,8 +21,9 @@ from training.optimizers import OPTIMIZERS
 
 
 class Stage(NamedTuple):
-    losses: str             # L = L_image + lambda L_text, or one of them
-    extras: str             # trained too, besides transformer and end-to-end token embedding
+    losses: str             # "image, text": L = L_image + lambda L_text; or "text"
+    extras: str             # trained too, besides the transformer and a token embedding.  The null
+                            # image is also trained where packed text has no images
     pixels: int             # side of an image; the run at --init decides it, except in high-res
     text_length: int        # tokens, padding included; at most the positions of a token embedding
     text_weight: float      # lambda
@@ -44,8 +45,8 @@ STAGES = {
     "high-res": Stage("image, text", "",           512, 256, 0.2, 768,  768, 3e-5, 1000,  80_000),
     "instruct": Stage("image, text", "",           512, 128, 1.0, 512,  512, 3e-5, 1000,  50_000),
 }
-# These settings replace those of STAGES for a model of pixels (the emoji preset), so that a first
-# run takes a quarter of an hour on a laptop.  runs/emoji.sh has the recipe of the shipped weights.
+# These settings replace those of STAGES for a model of pixels, so that a first run takes about 8
+# minutes of two cores.  runs/emoji.sh has the recipe of the shipped weights.
 SMALL = dict(pixels=64, text_length=28, image_batch=32, text_batch=32, lr=2.5e-3, warmup=50,
              steps=500, vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0,
              time_floor=0.05, question_share=0.4)
@@ -189,7 +190,7 @@ def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
         defaults["recaption"] = 0.9                              # as in the published code
     elif stage == "pretrain" and sizes.text_length:
         # in the paper, 400,000 steps are "an epoch" of DataComp-Recap-1B.  2,560 pairs a step make
-        # 1.02 B pairs: we assume that so many of its 1.3 B can still be downloaded
+        # 1.02 B pairs: we assume that 1.02 B of its 1.3 B images can still be downloaded
         defaults.update(steps=400_000, image_batch=2560, text_batch=2560)
     if sizes.text_length:
         defaults["text_length"] = min(defaults["text_length"], sizes.text_length)

@@ -157,7 +157,7 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
     step = None
     feed = workers.feed(maker.make_batches, range(run.step, config.steps), config.workers)
     for batches, error in workers.look_ahead(feed):
-        run.problem = run.problem or error
+        run.stop_reason = run.stop_reason or error
         if step is None:
             step = GraphedStep(job, batches, errors["image"])
         rate = learning_rate(run.step, config)
@@ -165,7 +165,7 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
         set_learning_rate(run.optimizers, rate)                  # as a number, for checkpoints
         run.step += 1
         run.note(results, batches)
-        stopping = bool(signals or run.problem)
+        stopping = bool(signals or run.stop_reason)
         intervals = config.log_every, config.eval_every, config.save_every, config.sample_every
         if stopping or run.step <= 5 or any(map(run.due, intervals)):
             check_finite(job)
@@ -179,7 +179,7 @@ def check_finite(job: Job) -> None:
     """Raise UserError if a loss or gradient was not finite since the last row, or a save failed."""
     run = job.run
     means = {name: float(total) / run.summed for name, total in run.sums.items()}
-    if run.error:
+    if run.save_error:
         run.save_again()
     if not all(map(math.isfinite, means.values())):
         run.wait()

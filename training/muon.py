@@ -22,7 +22,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return U V^T, approximately, for each matrix U S V^T: (n, rows, columns), in `dtype`.
 
     Newton-Schulz: an odd polynomial of a matrix acts on its singular values only.  Five steps bring
-    each of them to between 0.7 and 1.2, except those below a thousandth of the largest."""
+    each of them to between 0.7 and 1.2, except those below about 0.0015 of the Frobenius norm."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype)

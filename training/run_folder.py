@@ -222,9 +222,9 @@ class Run:
         self.saver = None               # the thread that writes a checkpoint
         self.saver_step = 0
         self.saver_group = None         # separate: the main thread communicates meanwhile
-        self.error = ""                 # what failed in the saver
+        self.save_error = ""            # what failed in the saver
         self.keeps_all = False          # it deletes no older checkpoint
-        self.problem = None             # an error that ends the run once this step is saved
+        self.stop_reason = None         # an error that ends the run once this step is saved
         if processes.several():
             self.saver_group = dist.new_group(backend="gloo")
         self.step, self.rows, self.was, self.key = processes.first(
@@ -324,7 +324,7 @@ class Run:
         except (OSError, UserError) as error:
             if isinstance(error, OSError):
                 error.filename = error.filename or path
-            self.problem = error
+            self.stop_reason = error
 
     def due(self, every: int) -> bool:
         """Return True at each `every`-th step and at the last one; never if `every` is 0."""
@@ -335,7 +335,7 @@ class Run:
         self.wait()
         if not processes.first(self.is_exported):                # a kill can come between two files
             self.export()
-        problem_here = in_one_line(self.problem) if self.problem else ""
+        problem_here = in_one_line(self.stop_reason) if self.stop_reason else ""
         for problem in processes.gather([problem_here]):
             require((not problem, f"{problem}; step {self.step} is saved, and the same command goes "
                      f"on from there"))
@@ -438,9 +438,9 @@ class Run:
                 problem = problem or part_problem
             if self.rank == 0 and not problem:
                 problem = self.publish(temporary, digests)
-            self.error = processes.gather([problem], self.saver_group)[0]
+            self.save_error = processes.gather([problem], self.saver_group)[0]
         except FAILURES as error:                                # another process was lost
-            self.error = last_line(error)
+            self.save_error = last_line(error)
 
     def hash_files(self, future: Future, temporary: Path) -> tuple[dict[str, str], str]:
         """Return the SHA-256 of each file that this process wrote, and an error message or ""."""
@@ -477,7 +477,7 @@ class Run:
         return ""
 
     def join_saver(self) -> None:
-        """Wait for the save in progress, if any; then `error` has its result."""
+        """Wait for the save in progress, if any; then `save_error` has its result."""
         if self.saver is not None:
             self.saver.join()
             self.saver = None
@@ -485,15 +485,15 @@ class Run:
     def wait(self) -> None:
         """Wait for the save in progress, if any.  Raises UserError if it failed."""
         self.join_saver()
-        if self.error:
-            raise self.failed(self.error)
+        if self.save_error:
+            raise self.failed(self.save_error)
 
     def save_again(self) -> None:
         """Save this step where an earlier save has failed, and end with a UserError."""
         self.join_saver()                           # another process may know of its error before
-        why, step = self.error, self.saver_step
+        why, step = self.save_error, self.saver_step
         error = self.failed(why)
-        self.error = ""
+        self.save_error = ""
         self.rescue()
         if self.step not in processes.first(lambda: saved_steps(self.out)):
             raise error

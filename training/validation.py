@@ -1,18 +1,21 @@
 """Measure the averaged weights on the same images, texts, times, noise and masks each time.
 
     val_image      the velocity's error, mean over t ~ U(0, 1)
-    val_nats       E_l [1/l sum of the masked tokens' cross-entropies], in nats per position that
-                   may be masked.  l of these n positions are masked, 1 to n with equal probability.
-                   n val_nats is an upper bound of -log p(text | image), far less noisy than with
-                   the weight 1/t (LLaDA, arXiv 2502.09992).  For a perfect model it is the
-                   entropy.  Padding counts as text, because visible padding shows the length
+    val_nats       the bound of -log p(text | image) in nats, summed over all texts and divided by
+                   the number n of all positions that may be masked.  The bound of a text is
+                   E_l [n/l sum of the masked tokens' cross-entropies]; l of its n positions are
+                   masked, 1 to n with equal probability.  This is far less noisy than the weight
+                   1/t (LLaDA, arXiv 2502.09992).  For a perfect model it is the entropy per
+                   position.  Padding counts as text, because visible padding shows the length
     val_bits       the bound in bits per byte of text, to compare tokenizers
     val_image_t    the velocity's error in each of ten bins of t
     val_text_t     the cross-entropy of a masked token in each bin, in nats
 
 The samples are held out if the first source has held-out samples; otherwise they are training
 samples.  The random draws for a sample depend only on its number, not on the run, its seed or its
-processes, so two runs can be compared.  Errors at times below 0.05 are weighed by (t / 0.05)^2.
+processes.  Image errors at times below the floor are weighed by (t / floor)^2; the floor is 0.05, or
+--time-floor if that is higher.  So two runs with the same data, stage, --question-share and
+--time-floor can be compared.
 
 Shapes: B samples at once, L tokens.
 """
@@ -49,8 +52,9 @@ def rounded(value: Tensor) -> float:
 
 
 def mean_by_bin(values: Tensor) -> list[float]:
-    """Return the mean of values (size,) in each bin of t; row i is in bin i mod 10.  NaN, the bound of
-    a text that a long question left no token of, does not count."""
+    """Return the mean of values (size,) in each bin of t; row i is in bin i mod 10.
+
+    NaN does not count: a long question can leave no token of its text to mask."""
     return [rounded(values[first::BINS].nanmean()) for first in range(BINS)]
 
 

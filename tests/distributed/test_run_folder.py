@@ -374,7 +374,8 @@ def test_the_loss_of_frozen_texts_is_zero():
     def logits(ids):
         return torch.zeros(2, 3, 9, requires_grad=True)
     logits_at = mask_diffusion.at_positions(logits)
-    assert mask_diffusion.errors(logits_at, ids, 8, frozen).tolist() == [0, 0]
+    t, uniform = torch.ones(2), torch.zeros(2, 3)
+    assert mask_diffusion.errors(logits_at, ids, 8, t, uniform, frozen).tolist() == [0, 0]
     assert mask_diffusion.loss(logits, ids, 8, frozen) == 0
 
 

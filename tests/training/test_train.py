@@ -64,8 +64,9 @@ def plain_image_loss(config, model, tokenizer, samples, generators):
         captions.append("" if dropped else sample["captions"][0])
     ids = torch.stack([tokenizer.encode(caption, 28) for caption in captions])
     text = model["embedding"](ids)
-    return flow.loss(lambda x, t: model["mmdit"](x, text, t)[0], scaled(samples),
-                     t=torch.cat(times), noise=torch.cat(noises), floor=0.05)
+    errors = flow.errors(lambda x, t: model["mmdit"](x, text, t)[0], scaled(samples),
+                         torch.cat(times), torch.cat(noises), floor=0.05)
+    return errors.mean()
 
 
 def plain_text_loss(config, model, tokenizer, samples, generators, t):
@@ -83,8 +84,8 @@ def plain_text_loss(config, model, tokenizer, samples, generators, t):
     x = scaled(samples)
     logits_at = mask_diffusion.at_positions(
         lambda ids: model["mmdit"](x, model["embedding"](ids), torch.zeros(1))[1])
-    errors = mask_diffusion.errors(logits_at, torch.stack(ids), tokenizer.mask_id,
-                                   torch.stack(frozen), t=t, uniform=torch.stack(uniform))
+    errors = mask_diffusion.errors(logits_at, torch.stack(ids), tokenizer.mask_id, t,
+                                   torch.stack(uniform), torch.stack(frozen))
     return errors.sum() / (2 * 28)  # a mean over all positions, including prompts
 
 
@@ -106,7 +107,7 @@ def plain_loop(config, folder, tar):
         image_loss = plain_image_loss(config, model, tokenizer, mix.take(at, "image"),
                                       [seeding.seeded(key, "image", i) for i in at])
         at = range(2 * step, 2 * step + 2)
-        t, _ = mask_diffusion.draw((2, 0), seeding.seeded(key, "times", step))
+        t = mask_diffusion.draw_times(2, seeding.seeded(key, "times", step))
         text_loss = plain_text_loss(config, model, tokenizer, mix.take(at, "text"),
                                     [seeding.seeded(key, "text", i) for i in at], t)
         model.zero_grad()
@@ -189,7 +190,7 @@ def test_times_flag_reaches_the_image_loss(tiny):
 def test_micro_batches_have_early_and_late_times():
     """Then the logits of a micro-batch's masked tokens never take more than plan.memory counts."""
     for size, world, micro in ((64, 1, 8), (512, 8, 8), (512, 8, 1), (2048, 8, 32), (48, 1, 6)):
-        times, _ = mask_diffusion.draw((size, 0), torch.Generator().manual_seed(size))
+        times = mask_diffusion.draw_times(size, torch.Generator().manual_seed(size))
         times = times[0::world]
         parts = Batch(None, times, times).split(micro)
         assert sorted(torch.cat([part.t for part in parts]).tolist()) == sorted(times.tolist())
@@ -318,7 +319,7 @@ def test_gradient_that_is_not_finite_stops_before_a_save(
     flags = ["--init", tiny, "--image-data", small_tar, "--out", tmp_path, *QUICK,
              "--save-every", "1", "--log-every", "9", "--steps", "5"]
     factors, errors = iter([1, 1, math.nan]), flow.errors
-    monkeypatch.setattr(flow, "errors", lambda *args, **more: errors(*args, **more) * next(factors))
+    monkeypatch.setattr(flow, "errors", lambda *args: errors(*args) * next(factors))
     code, error = mistake(train_main, flags)
     assert code == 1
     for name in ("step 3", "image loss nan", str(tmp_path / "step_2"), "--lr"):

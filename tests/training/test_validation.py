@@ -139,8 +139,7 @@ def test_validation_of_a_perfect_model_is_the_entropy():
         return TextBatch(None, ids, torch.tensor(t), torch.tensor(uniform), frozen)
 
     def errors(name, batch):
-        return mask_diffusion.errors(perfect_logits, batch.ids, MASK, t=batch.t,
-                                     uniform=batch.uniform)
+        return mask_diffusion.errors(perfect_logits, batch.ids, MASK, batch.t, batch.uniform)
     maker = SimpleNamespace(mixes=dict(text=NumberedSamples(count)), text_batch=make,
                             tokenizer=stub_tokenizer(END, "a"))
     result = Validation(maker, errors, count).measure(0, 1)
@@ -155,9 +154,10 @@ def test_validation_has_a_floor_at_least(floor, expected):
 
 
 def test_validation_uses_averaged_weights_captions_and_its_own_floor(tiny, small_tar, tmp_path):
-    """The run drops all captions, and has no floor.  Its averaged weights are half of its weights."""
+    """The run drops all captions, and has uniform times and no floor.  Its averaged weights are half
+    of its weights."""
     flags = ["--init", tiny, "--image-data", small_tar, *BATCHES, "--text-dropout", 1,
-             "--time-floor", 0, "--out", tmp_path]
+             "--times", "uniform", "--time-floor", 0, "--out", tmp_path]
     job = train.set_up(train.parse(list(map(str, flags))))
     maker = job.maker
     for average in job.run.ema.values():
