@@ -43,7 +43,7 @@ from common.files import sha256, walk
 from common.seeding import fraction
 from dataset import emoji, precompute, questions, shapes, sources, webdataset
 from dataset.aspect_buckets import Buckets
-from dataset.images import fit_image, image_size, read_image, to_image
+from dataset.images import fit_image, image_pixels, image_size, read_image, to_image
 from dataset.sources import Location, Source
 from pretrained.safetensors_io import is_safetensors
 from viz import grids
@@ -269,18 +269,9 @@ class Filters:
 PUBLISHED = Filters(min_side=256, max_ratio=4.5, min_caption=6)
 
 
-def binomial_tail(count: int, n: int, p: float) -> float:
-    """Return the probability of at least `count` > n p successes in n trials of probability p."""
-    odds = p / (1 - p)
-    coefficient = math.lgamma(n + 1) - math.lgamma(count + 1) - math.lgamma(n - count + 1)
-    term = math.exp(coefficient + count * math.log(p) + (n - count) * math.log1p(-p))
-    total = 0.0
-    for k in range(count, n + 1):
-        total += term
-        term *= (n - k) / (k + 1) * odds
-        if term < 1e-9 * total:
-            break
-    return total
+def poisson_tail(count: int, mean: float) -> float:
+    """Return the probability of at least `count` events, of which `mean` are expected."""
+    return float(torch.special.gammainc(torch.tensor(float(count)), torch.tensor(mean)))
 
 
 class Filtered(UserError):
@@ -369,8 +360,8 @@ class Mix:
                 if not isinstance(error, Filtered):
                     self.lost += 1
                     allowed = 0.05
-                    too_many = self.lost > allowed * self.seen and (
-                        binomial_tail(self.lost, self.seen, allowed) < 1e-4)
+                    expected = allowed * self.seen
+                    too_many = self.lost > expected and poisson_tail(self.lost, expected) < 1e-4
                     require((not too_many, f"{source.name}: {self.lost} of {self.seen} samples are "
                              f"unreadable, the last: {error}"))
         raise UserError(f"{source.name}: 100 samples in a row are unusable, the last: "
@@ -430,8 +421,7 @@ class Mix:
     def fit(self, image: Image.Image, size: Size | None) -> Tensor:
         """Return the image cropped and resized, (3, P, P) uint8, or (3, *size)."""
         height, width = size or (self.pixels, self.pixels)
-        pixels = np.array(fit_image(image, height, width))
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return image_pixels(fit_image(image, height, width))
 
     def check_size(self, image: Image.Image, name: str) -> None:
         """Raise Filtered for an image that is too small or too elongated."""
@@ -452,16 +442,6 @@ class Mix:
         if sample["captions"] and not rest:
             raise Filtered(f"{sample['key']}: no caption of at least {least} characters")
         sample["captions"] = captions
-
-    def texts(self) -> list[str] | None:
-        """Return every text of the sources, or None where that would take reading all of them."""
-        texts = []
-        for source in self.sources:
-            source_texts = source.texts()
-            if source_texts is None:
-                return None
-            texts += source_texts
-        return texts
 
     def shown(self, count: int, held: bool, captioned: bool = True) -> list[dict]:
         """Return up to `count` samples of the first source for display.

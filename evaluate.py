@@ -130,7 +130,7 @@ def make_room(parts: Parts, asks: list[Ask], args: argparse.Namespace) -> None:
     if needed <= parts.answer_length:
         return
     # only T5, which has no position table, can read longer texts
-    if vars(args).get("length", "auto") == "auto" and not parts.has_embedding:
+    if "length" not in vars(args) and not parts.has_embedding:
         parts.answer_length = needed
         return
     advice = f"--length {parts.answer_length}: use --length {needed}"
@@ -186,7 +186,7 @@ def score(args: argparse.Namespace) -> None:
     require((texts or not args.questions, f"{args.results}.json: \"questions\" are no paths"),
             (limit is None or type(limit) is int and limit > 0,
              f"{args.results}.json: \"limit\" is {ascii(limit)}, expected a number above 0"),
-            (bool(args.questions),
+            (args.questions,
              f"{args.results}: has no {args.results.name}.json beside; give --questions"))
     if args.benchmark == "captions":
         score_captions(args, note)
@@ -330,9 +330,7 @@ def answer_flags(add: Callable) -> None:
     add("--shots", **count(0, 0), help="number of answered examples before each question (0)")
     add("--examples", nargs="+", help="the files that --shots come from")
     add("--suffix", help="text after each question (as in training)")
-    add("--by", choices=["writing", "likelihood"], default="writing",
-        help="likelihood: answer with the likeliest of --choices (writing)")
-    add("--choices", nargs="+")
+    add("--choices", nargs="+", help="answer with the likeliest of these; nothing is written")
 
 
 def score_flags(add: Callable) -> None:
@@ -416,10 +414,10 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     for name in ("splits", "seeds", "prompts", "questions", "examples", "choices"):
         if isinstance(values := vars(args).get(name), list):
             parser.check_list(cli.flag(name), values)
-    if args.command == "draw" and vars(args).get("length") == "auto":
-        parser.error("--length auto changes nothing with draw")
     if args.command == "answer":
         check_answer(parser, args)
+    if args.command == "score" and args.benchmark == "captions" and len(args.questions or []) > 1:
+        parser.error("captions: expected one file of --questions")
     if args.command == "statistics":
         parser.check_path("OUT", args.out, [".npz"])
     if args.command in ("emoji", "shapes"):
@@ -427,15 +425,13 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
 
 
 def check_answer(parser: cli.Parser, args: argparse.Namespace) -> None:
-    if (args.by == "likelihood") != bool(args.choices):
-        parser.error("--by likelihood and --choices go together")
     if bool(args.shots) != bool(args.examples):
         parser.error("--shots and --examples go together")
     if args.benchmark == "captions" and (args.suffix or args.shots or len(args.questions) > 1):
         parser.error("captions: expected one file, and no --suffix and no --shots")
     unused = {field.name for field in fields(ReadConfig)} & vars(args).keys()
     if args.choices and unused:
-        parser.error(f"{cli.flag(min(unused))} changes nothing with --by likelihood")
+        parser.error(f"{cli.flag(min(unused))} changes nothing with --choices")
 
 
 def check_world(parser: cli.Parser, args: argparse.Namespace) -> None:

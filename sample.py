@@ -86,7 +86,7 @@ class Request:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a file that are not blank.  Raises UserError."""
     lines = files.text_lines(files.read_text(path))
-    require((bool(lines), f"{path}: is empty; write one prompt or question a line"))
+    require((lines, f"{path}: is empty; write one prompt or question a line"))
     return lines
 
 
@@ -254,11 +254,6 @@ TASKS = {
 
 # ------------------------------------------------------------------------------------- the command
 
-# flags of older versions, and the flag that replaces each
-RENAMED = {"--refresh": "--image-cache", "--separate": "--prompts", "--tokens-per-step": "--steps",
-           "--top-p": "--temperature", "--vary": "--strength"}
-
-
 def tasks_of_flags() -> dict[str, list[str]]:
     """Return the tasks in which each flag works."""
     everywhere = " ".join(TASKS)
@@ -277,8 +272,7 @@ def name_flags(task: str) -> str:
 
 def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
     """Return the task that the flags select, and the flags.  A wrong flag exits with status 2."""
-    parser = cli.Parser(__doc__, RENAMED,
-                        usage="sample.py --prompt TEXT | --image FILE ... | --text TEXT  [FLAGS]")
+    parser = cli.Parser(__doc__, usage="sample.py --prompt TEXT | --image FILE ... | --text TEXT  [FLAGS]")
     for config in (Request, DrawConfig, ReadConfig, ModelConfig):
         parser.add_fields(config)
     given = vars(parser.parse_args(argv))
@@ -314,8 +308,6 @@ def check(parser: cli.Parser, task: str, args: Request) -> None:
         parser.error(f"--image: expected one with {name_flags(task)}, got {len(args.image)}")
     if len(args.image) > 1 and args.trajectory:
         parser.error(f"--trajectory shows one --image, got {len(args.image)}")
-    if args.models.length == "auto" and task not in ("caption", "answer", "questions", "chat"):
-        parser.error(f"--length auto changes nothing with {name_flags(task)}")
     if not args.image and (args.reading.text_guidance != 1 or args.reading.image_cache):
         parser.error("--text-guidance and --image-cache change nothing without --image")
     if args.best and args.n == 1:

@@ -13,6 +13,7 @@ flags.
 import argparse
 import dataclasses
 import difflib
+import functools
 import io
 import math
 import os
@@ -63,8 +64,8 @@ def warn(message: str) -> None:
         print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
-def require(*conditions: tuple[bool, str]) -> None:
-    """Raise UserError with the message of the first condition that does not hold."""
+def require(*conditions: tuple[Any, str]) -> None:
+    """Raise UserError with the message of the first condition that is false or empty."""
     for holds, message in conditions:
         if not holds:
             raise UserError(message)
@@ -74,27 +75,23 @@ def option(default: Any, help: str, **limits):
     """Return a dataclass field that `Parser.add_fields` turns into a flag.
 
     limits: `low` and `high` of a number; `choices`; `bare`, the value if the flag has no number;
-    `word`, a text that is allowed in place of a number; `group`, a title in --help above this field
-    and the following ones.  All limits, also others, are kept in the field's metadata."""
+    `group`, a title in --help above this field and the following ones.  All limits, also others,
+    are kept in the field's metadata."""
     metadata = dict(help=help, **limits)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def number(kind: type, low: float | None = None, high: float | None = None,
-           word: str | None = None) -> Callable[[str], float | str]:
-    """Return a function for argparse that reads a finite number from low to high, or `word`."""
-    def read(text: str) -> float | str:
-        if text == word:
-            return text
+def number(kind: type, low: float | None = None, high: float | None = None
+           ) -> Callable[[str], float]:
+    """Return a function for argparse that reads a finite number from low to high."""
+    def read(text: str) -> float:
         wanted = "a whole number" if kind is int else "a number"
         if high is not None:
             wanted += f" from {low} to {high}"
         elif low is not None:
             wanted += f", at least {low}"
-        if word:
-            wanted += f", or {word}"
         try:
             value = kind(text)
             math.isfinite(value)                                 # a huge int raises OverflowError
@@ -146,8 +143,7 @@ def reader(field: dataclasses.Field, kind: type) -> dict:
         return arguments | dict(choices=list(limits["choices"]))
     if kind in METAVARS:
         return arguments | dict(type=kind, metavar=METAVARS[kind])
-    read = number(kind, limits.get("low"), limits.get("high"), limits.get("word"))
-    arguments.update(type=read, metavar="N")
+    arguments.update(type=number(kind, limits.get("low"), limits.get("high")), metavar="N")
     if "bare" in limits:
         arguments.update(nargs="?", const=limits["bare"])
     return arguments
@@ -163,22 +159,14 @@ def take(config: type, values: dict) -> Any:
         raise UserError(str(error))
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """A help formatter that leaves more room for the help of each flag."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=26)
-
-
 class Parser(argparse.ArgumentParser):
     """An argparse parser that suggests the closest flag for an unknown one, accepts no abbreviated
-    flags, and reports an error in one line.
+    flags, and reports an error in one line."""
 
-    renamed: flags that users may try -> the flags to suggest."""
-
-    def __init__(self, doc: str, renamed: dict[str, str] = {}, **more):
-        self.renamed = renamed
-        super().__init__(description=doc, formatter_class=Formatter, allow_abbrev=False, **more)
+    def __init__(self, doc: str, **more):
+        # more room for the help of each flag
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26)
+        super().__init__(description=doc, formatter_class=formatter, allow_abbrev=False, **more)
 
     def add_fields(self, config: type, defaults: dict = {}) -> None:
         """Add a flag for each field of a dataclass; the result has only the flags that were given.
@@ -205,7 +193,7 @@ class Parser(argparse.ArgumentParser):
                 known += [flag for each in action.choices.values() for flag in each._option_string_actions]
             if not name.startswith("-"):
                 self.error(f"unknown argument {name}; see --help, and put quotes around a text")
-            nearest = self.renamed.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            [nearest] = difflib.get_close_matches(name, known, n=1, cutoff=0)
             if nearest == name:
                 self.error(f"{name} is no flag of this command; see its --help")
             self.error(f"unknown argument {name}; did you mean {nearest}?")

@@ -23,20 +23,15 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def keep_memory(keep: bool = True) -> None:
+def keep_memory() -> None:
     """Make malloc keep freed memory for the next step (with glibc only).
 
     Otherwise each large tensor gets new pages, and the kernel zeroes them one page fault at a time:
-    a third of the step time of the emoji preset with a vocabulary of 50,258.  keep=False sets the
-    values that glibc reaches by itself."""
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
-        return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    settings = {trim_threshold: 2**26, mmap_threshold: 2**25, mmap_max: 2**16}
-    if keep:
-        settings = {trim_threshold: 2**31 - 1, mmap_max: 0}
-    for name, value in settings.items():
-        ctypes.CDLL(None).mallopt(name, value)
+    a third of the step time of the emoji preset with a vocabulary of 50,258."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
 
 
 def start(device: str) -> tuple[int, int, torch.device]:

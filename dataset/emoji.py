@@ -23,15 +23,14 @@ from functools import cache
 from pathlib import Path
 from typing import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.cli import UserError, require
 from common.files import parse_json, replacing
 from common.seeding import fraction
-from dataset.images import fit_image, read_image
-from dataset.sources import Source, Tars, described, text, texts_in
+from dataset.images import fit_image, image_pixels, read_image
+from dataset.sources import Source, described, text, texts_in
 from dataset.webdataset import Tar
 
 TAR = Path(__file__).parents[1] / "assets" / "emoji.tar.gz"
@@ -349,10 +348,9 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
                  f"{where}: expected a name, and a kind of the emoji set"))
         records.append(record)
         image = read_image(files["webp"], where)
-        images.append(np.array(fit_image(image, pixels)))
+        images.append(image_pixels(fit_image(image, pixels)))
     add_questions(records)
-    stacked = torch.from_numpy(np.stack(images))                         # (n, P, P, 3)
-    return records, stacked.permute(0, 3, 1, 2).contiguous()
+    return records, torch.stack(images).contiguous()
 
 
 def split_named(name: str) -> str:
@@ -377,7 +375,7 @@ def texts(records: list[dict]) -> list[str]:
 
 def is_emoji(source) -> bool:
     """Return True for a source of one tar, if its first sample has the emoji set's fields."""
-    if not isinstance(source, Tars) or len(source.tars) > 1:
+    if len(source.tars) > 1:
         return False
     _, files = source.tars[0][0]
     try:

@@ -211,9 +211,14 @@ def fit_image(image: Image.Image, height: int, width: int | None = None,
     return ImageOps.fit(image, (width or height, height), filter)
 
 
+def image_pixels(image: Image.Image) -> Tensor:
+    """Return the values of an RGB image, (3, P, P) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image to (3, P, P) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    return image_pixels(image) / 127.5 - 1
 
 
 def to_pixels(tensor: Tensor) -> Tensor:

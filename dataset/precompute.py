@@ -64,8 +64,7 @@ class Encoder:
                  f"--pixels {args.pixels}: expected a multiple of {factor}"))
         self.stamp = dict(vae=checkpoint.digest(self.vae), pixels=str(args.pixels),
                           channels=str(self.vae.channels), dtype=args.dtype)
-        if isinstance(self.vae, torch.nn.Module):
-            self.vae.to(self.device)
+        self.vae.to(self.device)
         self.t5 = None
         if args.t5:
             self.tokenizer = checkpoint.training_tokenizer(args.tokenizer or args.t5)

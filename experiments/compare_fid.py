@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from dataset import emoji
+from dataset.images import to_image
 from metrics import fid, inception
 
 # torchvision's CUDA wheel can't be imported on a CPU without these operators, which are not used
@@ -35,11 +36,12 @@ import pytorch_fid.inception as their_network
 def write_images(folder: Path, count: int) -> list[Path]:
     """Write `count` images of each style, and return the styles' folders."""
     folders = [folder / style for style in emoji.STYLES]
+    records, images = emoji.load()
     for n, path in enumerate(folders):
         path.mkdir()
-        listing = [entry for entry in fid.file_images(emoji.TAR) if entry[0].endswith(f"-{path.name}")]
-        for i, (_, read) in enumerate(sorted(listing)[n::len(listing) // count][:count]):
-            read().save(path / f"{i:03}.png")
+        chosen = [i for i, record in enumerate(records) if record["style"] == path.name]
+        for i, row in enumerate(chosen[n::len(chosen) // count][:count]):
+            to_image(images[row] / 127.5 - 1).save(path / f"{i:03}.png")
     return folders
 
 

@@ -9,7 +9,6 @@ transformer, but not --length or the other models.  Several processes can share 
 of evaluate.py do.
 """
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Iterable, Iterator
 from common.cli import require
 from dataset.images import text_fields, write_png
 from inference.parts import Parts
-from inference.text_to_image import DrawConfig, Edit, drawings
+from inference.text_to_image import DrawConfig, drawings
 from viz.grids import grid
 
 # the fields of a DrawConfig that decide the image, and their names in a file
@@ -26,14 +25,10 @@ RECORDED = dict(steps="steps", solver="solver", guidance_interval="interval",
                 negative_prompt="negative", guidance="guidance", shift="shift")
 
 
-def settings(parts: Parts, config: DrawConfig, edit: Edit | None = None) -> dict[str, str]:
+def settings(parts: Parts, config: DrawConfig) -> dict[str, str]:
     """Return the text fields that are the same for all drawings of a folder."""
     complete = parts.complete(config)
     shared = {name: str(getattr(complete, field)) for field, name in RECORDED.items()}
-    if edit:
-        tensors = [edit.latents] if edit.mask is None else [edit.latents, edit.mask]
-        content = b"".join(x.cpu().contiguous().numpy().tobytes() for x in tensors)
-        shared.update(strength=str(edit.strength), over=hashlib.sha256(content).hexdigest()[:16])
     shared.update(size=f"{parts.width}x{parts.height}", checkpoint=parts.digest(),
                   dtype=str(parts.dtype).removeprefix("torch."))
     return shared
@@ -71,15 +66,14 @@ class ImageFolder:
                          f"name another folder, or remove this file"))
         return lacking
 
-    def draw(self, parts: Parts, which: list[int], config: DrawConfig,
-             edit: Edit | None = None) -> Iterator[int]:
+    def draw(self, parts: Parts, which: list[int], config: DrawConfig) -> Iterator[int]:
         """Draw these jobs, and yield each one when its file is written."""
         prompts, seeds = [], []
         for i in which:
             prompt, seed = self.jobs[i]
             prompts += [prompt] * self.each
             seeds += range(seed, seed + self.each)
-        images = drawings(parts, prompts, seeds, config, edit)
+        images = drawings(parts, prompts, seeds, config)
         for i in which:
             path = self.path / self.names[i]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,15 +82,14 @@ class ImageFolder:
             yield i
 
 
-def fill(parts: Parts, jobs: list[tuple[str, int]], path: Path, config: DrawConfig,
-         edit: Edit | None = None) -> int:
+def fill(parts: Parts, jobs: list[tuple[str, int]], path: Path, config: DrawConfig) -> int:
     """Draw the files that are missing, and return the number of files that existed before.
 
     Raises UserError, before anything is drawn, for a file with other text fields than expected."""
     path.mkdir(exist_ok=True)
     names = [f"{i:05}.png" for i in range(len(jobs))]
-    folder = ImageFolder(path, jobs, names, settings(parts, config, edit))
+    folder = ImageFolder(path, jobs, names, settings(parts, config))
     missing = folder.missing(range(len(jobs)))
-    for _ in folder.draw(parts, missing, config, edit):
+    for _ in folder.draw(parts, missing, config):
         pass
     return len(jobs) - len(missing)

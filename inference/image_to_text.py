@@ -246,7 +246,7 @@ def cuts(parts: Parts, text: str) -> tuple[Tensor, list[tuple[int, ...]]]:
         if len(ids) < parts.length:
             rows.append(tokenizer.fit(ids, parts.length))
             cut_widths.append(widths)
-    require((bool(rows), f"text has {lengths[0]} tokens, expected at most {parts.length - 1}; cut it"))
+    require((rows, f"text has {lengths[0]} tokens, expected at most {parts.length - 1}; cut it"))
     return torch.stack(rows), cut_widths
 
 

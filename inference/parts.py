@@ -22,7 +22,6 @@ from common.files import sha256
 from dataset import aspect_buckets
 from pretrained.layouts import SHIFT
 from pretrained.safetensors_io import Tensors
-from pretrained.vae import Pixels
 
 EMOJI = ROOT / "assets" / "emoji"               # the shipped weights
 SHAPES = ROOT / "assets" / "shapes"
@@ -45,8 +44,8 @@ class ModelConfig:
                                choices=["float32", "bfloat16"])
     height: int | None = option(None, "of an image, in pixels (as trained; published 512)", low=1)
     width: int | None = option(None, "of an image, in pixels (as trained; published 512)", low=1)
-    length: int | str | None = option(None, "of a text, in tokens (as trained; published 256, to "
-                                      "answer 128); auto: --length-at 0.95", low=2, word="auto")
+    length: int | None = option(None, "of a text, in tokens (as trained; published 256, to answer "
+                                "128)", low=2)
     vae: Path | None = option(None, "autoencoder, in place of the checkpoint's")
     t5: Path | None = option(None, "T5 encoder, in place of the checkpoint's")
     tokenizer: Path | None = option(None, "T5's tokenizer.json, in place of the checkpoint's")
@@ -111,13 +110,9 @@ class Parts:
         """Choose the number of tokens of a text, and of a question with its answer.
 
         trained: the number in a run of ours."""
-        length = config.length
-        if length == "auto":
-            length = None
-            self.defaults = self.defaults | dict(length_at=0.95)
         trained = self.sizes.text_length or trained
-        self.length = length or trained or 256
-        self.answer_length = length or trained or 128
+        self.length = config.length or trained or 256
+        self.answer_length = config.length or trained or 128
 
     def choose_size(self, config: ModelConfig, pixels: int | None, buckets: bool) -> None:
         """Choose the size of an image.  pixels, buckets: as trained, if known."""
@@ -244,8 +239,7 @@ class Parts:
                 loaded.pop(name, None)
         for name in names:
             if name not in loaded:
-                part = getattr(self, f"load_{name}")()
-                loaded[name] = part if isinstance(part, Pixels) else part.to(self.device)
+                loaded[name] = getattr(self, f"load_{name}")().to(self.device)
 
 
 def open_parts(config: ModelConfig, device: str | torch.device | None = None) -> Parts:

@@ -25,7 +25,7 @@ from dataset.images import fit_image, to_image, to_tensor
 from inference import image_to_text, text_to_image
 from inference.image_to_text import Likelihood, ReadConfig
 from inference.parts import EMOJI, Parts
-from inference.text_to_image import DrawConfig, Edit, Trace
+from inference.text_to_image import DrawConfig, Edit
 from inference.texts import check_question, read_prompt, read_text
 
 Images = Image.Image | Sequence[Image.Image]
@@ -61,14 +61,14 @@ class Pipeline:
         return [read_prompt(self.parts, prompt) for prompt in as_list(prompts)]
 
     def draw(self, prompts: str | Sequence[str], seed: int = 0, edit: Edit | None = None,
-             trace: Trace | None = None, **settings) -> list[Image.Image]:
+             **settings) -> list[Image.Image]:
         """Return an image for each prompt, with this seed and the next ones.
 
         settings: fields of DrawConfig, such as steps=8 or guidance=3."""
         config = DrawConfig(**settings)
         prompts = self.read_prompts(prompts, config)
         seeds = range(seed, seed + len(prompts))
-        images = text_to_image.drawings(self.parts, prompts, seeds, config, edit, trace)
+        images = text_to_image.drawings(self.parts, prompts, seeds, config, edit)
         return [to_image(image) for image in images]
 
     def edit(self, image: Image.Image, prompts: str | Sequence[str], strength: float | None = None,
@@ -105,15 +105,14 @@ class Pipeline:
         seeds = [seed] * len(questions)
         return image_to_text.write(self.parts, latents, questions, config, seeds, states)
 
-    def fill(self, image: Image.Image | None, text: str, seed: int = 0, states: list | None = None,
-             **settings) -> str:
+    def fill(self, image: Image.Image | None, text: str, seed: int = 0, **settings) -> str:
         """Return the text with its [MASK]s filled in, given an image or None.
 
         The rest of the text is unchanged.  settings: fields of ReadConfig."""
         latents = None
         if image is not None:
             latents = self.encode(image)
-        return self.infill(latents, text, seed, ReadConfig(**settings), states)
+        return self.infill(latents, text, seed, ReadConfig(**settings))
 
     def infill(self, latents: Tensor | None, text: str, seed: int, config: ReadConfig,
                states: list | None = None) -> str:

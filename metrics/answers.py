@@ -234,7 +234,7 @@ def questions(kind: str, paths: list[str | Path], suffix: str = ""
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{where}: not of {kind} ({error!r}), expected {benchmark.form}")
     every = " and ".join(map(str, paths))
-    require((bool(chosen), f"{every}: no question with a true answer, expected {benchmark.form}"))
+    require((chosen, f"{every}: no question with a true answer, expected {benchmark.form}"))
     return list(chosen.values()), describe(issues, f"{every}: ")
 
 

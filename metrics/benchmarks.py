@@ -122,7 +122,7 @@ def read_mjhq(benchmark: Benchmark, paths: list[str]) -> None:
         category = text(entry.get("category"), where, "category")
         stem = f"{category}/{key}"
         is_path = re.fullmatch(r"[^/\\\0.][^/\\\0]*/[^/\\\0.][^/\\\0]*", stem)
-        require((bool(is_path), f"{where}: {stem[:60]!r} can't be a category and a file's name"))
+        require((is_path, f"{where}: {stem[:60]!r} can't be a category and a file's name"))
         name = f"{stem}.png"
         if benchmark.add(text(entry.get("prompt") or "", where, "prompt"), i, [name], where):
             benchmark.categories[category].append(name)
@@ -184,7 +184,7 @@ def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
     twice = [name for name, count in Counter(benchmark.names).items() if count > 1]
     unfit = [name for name in benchmark.names if "\0" in name or not is_text(name)]
     require((not unfit, f"{' '.join(paths)}: {ascii(unfit)[:60]}: no possible names of files"),
-            (bool(benchmark.jobs),
+            (benchmark.jobs,
              f"{' '.join(paths)}: holds no prompt; {''.join(benchmark.left_out[:1])}"),
             (not twice, f"{' '.join(paths)}: two prompts would be drawn as {''.join(twice[:1])}"))
     if limit is not None:
@@ -217,7 +217,7 @@ def geneval_scores(path: Path) -> tuple[dict[str, float], list[str]]:
             left_out.append(f"{path}: no image of {task}")
     left_out += [f"{path}: {len(correct[tag])} images of {tag!r}, which is no task"
                  for tag in correct.keys() - GENEVAL.keys()]
-    require((bool(scores), f"{path}: holds no result"))
+    require((scores, f"{path}: holds no result"))
     scores["overall"] = sum(scores.values()) / len(scores)
     return scores, left_out
 
@@ -244,7 +244,7 @@ def t2i_scores(folder: Path) -> tuple[dict[str, float], list[str]]:
         drawn = len(visible(samples, "*.png"))
         if len(answers) != drawn:
             left_out.append(f"{results[0]}: {len(answers)} answers, {drawn} drawings")
-    require((bool(scores),
+    require((scores,
              f"{folder}: no CATEGORY/samples with the results of T2I-CompBench's scorers beside"))
     return scores, left_out
 
@@ -272,7 +272,7 @@ def dpg_scores(path: Path) -> tuple[dict[str, float], list[str]]:
             left_out.append(f"{where}: {image} is there twice")
         else:
             means[image] = float(score)
-    require((bool(means),
+    require((means,
              f"{path}: expected a line an image, as compute_dpg_bench.py writes them"))
     scores["overall"] = 100 * sum(means.values()) / len(means)
     return scores, left_out

@@ -241,7 +241,7 @@ def read_captions(path: Path) -> tuple[References, Texts, list[str]]:
     for image_id, name in names.items():
         if image_id not in references:
             left_out.append(f"{path}: image {image_id!r}, {name}, has no caption")
-    require((bool(references), f"{path}: has no caption of an image; {''.join(left_out[:1])}"))
+    require((references, f"{path}: has no caption of an image; {''.join(left_out[:1])}"))
     return dict(references), names, left_out
 
 
@@ -263,7 +263,7 @@ def read_results(path: Path) -> tuple[Texts, list[str]]:
             left_out.append(f"{where}: image {image_id!r} has a caption already")
         else:
             written[image_id] = caption
-    require((bool(written),
+    require((written,
              f"{path}: expected captions, objects with image_id and caption, found none"))
     return written, left_out
 
@@ -284,7 +284,7 @@ def score(references: References, written: Texts) -> tuple[dict[str, float], lis
     for name in written:
         if name not in references:
             left_out.append(f"image {name!r}: no reference to compare with")
-    require((bool(true),
+    require((true,
              f"none of {len(written)} written captions is of one of {len(references)} images "
              f"with references: ids are {list(written)[:2]} and {list(references)[:2]}"))
     means = [statistics.fmean(rule(true, candidates).values()) for rule in (rouge_l, cider_d)]

@@ -32,7 +32,7 @@ from common.files import is_there, read_json_object, read_text, text_lines
 from common.progress import batches
 from dataset.images import read_image, text_fields, to_tensor
 from metrics.fid import image_files
-from pretrained.layouts import Config, Entry, rename
+from pretrained.layouts import Config, rename, renamed_entries
 from pretrained.safetensors_io import Tensors
 
 # Our names and those in Hugging Face's files, as in pretrained/layouts.py; {q,k,v} are three
@@ -195,12 +195,7 @@ def load(folder: Path, device: str = "cpu") -> CLIP:
     txt = tower_config(tensors, "txt", config)
     img = tower_config(tensors, "img", config)
     clip = build(CLIP, folder, txt, img, vocab_size, patch, joint)
-    entries = {}
-    for name, parameter in clip.named_parameters():
-        keys = rename(name, HUGGING_FACE)
-        rows, *columns = parameter.shape
-        entries[name] = Entry(keys, (rows // len(keys), *columns))
-    fill(clip, tensors, entries, torch.float32, BESIDE)
+    fill(clip, tensors, renamed_entries(clip, HUGGING_FACE), torch.float32, BESIDE)
     return clip.to(device).eval()
 
 
@@ -260,7 +255,7 @@ def score(pairs: Pairs, clip: CLIP, tokenizer: Tokenizer, device: str,
         for name, file, caption in rows:
             try:
                 image = prepare(read_image(file), clip.size)
-                require((bool(caption and caption.strip()), f"{name}: has no caption"))
+                require((caption and caption.strip(), f"{name}: has no caption"))
                 images.append(image)
                 captions.append(caption)
             except UserError as error:
@@ -272,7 +267,7 @@ def score(pairs: Pairs, clip: CLIP, tokenizer: Tokenizer, device: str,
             img = F.normalize(clip.image(x.to(device)), dim=-1)                  # (B, E)
             txt = F.normalize(clip.text(ids.to(device)), dim=-1)                 # (B, E)
             cosines += (100 * (img * txt).sum(-1)).tolist()
-    require((bool(cosines), f"none of {len(pairs)} pairs can be scored; {''.join(left_out[:1])}"))
+    require((cosines, f"none of {len(pairs)} pairs can be scored; {''.join(left_out[:1])}"))
     return cosines, left_out
 
 

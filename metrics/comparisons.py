@@ -64,7 +64,7 @@ def read_statistics(args: argparse.Namespace, network: inception.Inception,
     side: "drawn" or "real", for messages.  read: returns the image of a name."""
     features, left_out = {}, []
     for group, names in groups.items():
-        listing = [(name, functools.partial(read, name)) for name in names]
+        listing = [functools.partial(read, name) for name in names]
         title = f"{group}, {side} images"
         features[group], unread = fid.features(network, listing, args.device, title)
         left_out += unread
@@ -101,7 +101,7 @@ def compare(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
     real, more = read_statistics(args, network, groups, "real", read_real)
     left_out += more
     scores = {group: fid.frechet(drawn[group], real[group]) for group in drawn if group in real}
-    require((bool(scores), f"{args.drawn}: nothing to compare; {''.join(left_out[:1])}"))
+    require((scores, f"{args.drawn}: nothing to compare; {''.join(left_out[:1])}"))
     return scores, left_out, settings
 
 

@@ -18,6 +18,7 @@ Shapes: B batch, n images, P pixels a side.
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Iterable
 
 import torch
 from PIL import Image
@@ -37,7 +38,7 @@ from viz.samples import caption_cells
 
 BATCH = 64
 PEOPLE = "people & body"                        # a record's "kind", from Unicode
-TYPES = [*emoji.FIELD_QUESTIONS, "yes/no kind", "yes/no sort", "yes/no name"]
+TYPES = ["caption", *emoji.FIELD_QUESTIONS, "yes/no kind", "yes/no sort", "yes/no name"]
 
 
 def nearest(drawn: Tensor, images: Tensor) -> list[int]:
@@ -75,7 +76,7 @@ class EmojiTest:
     def read(self, split: str, limit: int, seed: int, config: ReadConfig) -> dict[str, float]:
         """Score captions and answers for the first `limit` images of a split, in percent."""
         shown = emoji.of_split(self.records, split)[:limit]
-        require((bool(shown), f"no image of the emoji tar is in the split \"{split}\""))
+        require((shown, f"no image of the emoji tar is in the split \"{split}\""))
         latents = dict(zip(shown, encode(self.parts, self.images[shown])))
         captions, questions = [], []                             # (image, question) pairs
         for i in shown:
@@ -89,7 +90,7 @@ class EmojiTest:
                 texts = [question["question"] for _, question in batch]
                 answers = write(self.parts, batch_latents, texts, config, [seed] * len(batch))
                 answered += [(question, answer) for (_, question), answer in zip(batch, answers)]
-        return score_answers(answered)
+        return score_answers(answered, TYPES)
 
     def draw(self, split: str, limit: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Score drawings for the first `limit` captions of a split, in percent."""
@@ -126,19 +127,17 @@ class EmojiTest:
         return grids.above(grids.rows(*rows), grids.page(cells[::2], cells[1::2]))
 
 
-def score_answers(answered: list[tuple[dict, str]]) -> dict[str, float]:
-    """Return the accuracy of (question, answer) pairs by type, and POPE's figures for the yes/no
-    questions, in percent."""
-    correct, yes_no = defaultdict(list), []
+def score_answers(answered: Iterable[tuple[dict, str]], types: list[str]) -> dict[str, float]:
+    """Return the accuracy of (question, answer) pairs of each type, in this order, and POPE's
+    figures for the yes/no questions, in percent."""
+    correct = {kind: [] for kind in types}
+    yes_no = []
     for question, answer in answered:
         kind = question["type"]
         correct[kind].append(answer == question["answer"])
         if kind.startswith("yes/no"):
             yes_no.append((answer, question["answer"]))
-    scores = {"caption": percent(correct["caption"])}
-    for kind in TYPES:
-        if kind in correct:
-            scores[f"answer: {kind}"] = percent(correct[kind])
+    scores = {f"reading: {kind}": percent(values) for kind, values in correct.items() if values}
     for name, value in pope(*zip(*yes_no)).items():
         scores[f"POPE: {name}"] = value
     return scores
@@ -150,8 +149,6 @@ def tables(results: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, list
     for split, runs in results.items():
         for scores in runs:
             for name, value in scores.items():
-                title, _, column = name.rpartition(": ")
-                if title not in ("drawing", "POPE", "calibration"):
-                    title = "reading"
+                title, column = name.split(": ")
                 by_table[title][split][column].append(value)
     return by_table

@@ -24,15 +24,15 @@ from torch import Tensor
 
 from common.cli import UserError, require
 from common.files import replacing
-from common.progress import Progress
+from common.progress import batches
 from dataset import emoji
 from dataset.images import read_image, to_image
 from dataset.sources import IMAGE_SUFFIXES, image_in, list_images
 from dataset.webdataset import KINDS, Tar
 from metrics.inception import prepare
 
-# (name, a function that reads it or raises UserError)
-Listing = list[tuple[str, Callable[[], Image.Image]]]
+# functions that each read an image or raise UserError
+Listing = list[Callable[[], Image.Image]]
 
 
 @dataclass
@@ -50,7 +50,7 @@ def image_files(folder: Path) -> list[Path]:
     require((folder.is_dir(),
              f"{folder}: expected a folder of images, or a tar or an .npz for FID"))
     files, _ = list_images(folder)
-    require((bool(files), f"{folder}: no images in it, expected {', '.join(IMAGE_SUFFIXES)}"))
+    require((files, f"{folder}: no images in it, expected {', '.join(IMAGE_SUFFIXES)}"))
     return files
 
 
@@ -60,28 +60,23 @@ def file_images(source: Path) -> Listing:
     Raises UserError for any other source.  A tar's sample without an image raises it when read."""
     if source.name.endswith(KINDS):
         tar = Tar(str(source))
-        return [sample(tar, i) for i in range(len(tar))]
-    return [(str(file.relative_to(source)), functools.partial(read_image, file))
-            for file in image_files(source)]
+        return [functools.partial(read_sample, tar, i) for i in range(len(tar))]
+    return [functools.partial(read_image, file) for file in image_files(source)]
 
 
-def sample(tar: Tar, i: int) -> tuple[str, Callable[[], Image.Image]]:
-    """Return a sample's key in the tar, and a function that reads its image."""
-    key, _ = tar[i]
-
-    def read() -> Image.Image:
-        where = f"{tar.path}: {key}"
-        _, files = tar[i]                               # read again; not all samples fit in memory
-        suffix, content = image_in(files, where)
-        return read_image(content, where + suffix)
-    return key, read
+def read_sample(tar: Tar, i: int) -> Image.Image:
+    """Return the image of a tar's sample.  Raises UserError."""
+    key, files = tar[i]
+    where = f"{tar.path}: {key}"
+    suffix, content = image_in(files, where)
+    return read_image(content, where + suffix)
 
 
 def emoji_images(source: str) -> Listing:
     """List the images of a source "emoji:SPLIT".  Raises UserError for an unknown split."""
     split = emoji.split_named(source)
     records, pixels = emoji.load()
-    return [(records[i]["key"], functools.partial(to_image, pixels[i] / 127.5 - 1))
+    return [functools.partial(to_image, pixels[i] / 127.5 - 1)
             for i in emoji.of_split(records, split)]
 
 
@@ -91,18 +86,17 @@ def features(network: Callable[[Tensor], Tensor], listing: Listing, device: str 
     """Return the features (n, D) float32 of the readable images, and a line for each other image.
 
     network: (B, 3, 299, 299) -> (B, D), on `device`.  title: for the progress messages."""
-    results, left_out, images = [], [], []
-    progress = Progress(title, len(listing))
-    for done, (_, read) in enumerate(listing, 1):
-        try:
-            images.append(prepare(read()))
-        except UserError as error:
-            left_out.append(str(error))
-        if images and (len(images) == batch or done == len(listing)):
+    results, left_out = [], []
+    for part in batches(title, listing, batch):
+        images = []
+        for read in part:
+            try:
+                images.append(prepare(read()))
+            except UserError as error:
+                left_out.append(str(error))
+        if images:
             x = torch.stack(images).to(device)                           # (B, 3, 299, 299)
             results.append(network(x).float().cpu().numpy())             # (B, D)
-            images = []
-        progress.update(done)
     return np.concatenate(results) if results else np.empty((0, 0), np.float32), left_out
 
 
@@ -120,10 +114,9 @@ def statistics(features: np.ndarray) -> Statistics:
 
 
 def save(path: Path, statistics: Statistics, features: bool = False) -> None:
-    """Write an .npz, which pytorch-fid can read, too.  Raises UserError for another suffix.
+    """Write an .npz, which pytorch-fid can read, too.
 
     features: write them as well, 8 kB per image."""
-    require((path.suffix == ".npz", f"{path}: expected a name that ends in .npz"))
     arrays = {name: value for name, value in vars(statistics).items()
               if value is not None and (features or name != "features")}
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -157,7 +150,7 @@ def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu
 
     Raises UserError for fewer than two readable images."""
     path = Path(source)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return load(path), []
     listing = emoji_images(source) if source.startswith("emoji:") and not path.exists() else file_images(path)
     values, left_out = features(network, listing, device, f"{source}, images")

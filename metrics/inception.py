@@ -150,9 +150,8 @@ def load(path: Path, device: str = "cpu") -> Inception:
     """Load the network, without its classifier, from the published file, with weights_only.
 
     Raises UserError, which names tensors that are missing, of a wrong shape or not finite."""
-    require((path.exists(),
-             f"{path}: no such file; it is {FILE} of github.com/mseitzer/pytorch-fid"))
-    tensors = read_any(path, f"a whole .pth of tensors only (others could run code); fetch {FILE}")
+    tensors = read_any(path, f"a whole .pth of tensors only (others could run code); fetch {FILE} "
+                       f"of github.com/mseitzer/pytorch-fid")
     network = build(Inception, path)
     require((isinstance(tensors, dict),
              f"{path}: found {type(tensors).__name__}, expected tensors by name"))

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.progress import batches
+from common.progress import batches, chunks
 from dataset import shapes
 from dataset.images import to_pixels
 from dataset.shapes import (CELL, HELD_COUNTS, HELD_ORDERS, HELD_PAIRS, RGB, SHAPES, SPLITS, WORLDS,
@@ -30,13 +30,13 @@ from inference import text_to_image
 from inference.image_to_text import ReadConfig, encode, write
 from inference.parts import Parts
 from inference.text_to_image import DrawConfig
-from metrics.answers import pope
-from metrics.emojis import percent
+from metrics.emojis import percent, score_answers
 from metrics.shapes import (CATEGORIES, Claim, is_drawn, is_true, parse, read_caption,
                             total_variation)
 from viz import grids
 
 BATCH = 64
+TYPES = ["number", "colour", "shape", "yes/no", "place"]         # of questions
 ROWS = {"seen": SPLITS[:1], "held-out": SPLITS[1:]}
 
 
@@ -134,17 +134,8 @@ class ShapesTest:
             for pair in sample["questions"]:
                 jobs.append((sample, pair["question"]))
                 pairs.append(pair)
-        correct = defaultdict(list)
-        yes_no, true_yes_no = [], []
-        for pair, text in zip(pairs, self.written(jobs, seed, config, f"{row}, answers")):
-            correct[pair["type"]].append(text == pair["answer"])
-            if pair["type"] == "yes/no":
-                yes_no.append(text)
-                true_yes_no.append(pair["answer"])
-        scores = {f"reading: {name}": percent(values) for name, values in correct.items()}
-        for name, value in pope(yes_no, true_yes_no).items():
-            scores[f"POPE: {name}"] = value
-        return scores
+        texts = self.written(jobs, seed, config, f"{row}, answers")
+        return score_answers(zip(pairs, texts), TYPES)
 
     def calibrate(self, count: int, seed: int, config: DrawConfig) -> dict[str, float]:
         """Compare drawings of "a disc", "a square" and so on with the true distribution."""
@@ -171,7 +162,7 @@ class ShapesTest:
             for text, image in self.drawn(prompts(row, count, 0, self.world), 0, drawing, row):
                 verdict = "right" if is_drawn(text, image) else f"wrong: {describe(image)}"
                 cells.append((image / 127.5 - 1, f"{text} ({verdict})"))
-            rows += [cells[start:start + 8] for start in range(0, len(cells), 8)]
+            rows += chunks(cells, 8)
         return grids.rows(*rows)
 
 

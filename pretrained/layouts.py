@@ -241,6 +241,16 @@ def our_entries(module: nn.Module) -> dict[str, Entry]:
     return entries
 
 
+def renamed_entries(module: nn.Module, table: dict[str, str]) -> dict[str, Entry]:
+    """Return the entries of a file with the names of a table; see `rename`."""
+    entries = our_entries(module)
+    for name, entry in entries.items():
+        entry.keys = rename(name, table)
+        rows, *columns = entry.shape
+        entry.shape = (rows // len(entry.keys), *columns)
+    return entries
+
+
 def mmdit_config(part: Part, vocab_size: int = 32100) -> MMDiTConfig:
     """Return a transformer's sizes, from its tensors' shapes and config.json.
 
@@ -280,14 +290,10 @@ def mmdit_config(part: Part, vocab_size: int = 32100) -> MMDiTConfig:
 
 def mmdit_entries(model: MMDiT, layout: str) -> dict[str, Entry]:
     """Return the entry of each parameter, and of the position table, in a transformer's layout."""
-    entries = our_entries(model)
     if layout == "ours":
-        return entries
+        return our_entries(model)
+    entries = renamed_entries(model, TRANSFORMERS[layout])
     c = model.config
-    for name, entry in entries.items():
-        entry.keys = rename(name, TRANSFORMERS[layout])
-        rows, *columns = entry.shape
-        entry.shape = (rows // len(entry.keys), *columns)
     entries["positions"].shape = (1, c.position_size ** 2, c.width)
     entries["img_in.weight"].shape = (c.width, c.channels, c.patch, c.patch)
     for name in ("img_modulation.weight", "img_modulation.bias"):
@@ -379,9 +385,7 @@ def t5_table(tensors: Tensors) -> str:
 
 def t5_entries(t5: T5Encoder, table: str) -> dict[str, Entry]:
     """Return the entry of each parameter of T5.  table: see `t5_table`."""
-    entries = our_entries(t5)
-    for name, entry in entries.items():
-        entry.keys = rename(name, T5_NAMES)
+    entries = renamed_entries(t5, T5_NAMES)
     entries["embed.weight"].keys = [table]
     return entries
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Pixels:
+class Pixels(nn.Module):
     """The identity in place of an autoencoder: latents are the pixels, (B, 3, H, W) in [-1, 1]."""
 
     factor = 1      # pixels per latent, along a side

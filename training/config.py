@@ -148,9 +148,6 @@ class TrainConfig:
 # Intervals that are not given: --steps divided by the first number, at most the second.
 INTERVALS = {"eval_every": (20, 1000), "save_every": (10, 1000), "sample_every": (10, 5000)}
 
-# Removed flags, and the one that replaces each.
-RENAMED = {"--schedule": "--decay-steps", "--min-side": "--filtered", "--learning-rate": "--lr"}
-
 ONLY_FROM_SCRATCH = ["preset", "vocabulary", "predicts"]
 ONLY_WITH_IMAGES = ["image_data", "image_batch", "image_weight", "times", "time_shift",
                     "time_floor", "text_dropout", "recaption", "filtered", "pixels", "buckets",
@@ -234,7 +231,7 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
 
     Raises UserError for weights that can't be read; a wrong flag ends the program with status 2."""
     defaults = read_stage_defaults(argv)
-    parser = cli.Parser(doc, RENAMED)
+    parser = cli.Parser(doc)
     parser.add_fields(TrainConfig, defaults)
     given = vars(parser.parse_args(argv))
     config = TrainConfig(**(defaults | given))

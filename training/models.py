@@ -80,8 +80,10 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
 
     factor: pixels per latent, along a side; None without images."""
     name = f"--init {config.init}" if config.init else f"--preset {config.preset}"
+    if config.vae and sizes.channels == 3:
+        raise UserError(f"--vae: {name} works on pixels, and has no autoencoder")
     if sizes.text_length:
-        for part in ("t5", "mask_embedding"):
+        for part in ("t5", "tokenizer", "mask_embedding"):
             if getattr(config, part):
                 raise UserError(f"{flag(part)}: {name} has a token embedding of its own, and reads no "
                                 f"T5")
@@ -150,7 +152,7 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
         models.trainable["embedding"] = build_embedding(config, mmdit.config)
     else:
         add_text_encoder(models, config, where.get("t5"), device)
-    if isinstance(vae, AutoencoderKL):
+    if vae:
         vae.to(device, getattr(torch, config.dtype)).requires_grad_(False)
     mmdit.null_image.requires_grad_(no_images)
     if STAGES[config.stage].losses == "text":

@@ -52,8 +52,6 @@ from viz import curves
 IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data",
             "text_data", "vocabulary", "pixels", "buckets", "text_length", "image_batch",
             "text_batch", "optimizer", "seed", "predicts", "times", "text_loss")
-# removed settings of older runs, and the value that each one now always has
-REMOVED = {"image_loss": "velocity", "text_mean": "token", "padding": "all"}
 # increase it when the same settings no longer train the same run
 RULES = 2       # 2: mixtures by samples, padding with </s>, the text loss over all positions
 # CheckpointException is not a subclass of Exception
@@ -180,12 +178,6 @@ def check_identity(out: Path, before: dict, settings: dict) -> None:
                         f"{RULES}: mixtures, padding, the text loss); go on with the commit that "
                         f"began it, or start another with another --out (--init {out} takes its "
                         f"weights along)")
-    for name, default in REMOVED.items():
-        old = before.get(name, default)
-        if old != default:
-            raise UserError(f"{out}: this run began with {cli.flag(name)} {old}, which is no more; "
-                            f"go on with the commit that began it, or start another with another "
-                            f"--out")
     differences = []
     for name in IDENTITY:
         key = f"{name}_digest"          # a file with the same contents may be anywhere

@@ -159,10 +159,11 @@ def all_texts(mixes: dict[str, data.Mix]) -> list[str] | None:
     """Return every text of the data, or None if only reading all of the data would list them."""
     texts = []
     for mix in dict.fromkeys(mixes.values()):                    # one mix may serve both losses
-        mix_texts = mix.texts()
-        if mix_texts is None:
-            return None
-        texts += mix_texts
+        for source in mix.sources:
+            source_texts = source.texts()
+            if source_texts is None:
+                return None
+            texts += source_texts
     return texts
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from common import processes, seeding
+from common.progress import chunks
 from mask_diffusion import fix_mask_counts
 from training.batches import Batch, BatchMaker, TextBatch
 
@@ -111,8 +112,7 @@ class Validation:
         make = self.maker.image_batch if name == "image" else self.maker.text_batch
         count = math.ceil(self.size / world)
         rows = [row % self.size for row in range(rank, count * world, world)]
-        for start in range(0, count, ROWS):
-            part = rows[start:start + ROWS]
+        for part in chunks(rows, ROWS):
             chosen = [samples[row % len(samples)] for row in part]
             generators = [seeding.seeded("validation", name, row) for row in part]
             yield make(chosen, generators, spread(part, self.size))

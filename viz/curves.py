@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.files import numbered, read_bytes, replacing, write_text
+from common.files import numbered, read_bytes, write_text
+from viz import grids
 from viz.templates import fill_template, image_address
 
 BLUE = (40, 90, 200)
@@ -104,8 +105,7 @@ def curves(rows: list[dict], path: Path, others: list[list[dict]] = ()) -> None:
         chart(pen, 2, 1, "cosine of the two gradients", cosine, log=False)
     else:
         chart(pen, 2, 1, "gradient norm", Line(series(rows, "grad_norm"), GREEN, 1))
-    with replacing(path) as temporary:
-        sheet.save(temporary, "PNG")
+    grids.write_image(path, sheet)
 
 
 def png_address(path: Path) -> str:

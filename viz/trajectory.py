@@ -90,7 +90,7 @@ def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> No
         write_text(path, reading_page(parts, reading, about))
         return
     states = reading.states
-    steps = int(states[-1][0][0])
+    steps = max(1, int(states[-1][0][0]))       # 0 if `length_at` left nothing to write
     if parts.complete(reading.config).order == "random":         # its last steps may reveal nothing
         steps = reading.config.steps or steps
     frames = [grids.text_frame(parts.tokenizer, ids[0], int(step[0]), steps)
@@ -102,7 +102,7 @@ def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> No
 def reading_page(parts: Parts, reading: Reading, about: dict) -> str:
     """Return the page of a text, with the attention of each token when it was revealed.
 
-    A token that was given shows its attention in the first evaluation.  With --length auto, the
+    A token that was given shows its attention in the first evaluation.  With --length-at, the
     image cache is computed with a shorter text than in the run, which changes probabilities by
     1e-3."""
     parts.hold("text", "mmdit")

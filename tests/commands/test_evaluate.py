@@ -224,7 +224,7 @@ def mjhq(tmp_path, small_network, capsys):
 
 
 def statistics_of(paths):
-    listing = [(str(path), functools.partial(read_image, path)) for path in paths]
+    listing = [functools.partial(read_image, path) for path in paths]
     return fid.statistics(fid.features(Means(), listing)[0])
 
 

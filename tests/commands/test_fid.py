@@ -174,11 +174,6 @@ def test_statistics_survive_a_round_trip(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3                       # no temporary file is left
 
 
-def test_statistics_are_saved_as_npz_only(tmp_path):
-    with pytest.raises(UserError, match="d.pth: .*npz"):
-        fid.save(tmp_path / "d.pth", statistics(normal(30)))
-
-
 @pytest.mark.parametrize("change, message", [
     (dict(mu=None), "mu is not a file"),
     (dict(sigma=np.eye(15)), r"sigma .*\(15, 15\).*\(16, 16\)"),
@@ -223,9 +218,7 @@ def test_a_folder_and_a_tar_of_the_same_images_have_equal_features(folder, tmp_p
     tar = Path(write_tar(tmp_path / "set.tar", [(n, (folder / n).read_bytes()) for n in NAMES]))
     features = []
     for source in (folder, tar):
-        listing = fid.file_images(source)
-        assert [Path(name).stem for name, _ in listing] == [Path(name).stem for name in NAMES]
-        features.append(fid.features(toy, listing, batch=3)[0])
+        features.append(fid.features(toy, fid.file_images(source), batch=3)[0])
     assert features[0].shape == (4, 48) and features[0].dtype == np.float32
     assert np.array_equal(*features)
     assert len(set(map(bytes, features[0]))) == 4
@@ -330,8 +323,8 @@ def test_prepare_does_not_antialias():
 
 @pytest.fixture(scope="module")
 def listing():
-    """Return the names of two images, with the functions that read them."""
-    return [(look, functools.partial(image_of, look)) for look in ("noise", "stripes")]
+    """Return functions that read two images."""
+    return [functools.partial(image_of, look) for look in ("noise", "stripes")]
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +388,7 @@ class Harmless:
     ({"Conv2d_1a_3x3.conv.weight": Harmless()}, "code"),
     ([torch.zeros(3)], "list"),
     ({"a": torch.zeros(3)}, "Conv2d_1a_3x3.conv.weight is missing, expected .32, 3, 3, 3."),
-    (None, "no such file.*pt_inception-2015-12-05-6726825d.pth")])
+    (None, "pt_inception-2015-12-05-6726825d.pth.*No such file")])
 def test_a_file_that_holds_no_weights_is_refused_in_one_line(content, message, tmp_path):
     if content is not None:
         torch.save(content, tmp_path / "a.pth")

@@ -266,7 +266,7 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     (["--prompt", "a", "--best"], 2, "--best .*--n"),
     (["--prompt", "a", "--n", "2", "--best", "--trajectory", "a.gif"], 2, "--trajectory .*--best"),
     (["--prompt", "a", "--guidance", "1", "--negative-prompt", "b"], 1, "guidance 1 .*negative"),
-    (["--prompt", "a", "--length", "auto"], 2, "--length auto .*--prompt"),
+    (["--prompt", "a", "--length", "auto"], 2, "--length: .*'auto'"),
     (["--prompt", "a", "b"], 2, "argument b; .*quotes"),
     (["--prompt", "a", "--question", "b"], 2, "--question .*--image"),
     (["--prompt", "a", "--checkpoint", "nowhere"], 1, "nowhere: .*nothing"),

@@ -318,7 +318,7 @@ def test_gpt2s_merges_may_have_windows_line_ends(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------- lists given twice or empty
 
 @pytest.mark.parametrize("flags, name", [
-    (["answer", "pope", "q.json", ".", "o.jsonl", "--by", "likelihood", "--choices", "no", "no"],
+    (["answer", "pope", "q.json", ".", "o.jsonl", "--choices", "no", "no"],
      "--choices: no"),
     (["answer", "pope", "q.json", "q.json", ".", "o.jsonl"], "--questions: q.json"),
     (["emoji", "--seeds", "1", "2", "1"], "--seeds: 1"),

@@ -12,6 +12,7 @@ import data
 from common.cli import UserError
 from dataset import emoji, sources
 from helpers import jpeg, write_tar
+from training import setup
 
 
 @pytest.fixture
@@ -124,8 +125,8 @@ def test_a_mixture_crops_images_and_repeats_itself(photos, tmp_path):
 
 def test_a_mixture_lists_its_texts_where_that_is_cheap(photos, tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("x.jpg", jpeg("blue")), ("x.txt", b"blue")])
-    assert len(data.Mix([str(photos)], 16).texts()) == 10
-    assert data.Mix([str(photos), tar], 16).texts() is None
+    assert len(setup.all_texts({"text": data.Mix([str(photos)], 16)})) == 10
+    assert setup.all_texts({"text": data.Mix([str(photos), tar], 16)}) is None
 
 
 @pytest.mark.parametrize("weight, share", [("", 2 / 32), (":5", 10 / 40)])

@@ -128,13 +128,8 @@ def test_a_learning_rate_does_not_rise_after_its_decay(run, run_training):
         assert "--steps 12" in message and "step 8" in message and "--init" in message
 
 
-def test_removed_settings_must_have_their_default(run, run_training):
-    defaults = dict(image_loss="velocity", text_mean="token", padding="all")
-    file = run / "train.json"
-    for name, other in (("image_loss", "data"), ("text_mean", "answer"), ("padding", "end")):
-        edit_json(file, **(defaults | {name: other}))
-        assert f"{cli.flag(name)} {other}" in run_training("--steps", 8)
-    edit_json(file, **defaults, schedule="constant", extend=False, eval_samples=160)
+def test_settings_of_other_versions_do_not_matter(run, run_training):
+    edit_json(run / "train.json", schedule="constant", extend=False, eval_samples=160)
     assert run_training("--steps", 7) == ""
     assert steps_logged(run) == [1, 2, 3, 4, 5, 6, 7]
 

@@ -191,7 +191,7 @@ def test_the_likeliest_choice_is_the_answer(tiny, photos, tmp_path):
     """Random weights prefer the text of fewer tokens, here the last choice."""
     out, choices = tmp_path / "answers.jsonl", ["a person or a body part", "no"]
     run_evaluate("answer", "pope", pope_file(tmp_path, 4), photos, out, "--checkpoint", tiny,
-                 "--suffix", "", "--by", "likelihood", "--choices", *choices, "--limit", 2)
+                 "--suffix", "", "--choices", *choices, "--limit", 2)
     assert [row["answer"] for row in read_rows(out)] == ["no", "no"]
 
 
@@ -285,10 +285,8 @@ def test_captions_are_written_and_scored(tiny_parts, tiny, photos, tmp_path, cap
     assert any(re.search(r"\b19: .*caption", line) for line in report["left_out"])
 
 
-@pytest.mark.parametrize("flags, missing", [(["--by", "likelihood"], "--choices"),
-                                            (["--shots", "2"], "--examples"),
-                                            (["--by", "likelihood", "--choices", "a", "b", "--level",
-                                              "0.5"], "--level")])
+@pytest.mark.parametrize("flags, missing", [(["--shots", "2"], "--examples"),
+                                            (["--choices", "a", "b", "--level", "0.5"], "--level")])
 def test_a_flag_without_its_partner_is_refused(flags, missing, mistake):
     status, error = mistake(evaluate.main,
                             ["answer", "pope", "a.json", "photos", "out.jsonl", *flags])

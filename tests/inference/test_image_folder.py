@@ -94,19 +94,6 @@ def test_a_network_is_compiled_each_time_it_is_loaded(tiny, keep, loads, monkeyp
     assert len(networks) == len(set(map(id, networks))) == loads
 
 
-def test_an_edit_is_part_of_a_folders_settings(tiny_parts, tmp_path):
-    def fill(edit):
-        jobs = [(PROMPTS[0], 0)]
-        return image_folder.fill(tiny_parts, jobs, tmp_path / "edited", DrawConfig(steps=2), edit)
-    grey, white = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
-    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)
-    assert fill(Edit(grey, 0.5)) == 0 and fill(Edit(grey, 0.5)) == 1
-    for edit, name in ((Edit(grey, 0.6), "strength"), (Edit(white, 0.5), "over"),
-                       (Edit(grey, 0.5, mask), "over"), (None, "strength")):
-        with pytest.raises(UserError, match=rf"\b{name}\b"):
-            fill(edit)
-
-
 @pytest.fixture
 def filled(tiny_parts, tmp_path):
     """Draw three images; return (jobs, folder)."""

@@ -262,8 +262,14 @@ def test_best_sorts_images_by_the_prompts_score(run_sample, fast_score, tmp_path
     assert written.startswith(f"{out}: 12 ")                     # 6 steps of two evaluations
 
 
-def test_automatic_length_reads_the_same_caption(run_sample, apple):
-    assert run_sample("--image", apple, "--length", "auto", "--order", "random") == [APPLE]
+def test_text_ended_beforehand_reads_the_same_caption(run_sample, apple):
+    assert run_sample("--image", apple, "--length-at", "0.95", "--order", "random") == [APPLE]
+
+
+def test_text_ended_at_once_has_a_trajectory(run_sample, apple, tmp_path):
+    out = tmp_path / "reading.gif"
+    caption, path = run_sample("--image", apple, "--length-at", "0", "--trajectory", out)
+    assert caption == "" and path == str(out) and out.exists()
 
 
 def test_chat_answers_until_an_empty_line(run_sample, apple, monkeypatch):
