@@ -45,9 +45,9 @@ class World(NamedTuple):
     in_order: bool = True   # a caption "a disc and a ring" has the objects in reading order
 
 
-# By the path of the source.  "pair" twice: pairs are the hardest to learn.  In order, they are drawn
-# right sooner; in any order, questions about them are answered, since a word's place in a caption
-# tells nothing about the object's.  The small world is learned in minutes.
+# By the path of the source.  "pair" twice: pairs are the hardest to learn.  Named in reading order,
+# they are drawn right sooner; in any order, questions about them are answered sooner
+# (docs/results.md).  The small world is learned in minutes.
 FULL = World(["one", "pair", "pair", "group"], list(RADII), list(BACKGROUNDS))
 WORLDS = {"shapes": FULL,
           "shapes-any-order": FULL._replace(in_order=False),

@@ -53,8 +53,8 @@ SMALL = dict(pixels=64, text_length=28, image_batch=32, text_batch=32, lr=2.5e-3
 # These replace those of SMALL for the shapes world.  Large plain shapes show through the noise up to
 # t = 0.9, so the content of an image is decided between 0.75 and 0.95.  A shift of 4 draws 55 % of
 # the times there; a shift of 2, 33 %.  The high floor is for the same reason.
-SHAPES = dict(pixels=shapes.SIDE, image_batch=64, text_batch=16, lr=3e-3, time_shift=4.0,
-              time_floor=0.3, guidance=2.5, shift=2.0)
+SHAPES = dict(pixels=shapes.SIDE, image_batch=64, text_batch=16, text_weight=0.5, lr=3e-3,
+              time_shift=4.0, time_floor=0.3, guidance=2.5, shift=2.0)
 
 
 @dataclass
@@ -154,7 +154,7 @@ ONLY_WITH_IMAGES = ["image_data", "image_batch", "image_weight", "times", "time_
                     "sample_every", "meter_every"]
 
 
-def start(init: str, preset: str) -> tuple[str, MMDiTConfig, dict]:
+def read_base(init: str, preset: str) -> tuple[str, MMDiTConfig, dict]:
     """Return (family, sizes, config.json) of --init; without --init, ("", sizes, {}) of the preset.
 
     config.json is {} unless a run of ours wrote it.  Raises UserError for weights that
@@ -206,7 +206,7 @@ def read_stage_defaults(argv: list[str] | None) -> dict:
     for name in ("stage", "preset", "init"):
         parser.add_argument(cli.flag(name), default=getattr(TrainConfig, name))
     args, _ = parser.parse_known_args(argv)
-    _, sizes, about = start(args.init, args.preset)
+    _, sizes, about = read_base(args.init, args.preset)
     if args.stage not in STAGES:
         return {}                                                # parse refuses it
     return stage_defaults(args.stage, sizes, about)

@@ -21,7 +21,7 @@ from dataset import workers
 from mask_diffusion import WEIGHTS
 from training import reports
 from training.batches import Batch, Errors, StepBatches, TextBatch
-from training.config import STAGES, TrainConfig, average_decay, learning_rate, start
+from training.config import STAGES, TrainConfig, average_decay, learning_rate, read_base
 from training.models import Models
 from training.optimizers import set_learning_rate
 from training.setup import Job
@@ -190,7 +190,7 @@ def check_finite(job: Job) -> None:
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for settings with which a step does not fit into one graph."""
-    sizes = start(config.init, config.preset)[1]
+    sizes = read_base(config.init, config.preset)[1]
     world = int(os.environ.get("WORLD_SIZE", 1))
     flags = ("micro_batch", "meter_every", "checkpoint_activations", "compile", "buckets")
     refused = " ".join(cli.flag(name) for name in flags if getattr(config, name))

@@ -17,7 +17,7 @@ from model import MMDiTConfig
 from pretrained.vae import AutoencoderKL, Pixels
 from training import distributed, models as training_models, plan
 from training.batches import BatchMaker
-from training.config import STAGES, TrainConfig, start
+from training.config import STAGES, TrainConfig, read_base
 from training.models import Models
 from training.optimizers import make_optimizers
 from training.run_folder import Run
@@ -78,7 +78,7 @@ def set_up(config: TrainConfig) -> Job:
 
 def find_base(config: TrainConfig) -> Base:
     """Read the sizes of the model to start from, and load its autoencoder.  Raises UserError."""
-    family, sizes, about = start(config.init, config.preset)
+    family, sizes, about = read_base(config.init, config.preset)
     where = training_models.places(config, sizes, about)
     vae = None
     if "vae" in where:

@@ -94,12 +94,12 @@ def claim_runs(tmp_path, monkeypatch):
                    "open prompts": [open_prompts]}
         Path(flags["--json"]).write_text(json.dumps(dict(results=results)))
     monkeypatch.setattr(claims, "call", call)
-    monkeypatch.setattr("training.config.start", start_of_shapes)
+    monkeypatch.setattr("training.config.read_base", start_of_shapes)
     return lambda claim: claims.main([claim, str(tmp_path), "--steps", "10"]), commands
 
 
 def start_of_shapes(init, preset):
-    """Return what `training.config.start` does, with every run a finished run of the shapes world."""
+    """Return what `training.config.read_base` does, with every run a finished run of the shapes world."""
     sizes = MMDiTConfig(**PRESETS["shapes"])
     return ("ours" if init else ""), sizes, (dict(pixels=24) if init else {})
 

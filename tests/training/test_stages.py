@@ -524,7 +524,7 @@ def test_scripts_run_each_stage_once_with_valid_flags(tmp_path, monkeypatch):
     calls = [line.split("\t")[:-1] for line in (tmp_path / "called").read_text().splitlines()]
 
     sizes = MMDiTConfig(**PRESETS["sd3-medium"])
-    monkeypatch.setattr(training_config, "start", lambda init, preset: ("", sizes, {}))
+    monkeypatch.setattr(training_config, "read_base", lambda init, preset: ("", sizes, {}))
     trainings = [words for words in calls if "train.py" in words]
     configs = [train.parse(words[words.index("train.py") + 1:]) for words in trainings]
     assert [config.stage for config in configs] == [
