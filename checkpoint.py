@@ -340,7 +340,7 @@ def load_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
     return t5.eval()
 
 
-def digest(model: nn.Module | Pixels) -> str:
+def digest(model: nn.Module) -> str:
     """Return a hash of all of a model's values in their dtype; "pixels" for `Pixels`."""
     if isinstance(model, Pixels):
         return "pixels"

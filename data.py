@@ -271,7 +271,8 @@ PUBLISHED = Filters(min_side=256, max_ratio=4.5, min_caption=6)
 
 def poisson_tail(count: int, mean: float) -> float:
     """Return the probability of at least `count` events, of which `mean` are expected."""
-    return float(torch.special.gammainc(torch.tensor(float(count)), torch.tensor(mean)))
+    numbers = torch.tensor([count, mean], dtype=torch.float64)
+    return float(torch.special.gammainc(*numbers))
 
 
 class Filtered(UserError):
@@ -304,6 +305,7 @@ class Mix:
         for spec in specs:
             path, weight = split_weight(spec)
             source = open_source(path, pixels, length)
+            require((len(source), f"{source.name}: has no sample"))
             self.sources.append(source)
             self.weights.append(weight * len(source))
         first = self.sources[0]

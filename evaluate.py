@@ -414,10 +414,10 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     for name in ("splits", "seeds", "prompts", "questions", "examples", "choices"):
         if isinstance(values := vars(args).get(name), list):
             parser.check_list(cli.flag(name), values)
+    if vars(args).get("benchmark") == "captions" and len(args.questions or []) > 1:
+        parser.error(f"captions: expected one file, got {len(args.questions)}")
     if args.command == "answer":
         check_answer(parser, args)
-    if args.command == "score" and args.benchmark == "captions" and len(args.questions or []) > 1:
-        parser.error("captions: expected one file of --questions")
     if args.command == "statistics":
         parser.check_path("OUT", args.out, [".npz"])
     if args.command in ("emoji", "shapes"):
@@ -427,8 +427,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
 def check_answer(parser: cli.Parser, args: argparse.Namespace) -> None:
     if bool(args.shots) != bool(args.examples):
         parser.error("--shots and --examples go together")
-    if args.benchmark == "captions" and (args.suffix or args.shots or len(args.questions) > 1):
-        parser.error("captions: expected one file, and no --suffix and no --shots")
+    if args.benchmark == "captions" and (args.suffix or args.shots):
+        parser.error("--suffix and --shots change nothing with captions")
     unused = {field.name for field in fields(ReadConfig)} & vars(args).keys()
     if args.choices and unused:
         parser.error(f"{cli.flag(min(unused))} changes nothing with --choices")

@@ -272,7 +272,8 @@ def name_flags(task: str) -> str:
 
 def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
     """Return the task that the flags select, and the flags.  A wrong flag exits with status 2."""
-    parser = cli.Parser(__doc__, usage="sample.py --prompt TEXT | --image FILE ... | --text TEXT  [FLAGS]")
+    usage = "sample.py --prompt TEXT | --image FILE ... | --text TEXT  [FLAGS]"
+    parser = cli.Parser(__doc__, usage=usage)
     for config in (Request, DrawConfig, ReadConfig, ModelConfig):
         parser.add_fields(config)
     given = vars(parser.parse_args(argv))

@@ -350,7 +350,7 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
         image = read_image(files["webp"], where)
         images.append(image_pixels(fit_image(image, pixels)))
     add_questions(records)
-    return records, torch.stack(images).contiguous()
+    return records, torch.stack(images)
 
 
 def split_named(name: str) -> str:

@@ -402,7 +402,6 @@ class Latents(Sharded):
                  f"shards; the same python data.py latents makes the rest"))
         counts = [latents_shape(file)[0] for file in self.files]
         self.starts = np.cumsum([0, *counts])
-        require((self.starts[-1] > 0, f"{self.name}: has no sample"))
 
     def __getitem__(self, index: int) -> dict:
         shard, row = self.find(index)

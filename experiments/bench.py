@@ -111,7 +111,7 @@ def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dic
     sizes = replace(sizes, vocab_size=vocab_size or sizes.vocab_size,
                     text_length=config.text_length if sizes.text_length else 0)
     models = random_models(sizes, config.text_length, device)
-    factor = 1 if isinstance(models.vae, Pixels) else models.vae.factor
+    factor = models.vae.factor
     image_batch, text_batch = random_batches(config, sizes, config.pixels // factor)
     if config.compile:
         for block in models.trainable["mmdit"].blocks:

@@ -33,7 +33,7 @@ SEEDS = [0, 1, 2]
 PRESET = ["--preset", "shapes"]
 RECIPE = ["--image-data", WORLD, "--dtype", "float32", "--device", "cpu", "--sample-every", "0",
           "--meter-every", "50"]
-INSTRUCT = ["--stage", "instruct", "--text-weight", "0.5"]
+INSTRUCT = ["--stage", "instruct"]
 
 
 @dataclass

@@ -96,7 +96,7 @@ class Parts:
         self.check_text(config)
         self.choose_size(config, saved.get("pixels"), bool(saved.get("buckets")))
         self.keep = 1.5 * self.memory_bytes() < available(self.device) if keep is None else keep
-        if keep or (self.has_embedding and self.keep):                     # small, or keep=True was given
+        if keep or (self.has_embedding and self.keep):           # small, or keep=True was given
             self.hold("text", "mmdit", "vae")
 
     def choose_dtype(self, dtype: str | torch.dtype | None) -> None:

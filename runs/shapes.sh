@@ -11,10 +11,11 @@
 # are fastest in float32, and compiling them gains nothing.
 set -eu
 cd "$(dirname "$0")/.."
-flags="--stage instruct --log-every 50 --eval-every 500 --save-every 250 --sample-every 1000 --dtype float32"
+flags="--log-every 50 --eval-every 500 --save-every 250 --sample-every 1000 --dtype float32"
 if nvidia-smi -L >/dev/null 2>&1; then
-    flags="--stage instruct --cuda-graph --workers 12 --log-every 100 --eval-every 1000 --save-every 5000 --sample-every 5000"
+    flags="--cuda-graph --workers 12 --log-every 100 --eval-every 1000 --save-every 5000 --sample-every 5000"
 fi
-python train.py --preset shapes --image-data shapes-any-order --steps 14000 --out out/shapes_any $flags "$@"
-python train.py --init out/shapes_any --image-data shapes --text-data shapes-any-order \
-    --steps 8000 --decay-steps 6000 --out out/shapes $flags "$@"
+train="python train.py --stage instruct $flags"
+$train --preset shapes --image-data shapes-any-order --steps 14000 --out out/shapes_any "$@"
+$train --init out/shapes_any --image-data shapes --text-data shapes-any-order \
+    --steps 8000 --decay-steps 6000 --out out/shapes "$@"

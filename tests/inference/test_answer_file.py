@@ -291,3 +291,10 @@ def test_a_flag_without_its_partner_is_refused(flags, missing, mistake):
     status, error = mistake(evaluate.main,
                             ["answer", "pope", "a.json", "photos", "out.jsonl", *flags])
     assert status == 2 and flags[0] in error and missing in error
+
+
+@pytest.mark.parametrize("command", [["answer", "captions", "a.json", "b.json", "photos", "o.jsonl"],
+                                     ["score", "captions", "o.jsonl", "--questions", "a.json", "b.json"]])
+def test_captions_have_one_file(command, mistake):
+    status, error = mistake(evaluate.main, command)
+    assert status == 2 and "captions" in error and "2" in error

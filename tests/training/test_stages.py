@@ -552,6 +552,8 @@ def test_own_sh_without_a_prompt_shows_its_usage():
     (["--stage", "text", *FROM_SD3], 1, ["--stage text", "end-to-end", str(SD3)]),
     (["--stage", "mask-emb"], 1, ["--stage mask-emb", "--preset emoji"]),
     (["--t5", RELEASE], 1, ["--t5", "--preset emoji", "embedding of its own"]),
+    (["--tokenizer", RELEASE], 1, ["--tokenizer", "--preset emoji", "embedding of its own"]),
+    (["--vae", RELEASE], 1, ["--vae", "--preset emoji", "pixels"]),
     (["--init", SD3, "--tokenizer", RELEASE], 1, [str(SD3), "--t5"]),
     (["--init", SD3, "--t5", RELEASE], 1, [str(SD3), "tokenizer.json", "--tokenizer"]),
     (["--init", RELEASE], 1, ["--image-data", "--vae", "16"]),
