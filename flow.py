@@ -101,10 +101,10 @@ def loss(velocity: Velocity, x: Tensor, generator: torch.Generator | None = None
 def sigmas(steps: int, shift: float = 3.0, least: float = 1e-3) -> Tensor:
     """Return the noise levels of a sampling run, (steps + 1,) float32, from 1 down to 0.
 
-    The shift places more steps at high noise, which large images need.  least: the lowest level
-    above 0, before the shift.  It is shifted twice, first by itself and then with the grid, because
-    SD3's published scheduler does so (with least = 1/1000), and the released weights are sampled
-    with that scheduler.  Raises ValueError for fewer than one step."""
+    The shift places more steps at high noise, which large images need.  The lowest level above 0 is
+    shifted(shifted(least)): SD3's published scheduler, with which the released weights are sampled,
+    shifts it once to end the grid there, and then shifts the grid.  Raises ValueError for fewer
+    than one step."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     grid = torch.linspace(1, shifted(least, shift), steps, dtype=torch.float64)

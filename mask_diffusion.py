@@ -360,10 +360,11 @@ def guide(logits: Tensor, null_logits: Tensor, scale: float, mask_id: int) -> Te
 # ------------------------------------------------------------------------------------ likelihood
 
 def fix_mask_counts(t: Tensor, uniform: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
-    """Change t (B,) and uniform (B, L) so that `errors` masks an exact number of tokens.
+    """Return times (B,) and numbers (B, L) with which `errors` masks an exact number of tokens.
 
-    In a row with n unfrozen tokens, l = ceil(t n) of them are masked, instead of each one with
-    probability t.  The weight 1/t becomes n/l."""
+    In a row with n unfrozen tokens, l = ceil(t n) of them are masked, those with the smallest
+    `uniform`, instead of each one with probability t.  The time is l/n, so the weight 1/t is n/l.
+    A row that is all frozen has an infinite time, and an error of 0."""
     n = (~frozen).sum(1, keepdim=True)                                            # (B, 1)
     rank = uniform.masked_fill(frozen, 2).argsort(1).argsort(1)            # frozen tokens come last
     l = (t[:, None] * n).ceil().clamp(min=1)

@@ -31,14 +31,14 @@ def size(default: int):
 class MMDiTConfig:
     """Sizes of the model.  To add one, add a field with a default that JSON can store."""
     depth: int = size(24)           # blocks
-    heads: int = size(24)           # attention heads
-    width: int = size(1536)    # D; a head has size width / heads, 64 in every published model
+    heads: int = size(24)           # attention heads, of size 64 in every published model
+    width: int = size(1536)         # D
     patch: int = size(2)            # p, latents per side of an image token
     channels: int = size(16)        # C
     position_size: int = size(192)  # side of the position table, in patches: the largest image
-    position_base: int = size(64)  # unit steps that the table spans: 1024 pixels in SD3
+    position_base: int = size(64)   # unit steps that the table spans: 1024 pixels in SD3
     text_width: int = size(4096)    # E, the width of T5-XXL's or TokenEmbedding's output
-    vocab_size: int = size(32100)  # V, rows of the text head: the tokenizer's size with [MASK]
+    vocab_size: int = size(32100)   # V, rows of the text head: the tokenizer's size with [MASK]
     null_tokens: int = size(8)      # trained tokens that stand in for a missing image
     qk_norm: bool = False           # RMSNorm on q and k, as in SD3.5; SD3 and D-DiT have none
     # positions of TokenEmbedding; 0: the text states come from T5

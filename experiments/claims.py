@@ -31,8 +31,8 @@ from metrics.tables import table
 WORLD = "shapes-small"
 SEEDS = [0, 1, 2]
 PRESET = ["--preset", "shapes"]
-RECIPE = ["--image-data", WORLD, "--dtype", "float32", "--device", "cpu", "--sample-every", "0",
-          "--meter-every", "50"]
+RECIPE = ["--image-data", WORLD, "--image-batch", "32", "--text-batch", "16", "--dtype", "float32",
+          "--device", "cpu", "--sample-every", "0", "--meter-every", "50"]
 INSTRUCT = ["--stage", "instruct"]
 
 
@@ -52,9 +52,9 @@ def changed(name: str, *flags: str, start: Run | None = None) -> Run:
 
 
 DEFAULT = changed("default")
-# as many samples as the preset's 64 images and 16 texts
-IMAGE_ALONE = changed("image-alone", "--text-weight", "0", "--image-batch", "79", "--text-batch", "1")
-TEXT_ALONE = changed("text-alone", "--image-weight", "0", "--image-batch", "1", "--text-batch", "79")
+# as many samples as the 32 images and 16 texts of RECIPE
+IMAGE_ALONE = changed("image-alone", "--text-weight", "0", "--image-batch", "47", "--text-batch", "1")
+TEXT_ALONE = changed("text-alone", "--image-weight", "0", "--image-batch", "1", "--text-batch", "47")
 CAPTIONS = Run("captions", ["--stage", "pretrain"])
 
 # instruction tuning: the texts are questions only

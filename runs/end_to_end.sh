@@ -3,8 +3,9 @@
 # autoencoder is SD3's.  The stages are text only, then images and captions, then a filtered subset,
 # then questions.  You can stop at any time: the same command resumes, and skips what is done.
 #
-#   VAE=sd3_medium.safetensors bash runs/end_to_end.sh           # LAUNCH as in runs/paper.sh
+#   VAE=sd3_medium.safetensors bash runs/end_to_end.sh [FLAG ...]       # LAUNCH as in runs/paper.sh
 #
+# Flags go to every stage.
 # data/openwebtext*.jsonl.gz is converted to tokens once, and the shards of re-captioned DataComp to
 # latents.  For several nodes, prepare these on one of them first: with LAUNCH=true, the script ends
 # after that.
@@ -26,14 +27,14 @@ stage() {   # FOLDER STEPS FLAGS ...
 python data.py latents 'data/recap/{00000..09999}.tar' data/latents --vae "$VAE" --pixels 256   # resumes, too
 
 stage out/text 667000 --stage text --preset e2e-1.1b --vae "$VAE" --text-data data/text.safetensors \
-    --micro-batch 32
-stage out/e2e 400000 --stage pretrain --init out/text --image-data data/latents --micro-batch 8
+    --micro-batch 32 "$@"
+stage out/e2e 400000 --stage pretrain --init out/text --image-data data/latents --micro-batch 8 "$@"
 stage out/e2e_filtered 100000 --stage pretrain --init out/e2e --image-data 'data/filtered/{0000..0999}.tar' \
-    --micro-batch 8 --workers 8
+    --micro-batch 8 --workers 8 "$@"
 stage out/e2e_instruct 50000 --stage instruct --init out/e2e_filtered --micro-batch 8 --workers 8 \
     --image-data 'data/filtered/{0000..0999}.tar' --text-data \
     data/llava_v1_5_mix665k.json@data/llava \
     data/v2_OpenEnded_mscoco_train2014_questions.json@data/coco/train2014 \
     data/OpenEnded_mscoco_train2014_questions.json@data/coco/train2014 \
     data/train_balanced_questions.json@data/gqa \
-    data/TextVQA_0.5.1_train.json@data/textvqa data/vizwiz/train.json@data/vizwiz/train
+    data/TextVQA_0.5.1_train.json@data/textvqa data/vizwiz/train.json@data/vizwiz/train "$@"

@@ -3,11 +3,11 @@
 # on one node of 8 GPUs.  You can stop at any time: the same command resumes from the newest
 # checkpoint, and skips a stage that is done.
 #
-#   SD3=sd3_medium_incl_clips_t5xxlfp16.safetensors TOKENIZER=tokenizer_3 bash runs/paper.sh
+#   SD3=sd3_medium_incl_clips_t5xxlfp16.safetensors TOKENIZER=tokenizer_3 bash runs/paper.sh [FLAG ...]
 #
-# On several nodes, run the same command on each: LAUNCH="torchrun --nnodes=4 --nproc_per_node=8
-# --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --max-restarts=3" bash runs/paper.sh.  The data sets
-# must be at the paths below, in data/.
+# Flags go to every stage, such as --checkpoint-activations.  On several nodes, run the same command on
+# each: LAUNCH="torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
+# --max-restarts=3" bash runs/paper.sh --shard hsdp.  The data sets must be at the paths below, in data/.
 set -eu
 cd "$(dirname "$0")/.."
 launch=${LAUNCH:-torchrun --standalone --nproc_per_node=8 --max-restarts=3}
@@ -21,13 +21,13 @@ read='data/sharegpt4v.json data/openimages/{000..499}.tar'
 
 # 1. Both losses on re-captioned DataComp, at 256 pixels.
 stage pretrain 60000 --init "$SD3" --tokenizer "$TOKENIZER" --micro-batch 8 \
-    --image-data 'data/recap/{00000..09999}.tar'
+    --image-data 'data/recap/{00000..09999}.tar' "$@"
 
 # 2. The same model together with T5's [MASK], on better images and captions.
-stage mask-emb 200000 --init out/pretrain --micro-batch 8 --image-data $drawn --text-data $read
+stage mask-emb 200000 --init out/pretrain --micro-batch 8 --image-data $drawn --text-data $read "$@"
 
 # 3. At 512 pixels.
-stage high-res 80000 --init out/mask-emb --micro-batch 6 --image-data $drawn --text-data $read
+stage high-res 80000 --init out/mask-emb --micro-batch 6 --image-data $drawn --text-data $read "$@"
 
 # 4. Questions; the prompt is never masked.
 stage instruct 50000 --init out/high-res --micro-batch 8 --image-data $drawn --text-data \
@@ -35,6 +35,6 @@ stage instruct 50000 --init out/high-res --micro-batch 8 --image-data $drawn --t
     data/v2_OpenEnded_mscoco_train2014_questions.json@data/coco/train2014 \
     data/OpenEnded_mscoco_train2014_questions.json@data/coco/train2014 \
     data/train_balanced_questions.json@data/gqa \
-    data/TextVQA_0.5.1_train.json@data/textvqa data/vizwiz/train.json@data/vizwiz/train
+    data/TextVQA_0.5.1_train.json@data/textvqa data/vizwiz/train.json@data/vizwiz/train "$@"
 
 python checkpoint.py export out/instruct out/release --layout release

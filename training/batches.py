@@ -100,8 +100,8 @@ class StepBatches:
     """The batches of a step, and messages for the log."""
     image: ImageBatch | None
     text: TextBatch
-    unreadable: list[str]           # one message per unreadable sample; the next sample replaces it
-    cut: list[str]                  # one message per text that was cut, each about the first one
+    unreadable: list[str]           # one message per unreadable sample, which another one replaces
+    cut: list[str]                  # a message about the first text that was cut, once for each
 
 
 @dataclass
@@ -181,7 +181,7 @@ class BatchMaker:
     def latent_shape(self, images: Tensor) -> tuple[int, ...]:
         """Return the shape (1, C, h, w) of one image's latents, for images or stored latents."""
         _, channels, height, width = images.shape
-        are_latents = channels == self.channels
+        are_latents = channels == self.channels                  # or pixels, with a factor of 1
         factor = 1 if are_latents else self.factor
         return 1, self.channels, height // factor, width // factor
 

@@ -120,7 +120,7 @@ class TrainConfig:
     device: str = option("auto", "auto: CUDA, then Apple's MPS, then the CPU", choices=DEVICES)
     cuda_graph: bool = option(False, "on a GPU, run a small model's step as one CUDA graph")
     compile: bool = option(False, "torch.compile each block; on a CPU this needs a C++ compiler")
-    shard: str = option("zero2", "what FSDP2 shards, see training/distributed.py",
+    shard: str = option("zero2", "how FSDP2 shards, see docs/training.md",
                         choices=["zero2", "zero3", "hsdp", "none"])
     shard_t5: bool = option(False, "shard the frozen T5 too")
 

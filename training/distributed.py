@@ -1,7 +1,8 @@
 """Shard the models over the processes of a run with FSDP2.
 
-Each process holds a part of the gradients, optimizer state and averaged weights, and computes on
-its own rows of a global batch.  Every function is collective: all processes call it, or none.
+Each process stores a part of the float32 weights, optimizer state and averaged weights, and
+computes on its own rows of a global batch.  Every function is collective: all processes call it, or
+none.
 """
 
 import os
@@ -43,10 +44,11 @@ def make_mesh(mode: str, device_type: str) -> DeviceMesh | None:
 def shard(model: nn.ModuleDict, dtype: torch.dtype, mode: str) -> None:
     """Wrap the text head, each block and each module in FSDP2, in place.
 
-    mode: "zero2", the paper's, shards gradients and optimizer state; "zero3" also shards
-    parameters; "hsdp" is zero2 within each machine, or within each half of a single machine;
-    "none" keeps a copy in each process.  Matrix products are in `dtype`; master weights, reductions
-    and the text head are in float32."""
+    mode: "zero2", the paper's, gathers each module's weights once in a step, and keeps them and
+    whole gradients until the last backward pass (`last_backward`); "zero3" gathers them in every
+    pass, and shards gradients after it; "hsdp" is zero2 within each machine, or within each half of
+    a single machine; "none" keeps a copy in each process.  Matrix products are in `dtype`; stored
+    weights, reductions and the text head are in float32."""
     mesh = make_mesh(mode, next(model.parameters()).device.type)
 
     def wrap(module: nn.Module, param_dtype: torch.dtype) -> None:

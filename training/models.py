@@ -109,7 +109,7 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
                             f"model's position table")
 
 
-def places(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:
+def find_parts(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str, str]:
     """Return the paths of the "t5" and the "vae" that a model of these sizes needs.
 
     A path comes from the flag, or from config.json of --init (`about`), or it is --init itself.
@@ -138,7 +138,7 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
           no_images: bool, vae: AutoencoderKL | Pixels | None, device: torch.device) -> Models:
     """Build the models of a run on the device.
 
-    sizes: of --init or the preset.  where: see `places`.  texts: all training texts, or None.
+    sizes: of --init or the preset.  where: see `find_parts`.  texts: all training texts, or None.
     no_images: the text loss has no images, so the null image is trained.  vae: in eval mode.
     Raises UserError if parts are missing or don't fit together."""
     tokenizer = build_tokenizer(config, sizes, texts)
@@ -255,7 +255,7 @@ def recompute_blocks(models: Models) -> None:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
 
 
-def stated(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> bool:
+def has_stored_states(config: TrainConfig, mix, models: Models, where: dict[str, str]) -> bool:
     """Return True if every source of captions stores T5's states.
 
     Raises UserError if they were made with another T5, tokenizer, text length or --recaption than

@@ -68,7 +68,7 @@ def frozen_sizes(config: TrainConfig, c: MMDiTConfig,
     """Return the sizes of a run's T5 and autoencoder; None for a part that it does not use.
 
     If no file is named, they are the sizes of T5 v1.1 XXL and of SD3's autoencoder."""
-    paths = training_models.places(config, c, about)
+    paths = training_models.find_parts(config, c, about)
     t5 = vae = None
     if "t5" in paths:
         t5 = checkpoint.t5_sizes(paths["t5"])

@@ -58,7 +58,8 @@ RULES = 2       # 2: mixtures by samples, padding with </s>, the text loss over 
 FAILURES = (CheckpointException, Exception)
 # the last file of a checkpoint: without it the folder is incomplete
 DIGESTS = "digests.json"
-# a folder that is there until the first checkpoint is complete: weights beside it are not all there is
+# a folder that is there until the first checkpoint is complete.  A run that is killed before may
+# leave weights; where this folder is beside them, they are worth nothing, and the run starts over
 UNSAVED = ".unsaved"
 
 
@@ -209,7 +210,6 @@ class Run:
         self.settings = settings
         self.rank = rank
         self.world = settings["world"]
-        # read before --fresh deletes anything
         self.others = [read_other(path) for path in settings.get("compare", [])]
         self.saver = None               # the thread that writes a checkpoint
         self.saver_step = 0
@@ -217,6 +217,7 @@ class Run:
         self.save_error = ""            # what failed in the saver
         self.keeps_all = False          # it deletes no older checkpoint
         self.stop_reason = None         # an error that ends the run once this step is saved
+        self.outdated = []              # files and folders that `begin` deletes
         if processes.several():
             self.saver_group = dist.new_group(backend="gloo")
         self.step, self.rows, self.was, self.key = processes.first(
@@ -226,7 +227,7 @@ class Run:
             self.seconds_before = self.rows[-1]["seconds"]
 
     def open(self, fresh: bool, resume_step: int) -> tuple[int, list[dict], dict, str]:
-        """Lock the folder, and prepare it.  Process 0 only.
+        """Lock the folder, and find out how to start; change nothing yet.  Process 0 only.
 
         Return the step to resume from or 0, the log's rows up to it, the settings of the previous
         start, and the key that seeds all random draws."""
@@ -243,9 +244,7 @@ class Run:
         before = {}
         if (out / "train.json").exists():
             before = read_settings(out / "train.json")
-        weights = list(out.glob("*.safetensors"))
-        checkpoints = list(numbered(out, "step_").values())
-        results = sorted(weights + checkpoints)
+        results = sorted([*out.glob("*.safetensors"), *numbered(out, "step_").values()])
         if results and not before:
             raise UserError(f"{out}: holds {results[0].name}, which no run made there; use another "
                             f"--out")
@@ -258,14 +257,11 @@ class Run:
         if results and not steps and not unfinished and not fresh:
             raise UserError(f"{out}: holds weights and no whole step_* folder to go on from; "
                             f"--fresh starts over, another --out keeps them")
+        self.outdated = unfinished
         if fresh:
-            unfinished += checkpoints
-            for file in weights:
-                file.unlink()
-        for folder in unfinished:
-            shutil.rmtree(folder)
+            self.outdated += [*results, *numbered(out, "left_step_").values(),
+                              *numbered(out, "samples_", ".png").values()]
         if fresh or not steps:
-            (out / UNSAVED).mkdir()
             return 0, [], {}, key
         check_identity(out, before, settings)
         step = resume_step or steps[-1]
@@ -288,10 +284,23 @@ class Run:
         self.first_step = self.step
         self.start_row()
         if self.rank == 0:
+            self.delete_outdated()
             self.forget_later_steps()
             if self.settings["steps"] > self.step:
                 self.write_settings()
         processes.sync()
+
+    def delete_outdated(self) -> None:
+        """Delete what a killed start or, with --fresh, the old run has left.  Process 0 only.
+
+        It comes so late that a start which is refused deletes nothing."""
+        for path in self.outdated:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if not self.step:
+            (self.out / UNSAVED).mkdir()
 
     def forget_later_steps(self) -> None:
         """Rename later checkpoints to left_step_N; cut the log at this step.  Process 0 only."""
@@ -358,7 +367,9 @@ class Run:
         return {"model": weights, "optimizer": optimizer, "ema": self.ema}
 
     def load(self, folder: Path) -> None:
-        """Read a checkpoint, written by any number of processes.  Raises UserError."""
+        """Read a checkpoint, written by any number of processes; fill `ema` in place.
+
+        Raises UserError."""
         processes.first(lambda: self.verify(folder))
         state = self.state()
         try:

@@ -63,7 +63,8 @@ def set_up(config: TrainConfig) -> Job:
     check_texts(config, mixes["text"], models, texts)
     maker = BatchMaker(config, models.tokenizer, mixes, run.key, rank, world, base.sizes.channels,
                        base.factor or 1)
-    maker.stored_states = training_models.stated(config, mixes.get("image"), models, base.where)
+    maker.stored_states = training_models.has_stored_states(config, mixes.get("image"), models,
+                                                            base.where)
     maker.make_buckets(base.sizes.patch)
 
     shard(config, models, world)
@@ -79,7 +80,7 @@ def set_up(config: TrainConfig) -> Job:
 def find_base(config: TrainConfig) -> Base:
     """Read the sizes of the model to start from, and load its autoencoder.  Raises UserError."""
     family, sizes, about = read_base(config.init, config.preset)
-    where = training_models.places(config, sizes, about)
+    where = training_models.find_parts(config, sizes, about)
     vae = None
     if "vae" in where:
         vae = checkpoint.load_autoencoder(where["vae"], sizes.channels)

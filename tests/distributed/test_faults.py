@@ -324,6 +324,7 @@ def test_files_with_odd_names_are_left_alone(run, run_training):
     assert run_training("--steps", 8, "--sample-every", 8) == ""
     assert (run / "samples_8.png").exists() and (run / "step_²").exists()
     assert run_training("--steps", 1, "--fresh") == "" and (run / "step_²").exists()
+    assert (run / "samples_best.png").exists() and not (run / "samples_8.png").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -192,6 +192,15 @@ def test_weights_without_a_checkpoint_need_fresh(run, run_training):
     assert steps_logged(run) == [1]
 
 
+def test_a_refused_fresh_start_deletes_nothing(run, run_training, tmp_path):
+    before = names(run)
+    assert f"{tmp_path / 'none'}: no such" in run_training("--steps", 1, "--fresh", "--text-data",
+                                                            tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert run_training("--steps", 1, "--fresh", "--text-data", tmp_path / "empty")
+    assert names(run) == before
+
+
 # -------------------------------------------------------------------------------------- checkpoints
 
 def test_missing_or_older_weights_are_written_again(run, run_training):

@@ -517,8 +517,8 @@ def test_scripts_run_each_stage_once_with_valid_flags(tmp_path, monkeypatch):
     def call(*command):
         subprocess.run(["bash", *command], cwd=tmp_path, env=environment, check=True)
     for _ in range(2):  # the second time all stages are done
-        call("runs/paper.sh")
-        call("runs/end_to_end.sh")
+        call("runs/paper.sh", "--shard", "hsdp")
+        call("runs/end_to_end.sh", "--shard", "hsdp")
     call("runs/own.sh", "folder", "a prompt", "--steps", "7")
     call("runs/own.sh", "runs", "a prompt")  # "runs" exists: its full path is used
     calls = [line.split("\t")[:-1] for line in (tmp_path / "called").read_text().splitlines()]
@@ -533,7 +533,8 @@ def test_scripts_run_each_stage_once_with_valid_flags(tmp_path, monkeypatch):
     for config in configs[:4]:  # the settings must equal the paper's table
         assert config.filtered and config.init
         assert config.steps == TABLE_1[config.stage][0]
-    assert configs[-2].steps == 7                                # own.sh passes extra flags on
+    # the scripts pass extra flags on
+    assert all(config.shard == "hsdp" for config in configs[:8]) and configs[-2].steps == 7
     sources = [config.image_data[0] for config in configs[-2:]]
     assert sources == ["folder:2.5", f"{tmp_path}/runs:2.5"]
     preparations = [words[1] for words in calls if words[0] == "data.py"]
