@@ -16,8 +16,8 @@ PATH is a folder or a file in one of these layouts:
 From SD3, D-DiT takes every weight that both have.  D-DiT's other weights start fresh, with zero
 gates: the velocity then equals SD3's with a pooled text embedding of zero.
 
-Reading is strict: an error names each tensor that is missing, unexpected, of a wrong shape or not
-finite.
+Reading is strict: an error names the first tensors that are missing, unexpected, of a wrong shape or
+not finite.
 """
 
 from common import cli
@@ -54,6 +54,7 @@ PART_SIZES = dict(transformer=layouts.mmdit_config, vae=layouts.vae_config, t5=l
 # a run's settings in config.json, and their types
 KINDS = dict(pixels=int, buckets=bool, text_length=int, step=int, latents=str, t5=str, vae=str,
              guidance=float, shift=float)
+ABOVE_ZERO = ("pixels", "text_length", "guidance", "shift")
 
 
 # -------------------------------------------------------------------- find parts at a path
@@ -67,7 +68,8 @@ def part_folder(path: Path, part: str) -> Path:
 
 
 def is_ours(path: str | Path) -> bool:
-    """Return True for a folder with a config.json that neither diffusers nor transformers wrote."""
+    """Return True for a folder with a config.json that neither diffusers nor transformers wrote, and
+    without a transformer/."""
     file = Path(path) / "config.json"
     if (file.parent / "transformer").is_dir() or not file.exists():
         return False
@@ -95,7 +97,8 @@ def shards(folder: Path) -> list[Path]:
     files = list(filter(is_safetensors, visible(folder)))
     require((files, f"{folder}: expected .safetensors files, found {listing(folder)}"))
     plain = [file for file in files if file.stem in ("model", "diffusion_pytorch_model")]
-    require((plain or len(files) == 1, f"{folder}: {len(files)} safetensors files and no index"))
+    require((plain or len(files) == 1, f"{folder}: {len(files)} safetensors files and no index; name "
+             f"one file"))
     return plain or files
 
 
@@ -119,8 +122,10 @@ def find(path: str | Path, part: str, training: bool = False) -> Part:
         return Part(Tensors([weights_file(path, training)], "mmdit."), config, "ours")
     folder = part_folder(path, part)
     files = shards(folder) if path.is_dir() else [path]
-    config_file = folder / "config.json"
-    config = read_json_object(config_file) if is_there(config_file) else {}
+    config_folder = folder if path.is_dir() else path.parent
+    config = {}
+    if is_there(config_folder / "config.json") and not is_ours(config_folder):
+        config = read_json_object(config_folder / "config.json")
     for prefix in ("", layouts.PREFIXES[part]):
         tensors = Tensors(files, prefix)
         for layout, sign in layouts.SIGNS[part].items():
@@ -151,14 +156,16 @@ def read_config(path: str | Path) -> dict:
     Raises UserError for a file of another format or a wrong setting."""
     file = Path(path) / "config.json"
     config = read_json_object(file)
-    if config.get("format") != FORMAT or not isinstance(config.get("mmdit"), dict):
-        raise UserError(f"{file}: expected \"format\": \"{FORMAT}\", "
-                        f"found {config.get('format')!r}")
+    require((config.get("format") == FORMAT,
+             f"{file}: expected \"format\": \"{FORMAT}\", found {config.get('format')!r}"),
+            (isinstance(config.get("mmdit"), dict), f"{file}: expected \"mmdit\": an object with "
+             f"the sizes, found {layouts.shown(config.get('mmdit'))}"))
     for name in KINDS.keys() & config.keys():
         value, kind = config[name], KINDS[name]
-        require((type(value) in (kind, type(None)),
+        kinds = (int, float) if kind is float else (kind,)       # JSON: 1.0 as 1
+        require((value is None or type(value) in kinds,
                  f"{file}: \"{name}\" is {value!r}, expected {kind.__name__}"))
-        if kind is float and value is not None:
+        if name in ABOVE_ZERO and value is not None:
             require((0 < value < math.inf, f"{file}: \"{name}\" is {value}, expected more than 0"))
     config["mmdit"] = layouts.our_config(config["mmdit"], file)
     return config
@@ -341,10 +348,15 @@ def load_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
 
 
 def digest(model: nn.Module) -> str:
-    """Return a hash of all of a model's values in their dtype; "pixels" for `Pixels`."""
+    """Return a hash of all of a model's values in their dtype, and of an autoencoder's scale and shift
+    unless they are SD3's; "pixels" for `Pixels`."""
     if isinstance(model, Pixels):
         return "pixels"
     sha256 = hashlib.sha256()
+    if isinstance(model, AutoencoderKL):
+        scaling = model.config.scale, model.config.shift
+        if scaling != (VAEConfig.scale, VAEConfig.shift):
+            sha256.update(f"scaling {scaling}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha256.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -361,7 +373,9 @@ def load_mask_embedding(path: str | Path, width: int | None = None) -> Tensor:
         [content] = content.values()
     require((isinstance(content, Tensor) and content.numel() == max(content.shape, default=0),
              f"{path}: expected one vector, the [MASK] embedding"))
-    vector = content.detach().flatten()
+    require((content.is_floating_point(), f"{path}: a [MASK] embedding of {content.dtype}, expected "
+             f"floats"))
+    vector = content.detach().flatten().float()
     require((finite(vector), f"{path}: the [MASK] embedding holds NaN or infinity"),
             (width in (None, len(vector)),
              f"{path}: a [MASK] embedding of {len(vector)} numbers, this T5 has {width}"))
@@ -481,8 +495,10 @@ def export(source: Path, target: Path, layout: str = "release",
             (not sizes.text_length, f"{source}: its text comes from a token embedding; the "
              f"published layouts are made for T5"))
     if tokenizer:
-        load_tokenizer(tokenizer)                                # raises UserError
-        tokenizer = tokenizer if tokenizer.is_dir() else tokenizer.parent
+        require((tokenizer.is_dir(), f"--tokenizer {tokenizer}: expected a folder with T5's tokenizer"))
+        size = load_tokenizer(tokenizer).vocab_size
+        require((part.family == "SD3" or size == sizes.vocab_size, f"--tokenizer {tokenizer}: has "
+                 f"{size} tokens, the model's text head {sizes.vocab_size}"))
     stored = Counter(part.tensors.dtype.values()).most_common(1)[0][0]
     dtypes = {name: dtype for dtype, name in NAMES.items()}
     dtype = dtypes.get(stored, torch.float32)
@@ -499,7 +515,7 @@ def inspect(path: Path) -> str:
         part = find(path, "transformer")
         config = part.config
         return (f"{path}: ours, latents {config.get('latents')}, step {config.get('step')}\n"
-                + describe("transformer", part.tensors, config["mmdit"]))
+                + describe("transformer", part.tensors, layouts.mmdit_config(part)))
     lines = [f"{path}:"]
     absent = []
     for name, read_part in PART_SIZES.items():
@@ -520,17 +536,17 @@ def main() -> None:
     parser.add_argument("command", choices=["inspect", "export"])
     parser.add_argument("source", type=Path, help="a folder or a file in any layout")
     parser.add_argument("target", type=Path, nargs="?", help="export: the folder to write")
-    parser.add_argument("--layout", choices=["release", "sd3"], default="release")
+    parser.add_argument("--layout", choices=["release", "sd3"], help="export: (release)")
     parser.add_argument("--tokenizer", type=Path,
                         help="export: a folder with T5's tokenizer, if not in SRC")
     args = parser.parse_args()
-    if args.command == "inspect" and not args.target:
+    if args.command == "inspect" and not (args.target or args.layout or args.tokenizer):
         print(inspect(args.source))
     elif args.command == "export" and args.target:
-        export(args.source, args.target, args.layout, args.tokenizer)
+        export(args.source, args.target, args.layout or "release", args.tokenizer)
         print(args.target)
     else:
-        parser.error("export takes SRC and DST, inspect takes one path")
+        parser.error("export takes SRC, DST and flags, inspect one path and no flag")
 
 
 if __name__ == "__main__":

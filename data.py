@@ -27,6 +27,7 @@ import itertools
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
@@ -300,8 +301,8 @@ class Mix:
         self.sources = []
         self.weights = []
         self.bad = []
-        self.lost = 0
-        self.seen = 0
+        self.seen = Counter()       # samples of each source that were read
+        self.lost = Counter()       # those that were unreadable
         for spec in specs:
             path, weight = split_weight(spec)
             source = open_source(path, pixels, length)
@@ -347,26 +348,27 @@ class Mix:
         """Return the sample at a place, or else a usable one far from it in its source, because
         neighbours in a sorted folder are often alike.
 
-        Raises UserError after 100 unusable samples in a row, or if over 5 % are unreadable: so many
-        that a source with 5 % would show as many with a probability of 1e-4.  Filters may leave out
-        any share."""
+        Raises UserError after 100 unusable samples in a row, or if so many are unreadable that a
+        source with 5 % of unreadable samples would show as many with a probability below 1e-4.
+        Filters may leave out any share."""
         source = self.sources[place.source]
         step = stride(len(source))
-        for n in range(100):
-            self.seen += 1
+        tries = min(100, len(source))
+        for n in range(tries):
+            self.seen[place.source] += 1
             candidate = place._replace(row=(place.row + n * step) % len(source))
             try:
                 return self.sample(candidate, captioned, size)
             except UserError as error:
                 self.bad.append(str(error))
                 if not isinstance(error, Filtered):
-                    self.lost += 1
-                    allowed = 0.05
-                    expected = allowed * self.seen
-                    too_many = self.lost > expected and poisson_tail(self.lost, expected) < 1e-4
-                    require((not too_many, f"{source.name}: {self.lost} of {self.seen} samples are "
-                             f"unreadable, the last: {error}"))
-        raise UserError(f"{source.name}: 100 samples in a row are unusable, the last: "
+                    self.lost[place.source] += 1
+                    lost, seen = self.lost[place.source], self.seen[place.source]
+                    expected = 0.05 * seen
+                    too_many = lost > expected and poisson_tail(lost, expected) < 1e-4
+                    require((not too_many, f"{source.name}: {lost} of {seen} samples are unreadable, "
+                             f"the last: {error}"))
+        raise UserError(f"{source.name}: {tries} samples in a row are unusable, the last: "
                         f"{self.bad[-1]}")
 
     def sample(self, place: Place, captioned: bool = False, size: Size | None = None) -> dict:
@@ -392,7 +394,7 @@ class Mix:
         return Buckets(self, name, unit)
 
     def image_size(self, place: Place) -> tuple[int, int]:
-        """Return (width, height) of the image at a place, from its file's header."""
+        """Return (width, height) of the image at a place; only the file's header is decoded."""
         return image_size(self.at(place)["image"])
 
     def newly_bad(self) -> list[str]:
@@ -438,15 +440,16 @@ class Mix:
         least = self.filters.min_caption
         captions = [text for text in sample["captions"] if len(text) >= least]
         recaption = sample.get("recaption")
+        had_text = sample["captions"] or recaption
         if recaption and len(recaption) < least:
             recaption = sample["recaption"] = ""
         rest = captions or recaption or (sample.get("questions") and not captioned)
-        if sample["captions"] and not rest:
+        if had_text and not rest:
             raise Filtered(f"{sample['key']}: no caption of at least {least} characters")
         sample["captions"] = captions
 
     def shown(self, count: int, held: bool, captioned: bool = True) -> list[dict]:
-        """Return up to `count` samples of the first source for display.
+        """Return up to `count` samples of the first source, to show and for validation.
 
         held: prefer held-out samples, if the source has any."""
         source = self.sources[0]
@@ -466,10 +469,11 @@ def latent_factor(specs: list[str]) -> int | None:
     """Return the pixels per latent, along a side, of the first stored latents; None if no source
     has stored latents."""
     for spec in specs:
-        path, _ = split_weight(spec)
-        for file in sources.shards_at(Path(path)):
-            side = sources.latents_shape(file)[-1]
-            return int(sources.read_stamp(file)["pixels"]) // side
+        pattern, _ = split_weight(spec)
+        for path in sources.expand(pattern):
+            for file in sources.shards_at(Path(path)):
+                pixels = int(sources.read_stamp(file)["pixels"])
+                return pixels // sources.latents_shape(file)[-1]
     return None
 
 
@@ -709,7 +713,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     packed = add("pack", precompute.pack, PackFlags,
                  "store plain text as one file of tokens, with an end token after each document")
     packed.add_argument("paths", nargs="+", metavar="FILE",
-                        help=".txt, or .jsonl with one object with \"text\" per line; also .gz")
+                        help=".txt, or .jsonl with one text, or object with \"text\", per line; also .gz")
     packed.add_argument("out", type=Path, metavar="T.safetensors", help="the token file to write")
     add("build-emoji", build_emoji, BuildFlags, "build the emoji set again from two npm packages")
     return parser.parse_args(argv)

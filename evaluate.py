@@ -14,7 +14,7 @@
 
 `draw` and `answer` give each prompt or question its own seed: the results are the same with any
 number of processes, and an interrupted run resumes.  OUT.json has the settings, which are printed
-with every score.  At its end, each command lists what it left out; --json writes the whole list.
+with every score.  At their end, commands list what they left out; --json writes the whole list.
 The files in metrics/ explain the scores.
 """
 

@@ -59,7 +59,8 @@ def walk(folder: Path) -> Iterator[Path]:
                 yield path
             continue
         target = path.resolve()
-        if path.is_symlink() and target.is_relative_to(top):
+        in_top = target.is_relative_to(top) and not is_hidden(str(target.relative_to(top)))
+        if path.is_symlink() and in_top:
             continue                                             # it is read in its own place
         if target not in read:
             read.add(target)
@@ -187,7 +188,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)
         raise
 

@@ -72,7 +72,8 @@ class Buckets:
 
     @lru_cache(maxsize=2**16)
     def shape(self, place: tuple) -> float:
-        """Return log(width / height) of the image at a place; 0, as for a square, if unreadable."""
+        """Return log(width / height) of the image at a place; 0, as for a square, if it is stored as
+        square pixels or unreadable."""
         try:
             width, height = self.mix.image_size(place)
             return math.log(width / height)

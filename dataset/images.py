@@ -242,8 +242,9 @@ def read_mask(path: Path, like: Image.Image, height: int, width: int, factor: in
     require((mask.size == like.size,
              f"{path}: a mask of {mask.size} pixels, expected the image's {like.size}"))
     white = mask.convert("L").point(lambda value: 255 * (value > 127))
-    require((white.getbbox(), f"{path}: is black everywhere; paint white what is to be drawn anew"))
     fitted = np.array(fit_image(white, height, width, Image.Resampling.BOX))
+    require((fitted.any(), f"{path}: is black in the part of the image that is kept, its largest "
+             f"central {width}:{height}; paint white what is to be drawn anew"))
     masked = torch.from_numpy(fitted)[None, None] > 0                            # (1, 1, H, W)
     return F.max_pool2d(masked.float(), factor) > 0
 

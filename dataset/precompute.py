@@ -170,7 +170,7 @@ def store_latents(args: argparse.Namespace, encoder: Encoder, mix, fingerprint: 
              f"{args.source}: all of its samples are unusable"))
     for file in empty:
         write_shard(file, [], encoder.no_rows(), stamp)
-    print(f"{args.out}: {len(shards)} shards, {progress.done:,} samples encoded now, "
+    print(f"{args.out}: {len(missing)} of {len(shards)} shards written, {progress.done:,} samples, "
           f"{progress.total - progress.done:,} left out")
 
 
@@ -220,7 +220,7 @@ def documents(path: str) -> Iterator[tuple[str, bool]]:
         if text:
             yield text, True
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: can't be read ({error})")
+        raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})")
 
 
 def tokenize(paths: list[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:

@@ -72,7 +72,10 @@ def read_vqa(content: dict, path: Path, issues: Issues, annotations: Path | None
         if key in notes:
             issues["annotations of one id, the first counts"].append(key)
         notes.setdefault(key, note)
-    subset = content.get("data_subtype") or re.search(r"(train|val|test)\d+", path.name)[0]
+    named = re.search(r"(train|val|test)\d+", path.name)
+    require((content.get("data_subtype") or named, f"{path}: expected \"data_subtype\", or train2014 or "
+             f"the like in the file's name: the names of the images depend on it"))
+    subset = content.get("data_subtype") or named[0]
     question_ids = set()
     for entry in content["questions"]:
         key = str(entry["question_id"])
@@ -235,7 +238,10 @@ def open_json(location: sources.Location) -> Questions | sources.Listed:
             image = sources.text(entry["image"], str(path), "image")
             sources.described(entry, f"{path}: {image}")
             entries.append(entry)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except KeyError as error:
         raise UserError(f"{path}: an entry lacks {error}, so these are no questions with answers")
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: an entry has a value of the wrong type ({error}), so these are no "
+                        f"questions with answers")
     require((entries, f"{path}: no question about an image in it"))
     return Questions(location.name, entries, folder)

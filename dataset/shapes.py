@@ -1,7 +1,7 @@
 """A world of coloured shapes that needs no files: sample i is a function of i, without end.
 
     python data.py show shapes --pixels 24          # "shapes" is the name of the source
-    sample(7)["image"], sample(7)["captions"]       # (3, SIDE, SIDE) uint8, ["two squares on white"]
+    sample(8)["image"], sample(8)["captions"]       # (3, SIDE, SIDE) uint8, ["two small red squares"]
 
 An image has four cells, and one to four of them hold an object.  A caption says how many there are
 and the shape of each, two objects in reading order or with their relation.  What it does not say

@@ -26,6 +26,7 @@ from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from common.cli import UserError, is_text, require, warn
@@ -429,10 +430,16 @@ def latents_shape(file: str) -> list[int]:
 
 def read_stamp(file: str) -> dict[str, str]:
     """Return the settings that made a file of latents.  Raises UserError."""
+    tensors = mapped(file)
+    stamp = {}
     try:
-        return json.loads((mapped(file).metadata() or {})["stamp"])
-    except (KeyError, ValueError):
-        raise UserError(f"{file}: not written by python data.py latents; it names no autoencoder")
+        stamp = json.loads((tensors.metadata() or {})["stamp"])
+        int(stamp["shards"]), int(stamp["pixels"])
+        is_whole = "vae" in stamp and len(latents_shape(file)) == 4
+    except (KeyError, TypeError, ValueError, SafetensorError):
+        is_whole = False
+    require((is_whole, f"{file}: not written by python data.py latents; it names no autoencoder"))
+    return stamp
 
 
 class Tokens(Source):
@@ -447,7 +454,11 @@ class Tokens(Source):
         self.tokenizer = (tensors.metadata() or {}).get("tokenizer")
         require((self.tokenizer and "tokens" in tensors.keys(),
                  f"{self.name}: not written by python data.py pack"))
-        [size] = tensors.get_slice("tokens").get_shape()
+        tokens = tensors.get_slice("tokens")
+        require((len(tokens.get_shape()) == 1 and tokens.get_dtype() in ("U16", "U32"),
+                 f"{self.name}: its tokens are {tokens.get_dtype()} {tokens.get_shape()}, expected a "
+                 f"row of U16 or U32 from python data.py pack"))
+        [size] = tokens.get_shape()
         self.size = size // self.length
         require((self.size, f"{self.name}: {size} tokens, one text takes {self.length}"))
 

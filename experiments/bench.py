@@ -32,7 +32,7 @@ import flow
 import mask_diffusion
 import train
 from common import processes
-from common.devices import DEVICES, choose_device
+from common.devices import DEVICES, allow_tf32, choose_device
 from inference import text_to_image
 from inference.image_to_text import encode, fill
 from inference.parts import EMOJI, PUBLISHED, WITH_EMBEDDING, Parts
@@ -107,6 +107,7 @@ def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dic
     """Time a training step: both losses, their gradients, clipping, optimizers and weight
     averaging."""
     device = torch.device(choose_device(config.device))
+    allow_tf32(device, config.dtype)
     sizes = MMDiTConfig(**PRESETS[config.preset])
     sizes = replace(sizes, vocab_size=vocab_size or sizes.vocab_size,
                     text_length=config.text_length if sizes.text_length else 0)

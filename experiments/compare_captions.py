@@ -138,7 +138,7 @@ def main() -> None:
         print(f"{name} {time.time() - started:.2f} s", [f"{x:.6f}" for x in found[name][0]])
     (theirs, each), (ours, mine) = found["theirs"], found["ours"]
     apart = [max(abs(a - b) for a, b in zip(x, y)) for x, y in zip([theirs, *each], [ours, *mine])]
-    print(f"figures of the corpus {apart[0]:.1e} apart at most, of a image {max(apart[1:]):.1e}")
+    print(f"figures of the corpus {apart[0]:.1e} apart at most, of an image {max(apart[1:]):.1e}")
     assert max(apart) < 1e-6
     rounded = dict(corpus=[round(x, 9) for x in theirs], each=[[round(x, 9) for x in row] for row in each])
     text = json.dumps({name: list(rows.values()) for name, rows in sets.items()} | rounded)

@@ -3,7 +3,7 @@ evaluations.
 
     python -m experiments.measure_drawing            # all rows, 192 prompts; minutes on two cores
     python -m experiments.measure_drawing solvers --prompts 96 --checkpoint out/instruct
-    python -m experiments.measure_drawing --page assets/drawing.webp  # the README's image, no table
+    python -m experiments.measure_drawing --page assets/drawing.webp  # docs/sampling.md's image, no table
     python -m experiments.measure_drawing objects --page objects.png  # four drawings of 20 things
     python -m experiments.measure_drawing outside --page outside.png  # of things not in the set
 

@@ -1,4 +1,4 @@
-"""Measure how well the shipped weights read images, in every way of reading: the README's figures.
+"""Measure how well the shipped weights read images, in every way of reading (docs/results.md).
 
     python -m experiments.measure_reading orders               # captions by each order
     python -m experiments.measure_reading choices              # yes or no: written, and ranked

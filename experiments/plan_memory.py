@@ -23,7 +23,7 @@ import train
 from common import cli
 from pretrained import layouts
 from training import plan, run_folder
-from training.config import start
+from training.config import read_base
 from experiments.full_size import real_tokenizer
 from pretrained.t5 import T5Config, T5Encoder
 from pretrained.vae import AutoencoderKL, VAEConfig
@@ -75,7 +75,7 @@ def measure(kind: str, flags: list[str]) -> None:
 
 
 def told(config) -> dict[str, float]:
-    _, sizes, about = start(config.init, config.preset)
+    _, sizes, about = read_base(config.init, config.preset)
     t5, vae = plan.frozen_sizes(config, sizes, about)
     N = plan.image_tokens(config, sizes, vae.factor if vae else 1)
     return plan.memory(config, sizes, t5, vae, N, 1, False)

@@ -117,6 +117,8 @@ class Parts:
     def choose_size(self, config: ModelConfig, pixels: int | None, buckets: bool) -> None:
         """Choose the size of an image.  pixels, buckets: as trained, if known."""
         sizes = self.sizes
+        require((not config.vae or sizes.channels != 3,
+                 "--vae: this checkpoint works on pixels, and has no autoencoder"))
         self.factor = 1                                          # pixels per latent, along a side
         if sizes.channels != 3:
             self.factor = checkpoint.vae_sizes(self.paths["vae"]).factor

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.cli import require, warn
 from common.devices import choose_device
-from dataset.images import fit_image, to_image, to_tensor
+from dataset.images import fit_image, to_image, to_rgb, to_tensor
 from inference import image_to_text, text_to_image
 from inference.image_to_text import Likelihood, ReadConfig
 from inference.parts import EMOJI, Parts
@@ -80,9 +80,12 @@ class Pipeline:
         return self.draw(prompts, seed, self.start_edit(image, strength, mask), **settings)
 
     def start_edit(self, image: Image.Image, strength: float | None, mask: Tensor | None) -> Edit:
-        """Encode an image to draw over, in float32, so that kept parts have their exact values."""
+        """Encode an image to draw over, in float32, so that kept parts have their exact values.
+
+        Raises UserError for a strength that is no noise level."""
         if strength is None:
             strength = 0.7 if mask is None else 1.0
+        require((0 <= strength <= 1, f"strength {strength}: expected 0 to 1"))
         latents = image_to_text.encode(self.parts, self.fit(image), torch.float32)
         return Edit(latents, strength, mask)
 
@@ -134,12 +137,13 @@ class Pipeline:
         [[caption]] = self.rank(image, [text])
         return caption.nats
 
-    def rank(self, images: Images, texts: Sequence[str],
+    def rank(self, images: Images, texts: str | Sequence[str],
              question: str | None = None) -> Iterator[list[Likelihood]]:
         """Yield, for each image, the captions or answers in `texts`, the likeliest first."""
         if question is not None:
             check_question(self.parts, question)
-        texts = [read_text(self.parts, text, "text") for text in texts]
+        texts = [read_text(self.parts, text, "text") for text in as_list(texts)]
+        texts = list(dict.fromkeys(texts))                       # lower case can make two alike
         for latents in self.encode(images):
             yield image_to_text.rank(self.parts, latents[None], texts, question)
 
@@ -149,9 +153,12 @@ class Pipeline:
         return image_to_text.encode(self.parts, self.fit(images))
 
     def fit(self, images: Images) -> Tensor:
-        """Return images (B, 3, H, W) in [-1, 1], cropped around the middle and resized."""
+        """Return images (B, 3, H, W) in [-1, 1], cropped around the middle and resized.
+
+        Images may have any mode.  An EXIF orientation is ignored; `dataset.images.read_image` opens
+        a photo upright."""
         height, width = self.parts.height, self.parts.width
         tensors = []
         for image in as_list(images):
-            tensors.append(to_tensor(fit_image(image.convert("RGB"), height, width)))
+            tensors.append(to_tensor(fit_image(to_rgb(image), height, width)))
         return torch.stack(tensors)

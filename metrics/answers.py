@@ -196,6 +196,8 @@ def describe(issues: Issues, where: str = "") -> list[str]:
 
 def check_texts(q: Question, where: str) -> None:
     """Raise UserError if a field of a question that should be a text is not one."""
+    require((isinstance(q.answers, list), f"{where}: \"answers\" is {ascii(q.answers)[:60]}, expected a "
+             f"list"))
     fields = dict(image=[q.image], question=[q.question], answer=q.answers, type=q.types)
     for field, values in fields.items():
         for value in values:
@@ -244,10 +246,10 @@ def shots(examples: list[Question], k: int, key: str, before: Question | None = 
 
     key: a seed and the id of `before`; it decides which examples are taken.  Raises UserError for
     too few examples."""
-    require((k <= len(examples),
-             f"{k} examples, expected 0 to {len(examples)}, of as many questions"))
     sample = random.Random(key).sample(examples, min(k + 1, len(examples)))
     others = [q for q in sample if q != before][:k]
+    require((len(others) == k, f"{k} examples, expected at most {len(others)}, as many as there are "
+             f"other questions"))
     return "".join(f"{question_prompt(q.question)}{q.common_answer()} " for q in others)
 
 

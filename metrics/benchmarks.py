@@ -134,8 +134,9 @@ def read_coco(benchmark: Benchmark, paths: list[str]) -> None:
     path = paths[0]
     references, names, benchmark.left_out = captions.read_captions(Path(path))
     chosen = sorted(references, key=lambda image_id: seeding.fraction(f"coco {image_id}"))[:COCO]
-    require((all(isinstance(image_id, int) for image_id in chosen),
-             f"{path}: expected numbers as ids of images, found {chosen[:2]}"))
+    fits = all(isinstance(image_id, int) and 0 <= image_id < 10**12 for image_id in chosen)
+    require((fits, f"{path}: expected numbers of up to 12 digits as ids of images, found "
+             f"{sorted(chosen, key=str)[:2]}"))
     for image_id in sorted(chosen):
         caption = " ".join(references[image_id][0].split())
         name = f"{image_id:012}.png"
@@ -264,7 +265,7 @@ def dpg_scores(path: Path) -> tuple[dict[str, float], list[str]]:
         if not match:
             continue
         image, category, score = match.groups()
-        require((re.fullmatch(r"[\d.]+(e-?\d+)?", score) and score.count(".") < 2,
+        require((re.fullmatch(r"\d+(\.\d*)?(e-\d+)?", score),
                  f"{where}: expected a score at its end, found {line[-60:]!r}"))
         if category:
             scores[category] = float(score)

@@ -194,6 +194,10 @@ def load(folder: Path, device: str = "cpu") -> CLIP:
     patch = tensors.size(key_of("patches.weight"), 2)
     txt = tower_config(tensors, "txt", config)
     img = tower_config(tensors, "img", config)
+    require((txt.length >= TEXT_LENGTH, f"{folder}: {txt.length} positions of texts, expected at least "
+             f"{TEXT_LENGTH}"),
+            (math.isqrt(img.length - 1) ** 2 == img.length - 1,
+             f"{folder}: {img.length} positions of images, expected a square and one more"))
     clip = build(CLIP, folder, txt, img, vocab_size, patch, joint)
     fill(clip, tensors, renamed_entries(clip, HUGGING_FACE), torch.float32, BESIDE)
     return clip.to(device).eval()

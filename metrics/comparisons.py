@@ -48,6 +48,8 @@ def fid_command(args: argparse.Namespace) -> None:
 
 def statistics_command(args: argparse.Namespace) -> None:
     """Write a source's statistics to a file.  `fid` and pytorch-fid accept it as a source."""
+    require((not args.source.endswith(".npz"), f"{args.source}: holds statistics already; expected "
+             f"images"))
     network, _ = load_network(args)
     statistics, left_out = fid.measure(args.source, network, args.device)
     fid.save(args.out, statistics, args.features)
@@ -134,8 +136,11 @@ def mjhq(args: argparse.Namespace) -> None:
 
 
 def load_clip(args: argparse.Namespace) -> tuple:
-    """Return CLIP and its tokenizer."""
-    return clip.load(args.clip, args.device), clip.load_tokenizer(args.clip)
+    """Return CLIP and its tokenizer.  Raises UserError if they do not fit together."""
+    network, tokenizer = clip.load(args.clip, args.device), clip.load_tokenizer(args.clip)
+    rows, tokens = network.embed.num_embeddings, tokenizer.get_vocab_size()
+    require((tokens <= rows, f"{args.clip}: its tokenizer has {tokens} tokens, its table {rows} rows"))
+    return network, tokenizer
 
 
 def clip_command(args: argparse.Namespace) -> None:

@@ -140,6 +140,8 @@ def load(path: Path) -> Statistics:
         good = is_number and value.shape == shape and np.isfinite(value).all()
         require((good, f"{path}: {name} is {value.dtype} {value.shape}, expected finite numbers "
                  f"{shape}"))
+    for name in ("mu", "sigma"):
+        arrays[name] = arrays[name].astype(np.float64)
     return Statistics(**arrays)
 
 

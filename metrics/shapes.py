@@ -179,9 +179,12 @@ def is_drawn(caption: str, image: Tensor) -> bool:
 # -------------------------------------------------------------------------------------- calibration
 
 def total_variation(counts: Counter, values: list) -> float:
-    """Return the distance of the counts' shares from equal shares of the values: half of the sum of
-    |share - 1 / len(values)|, from 0 to 1; 1 if nothing was counted."""
+    """Return the distance of the counts' shares from equal shares of the values, and none of others:
+    half of the sum of the shares' differences, from 0 to 1; 1 if nothing was counted."""
     total = sum(counts.values())
     if not total:
         return 1.0
-    return sum(abs(counts[value] / total - 1 / len(values)) for value in values) / 2
+    expected = dict.fromkeys(values, 1 / len(values))
+    differences = [abs(counts[value] / total - expected.get(value, 0.0))
+                   for value in expected | counts]
+    return sum(differences) / 2

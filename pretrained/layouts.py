@@ -182,7 +182,7 @@ class Config:
     def whole(self, key: str, default: int) -> int:
         """Read a whole number above 0."""
         value = self.values.get(key, default)
-        self.check(key, type(value) is int and value > 0, "a whole number")
+        self.check(key, type(value) is int and value > 0, "a whole number above 0")
         return value
 
     def expect(self, key: str, value: int) -> int:

@@ -34,7 +34,7 @@ class Tokenizer:
     specials: str = ""                  # regex of T5's special tokens, which its vocabulary holds
     keep: list[int] | None = None       # the GPT-2 ids of a small vocabulary
     seen: set[int] | None = None        # the ids of the training texts; None: unknown
-    capitals: set[str] = field(default_factory=set)     # words with capitals in training captions
+    capitals: set[str] = field(default_factory=set)     # words with capitals in captions and answers
     warns: bool = True                  # print a warning for the first text that is cut
     cut: int = 0                        # number of texts that were cut
     lost: str = ""                      # describes the first text that was cut
@@ -99,7 +99,7 @@ class Tokenizer:
             self.capitals.update(word for word in words if word != word.lower())
 
     def lowered(self, text: str) -> str:
-        """Lower the case of each word that no training caption has in this case; [MASK] stays."""
+        """Lower the case of each word that no training text has in this case; [MASK] stays."""
         if self.seen is None:
             return text
         kept = self.capitals | {"[MASK]"}
@@ -186,8 +186,8 @@ def gpt2_tokenizer(keep: list[int] | None = None, seen: list[int] | None = None,
     tokens = [chr(code) for code in codes]
     tokens += ["".join(pair) for pair in pairs]
     if keep is not None:
-        ascending = keep == sorted(set(keep)) and keep[-1] < len(tokens)
-        require((ascending and keep[:256] == list(range(256)),
+        has_bytes = keep[:256] == list(range(256))
+        require((has_bytes and keep == sorted(set(keep)) and keep[-1] < len(tokens),
                  "a tokenizer's keep list must be ascending GPT-2 ids that start with 256 bytes"))
         tokens = [tokens[i] for i in keep]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -220,6 +220,8 @@ def t5_tokenizer(file: Path) -> Tokenizer:
         if is_there(file.parent / name):
             token = read_json_object(file.parent / name).get("pad_token") or pad
             pad = token.get("content", pad) if isinstance(token, dict) else token
+            require((isinstance(pad, str), f"{file.parent / name}: \"pad_token\" is {pad!r}, expected "
+                     f"a text"))
     ids = []
     for token in ("</s>", pad, "<extra_id_0>"):
         ids.append(bpe.token_to_id(token))

@@ -178,7 +178,7 @@ class AutoencoderKL(nn.Module):
 
         The latents are the posterior's mean or, with a generator, a sample of it (the published
         code samples, also for captioning).  Raises ValueError for sides that are not multiples of
-        8."""
+        `factor`."""
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"an image of {height} by {width}: the sides must be multiples of "

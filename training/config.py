@@ -3,7 +3,9 @@
     text -> pretrain                                the end-to-end variant, from scratch
     pretrain -> mask-emb -> high-res -> instruct    from SD3's weights (Table 1 of arXiv 2501.00289)
 
-A setting without a flag has the default of its stage or, if the stage has none, of TrainConfig.
+A setting without a flag has the default of its stage (SMALL and SHAPES have those of the models of
+pixels) or, if the stage has none, of TrainConfig.  With --init from a run, --guidance, --shift and
+(except in high-res) --pixels are the run's.
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import checkpoint
 import flow
 import mask_diffusion
 from common import cli
-from common.cli import option
+from common.cli import option, require
 from common.devices import DEVICES, DTYPES
 from dataset import emoji, shapes
 from model import PRESETS, MMDiTConfig
@@ -243,11 +245,22 @@ def parse(argv: list[str] | None = None, doc: str = __doc__) -> TrainConfig:
         config.dtype = "bfloat16"                                # GPUs support it
     if not config.out:
         config.out = f"out/{config.stage}"
+    if config.decay_steps > config.steps:
+        parser.error(f"--decay-steps {config.decay_steps}: expected at most --steps {config.steps}")
     for name, (share, most) in INTERVALS.items():
         if getattr(config, name) is None:
             interval = max(config.steps // share, 1)
             setattr(config, name, min(interval, most))
     return config
+
+
+def check_batches(config: TrainConfig, world: int) -> None:
+    """Raise UserError for a batch that can't be split evenly over processes and micro-batches."""
+    for flag, size in (("--text-batch", config.text_batch), ("--image-batch", config.image_batch)):
+        rows, micro = size // world, config.micro_batch
+        require((size % world == 0, f"{flag} {size} does not divide over {world} processes"),
+                (not micro or rows % micro == 0, f"--micro-batch {micro} does not divide {flag} "
+                 f"{size} over {world} process(es), {rows} rows on each"))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

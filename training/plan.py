@@ -17,7 +17,7 @@ from model import Block, MMDiT, MMDiTConfig, TokenEmbedding
 from pretrained.t5 import T5Block, T5Config, T5Encoder
 from pretrained.vae import AutoencoderKL, VAEConfig
 from training import models as training_models
-from training.config import STAGES, Stage, TrainConfig, read_base
+from training.config import STAGES, Stage, TrainConfig, check_batches, read_base
 from training.distributed import hsdp_shards
 from training.optimizers import OPTIMIZERS
 
@@ -282,10 +282,12 @@ def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAECon
 # --------------------------------------------------------------------------------------------- page
 
 def show(config: TrainConfig) -> str:
-    """Return the plan as text.  Raises UserError for a stage that does not fit the model."""
+    """Return the plan as text.  Raises UserError for a stage that does not fit the model, or batches
+    that do not fit the number of GPUs."""
     _, c, about = read_base(config.init, config.preset)
     L = config.text_length
     gpus = config.print_plan
+    check_batches(config, gpus)
     stage = STAGES[config.stage]
     t5, vae = frozen_sizes(config, c, about)
     factor = vae.factor if vae else 1

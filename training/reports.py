@@ -59,7 +59,8 @@ def validate(job: Job, validation: Validation) -> dict:
 
 
 def show_samples(job: Job) -> None:
-    """Draw 8 prompts, 2 of them held out, and caption 8 held-out images, with averaged weights."""
+    """Draw 8 prompts and caption 8 images, with averaged weights: 2 prompts and all images are held
+    out, if the first source has held-out samples."""
     config, run = job.config, job.run
     mix = job.maker.mixes["image"]
     trained_on = mix.shown(6, held=False)

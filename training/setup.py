@@ -17,7 +17,7 @@ from model import MMDiTConfig
 from pretrained.vae import AutoencoderKL, Pixels
 from training import distributed, models as training_models, plan
 from training.batches import BatchMaker
-from training.config import STAGES, TrainConfig, read_base
+from training.config import STAGES, TrainConfig, check_batches, read_base
 from training.models import Models
 from training.optimizers import make_optimizers
 from training.run_folder import Run
@@ -113,15 +113,6 @@ def remember(config: TrainConfig, base: Base, latents: str | None, no_images: bo
     return paths | dict(pixels=config.pixels, buckets=config.buckets,
                         text_length=config.text_length, stage=config.stage, latents=latents,
                         null_image=null_image, guidance=config.guidance, shift=config.shift)
-
-
-def check_batches(config: TrainConfig, world: int) -> None:
-    """Raise UserError for a batch that can't be split evenly over processes and micro-batches."""
-    for flag, size in (("--text-batch", config.text_batch), ("--image-batch", config.image_batch)):
-        rows, micro = size // world, config.micro_batch
-        require((size % world == 0, f"{flag} {size} does not divide over {world} processes"),
-                (not micro or rows % micro == 0, f"--micro-batch {micro} does not divide {flag} "
-                 f"{size} over {world} process(es), {rows} rows on each"))
 
 
 def check_extension(config: TrainConfig, run: Run) -> None:

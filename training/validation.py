@@ -39,7 +39,7 @@ SAMPLES = 160           # images, and texts, of a validation
 
 
 def spread(rows: list[int], size: int) -> Tensor:
-    """Return times (B,): row i is in bin i mod 10, and all `size` times are evenly spaced."""
+    """Return times (B,): row i is in bin i mod 10, and the times of a bin are evenly spaced."""
     rows_per_bin = math.ceil(size / BINS)
     times = []
     for row in rows:

@@ -96,7 +96,8 @@ def curves(rows: list[dict], path: Path, others: list[list[dict]] = ()) -> None:
         lines.append(Line(series(rows, f"{loss}_loss"), pale, 1))
         lines.append(Line(series(rows, validation), colour, 3))
         chart(pen, column, 0, title, *lines)
-        bins = [(0.05 + 0.1 * i, value) for i, value in enumerate(latest.get(by_time, []))]
+        bins = [(0.05 + 0.1 * i, value) for i, value in enumerate(latest.get(by_time, []))
+                if math.isfinite(value)]
         title = f"{by_time} over t, at step {latest.get('step', 0)}"
         chart(pen, column, 1, title, Line(bins, colour, 3))
     chart(pen, 2, 0, "learning rate", Line(series(rows, "lr"), GREEN), log=False)

@@ -96,8 +96,9 @@ def rows(*tiles: list[tuple[Tensor, str]]) -> Image.Image:
 def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Image.Image:
     """Show a text (L,) while it is unmasked, as in the paper's Figure 2.
 
-    [MASK]s are grey, words black, end tokens blue."""
-    frame = Image.new("RGB", (640, 200), "white")
+    [MASK]s are grey, words black, end tokens blue.  The frame has room for seven tokens a line."""
+    height = max(200, 68 + 28 * math.ceil(len(ids) / 7))
+    frame = Image.new("RGB", (640, height), "white")
     pen = ImageDraw.Draw(frame)
     pen.font = ImageFont.load_default(18)
     pen.text((12, 10), f"t = {1 - step / steps:.2f}", fill="#787878")
@@ -115,7 +116,9 @@ def text_frame(tokenizer: Tokenizer, ids: Tensor, step: int, steps: int) -> Imag
 
 
 def write_image(path: Path, *frames: Image.Image) -> None:
-    """Write one image, or several as an animation that pauses on the last.  Raises UserError."""
+    """Write one image, or several as an animation that pauses on the last.
+
+    Raises UserError, also for an image that is too large for its format."""
     animation = {}
     if len(frames) > 1:
         durations = [120] * (len(frames) - 1) + [2000]          # milliseconds
@@ -124,5 +127,7 @@ def write_image(path: Path, *frames: Image.Image) -> None:
     try:
         with replacing(path) as temporary:
             frames[0].save(temporary, kind, **animation)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror or error})")
+    except (OSError, OverflowError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        width, height = frames[0].size
+        raise UserError(f"{path}: can't be written ({reason}); it has {width}x{height} pixels")

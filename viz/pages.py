@@ -58,8 +58,8 @@ def packed(maps: list[Tensor | None], grid: Grid, per: str) -> tuple[list, Grid,
     """Quantize maps (K, W, N), one per "step" or "word"; return them, their grid, and a note.
 
     More than MOST numbers are reduced: averaged over the blocks, and pooled to at most 16 patches
-    on a side.  A pooled patch holds the mean of its patches in a step's map, but their sum in a
-    word's map, because the word attends to all of these patches."""
+    on a side.  A pooled patch holds the mean of its patches in a step's map, but about their sum in
+    a word's map, because the word attends to all of these patches."""
     present = [p for p in maps if p is not None]
     if not present:
         return maps, grid, ""
@@ -90,9 +90,8 @@ def drawing(prompt: str, words: list[str], steps: list[tuple[float, Tensor, Tens
     """Return the page of an image being drawn.
 
     words: the prompt's L tokens as text with their spaces; "" for an end token or padding, which
-    is not shown.  steps: (t, x_t, the clean image predicted there) of each evaluation, then
-    (0.0, x, x), the result.  attention: (K, N, L) of each evaluation, from
-    viz/attention.py.
+    is not shown.  steps: (t, x_t, the clean image predicted there) of each step, then
+    (0.0, x, x), the result.  attention: (K, N, L) of each step, from viz/attention.py.
     grid: (rows, columns) of patches.  about: settings, for one line."""
     shown = [i for i, word in enumerate(words) if word]
     maps = []

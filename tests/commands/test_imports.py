@@ -1,6 +1,7 @@
 """Imports run one way, from the commands down to the maths."""
 
 import ast
+import importlib
 
 import pytest
 
@@ -39,6 +40,20 @@ def imports() -> dict[str, set[str]]:
             modules[str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")] = path
     assert modules.keys() >= {"flow", "train", "dataset.emoji"}
     return {name: imported(path) & modules.keys() for name, path in modules.items()}
+
+
+def test_experiments_import_names_that_exist():
+    """No test runs those of the programs that need other packages."""
+    absent = []
+    for path in ROOT.glob("experiments/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ROW:
+                module = importlib.import_module(node.module)
+                folder = ROOT / node.module.replace(".", "/")
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(module, name) and not (folder / f"{name}.py").exists():
+                        absent.append(f"{path.name}: {node.module}.{name}")
+    assert not absent, "; ".join(absent)
 
 
 def test_every_import_runs_down(imports):

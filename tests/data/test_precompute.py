@@ -109,7 +109,7 @@ def test_a_stopped_command_goes_on_with_the_missing_shard(photos, tmp_path, smal
     capsys.readouterr()
     encode(photos, out)
     assert contents(out) == before
-    assert "3 shards, 5 samples" in capsys.readouterr().out
+    assert "1 of 3 shards written, 5 samples" in capsys.readouterr().out
     with pytest.raises(UserError, match="latents-00000.*'16'.*'24'"):
         encode(photos, out, pixels=24)
 

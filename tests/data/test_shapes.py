@@ -229,6 +229,7 @@ def test_what_is_no_shape_is_not_parsed():
 def test_calibration_of_known_distributions():
     assert scores.total_variation(Counter("aabbccdd"), [*"abcd"]) == 0
     assert scores.total_variation(Counter("aaaa"), [*"abcd"]) == 0.75
+    assert scores.total_variation(Counter("abcdeeee"), [*"abcd"]) == 0.5
     assert scores.total_variation(Counter(), [*"abcd"]) == 1
 
 

@@ -208,7 +208,9 @@ def test_a_mask_is_cropped_like_its_image(tmp_path):
     latent_mask = read_mask(tmp_path / "mask.png", image, 64, 64, 8)
     assert latent_mask.shape == (1, 1, 8, 8)
     assert latent_mask.nonzero()[:, 2:].tolist() == [[0, 0], [3, 5]]
-    Image.new("L", (96, 64)).save(tmp_path / "black.png")
+    black = Image.new("L", (96, 64))
+    black.putpixel((3, 3), 255)                                  # is cropped away
+    black.save(tmp_path / "black.png")
     with pytest.raises(UserError, match="black.png: .*black"):
         read_mask(tmp_path / "black.png", image, 64, 64, 8)
 

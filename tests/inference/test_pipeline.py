@@ -44,6 +44,29 @@ def test_a_drawn_image_is_read_back(pipeline, image):
     assert pipeline.answer([image], "Which style is it drawn in?") == ["noto"]
 
 
+def test_transparent_parts_are_read_as_white(pipeline, image):
+    paper = Image.new("RGB", image.size, "white")
+    half = Image.new("L", image.size, 255)
+    half.paste(0, (0, 0, 32, 64))
+    clear = image.copy()
+    clear.putalpha(half)
+    paper.paste(image, mask=half)
+    assert torch.equal(pipeline.fit(clear), pipeline.fit(paper))
+
+
+def test_rank_takes_one_text_and_each_text_once(pipeline, image):
+    [[row]] = pipeline.rank(image, "red apple")
+    assert row.text == "red apple"
+    [rows] = pipeline.rank(image, ["Red apple", "red apple", "red rose"])
+    assert [row.text for row in rows] == ["red apple", "red rose"]
+
+
+def test_edit_refuses_a_strength_that_is_no_noise_level(pipeline, image):
+    for strength in (-0.1, 1.5):
+        with pytest.raises(UserError, match=f"{strength}: expected 0 to 1"):
+            pipeline.edit(image, PROMPT, strength=strength)
+
+
 def test_edit_begins_with_the_image(pipeline, image):
     same, = pipeline.edit(image, "green apple, noto style", strength=0.0)
     assert same.tobytes() == image.tobytes()

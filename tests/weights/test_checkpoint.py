@@ -24,7 +24,7 @@ import flow
 import sample
 from checkpoint import load_mask_embedding, load_mmdit, load_t5, load_tokenizer, load_vae
 from common.cli import UserError
-from inference.parts import Parts
+from inference.parts import EMOJI, Parts
 from pretrained.t5 import T5Config, T5Encoder, buckets
 from pretrained.tokenizer import gpt2_tokenizer
 from pretrained.vae import Pixels
@@ -111,6 +111,16 @@ def test_autoencoder_encodes_and_decodes_from_either_layout(path, expected):
     assert close(vae.decode(batch)[:1], expected["vae.decoded"])
     with pytest.raises(ValueError, match="25.*32"):
         vae.encode(torch.zeros(1, 3, 25, 32))
+
+
+def test_a_file_is_read_with_the_config_beside_it(tmp_path):
+    folder = shutil.copytree(SD3_FOLDER / "vae", tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(scaling_factor=0.25)))
+    [file] = folder.glob("*.safetensors")
+    vae = load_vae(file)
+    assert vae.config.scale == load_vae(folder).config.scale == 0.25
+    assert checkpoint.digest(vae) != checkpoint.digest(load_vae(SD3_FOLDER))
 
 
 @torch.inference_mode()
@@ -232,10 +242,14 @@ def test_run_from_published_weights_keeps_its_position_table(release, tmp_path):
 
 
 def test_export_needs_a_tokenizer_that_exists(tmp_path):
-    with pytest.raises(UserError, match="typo: expected a folder or a tokenizer.json"):
+    with pytest.raises(UserError, match="typo: expected a folder with T5's"):
         checkpoint.export(RELEASE, tmp_path / "out", tokenizer=tmp_path / "typo")
     file = RELEASE / "tokenizer" / "tokenizer.json"
-    for name, path in dict(file=file, folder=file.parent, release=RELEASE).items():
+    with pytest.raises(UserError, match="expected a folder with T5's"):
+        checkpoint.export(RELEASE, tmp_path / "out", tokenizer=file)
+    with pytest.raises(UserError, match="has 4441 tokens, the model's text head"):
+        checkpoint.export(RELEASE, tmp_path / "out", tokenizer=EMOJI)
+    for name, path in dict(folder=file.parent, release=RELEASE).items():
         checkpoint.export(RELEASE, tmp_path / name, tokenizer=path)
         assert (tmp_path / name / "tokenizer" / "tokenizer.json").read_bytes() == file.read_bytes()
 
