@@ -248,8 +248,8 @@ def read_entry(tensors: Tensors, entry: Entry, dtype: torch.dtype) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)      # cat would copy a mapped piece
 
 
-def fill(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: torch.dtype,
-         ignore: tuple[str, ...] = ()) -> None:
+def load_tensors(module: nn.Module, tensors: Tensors, entries: dict[str, Entry], dtype: torch.dtype,
+                 ignore: tuple[str, ...] = ()) -> None:
     """Load tensors into a module on the meta device; there is one entry for each parameter.
 
     ignore: see `check_headers`.  Raises UserError, which names the wrong tensors."""
@@ -289,7 +289,7 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, vocab_size:
         c = model.config
         model.positions = position_table(c.width, c.position_size, c.position_base).to(dtype)
     ignore = layouts.POOLED if part.family == "SD3" else ()
-    fill(model, part.tensors, entries, dtype, ignore)
+    load_tensors(model, part.tensors, entries, dtype, ignore)
     return model.eval()
 
 
@@ -324,7 +324,7 @@ def load_embedding(path: str | Path, dtype: torch.dtype = torch.float32,
     c = read_config(path)["mmdit"]
     embedding = build(TokenEmbedding, path, c.vocab_size, c.text_length, c.text_width)
     tensors = Tensors([weights_file(path, training)], "embedding.")
-    fill(embedding, tensors, layouts.our_entries(embedding), dtype)
+    load_tensors(embedding, tensors, layouts.our_entries(embedding), dtype)
     return embedding.eval()
 
 
@@ -334,7 +334,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
         return Pixels()
     part = named(path, "vae")
     vae = build(AutoencoderKL, path, layouts.vae_config(part))
-    fill(vae, part.tensors, layouts.vae_entries(vae, part.layout), dtype)
+    load_tensors(vae, part.tensors, layouts.vae_entries(vae, part.layout), dtype)
     return vae.eval()
 
 
@@ -343,7 +343,7 @@ def load_t5(path: str | Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
     part = named(path, "t5")
     t5 = build(T5Encoder, path, layouts.t5_config(part))
     entries = layouts.t5_entries(t5, layouts.t5_table(part.tensors))
-    fill(t5, part.tensors, entries, dtype, layouts.BESIDE_T5)
+    load_tensors(t5, part.tensors, entries, dtype, layouts.BESIDE_T5)
     return t5.eval()
 
 

@@ -372,7 +372,7 @@ class Mix:
                         f"{self.bad[-1]}")
 
     def sample(self, place: Place, captioned: bool = False, size: Size | None = None) -> dict:
-        return self.cut(self.at(place), captioned, size)
+        return self.prepare(self.at(place), captioned, size)
 
     def at(self, place: Place) -> dict:
         """Return the sample at a place, not yet decoded or cut."""
@@ -402,7 +402,7 @@ class Mix:
         messages, self.bad = self.bad, []
         return messages
 
-    def cut(self, sample: dict, captioned: bool = False, size: Size | None = None) -> dict:
+    def prepare(self, sample: dict, captioned: bool = False, size: Size | None = None) -> dict:
         """Return the sample with its image decoded to (3, P, P) uint8, or to (3, *size).
 
         captioned: the sample must have a caption.  Raises UserError for an unusable sample."""
@@ -454,7 +454,7 @@ class Mix:
         held: prefer held-out samples, if the source has any."""
         source = self.sources[0]
         if held and len(source.held):
-            return [self.cut(source[i], captioned) for i in source.held[:count]]
+            return [self.prepare(source[i], captioned) for i in source.held[:count]]
         count = min(count, len(source))
         # evenly spaced, because neighbours in a sorted folder are often alike
         places = [Place(0, 0, i * len(source) // count) for i in range(count)]

@@ -61,7 +61,7 @@ def write_notes(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
     """Write the settings to OUT.json, and the files that the benchmark's scorer reads."""
     args.out.mkdir(parents=True, exist_ok=True)
     note = dict(made_by=args.command_line, benchmark=args.benchmark, files=len(benchmark.jobs),
-                drawings_a_file=benchmark.each, settings=settings)
+                drawings_a_file=benchmark.per_file, settings=settings)
     write_json(Path(f"{args.out}.json"), note)
     for name, content in benchmark.files.items():
         path = args.out / name
@@ -84,7 +84,7 @@ def draw(args: argparse.Namespace) -> None:
         jobs = [(parts.tokenizer.lowered(prompt), seed) for prompt, seed in benchmark.jobs]
         # hashing the weights is slow: one process does it for all
         settings = processes.first(lambda: image_folder.settings(parts, config))
-        folder = ImageFolder(args.out, jobs, benchmark.names, settings, benchmark.each)
+        folder = ImageFolder(args.out, jobs, benchmark.names, settings, benchmark.per_file)
         missing = folder.missing(range(rank, len(jobs), world))
         missing = sorted(processes.gather(missing))
         if rank == 0:
@@ -165,7 +165,7 @@ def answer(args: argparse.Namespace) -> None:
                 note[name] = str(path)
         progress = Progress("questions", rank=rank, world=world)
         file = AnswerFile(args.out, asks, args.images, note, config, args.choices, args.seed)
-        unanswered = file.fill(parts, rank, world, progress.update)
+        unanswered = file.write(parts, rank, world, progress.update)
         if unanswered is not None:                       # on the process that finishes last
             print(f"{args.out}: {len(asks) - len(unanswered)} of {len(asks)}")
             print_left_out(left_out + unanswered)

@@ -140,7 +140,7 @@ def draw_folder(pipeline: Pipeline, args: Request) -> None:
     """Draw --n images of each prompt, one file per image."""
     prompts = pipeline.read_prompts(read_lines(args.prompts), args.drawing)
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
-    skipped = image_folder.fill(pipeline.parts, jobs, args.out, args.drawing)
+    skipped = image_folder.draw_missing(pipeline.parts, jobs, args.out, args.drawing)
     print(f"{args.out}: {len(jobs) - skipped} images drawn, {skipped} were there")
 
 

@@ -408,9 +408,9 @@ class Emoji(Source):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def choose(self, place: int, chance: float) -> int:
-        """Return the index of the image at a place of an epoch; chance in [0, 1) picks the tone."""
-        group = self.groups[place]
+    def choose(self, row: int, chance: float) -> int:
+        """Return the index of the image at a row of an epoch; chance in [0, 1) picks the tone."""
+        group = self.groups[row]
         return group[int(chance * len(group))]
 
     def __getitem__(self, i: int) -> dict:

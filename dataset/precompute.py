@@ -118,7 +118,7 @@ def read(mix, captioned: bool, batches: list[Sequence[int]], number: int) -> lis
     samples = []
     for position in batches[number]:
         try:
-            samples.append(mix.cut(mix.sources[0][position], captioned))
+            samples.append(mix.prepare(mix.sources[0][position], captioned))
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
     return samples

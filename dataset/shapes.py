@@ -274,7 +274,7 @@ class Shapes(Source):
     def __len__(self) -> int:
         return EPOCH
 
-    def choose(self, place: int, chance: float) -> int:
+    def choose(self, row: int, chance: float) -> int:
         return int(chance * HELD)
 
     def __getitem__(self, i: int) -> dict:

@@ -96,12 +96,12 @@ class Source:
         """Return every text, or None if that would mean reading every sample."""
         return None
 
-    def choose(self, place: int, chance: float) -> int:
-        """Return the index of the sample at a place of an epoch.
+    def choose(self, row: int, chance: float) -> int:
+        """Return the index of the sample at a row of an epoch.
 
         A source that groups its samples uses `chance`, in [0, 1) and new each epoch, to draw one of
         the group."""
-        return place
+        return row
 
 
 # ----------------------------------------------------------------------------------------- records

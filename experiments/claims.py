@@ -138,7 +138,8 @@ def measure(folder: Path, prompts: int) -> dict[str, float]:
     results = read_json(file)["results"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     [seen], [held_out], [open_prompts] = results["seen"], results["held-out"], results["open prompts"]
-    questions = ("number", "colour", "shape", "yes/no", "place")
+    titles = [f"reading: {name}" for name in ("number", "colour", "shape", "yes/no", "place")]
+    answers = [seen[title] for title in titles if title in seen]
     cosines = [row["meter_cosine"] for row in log if "meter_cosine" in row]
     last = next(row for row in reversed(log) if "val_nats" in row)
     scores = {
@@ -146,7 +147,7 @@ def measure(folder: Path, prompts: int) -> dict[str, float]:
         "held out, %": mean_of(held_out, "drawing"),
         "open colours, TV": open_prompts["calibration: colour"],
         "captions true, %": seen["reading: true"],
-        "answers, %": statistics.mean(seen[f"reading: {name}"] for name in questions),
+        "answers, %": statistics.mean(answers),
         "POPE accuracy, %": seen["POPE: accuracy"],
         "velocity's error, t > 0.3": statistics.mean(last["val_image_t"][3:]),
         "text, nats": last["val_nats"],

@@ -1,7 +1,7 @@
 """Write answers to questions, or captions, to a file: one per line, in the order of the questions.
 
     answers = AnswerFile(Path("answers.jsonl"), asks, Path("val2014"), note)
-    answers.fill(parts)             # writes {"question_id": "42", "answer": "a cat"}
+    answers.write(parts)            # writes {"question_id": "42", "answer": "a cat"}
 
 The questions are always cut into the same blocks.  Each finished block is a file in OUT.blocks,
 beside the answers.  So an interrupted run can resume, and several processes can share the missing
@@ -65,7 +65,7 @@ class AnswerFile:
     def block_path(self, at: int) -> Path:
         return self.blocks / f"{at // BLOCK:06}.jsonl"
 
-    def start(self) -> list[int] | None:
+    def missing_blocks(self) -> list[int] | None:
         """Return the index where each unfinished block begins; None if all answers are there.
 
         Raises UserError if OUT has answers with another note, or with none."""
@@ -131,13 +131,13 @@ class AnswerFile:
                     rows[ask.id] = dict(question_id=ask.id, answer=text)
         return [rows[ask.id] for ask in asks]
 
-    def fill(self, parts: Parts, rank: int = 0, world: int = 1,
+    def write(self, parts: Parts, rank: int = 0, world: int = 1,
              tell: Callable[[int, int], None] = lambda done, total: None) -> list[str] | None:
         """Write the file; return a message for each question that had to be left out.
 
         Only the process that finishes last returns them; the others return None.  tell(done, total)
         is called after each block, with counts of questions in this process's share."""
-        missing = processes.first(self.start)
+        missing = processes.first(self.missing_blocks)
         if missing is None:
             left_out = read_json_object(self.note_path).get("left_out", [])
             return left_out if processes.last() else None

@@ -1,7 +1,7 @@
 """Fill a folder with drawings: PNG files, each with its settings in its text fields.
 
     jobs = [("red apple, noto style", 0), ("snowman, noto style", 0)]      # (prompt, seed)
-    fill(parts, jobs, Path("drawn"), DrawConfig())      # drawn/00000.png, drawn/00001.png
+    draw_missing(parts, jobs, Path("drawn"), DrawConfig())      # drawn/00000.png, drawn/00001.png
 
 A file is written completely or not at all.  An existing file is skipped, so an interrupted run
 can resume.  Before that, its text fields are compared with the settings.  They identify the
@@ -82,7 +82,7 @@ class ImageFolder:
             yield i
 
 
-def fill(parts: Parts, jobs: list[tuple[str, int]], path: Path, config: DrawConfig) -> int:
+def draw_missing(parts: Parts, jobs: list[tuple[str, int]], path: Path, config: DrawConfig) -> int:
     """Draw the files that are missing, and return the number of files that existed before.
 
     Raises UserError, before anything is drawn, for a file with other text fields than expected."""

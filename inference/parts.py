@@ -84,7 +84,7 @@ class Parts:
         self.has_embedding = self.sizes.text_length > 0          # the end-to-end variant; or T5
         self.defaults = WITH_EMBEDDING if self.has_embedding else PUBLISHED
         self.set_defaults(saved)
-        self.latents = saved.get("latents")                      # digest of their autoencoder
+        self.latents_digest = saved.get("latents")               # of their autoencoder
         self.null_trained = bool(saved.get("null_image"))        # reads texts without an image
         self.paths = dict(text=config.t5 or saved.get("t5") or path, mmdit=path,
                           vae=config.vae or saved.get("vae") or path)
@@ -130,9 +130,9 @@ class Parts:
             value = getattr(self, side)
             require((value <= most and value % unit == 0, f"{self.paths['mmdit']}: --{side} {value}, "
                      f"expected a multiple of {unit} up to {most}"))
-        self.trained = [(pixels, pixels)] if pixels else []      # (height, width)
+        self.trained_sizes = [(pixels, pixels)] if pixels else []        # (height, width)
         if pixels and buckets:
-            self.trained += aspect_buckets.sizes(pixels, unit)
+            self.trained_sizes += aspect_buckets.sizes(pixels, unit)
 
     def check_text(self, config: ModelConfig) -> None:
         """Check that tokenizer, text encoder and text head fit, before the slow loading starts."""
@@ -229,8 +229,8 @@ class Parts:
         vae = checkpoint.load_autoencoder(self.paths["vae"], self.sizes.channels)
         if self.family == "ours":
             digest = checkpoint.digest(vae)
-            require((self.latents == digest, f"{self.paths['vae']}: is the autoencoder {digest}, "
-                     f"this transformer was trained on the latents of {self.latents}"))
+            require((self.latents_digest == digest, f"{self.paths['vae']}: is the autoencoder {digest}, "
+                     f"this transformer was trained on the latents of {self.latents_digest}"))
         return vae
 
     def hold(self, *names: str) -> None:
@@ -252,8 +252,8 @@ def open_parts(config: ModelConfig, device: str | torch.device | None = None) ->
     if parts.dtype == torch.bfloat16 and not config.dtype and not has_bfloat16(parts.device):
         print("note: bfloat16 takes half the memory of float32, but this device does not compute in "
               "it natively; if memory allows, --dtype float32 is faster", file=sys.stderr)
-    if parts.trained and (parts.height, parts.width) not in parts.trained:
-        height, width = parts.trained[0]
+    if parts.trained_sizes and (parts.height, parts.width) not in parts.trained_sizes:
+        height, width = parts.trained_sizes[0]
         warn(f"a height of {parts.height} and a width of {parts.width}; these weights were trained "
              f"on images of {height} by {width}, and may show tiles at another size")
     return parts

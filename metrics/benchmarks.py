@@ -27,7 +27,7 @@ from dataset import emoji
 from dataset.sources import text
 from metrics import captions
 
-EACH = dict(geneval=4, t2i=10, dpg=4)                 # drawings per prompt, as published; else one
+PER_PROMPT = dict(geneval=4, t2i=10, dpg=4)           # drawings per prompt, as published; else one
 COCO = 30_000                                                    # images, with one caption each
 GENEVAL = dict(single_object="single object", two_object="two objects", counting="counting",
                colors="colors", position="position", color_attr="color attribution")
@@ -57,7 +57,7 @@ class Benchmark:
     def __init__(self, n: int, seed: int):
         self.n = n                                      # drawings per prompt
         self.seed = seed
-        self.each = 1                                   # drawings that one file shows
+        self.per_file = 1                               # drawings that one file shows
         self.jobs = []                                  # (prompt, seed) for each file
         self.names = []                                 # file names, in the order of `jobs`
         self.files = {}                                 # content of files that a scorer reads
@@ -106,7 +106,7 @@ def read_t2i(benchmark: Benchmark, paths: list[str]) -> None:
 
 
 def read_dpg(benchmark: Benchmark, paths: list[str]) -> None:
-    benchmark.each = benchmark.n
+    benchmark.per_file = benchmark.n
     for i, file in enumerate(visible(Path(paths[0]), "*.txt")):
         prompt = " ".join(read_text(file).split())
         benchmark.add(prompt, i, [f"{file.stem}.png"], file)
@@ -175,7 +175,7 @@ def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
     """Read a benchmark's prompts, and plan n drawings of each of the first `limit` prompts.
 
     n: by default as published.  Raises UserError for files of another form."""
-    n = n or EACH.get(name, 1)
+    n = n or PER_PROMPT.get(name, 1)
     require((name in ("t2i", "lines", "emoji") or len(paths) == 1,
              f"{name}: {len(paths)} files of prompts, expected one"),
             (n == 1 or name not in ("coco", "mjhq"),
@@ -189,7 +189,7 @@ def read(name: str, paths: list[str], n: int | None = None, seed: int = 0,
              f"{' '.join(paths)}: holds no prompt; {''.join(benchmark.left_out[:1])}"),
             (not twice, f"{' '.join(paths)}: two prompts would be drawn as {''.join(twice[:1])}"))
     if limit is not None:
-        count = limit * n // benchmark.each
+        count = limit * n // benchmark.per_file
         benchmark.jobs = benchmark.jobs[:count]
         benchmark.names = benchmark.names[:count]
         first_files = list(benchmark.files.items())[:limit]      # GenEval has one per prompt

@@ -127,7 +127,7 @@ def bleu(references: dict, candidates: dict) -> list[float]:
     return [penalty * math.prod(p[:k]) ** (1 / k) for k in ORDERS]
 
 
-def common(a: list[str], b: list[str]) -> int:
+def longest_common(a: list[str], b: list[str]) -> int:
     """Return the length of the longest common subsequence of two lists of words."""
     row = [0] * (len(b) + 1)
     for word in a:
@@ -153,7 +153,7 @@ def rouge_l(references: dict, candidates: dict) -> dict:
         P = R = 0.0
         for reference in references[name]:
             reference = reference or [""]
-            length = common(words, reference)
+            length = longest_common(words, reference)
             P = max(P, length / len(words))
             R = max(R, length / len(reference))
         scores[name] = (1 + BETA ** 2) * P * R / (R + BETA ** 2 * P) if P else 0.0

@@ -26,7 +26,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoint import build, fill, shards
+from checkpoint import build, load_tensors, shards
 from common.cli import UserError, require
 from common.files import is_there, read_json_object, read_text, text_lines
 from common.progress import batches
@@ -199,7 +199,7 @@ def load(folder: Path, device: str = "cpu") -> CLIP:
             (math.isqrt(img.length - 1) ** 2 == img.length - 1,
              f"{folder}: {img.length} positions of images, expected a square and one more"))
     clip = build(CLIP, folder, txt, img, vocab_size, patch, joint)
-    fill(clip, tensors, renamed_entries(clip, HUGGING_FACE), torch.float32, BESIDE)
+    load_tensors(clip, tensors, renamed_entries(clip, HUGGING_FACE), torch.float32, BESIDE)
     return clip.to(device).eval()
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.distributed import whole
 
-# x -> a x + b x^3 + c x^5: as steep at 0 as possible, while values up to 1 stay bounded
+# x -> a x + b x^3 + c x^5: very steep at 0; repeated, it keeps values of [0, 1] below about 1.2
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 

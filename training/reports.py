@@ -71,7 +71,7 @@ def show_samples(job: Job) -> None:
     parts.set_defaults(run.about)
     images = sources.latents_of(held_out)
     with averaged_weights(job):
-        if images.shape[1] != 3:                    # stored latents
+        if "latents" in held_out[0]:
             images = torch.stack([decode(parts, x) for x in images.to(parts.device)])
         page = samples_page(parts, prompts, captions, images)
     if run.rank == 0:

@@ -163,7 +163,7 @@ def test_common_is_the_longest_common_subsequence_by_enumeration():
     for _ in range(50):
         a = [draw.choice("abc") for _ in range(draw.randint(0, 7))]
         b = [draw.choice("abc") for _ in range(draw.randint(0, 7))]
-        assert captions.common(a, b) == max(map(len, subsequences(a) & subsequences(b)))
+        assert captions.longest_common(a, b) == max(map(len, subsequences(a) & subsequences(b)))
 
 
 def test_a_caption_equal_to_its_only_reference_has_cider_d_10():

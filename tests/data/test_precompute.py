@@ -71,7 +71,7 @@ def test_stored_latents_are_those_of_the_images(photos, tmp_path, small_shards):
     again = checkpoint.load_vae(VAE)
     assert stored.stamp["vae"] == checkpoint.digest(vae) == checkpoint.digest(again)
     for i in (0, 4, 5, 11):
-        sample = mix.cut(mix.sources[0][i])
+        sample = mix.prepare(mix.sources[0][i])
         with torch.inference_mode():
             latents = vae.encode(sources.latents_of([sample]))[0]
         assert latents.shape == (16, 8, 8)

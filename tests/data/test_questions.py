@@ -28,7 +28,7 @@ def prompts(folder, name, content):
     mix = data.Mix([f"{folder / name}@{folder / 'images'}:2"], 16)
     pairs = []
     for i in range(len(mix)):
-        pairs += mix.cut(mix.sources[0][i])["questions"]
+        pairs += mix.prepare(mix.sources[0][i])["questions"]
     return [(question_prompt(pair["question"]), pair["answer"]) for pair in pairs]
 
 

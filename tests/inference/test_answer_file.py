@@ -91,7 +91,7 @@ def test_an_answer_does_not_depend_on_other_questions(tiny_parts, photos, tmp_pa
     asks = [Ask(str(i), f"{i % 20}.png", QUESTIONS[i % 3]) for i in range(70)] + [Ask(7, "3.png")]
     for name, asked in (("all", asks), ("some", asks[::-1][:9])):
         file = AnswerFile(tmp_path / name, asked, photos, {}, SAMPLED)
-        assert file.fill(tiny_parts) == []
+        assert file.write(tiny_parts) == []
     rows = read_rows(tmp_path / "all")
     assert all(row in rows for row in read_rows(tmp_path / "some"))
     assert rows[-1].keys() == {"image_id", "caption"}            # an Ask without a question
@@ -102,7 +102,7 @@ def test_each_question_id_has_its_own_seed(tiny_parts, photos, tmp_path):
     asks = [Ask(str(i), "0.png", QUESTIONS[0]) for i in range(8)]
     for seed in (0, 1):
         file = AnswerFile(tmp_path / str(seed), asks, photos, {}, SAMPLED, seed=seed)
-        file.fill(tiny_parts)
+        file.write(tiny_parts)
     answers = {row["answer"] for seed in "01" for row in read_rows(tmp_path / seed)}
     assert len(answers) == 16
 
@@ -110,7 +110,7 @@ def test_each_question_id_has_its_own_seed(tiny_parts, photos, tmp_path):
 def test_answers_of_other_settings_are_refused(tiny_parts, photos, tmp_path):
     out, asks = tmp_path / "a.jsonl", [Ask("a", "0.png", QUESTIONS[0])]
     fill = lambda settings: AnswerFile(out, asks, photos, dict(settings=settings),
-                                       ReadConfig(steps=1)).fill(tiny_parts)
+                                       ReadConfig(steps=1)).write(tiny_parts)
     fill("first")
     with pytest.raises(UserError, match=r"a\.jsonl: .*\(settings\)"):
         fill("second")
@@ -126,7 +126,7 @@ def test_questions_that_cannot_be_answered_are_left_out(tiny_parts, photos, tmp_
     asks = [Ask("a", "0.png", QUESTIONS[0]), Ask("b", "0.png", "flag " * 40),
             Ask("c", "none.png", "Is?")]
     file = AnswerFile(tmp_path / "a.jsonl", asks, photos, {}, ReadConfig(steps=2))
-    long, missing = file.fill(tiny_parts)
+    long, missing = file.write(tiny_parts)
     assert [row["question_id"] for row in read_rows(tmp_path / "a.jsonl")] == ["a"]
     assert long.startswith("b: ") and "tokens" in long
     assert missing.startswith("c: ") and "none.png" in missing
@@ -135,8 +135,8 @@ def test_questions_that_cannot_be_answered_are_left_out(tiny_parts, photos, tmp_
 def test_left_out_questions_are_remembered(tiny_parts, photos, tmp_path):
     asks = [Ask("a", "0.png", QUESTIONS[0]), Ask("c", "none.png", "Is?")]
     file = AnswerFile(tmp_path / "a.jsonl", asks, photos, {}, ReadConfig(steps=1))
-    [first] = file.fill(tiny_parts)
-    assert "none.png" in first and file.fill(tiny_parts) == [first]
+    [first] = file.write(tiny_parts)
+    assert "none.png" in first and file.write(tiny_parts) == [first]
 
 
 def test_a_question_without_room_for_a_choice_is_left_out(tiny_parts, photos, tmp_path):
@@ -147,19 +147,19 @@ def test_a_question_without_room_for_a_choice_is_left_out(tiny_parts, photos, tm
         question = "Is " + question
     asks = [Ask("a", "0.png", question), Ask("b", "0.png", QUESTIONS[0])]
     file = AnswerFile(tmp_path / "a.jsonl", asks, photos, {}, choices=["yes", "no"])
-    [left_out] = file.fill(tiny_parts)
+    [left_out] = file.write(tiny_parts)
     assert left_out.startswith("a: ") and len(read_rows(tmp_path / "a.jsonl")) == 1
 
 
 def test_blocks_of_unknown_settings_are_not_used(tiny_parts, photos, tmp_path):
     out, asks = tmp_path / "a.jsonl", [Ask("a", "0.png", QUESTIONS[0])]
-    AnswerFile(out, asks, photos, {}, choices=["no"]).fill(tiny_parts)
+    AnswerFile(out, asks, photos, {}, choices=["no"]).write(tiny_parts)
     out.unlink()
     (tmp_path / "a.jsonl.json").unlink()
     stale = tmp_path / "a.jsonl.blocks" / "000000.jsonl"
     stale.parent.mkdir()
     write_rows(stale, [dict(question_id="a", answer="stale")])
-    AnswerFile(out, asks, photos, {}, choices=["yes"]).fill(tiny_parts)
+    AnswerFile(out, asks, photos, {}, choices=["yes"]).write(tiny_parts)
     assert [row["answer"] for row in read_rows(out)] == ["yes"]
 
 
@@ -167,7 +167,7 @@ def test_a_line_separator_in_an_answer_does_not_split_its_line(tiny_parts, photo
                                                                monkeypatch):
     monkeypatch.setattr(answer_file, "write", lambda *args, **how: ["a\u2028b"])
     asks, out = [Ask("a", "0.png", "Is?")], tmp_path / "a.jsonl"
-    assert AnswerFile(out, asks, photos, {}).fill(tiny_parts) == []
+    assert AnswerFile(out, asks, photos, {}).write(tiny_parts) == []
     assert out.read_bytes().decode() == '{"question_id": "a", "answer": "a\u2028b"}\n'
 
 

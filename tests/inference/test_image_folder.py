@@ -47,8 +47,8 @@ def test_an_interval_from_the_command_line_equals_the_default():
 
 def test_a_file_does_not_depend_on_its_batch_or_place(either, tmp_path):
     jobs = [(prompt, seed) for prompt in PROMPTS for seed in (0, 5)]
-    image_folder.fill(either, jobs, tmp_path / "single", DrawConfig(steps=3, batch=1))
-    image_folder.fill(either, jobs[::-1], tmp_path / "batch", DrawConfig(steps=3, batch=64))
+    image_folder.draw_missing(either, jobs, tmp_path / "single", DrawConfig(steps=3, batch=1))
+    image_folder.draw_missing(either, jobs[::-1], tmp_path / "batch", DrawConfig(steps=3, batch=64))
     single = [path.read_bytes() for path in sorted((tmp_path / "single").iterdir())]
     batch = [path.read_bytes() for path in sorted((tmp_path / "batch").iterdir(), reverse=True)]
     assert len(set(single)) == 6
@@ -98,7 +98,7 @@ def test_a_network_is_compiled_each_time_it_is_loaded(tiny, keep, loads, monkeyp
 def filled(tiny_parts, tmp_path):
     """Draw three images; return (jobs, folder)."""
     jobs, folder = [(prompt, 3) for prompt in PROMPTS], tmp_path / "drawn"
-    assert image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=2)) == 0
+    assert image_folder.draw_missing(tiny_parts, jobs, folder, DrawConfig(steps=2)) == 0
     return jobs, folder
 
 
@@ -112,7 +112,7 @@ def test_existing_files_are_skipped(tiny_parts, filled):
     jobs, folder = filled
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     (folder / "00001.png").unlink()
-    assert image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=2)) == 2
+    assert image_folder.draw_missing(tiny_parts, jobs, folder, DrawConfig(steps=2)) == 2
     for path, (content, modified) in before.items():
         assert path.read_bytes() == content
         assert (path.stat().st_mtime_ns == modified) == (path.name != "00001.png")
@@ -121,14 +121,14 @@ def test_existing_files_are_skipped(tiny_parts, filled):
 def test_a_folder_of_other_images_is_refused(tiny_parts, filled, tmp_path):
     jobs, folder = filled
     with pytest.raises(UserError, match="00000.png.* steps '2'.*'4'"):
-        image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=4))
+        image_folder.draw_missing(tiny_parts, jobs, folder, DrawConfig(steps=4))
     damaged = folder / "00002.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
     with pytest.raises(UserError, match="00002.png: .*read"):
-        image_folder.fill(tiny_parts, jobs, folder, DrawConfig(steps=2))
+        image_folder.draw_missing(tiny_parts, jobs, folder, DrawConfig(steps=2))
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file"):           # cli.run prints it in one line
-        image_folder.fill(tiny_parts, jobs, tmp_path / "file", DrawConfig())
+        image_folder.draw_missing(tiny_parts, jobs, tmp_path / "file", DrawConfig())
 
 
 def test_an_interrupted_run_leaves_whole_files_and_resumes(tiny_parts, tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_an_interrupted_run_leaves_whole_files_and_resumes(tiny_parts, tmp_path,
     def interrupted(*args, **how):
         yield next(drawings(*args, **how))
         raise KeyboardInterrupt
-    fill = lambda name: image_folder.fill(tiny_parts, jobs, tmp_path / name, DrawConfig(steps=2, batch=1))
+    fill = lambda name: image_folder.draw_missing(tiny_parts, jobs, tmp_path / name, DrawConfig(steps=2, batch=1))
     monkeypatch.setattr(image_folder, "drawings", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fill("resumed")
