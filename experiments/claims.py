@@ -149,7 +149,7 @@ def measure(folder: Path, prompts: int) -> dict[str, float]:
         "captions true, %": seen["reading: true"],
         "answers, %": statistics.mean(answers),
         "POPE accuracy, %": seen["POPE: accuracy"],
-        "velocity's error, t > 0.3": statistics.mean(last["val_image_t"][3:]),
+        "velocity's error x 100, t > 0.3": 100 * statistics.mean(last["val_image_t"][3:]),
         "text, nats": last["val_nats"],
     }
     if any(cosines):                # there are none of so few steps, and all are 0 with one loss
@@ -175,15 +175,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.claim == "tuning" and not (out / "some").exists():
         write_some(out / "some")
 
+    starts = {run.start.name: run.start for run in rows.values() if run.start}
+    two = ThreadPoolExecutor(2)
+    # these come first in the queue, so no run waits for one that can't begin
+    started = {(name, seed): two.submit(train, run, out, args.steps, seed)
+               for seed in SEEDS for name, run in starts.items()}
+
     def done(name: str, run: Run, seed: int) -> dict[str, float]:
+        if run.start:
+            started[run.start.name, seed].result()
         scores = measure(train(run, out, args.steps, seed), args.prompts)
         print(f"{name}, seed {seed}: {scores}", file=sys.stderr, flush=True)
         return scores
-    starts = {run.start.name: run.start for run in rows.values() if run.start}
-    two = ThreadPoolExecutor(2)
     try:
-        list(two.map(lambda job: train(job[0], out, args.steps, job[1]),
-                     [(run, seed) for run in starts.values() for seed in SEEDS]))
         jobs = {(name, seed): two.submit(done, name, run, seed)
                 for seed in SEEDS for name, run in rows.items()}
         runs = {name: [jobs[name, seed].result() for seed in SEEDS] for name in rows}
