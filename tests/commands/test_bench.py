@@ -113,7 +113,8 @@ def test_a_claim_runs_and_its_table_holds_the_scores(claim, claim_runs, capsys, 
     assert [row[0] for row in rows[2:]] == list(claims.CLAIMS[claim])
     column = dict(zip(rows[0], rows[2]))
     assert column["drawn right, %"] == "60.00" and column["held out, %"] == "20.00"
-    assert column["velocity's error, t > 0.3"] == "1.00 (0.00–2.00)" and column["open colours, TV"] == "7.00"
+    assert column["velocity's error x 100, t > 0.3"] == "100.00 (0.00–200.00)"
+    assert column["open colours, TV"] == "7.00"
     trained = [command for command in commands if command[0] == "train.py"]
     assert (tmp_path / f"{claim}.md").read_text().splitlines() == lines
     before = len(commands)
