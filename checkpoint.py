@@ -120,12 +120,14 @@ def find(path: str | Path, part: str, training: bool = False) -> Part:
     if part == "transformer" and is_ours(path):
         config = read_config(path)
         return Part(Tensors([weights_file(path, training)], "mmdit."), config, "ours")
-    folder = part_folder(path, part)
-    files = shards(folder) if path.is_dir() else [path]
-    config_folder = folder if path.is_dir() else path.parent
-    config = {}
-    if is_there(config_folder / "config.json") and not is_ours(config_folder):
-        config = read_json_object(config_folder / "config.json")
+    folder, files = path.parent, [path]
+    if path.is_dir():
+        folder = part_folder(path, part)
+        files = shards(folder)
+    config_file = folder / "config.json"
+    config = read_json_object(config_file) if is_there(config_file) else {}
+    if config.get("format") == FORMAT:          # a run's, which says nothing of this part
+        config = {}
     for prefix in ("", layouts.PREFIXES[part]):
         tensors = Tensors(files, prefix)
         for layout, sign in layouts.SIGNS[part].items():

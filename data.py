@@ -470,10 +470,11 @@ def latent_factor(specs: list[str]) -> int | None:
     has stored latents."""
     for spec in specs:
         pattern, _ = split_weight(spec)
-        for path in sources.expand(pattern):
-            for file in sources.shards_at(Path(path)):
-                pixels = int(sources.read_stamp(file)["pixels"])
-                return pixels // sources.latents_shape(file)[-1]
+        paths = sources.expand(pattern)
+        files = sources.shards_at(Path(paths[0])) if len(paths) == 1 else []     # several are tars
+        if files:
+            pixels = int(sources.read_stamp(files[0])["pixels"])
+            return pixels // sources.latents_shape(files[0])[-1]
     return None
 
 

@@ -73,9 +73,9 @@ def read_vqa(content: dict, path: Path, issues: Issues, annotations: Path | None
             issues["annotations of one id, the first counts"].append(key)
         notes.setdefault(key, note)
     named = re.search(r"(train|val|test)\d+", path.name)
-    require((content.get("data_subtype") or named, f"{path}: expected \"data_subtype\", or train2014 or "
-             f"the like in the file's name: the names of the images depend on it"))
-    subset = content.get("data_subtype") or named[0]
+    subset = content.get("data_subtype") or named and named[0]
+    require((subset, f"{path}: expected \"data_subtype\", or train2014 or the like in the file's name: "
+             f"the names of the images depend on it"))
     question_ids = set()
     for entry in content["questions"]:
         key = str(entry["question_id"])

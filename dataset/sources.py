@@ -430,12 +430,10 @@ def latents_shape(file: str) -> list[int]:
 
 def read_stamp(file: str) -> dict[str, str]:
     """Return the settings that made a file of latents.  Raises UserError."""
-    tensors = mapped(file)
-    stamp = {}
     try:
-        stamp = json.loads((tensors.metadata() or {})["stamp"])
-        int(stamp["shards"]), int(stamp["pixels"])
-        is_whole = "vae" in stamp and len(latents_shape(file)) == 4
+        stamp = json.loads((mapped(file).metadata() or {})["stamp"])
+        is_whole = ("vae" in stamp and int(stamp["shards"]) > 0 and int(stamp["pixels"]) > 0
+                    and len(latents_shape(file)) == 4)
     except (KeyError, TypeError, ValueError, SafetensorError):
         is_whole = False
     require((is_whole, f"{file}: not written by python data.py latents; it names no autoencoder"))
@@ -455,12 +453,11 @@ class Tokens(Source):
         require((self.tokenizer and "tokens" in tensors.keys(),
                  f"{self.name}: not written by python data.py pack"))
         tokens = tensors.get_slice("tokens")
-        require((len(tokens.get_shape()) == 1 and tokens.get_dtype() in ("U16", "U32"),
-                 f"{self.name}: its tokens are {tokens.get_dtype()} {tokens.get_shape()}, expected a "
-                 f"row of U16 or U32 from python data.py pack"))
-        [size] = tokens.get_shape()
-        self.size = size // self.length
-        require((self.size, f"{self.name}: {size} tokens, one text takes {self.length}"))
+        shape, dtype = tokens.get_shape(), tokens.get_dtype()
+        require((len(shape) == 1 and dtype in ("U16", "U32"), f"{self.name}: its tokens are {dtype} "
+                 f"{shape}, expected a row of U16 or U32 from python data.py pack"))
+        self.size = shape[0] // self.length
+        require((self.size, f"{self.name}: {shape[0]} tokens, one text takes {self.length}"))
 
     def __len__(self) -> int:
         return self.size

@@ -26,6 +26,7 @@ from common.cli import ROOT, UserError
 from common.files import read_json, write_json, write_text
 from dataset import shapes
 from dataset.images import to_image, write_png
+from metrics.shape_scores import TYPES
 from metrics.tables import table
 
 WORLD = "shapes-small"
@@ -138,7 +139,7 @@ def measure(folder: Path, prompts: int) -> dict[str, float]:
     results = read_json(file)["results"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     [seen], [held_out], [open_prompts] = results["seen"], results["held-out"], results["open prompts"]
-    titles = [f"reading: {name}" for name in ("number", "colour", "shape", "yes/no", "place")]
+    titles = [f"reading: {kind}" for kind in TYPES]
     answers = [seen[title] for title in titles if title in seen]
     cosines = [row["meter_cosine"] for row in log if "meter_cosine" in row]
     last = next(row for row in reversed(log) if "val_nats" in row)

@@ -132,7 +132,7 @@ class AnswerFile:
         return [rows[ask.id] for ask in asks]
 
     def write(self, parts: Parts, rank: int = 0, world: int = 1,
-             tell: Callable[[int, int], None] = lambda done, total: None) -> list[str] | None:
+              tell: Callable[[int, int], None] = lambda done, total: None) -> list[str] | None:
         """Write the file; return a message for each question that had to be left out.
 
         Only the process that finishes last returns them; the others return None.  tell(done, total)

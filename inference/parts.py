@@ -117,10 +117,10 @@ class Parts:
     def choose_size(self, config: ModelConfig, pixels: int | None, buckets: bool) -> None:
         """Choose the size of an image.  pixels, buckets: as trained, if known."""
         sizes = self.sizes
-        require((not config.vae or sizes.channels != 3,
-                 "--vae: this checkpoint works on pixels, and has no autoencoder"))
         self.factor = 1                                          # pixels per latent, along a side
-        if sizes.channels != 3:
+        if sizes.channels == 3:
+            require((not config.vae, "--vae: this checkpoint works on pixels, and has no autoencoder"))
+        else:
             self.factor = checkpoint.vae_sizes(self.paths["vae"]).factor
         self.height = config.height or pixels or 512
         self.width = config.width or pixels or 512

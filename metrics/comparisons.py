@@ -48,8 +48,8 @@ def fid_command(args: argparse.Namespace) -> None:
 
 def statistics_command(args: argparse.Namespace) -> None:
     """Write a source's statistics to a file.  `fid` and pytorch-fid accept it as a source."""
-    require((not args.source.endswith(".npz"), f"{args.source}: holds statistics already; expected "
-             f"images"))
+    require((not fid.is_statistics(args.source),
+             f"{args.source}: holds statistics already; expected images"))
     network, _ = load_network(args)
     statistics, left_out = fid.measure(args.source, network, args.device)
     fid.save(args.out, statistics, args.features)

@@ -123,6 +123,11 @@ def save(path: Path, statistics: Statistics, features: bool = False) -> None:
         np.savez(file, **arrays)
 
 
+def is_statistics(source: str) -> bool:
+    """Return True for a file that `load` reads, by its name."""
+    return source.lower().endswith(".npz")
+
+
 def load(path: Path) -> Statistics:
     """Read a file that `save` or pytorch-fid's --save-stats has written.  Raises UserError."""
     try:
@@ -152,7 +157,7 @@ def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu
 
     Raises UserError for fewer than two readable images."""
     path = Path(source)
-    if path.suffix.lower() == ".npz":
+    if is_statistics(source):
         return load(path), []
     listing = emoji_images(source) if source.startswith("emoji:") and not path.exists() else file_images(path)
     values, left_out = features(network, listing, device, f"{source}, images")
