@@ -46,17 +46,18 @@ def feed(make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Any
     try:
         for _ in steps:
             waits = True
-            result = next(results)
+            try:
+                result = next(results)
+            except (RuntimeError, ConnectionResetError, EOFError) as error:
+                waits = False       # before any call: the signal may come after the error
+                if str(error).startswith("Caught "):             # an error of `make` itself
+                    raise
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise UserError(f"a process that reads data ahead was lost ({reason})")
             waits = False
             if isinstance(result, UserError):
                 raise result
             yield result
-    except (RuntimeError, ConnectionResetError, EOFError) as error:
-        if not waits or str(error).startswith("Caught "):        # an error of `make` itself
-            raise
-        waits = False               # the signal may come after the error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"a process that reads data ahead was lost ({reason})")
     finally:
         results._shutdown_workers()      # at the program's end, Python would wait for them for ever
         signal.signal(signal.SIGCHLD, torchs_handler)

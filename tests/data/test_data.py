@@ -10,6 +10,7 @@ import torch
 
 import data
 from common.cli import UserError
+from dataset import workers
 from dataset.workers import feed
 
 # -------------------------------------------------------------------------------------------- order
@@ -150,3 +151,21 @@ def test_a_killed_worker_is_a_user_error():
             pass
     assert "\n" not in str(error.value)
     assert set(multiprocessing.active_children()) == before      # the other one has ended
+
+
+def test_the_signal_of_a_lost_worker_may_come_after_the_error(monkeypatch):
+    def raises(number, frame):                                   # as torch's handler does
+        raise RuntimeError("killed by signal")
+
+    def signal_then_str(value):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return str(value)
+    list(feed(square, range(1), 1))                              # torch sets its handler, once
+    torchs_handler = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(signal, "getsignal", lambda number: raises)
+    monkeypatch.setattr(workers, "str", signal_then_str, raising=False)
+    try:
+        with pytest.raises(UserError, match="process.*lost"):
+            list(feed(killed, range(9), 2))
+    finally:
+        signal.signal(signal.SIGCHLD, torchs_handler)
