@@ -330,7 +330,7 @@ def answer_flags(add: Callable) -> None:
     add("--shots", **count(0, 0), help="number of answered examples before each question (0)")
     add("--examples", nargs="+", help="the files that --shots come from")
     add("--suffix", help="text after each question (as in training)")
-    add("--choices", nargs="+", help="answer with the likeliest of these; nothing is written")
+    add("--choices", nargs="+", help="answer with the likeliest of these; the model generates no text")
 
 
 def score_flags(add: Callable) -> None:

@@ -44,7 +44,7 @@ def processor_flags() -> str:
 def has_bfloat16(device: torch.device) -> bool:
     """Return True if the device multiplies bfloat16 natively.
 
-    If it does not, float32 can be 70 times faster than bfloat16.  On a CPU both the processor and
+    If it does not, float32 can be 75 times faster than bfloat16.  On a CPU both the processor and
     oneDNN must support it: with ONEDNN_MAX_CPU_ISA=AVX2 the result is False."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

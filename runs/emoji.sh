@@ -12,33 +12,28 @@
 # without a C++ compiler, nothing is compiled, and a step takes 1.1 to 1.4 times as long.
 set -eu
 cd "$(dirname "$0")/.."
+. runs/stage.sh
 compile=$(command -v c++ g++ clang++ >/dev/null && echo --compile || true)
 flags="--eval-every 250 --save-every 250 --sample-every 1000 $compile"
 if nvidia-smi -L >/dev/null 2>&1; then
     flags="--cuda-graph --workers 12 --log-every 50 --eval-every 1000 --save-every 5000 --sample-every 5000"
 fi
-steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "out/emoji/$1/config.json" 2>/dev/null || true; }
-recipe="--optimizer muon --lr 2.5e-3 --warmup 50"
+train="python train.py $flags --optimizer muon --lr 2.5e-3 --warmup 50"
 batches="--image-batch 96 --text-batch 48"
-stage() {                                                    # NAME STEPS FLAG ...
-    local name=$1 steps=$2; shift 2
-    [ "$(steps_of "$name")" = "$steps" ] || python train.py --out "out/emoji/$name" --steps "$steps" $flags $recipe $batches "$@"
-    [ "$(steps_of "$name")" = "$steps" ] || exit 1           # it was stopped; the same command resumes it
-}
 
 # 1. Captions, at a constant learning rate.
-stage pretrain 5000 --stage pretrain
+stage out/emoji/pretrain 5000 --stage pretrain $batches
 
 # 2. Captions and questions; over the last steps the learning rate falls to zero.  The shipped weights
 #    were trained with a lambda of 1, and of 2 in the last stage, when the text loss was the mean over
 #    answers only.  Now it is the mean over all positions; 79 % and 75 % of them are answers.  So 1.26
 #    and 2.66 give answers the same weight as before.
-stage instruct 15000 --stage instruct --init out/emoji/pretrain --decay-steps 4000 --question-share 0.5 \
-    --text-weight 1.26
+stage out/emoji/instruct 15000 --stage instruct --init out/emoji/pretrain $batches --decay-steps 4000 \
+    --question-share 0.5 --text-weight 1.26
 
 # 3. The same with more texts, the same weight for each masked token, and each image equally often.  An
 #    emoji of two people has 25 images with different pairs of skin tones; in stages 1 and 2 an epoch
 #    has only one of them.
-python train.py --out out/emoji/each --steps 25000 $flags $recipe --stage instruct --init out/emoji/instruct --decay-steps 15000 \
+$train --out out/emoji/each --steps 25000 --stage instruct --init out/emoji/instruct --decay-steps 15000 \
     --question-share 0.6 --text-weight 2.66 --text-loss flat --image-batch 64 --text-batch 96 \
     --text-data assets/emoji.tar.gz@each "$@"

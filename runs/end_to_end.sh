@@ -5,7 +5,7 @@
 #
 #   VAE=sd3_medium.safetensors bash runs/end_to_end.sh [FLAG ...]       # LAUNCH as in runs/paper.sh
 #
-# Flags go to every stage.
+# Flags go to every stage: not --steps and --out, and none that only images need, such as --filtered.
 # data/openwebtext*.jsonl.gz is converted to tokens once, and the shards of re-captioned DataComp to
 # latents.  For several nodes, prepare these on one of them first: with LAUNCH=true, the script ends
 # after that.
@@ -17,12 +17,9 @@
 # as we assume, can still be downloaded.
 set -eu
 cd "$(dirname "$0")/.."
+. runs/stage.sh
 launch=${LAUNCH:-torchrun --standalone --nproc_per_node=8 --max-restarts=3}
-steps_of() { sed -n 's/^ "step": \([0-9]*\),$/\1/p' "$1/config.json" 2>/dev/null || true; }
-stage() {   # FOLDER STEPS FLAGS ...
-    [ "$(steps_of "$1")" = "$2" ] || $launch train.py --out "$1" --steps "$2" "${@:3}"
-    [ "$(steps_of "$1")" = "$2" ] || exit 1                      # it was stopped; the same command resumes it
-}
+train="$launch train.py"
 [ -f data/text.safetensors ] || python data.py pack 'data/openwebtext*.jsonl.gz' data/text.safetensors
 python data.py latents 'data/recap/{00000..09999}.tar' data/latents --vae "$VAE" --pixels 256   # resumes, too
 

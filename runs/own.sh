@@ -21,6 +21,6 @@ own, emoji = [len(data.open_source(path, 64)) for path in sys.argv[1:]]
 print(f"{5 * emoji / own:.4f}")' "$folder" assets/emoji.tar.gz)
 python train.py --init assets/emoji --image-data "$folder:$weight" assets/emoji.tar.gz --steps 300 --lr 5e-4 \
     --ema 0.99 --image-batch 32 --text-batch 32 --save-every 100 --sample-every 100 --eval-every 250 \
-    --optimizer muon "$@" --out "$out"
+    --optimizer muon "$@" --out "$out"                      # Ctrl-C: draws with what is trained so far
 python sample.py --checkpoint "$out" --prompt "$prompt" --out "${out}_drawn.png"
 python sample.py --checkpoint "$out" --image "${out}_drawn.png"

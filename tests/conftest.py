@@ -41,7 +41,7 @@ def emoji_set():
 
 
 @pytest.fixture
-def mistake(capsys):
+def run_program(capsys):
     """Return a function that calls a program as `cli.run` does: -> (exit status, stderr)."""
     def call(main, flags):
         try:

@@ -156,6 +156,10 @@ def equal_runs(one, other, tolerance=1e-5):
         assert float(difference.max()) <= tolerance, name
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 

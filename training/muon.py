@@ -1,7 +1,7 @@
 """Muon (Keller Jordan et al., 2024): orthogonalized momentum for the matrices of a network.
 
-torch.optim.Muon always multiplies in bfloat16.  A CPU without bfloat16 instructions does that 30
-times slower than float32, so here the dtype is a setting.  Matrices of the same shape are
+torch.optim.Muon always multiplies in bfloat16.  A CPU without bfloat16 instructions does that 75
+times slower than float32 (docs/benchmarks.md), so here the dtype is a setting.  Matrices of the same shape are
 orthogonalized as one batch.
 """
 

@@ -40,17 +40,17 @@ def commands(page) -> list[str]:
 @pytest.fixture(scope="module")
 def help_of():
     """Return a function that returns the help of a program, or of one of its commands."""
-    known = {}
+    help_texts = {}
 
     def help_of(name: str, command: str, capsys, monkeypatch) -> str:
-        if (name, command) not in known:
+        if (name, command) not in help_texts:
             argv = [command, "--help"] if command else ["--help"]
             main = importlib.import_module(name).main
             monkeypatch.setattr("sys.argv", [name, *argv])
             with pytest.raises(SystemExit):
                 main(*[argv][:len(inspect.signature(main).parameters)])
-            known[name, command] = capsys.readouterr().out
-        return known[name, command]
+            help_texts[name, command] = capsys.readouterr().out
+        return help_texts[name, command]
     return help_of
 
 
@@ -70,8 +70,8 @@ def test_commands_have_flags_that_exist(page, help_of, capsys, monkeypatch):
             continue
         command = words[0] if program in WITH_COMMANDS and words and words[0] != "--help" else ""
         for flag in (word.split("=")[0] for word in words if word.startswith("--")):
-            known = help_of(program, command, capsys, monkeypatch)
-            if not re.search(rf"{flag}(?![\w-])", known):
+            help_text = help_of(program, command, capsys, monkeypatch)
+            if not re.search(rf"{flag}(?![\w-])", help_text):
                 wrong.append(f"no {flag}: {line}")
     assert wrong == []
     assert page.parent.name == "tests" or commands(page)

@@ -311,8 +311,8 @@ def test_fid_of_a_folder_equals_fid_of_its_statistics(two_folders, tmp_path, cap
     assert scores == pytest.approx(fid_scores(tmp_path, tmp_path / "b.npz"))      # float64
 
 
-def test_statistics_need_a_name_that_fid_reads(tmp_path, mistake):
-    code, error = mistake(evaluate.main, ["statistics", "nowhere", tmp_path / "b.stats", "--inception", "random"])
+def test_statistics_need_a_name_that_fid_reads(tmp_path, run_program):
+    code, error = run_program(evaluate.main, ["statistics", "nowhere", tmp_path / "b.stats", "--inception", "random"])
     assert code == 2 and ".npz" in error
 
 
@@ -357,12 +357,12 @@ def test_fid_of_a_source_that_does_not_exist_is_refused(source, message, two_fol
     ("lines", "a.txt", "\n\n", ["a.txt: ", "no prompt"]),
     ("emoji", "nose", None, ["nose: ", "tone"])])
 def test_prompts_of_another_form_are_refused_in_one_line(benchmark, name, content, parts, tmp_path,
-                                                         mistake):
+                                                         run_program):
     source = name
     if content is not None:
         source = tmp_path / name
         source.write_text(content)
-    status, error = mistake(evaluate.main, ["draw", benchmark, source, tmp_path / "out"])
+    status, error = run_program(evaluate.main, ["draw", benchmark, source, tmp_path / "out"])
     assert status == 1 and len(error.splitlines()) == 1
     for part in parts:
         assert part in error
@@ -370,10 +370,10 @@ def test_prompts_of_another_form_are_refused_in_one_line(benchmark, name, conten
 
 
 @pytest.mark.parametrize("benchmark", ["coco", "mjhq"])
-def test_benchmarks_of_one_sample_a_prompt_refuse_more(benchmark, tmp_path, mistake):
+def test_benchmarks_of_one_sample_a_prompt_refuse_more(benchmark, tmp_path, run_program):
     (tmp_path / "x.json").write_text("{}")
     flags = ["draw", benchmark, tmp_path / "x.json", tmp_path / "out", "--n", 2]
-    status, error = mistake(evaluate.main, flags)
+    status, error = run_program(evaluate.main, flags)
     assert status == 1 and "--n 2: " in error and benchmark in error
     assert not (tmp_path / "out").exists()
 
@@ -381,9 +381,9 @@ def test_benchmarks_of_one_sample_a_prompt_refuse_more(benchmark, tmp_path, mist
 @pytest.mark.parametrize("benchmark, content", [
     ("geneval", '{"tag": "colors", "correct": 1}'), ("dpg", "x"), ("geneval", "")])
 def test_results_that_no_scorer_wrote_are_refused_in_one_line(benchmark, content, tmp_path,
-                                                              mistake):
+                                                              run_program):
     (tmp_path / "r").write_text(content)
-    status, error = mistake(evaluate.main, ["score", benchmark, tmp_path / "r"])
+    status, error = run_program(evaluate.main, ["score", benchmark, tmp_path / "r"])
     assert status == 1 and len(error.splitlines()) == 1 and str(tmp_path / "r") in error
 
 

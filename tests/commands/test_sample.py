@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageStat
@@ -20,11 +21,13 @@ import flow
 import sample
 from common import progress
 from common.cli import UserError
+from dataset.images import to_tensor
 from helpers import ROOT, Forked
 from inference import image_to_text, text_to_image
 from inference.parts import EMOJI, Parts
 from inference.text_to_image import DrawConfig, Trace
 from metrics import emojis
+from viz import grids
 
 PROMPT = "red apple, noto style"
 
@@ -69,6 +72,19 @@ def test_several_captions_are_scored_at_once(read_apple, monkeypatch):
     monkeypatch.setattr(image_to_text, "score", few_copies)
     first, second = read_apple("--score", "dog face, noto style", PROMPT).splitlines()
     assert first.startswith(f"{PROMPT}: ") and second.startswith("dog face, noto style: ")
+
+
+def test_the_black_half_of_a_mask_is_kept(apple, tmp_path):
+    before = Image.open(apple).convert("RGB")
+    mask = Image.new("RGB", before.size, "black")
+    mask.paste("white", (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    drawn = draw_file(tmp_path / "a.png", "--image", apple, "--mask", tmp_path / "mask.png",
+                      "--steps", 2)
+    original = grids.grid([to_tensor(before)])                   # enlarged like the drawing
+    difference = abs(np.array(drawn, int) - np.array(original, int))             # (256, 256, 3)
+    kept = difference[:, :120]                                   # enlarging mixes the next two pixels
+    assert kept.max() <= 1 and difference[:, 128:].max() > 20
 
 
 def test_a_gif_shows_each_step_beside_its_prediction(tmp_path):
@@ -239,8 +255,9 @@ def test_a_question_that_begins_with_a_capital_gets_no_note(apple, capsys):
 
 def test_bfloat16_stays_close_to_float32(parts):
     half = Parts(dtype=torch.bfloat16)
-    x = torch.randn(2, 3, parts.height, parts.width)
-    ids = torch.randint(0, 1000, (2, parts.length))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, parts.height, parts.width, generator=generator)
+    ids = torch.randint(0, 1000, (2, parts.length), generator=generator)
     with torch.inference_mode():
         full = parts.mmdit(x, parts.text(ids), torch.tensor([0.5]))
         low = half.mmdit(x.bfloat16(), half.text(ids), torch.tensor([0.5]))
@@ -319,9 +336,9 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     ([*ONE_IMAGE, "--question", "a", "--choices", "very " * 40], 1, "'very very .*27"),
     ([*ONE_IMAGE, "--score", "a", "--order", "eb"], 2, "--order changes nothing"),
 ])
-def test_mistakes_are_refused_in_one_line(flags, status, message, apple, mistake, monkeypatch):
+def test_mistakes_are_refused_in_one_line(flags, status, message, apple, run_program, monkeypatch):
     monkeypatch.chdir(ROOT)
-    code, error = mistake(sample.main, [apple if flag == "APPLE" else flag for flag in flags])
+    code, error = run_program(sample.main, [apple if flag == "APPLE" else flag for flag in flags])
     assert code == status and re.search(message, error), error
     assert len(error.splitlines()) == 1
 
@@ -337,8 +354,8 @@ def test_the_program_prints_a_mistake_without_a_traceback(flags, status, name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
-def test_a_gpu_that_is_not_there_is_refused(apple, mistake):
-    status, error = mistake(sample.main, ["--image", apple, "--device", "cuda"])
+def test_a_gpu_that_is_not_there_is_refused(apple, run_program):
+    status, error = run_program(sample.main, ["--image", apple, "--device", "cuda"])
     assert status == 1 and "--device cuda" in error and len(error.splitlines()) == 1
 
 

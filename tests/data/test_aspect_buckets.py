@@ -91,16 +91,16 @@ def test_pixels_beside_files_are_cut_to_the_size_of_the_batch(folder):
     assert sample["image"].shape == (3, 16, 32)
 
 
-def test_buckets_beyond_the_position_table_are_refused(folder, tmp_path, mistake):
-    code, error = mistake(main, ["--preset", "shapes", "--image-data", folder, "--buckets",
+def test_buckets_beyond_the_position_table_are_refused(folder, tmp_path, run_program):
+    code, error = run_program(main, ["--preset", "shapes", "--image-data", folder, "--buckets",
                                  "--out", tmp_path / "run"])
     assert code == 1 and "--pixels 24 (--buckets has sides of 28)" in error
 
 
-def test_buckets_refuse_plain_text(mistake, tmp_path, folder):
+def test_buckets_refuse_plain_text(run_program, tmp_path, folder):
     (tmp_path / "a.txt").write_text("some plain text about nothing. " * 99)
     data.main(["pack", str(tmp_path / "a.txt"), str(tmp_path / "t.safetensors")])
-    code, error = mistake(main, ["--image-data", folder, "--text-data", tmp_path / "t.safetensors",
+    code, error = run_program(main, ["--image-data", folder, "--text-data", tmp_path / "t.safetensors",
                                  "--buckets", "--out", tmp_path / "run"])
     assert code == 1
     assert "--buckets" in error and "t.safetensors" in error

@@ -323,13 +323,13 @@ def test_gpt2s_merges_may_have_windows_line_ends(monkeypatch, tmp_path):
     (["answer", "pope", "q.json", "q.json", ".", "o.jsonl"], "--questions: q.json"),
     (["emoji", "--seeds", "1", "2", "1"], "--seeds: 1"),
     (["draw", "lines", "a.txt", " ", "o"], "--prompts is empty")])
-def test_a_list_with_a_value_twice_or_blank_is_refused(flags, name, mistake):
-    status, message = mistake(evaluate.main, flags)
+def test_a_list_with_a_value_twice_or_blank_is_refused(flags, name, run_program):
+    status, message = run_program(evaluate.main, flags)
     assert status == 2 and name in message and message.count("\n") == 1
 
 
-def test_scores_likelihoods_of_different_texts_only(mistake):
-    status, message = mistake(sample.main, ["--image", "a.png", "--score", "a cat", "a cat"])
+def test_scores_likelihoods_of_different_texts_only(run_program):
+    status, message = run_program(sample.main, ["--image", "a.png", "--score", "a cat", "a cat"])
     assert status == 2 and "--score: a cat" in message
 
 
@@ -389,10 +389,10 @@ def test_a_malformed_note_is_named(content, tmp_path):
 
 @pytest.mark.parametrize("note", [dict(questions=5), dict(questions=[None]), dict(limit="x"),
                                   dict(limit=-1)])
-def test_a_note_with_odd_values_is_named(note, tmp_path, mistake):
+def test_a_note_with_odd_values_is_named(note, tmp_path, run_program):
     (tmp_path / "o").write_text("")
     (tmp_path / "o.json").write_text(json.dumps(dict(questions=["q.json"]) | note))
-    status, message = mistake(evaluate.main, ["score", "pope", tmp_path / "o"])
+    status, message = run_program(evaluate.main, ["score", "pope", tmp_path / "o"])
     assert status == 1 and "o.json" in message and list(note)[0] in message
 
 
@@ -404,13 +404,13 @@ def test_names_that_no_file_can_have_are_refused(kind, content, tmp_path):
         benchmarks.read(kind, [str(tmp_path / "p")])
 
 
-def test_names_of_several_lines_give_one_line(tmp_path, capsys, mistake):
+def test_names_of_several_lines_give_one_line(tmp_path, capsys, run_program):
     folder = write(tmp_path / "a\nb", a_jpg=RED, a_txt="red", b_heic="?")
     captions(folder)
     tables.print_left_out(["x\ny"])
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and out == "left out: 1\n  x\\ny\n"
-    assert mistake(sample.main, ["--prompt", "a", "--out", "a\nb.txt"])[1].count("\n") == 1
+    assert run_program(sample.main, ["--prompt", "a", "--out", "a\nb.txt"])[1].count("\n") == 1
 
 
 def test_file_names_that_are_no_text_are_names_nevertheless(tmp_path):

@@ -121,20 +121,20 @@ def test_a_stopped_command_goes_on_with_the_missing_shard(photos, tmp_path, smal
     (["--recaption", 1], 1, ["--recaption", "--t5"]),
     (["--tokenizer", RELEASE], 1, ["--tokenizer", "--t5"]),
 ])
-def test_unusable_flags_are_named(flags, code, names, photos, tmp_path, mistake):
-    status, error = mistake(data.main, ["latents", photos, tmp_path / "out", "--vae", VAE, *flags])
+def test_unusable_flags_are_named(flags, code, names, photos, tmp_path, run_program):
+    status, error = run_program(data.main, ["latents", photos, tmp_path / "out", "--vae", VAE, *flags])
     assert status == code
     assert all(name in error for name in names)
 
 
-def test_a_full_disk_leaves_whole_shards_to_go_on_from(photos, small_disk, small_shards, mistake):
+def test_a_full_disk_leaves_whole_shards_to_go_on_from(photos, small_disk, small_shards, run_program):
     whole = encode(photos, small_disk / "whole")
     (small_disk / "a.txt").write_text(SENTENCE * 1000)
     out, filler = small_disk / "out", small_disk / "filler"
     with open(filler, "wb") as file:                             # leave room for one shard of 11 KB
         file.write(bytes(max(0, shutil.disk_usage(small_disk).free - 2**14)))
     flags = ["latents", photos, out, "--vae", VAE, "--pixels", 16]
-    code, error = mistake(data.main, flags)
+    code, error = run_program(data.main, flags)
     assert code == 1
     assert "latents-00001.safetensors" in error
     assert contents(out).keys() == {"latents-00000.safetensors"}
@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_whole_shards_to_go_on_from(photos, small_disk, small
     assert full.value.filename == str(small_disk / "t.safetensors")
     assert sorted(path.name for path in small_disk.iterdir()) == ["a.txt", "filler", "out", "whole"]
     filler.unlink()
-    assert mistake(data.main, flags) == (0, "")
+    assert run_program(data.main, flags) == (0, "")
     assert contents(out) == contents(whole)
 
 
@@ -175,6 +175,12 @@ def test_a_shard_without_a_usable_image_is_empty(photos, tmp_path, small_shards)
     assert contents(out) == before
     with pytest.raises(UserError, match="latents-00000.*filtered"):
         encode(folder, out, "--filtered")
+
+
+def test_filtered_leaves_out_images_below_256_pixels(photos, tmp_path, train_stderr):
+    with pytest.raises(UserError, match=f"{photos}: all "):
+        encode(photos, tmp_path / "none", "--filtered")
+    assert "256" in train_stderr("--image-data", photos, "--vae", VAE, "--filtered")
 
 
 def test_shards_of_other_settings_are_refused(photos, tmp_path, small_shards):
@@ -259,11 +265,11 @@ def finished_run(init, stored, tmp_path_factory):
 
 
 @pytest.fixture
-def train_error(init, tmp_path, mistake):
+def train_stderr(init, tmp_path, run_program):
     """Return what train.py prints on stderr with these flags: nothing if it succeeds."""
     def run_training(*flags):
         flags = settings(init, "--out", tmp_path / "run", "--steps", 2, *flags)
-        return mistake(train.main, flags)[1]
+        return run_program(train.main, flags)[1]
     return run_training
 
 
@@ -287,22 +293,30 @@ def test_sampling_refuses_another_autoencoder(finished_run, other_vae):
         Parts(finished_run, vae=other_vae)
 
 
-def test_training_refuses_latents_of_another_autoencoder(photos, other_vae, train_error, init,
+def test_training_refuses_latents_of_another_autoencoder(photos, other_vae, train_stderr, init,
                                                          tmp_path):
     other = encode(photos, tmp_path / "other", vae=other_vae)
-    error = train_error("--image-data", other)
+    error = train_stderr("--image-data", other)
     assert "--image-data" in error
     assert checkpoint.read_config(init)["latents"] in error
     assert data.open_source(str(other), 16).stamp["vae"] in error
 
 
-def test_training_refuses_latents_of_another_size(photos, train_error, tmp_path):
-    error = train_error("--image-data", encode(photos, tmp_path / "large", pixels=32))
+def test_both_losses_and_vae_need_one_autoencoder(photos, stored, other_vae, train_stderr, tmp_path):
+    other = encode(photos, tmp_path / "other", vae=other_vae)
+    digests = [data.open_source(str(folder), 16).stamp["vae"] for folder in (stored, other)]
+    for flags in (["--text-data", other], ["--vae", other_vae]):
+        error = train_stderr("--image-data", stored, *flags)
+        assert all(digest in error for digest in digests)
+
+
+def test_training_refuses_latents_of_another_size(photos, train_stderr, tmp_path):
+    error = train_stderr("--image-data", encode(photos, tmp_path / "large", pixels=32))
     assert "--image-data" in error and "--pixels 32" in error
 
 
-def test_training_a_latent_model_on_images_needs_a_vae(photos, train_error):
-    error = train_error("--image-data", photos)
+def test_training_a_latent_model_on_images_needs_a_vae(photos, train_stderr):
+    error = train_stderr("--image-data", photos)
     assert "--image-data: 3 channels" in error and "--vae" in error
 
 
@@ -311,21 +325,21 @@ def test_images_and_latents_are_not_mixed(photos, stored):
         data.Mix([str(photos), str(stored)], 16)
 
 
-def test_pixels_need_only_divide_by_the_factor_of_the_latents(photos, train_error, tmp_path):
+def test_pixels_need_only_divide_by_the_factor_of_the_latents(photos, train_stderr, tmp_path):
     twelve = encode(photos, tmp_path / "twelve", pixels=12)      # a multiple of 2 pixels, not of 8
     assert data.latent_factor([str(photos), str(twelve)]) == checkpoint.load_vae(VAE).factor == 2
-    assert train_error("--image-data", twelve, "--pixels", 12, "--steps", 1) == ""
+    assert train_stderr("--image-data", twelve, "--pixels", 12, "--steps", 1) == ""
 
 
-def test_a_run_resumes_on_the_same_latents_only(photos, other_vae, finished_run, train_error,
+def test_a_run_resumes_on_the_same_latents_only(photos, other_vae, finished_run, train_stderr,
                                                 tmp_path):
     shutil.copytree(finished_run, tmp_path / "run")
     latents = encode(photos, tmp_path / "stored")
-    assert train_error("--image-data", latents, "--steps", 3) == ""
+    assert train_stderr("--image-data", latents, "--steps", 3) == ""
     shutil.rmtree(latents)
     encode(photos, latents, vae=other_vae)
     sources.mapped.cache_clear()
-    assert f"--image-data {latents}" in train_error("--image-data", latents, "--steps", 4)
+    assert f"--image-data {latents}" in train_stderr("--image-data", latents, "--steps", 4)
 
 
 # --------------------------------------------------------------------------------------------- text
@@ -402,38 +416,38 @@ def test_unusable_text_is_refused_and_leaves_no_file(name, content, message, tmp
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_plain_text_trains_the_null_image(stored, tokens, train_error, init, tmp_path):
+def test_plain_text_trains_the_null_image(stored, tokens, train_stderr, init, tmp_path):
     flags = ["--image-data", stored, "--text-data", tokens, "--lr", 1e-3, "--warmup", 0]
-    assert train_error(*flags) == ""
+    assert train_stderr(*flags) == ""
     before, after = (load_file(folder / "model.safetensors")["mmdit.null_image"].float()
                      for folder in (init, tmp_path / "run"))
     assert not torch.allclose(before, after, atol=1e-4)          # two steps of 1e-3
 
 
-def test_plain_text_is_refused_as_images(stored, tokens, train_error):
-    assert "--image-data" in train_error("--image-data", tokens)
-    assert f"{stored}: " in train_error("--image-data", stored, "--text-data", tokens, stored)
+def test_plain_text_is_refused_as_images(stored, tokens, train_stderr):
+    assert "--image-data" in train_stderr("--image-data", tokens)
+    assert f"{stored}: " in train_stderr("--image-data", stored, "--text-data", tokens, stored)
 
 
-def test_text_that_is_not_packed_is_refused(train_error, init, tmp_path):
+def test_text_that_is_not_packed_is_refused(train_stderr, init, tmp_path):
     (tmp_path / "a.txt").write_text(SENTENCE)
-    error = train_error("--image-data", tmp_path / "a.txt")
+    error = train_stderr("--image-data", tmp_path / "a.txt")
     assert str(tmp_path / "a.txt") in error and "data.py pack" in error
-    error = train_error("--image-data", init / "model.safetensors")
+    error = train_stderr("--image-data", init / "model.safetensors")
     assert f"{init / 'model.safetensors'}: " in error and "data.py pack" in error
 
 
-def test_tokens_of_another_tokenizer_are_refused(stored, train_error, init, tmp_path):
+def test_tokens_of_another_tokenizer_are_refused(stored, train_stderr, init, tmp_path):
     (tmp_path / "a.txt").write_text(SENTENCE * 40)
     other = pack(tmp_path / "other.safetensors", tmp_path / "a.txt", tokenizer=RELEASE)
-    error = train_error("--image-data", stored, "--text-data", other)
+    error = train_stderr("--image-data", stored, "--text-data", other)
     assert f"{other}: " in error and f"--tokenizer {init}" in error
 
 
-def test_tokens_shorter_than_one_text_are_refused(stored, train_error, init, tmp_path):
+def test_tokens_shorter_than_one_text_are_refused(stored, train_stderr, init, tmp_path):
     (tmp_path / "a.txt").write_text("A red fox")
     short = pack(tmp_path / "short.safetensors", tmp_path / "a.txt", tokenizer=init)
-    error = train_error("--image-data", stored, "--text-data", short)
+    error = train_stderr("--image-data", stored, "--text-data", short)
     assert f"{short}: 4 tokens" in error and "12" in error
 
 
@@ -448,7 +462,12 @@ def test_two_processes_train_on_latents_and_text_as_one(stored, tokens, init, tm
 def test_a_page_shows_latents(stored, init, tmp_path):
     data.main(["show", str(stored), "--out", str(tmp_path / "page.png"), "--pixels", "16",
                "--tokenizer", str(init)])
-    assert Image.open(tmp_path / "page.png").size == (1000, 6 * 104)     # two columns of six rows
+    page = Image.open(tmp_path / "page.png")
+    assert page.size == (1000, 6 * 104)                                  # two columns of six rows
+    expected = to_image(data.open_source(str(stored), 16)[0]["latents"][:3]).resize((96, 96))
+    tiles = [page.crop((500 * i + 4, 104 * j + 4, 500 * i + 100, 104 * j + 100))
+             for i in range(2) for j in range(6)]
+    assert expected.tobytes() in {tile.tobytes() for tile in tiles}
 
 
 def test_a_page_shows_texts_and_counts_them(tokens, init, tmp_path, capsys):

@@ -35,21 +35,21 @@ def held_out_in(text):
     """Return the held-out combinations that a text names, found by its words alone."""
     words = text.lower().replace("?", "").replace(",", "").split()
     words = [word.removesuffix("es") if word == "crosses" else word for word in words]
-    found = [pair for pair in zip(words, words[1:]) if pair in HELD_PAIRS]
+    pairs = [pair for pair in zip(words, words[1:]) if pair in HELD_PAIRS]
     for count, shape in HELD_COUNTS:
         if words.count(shape) == count:
-            found.append((count, shape))                         # "a blue ring and a green ring"
+            pairs.append((count, shape))                         # "a blue ring and a green ring"
     for count, shape in HELD_COUNTS:
         plural = shape + "s"
         at = words.index(plural) if plural in words else 0
         if at and shapes.COUNTS[count - 1] in words[:at]:
-            found.append((count, shape))
+            pairs.append((count, shape))
     for relation in (" left of ", " above "):
         if relation in text:
             first, second = (side.split(" on ")[0].split()[-1] for side in text.split(relation))
             if (first, second) in HELD_ORDERS:
-                found.append((first, second))
-    return found
+                pairs.append((first, second))
+    return pairs
 
 
 def held_out_on(image):
@@ -117,19 +117,19 @@ def test_two_objects_are_named_in_reading_order_or_in_any_order():
 
 def says(claim):
     """Count what a caption says: colours, sizes, a relation, a background."""
-    said = Counter(relation=bool(claim.relation), background=bool(claim.background))
+    counts = Counter(relation=bool(claim.relation), background=bool(claim.background))
     for noun in claim.nouns:
-        said.update(colour=noun.count * bool(noun.colour), size=noun.count * bool(noun.size),
+        counts.update(colour=noun.count * bool(noun.colour), size=noun.count * bool(noun.size),
                     objects=noun.count)
-    return said
+    return counts
 
 
 def test_captions_leave_something_open_and_are_true():
     captions = [shapes.sample(i)["captions"][0] for i in range(2000)]
     claims = [scores.read_caption(caption) for caption in captions]
     assert None not in claims
-    said = sum(map(says, claims), Counter())
-    assert 0.3 < said["size"] / said["objects"] < 0.5 < said["colour"] / said["objects"] < 0.8
+    counts = sum(map(says, claims), Counter())
+    assert 0.3 < counts["size"] / counts["objects"] < 0.5 < counts["colour"] / counts["objects"] < 0.8
     categories = Counter(claim.category for claim in claims)
     assert set(categories) == set(scores.CATEGORIES) and min(categories.values()) > 40
     for i, claim in enumerate(claims):
@@ -339,9 +339,9 @@ def test_a_perfect_painter_and_reader_scores_100(monkeypatch):
     def remember(*which):
         for sample in real(*which):
             wanted.setdefault(sample["captions"][0], sample["image"])
-            known = shown.setdefault(sample["image"].numpy().tobytes(), dict(questions=[]))
-            known["captions"] = sample["captions"]
-            known["questions"] += sample["questions"]            # an image may come twice
+            texts = shown.setdefault(sample["image"].numpy().tobytes(), dict(questions=[]))
+            texts["captions"] = sample["captions"]
+            texts["questions"] += sample["questions"]            # an image may come twice
             yield sample
     real = shape_scores.samples
     monkeypatch.setattr(shape_scores, "samples", remember)
@@ -388,9 +388,9 @@ def test_calibration_finds_a_painter_with_one_colour(monkeypatch):
             images.append(shapes.render(Scene(rng.choice(list(shapes.BACKGROUNDS)), [thing], "one")))
         return torch.stack(images) / 127.5 - 1
     monkeypatch.setattr(text_to_image, "draw", draw)
-    found = []
+    scores_of = []
     for draw.colour in ("", "cyan"):
-        found.append(shape_scores.ShapesTest(None).calibrate(100, 0, DrawConfig()))
-    true, one_colour = found
+        scores_of.append(shape_scores.ShapesTest(None).calibrate(100, 0, DrawConfig()))
+    true, one_colour = scores_of
     assert true["calibration: right"] == 100 and true["calibration: colour"] < 12
     assert one_colour["calibration: colour"] == pytest.approx(80) and one_colour["calibration: cell"] < 10

@@ -96,6 +96,18 @@ def test_a_missing_tar_is_named(tmp_path):
         Tar(str(tmp_path / "none.tar"))
 
 
+def test_the_index_command_indexes_whole_tars_only(shards, tmp_path, run_program, capsys):
+    data.main(["index", str(shards / "shard-000.tar")])
+    assert "20 samples" in capsys.readouterr().out
+    assert (shards / "shard-000.tar.index.npy").exists()
+    packed = tmp_path / "a.tar.gz"
+    packed.write_bytes(gzip.compress((shards / "shard-000.tar").read_bytes()))
+    code, error = run_program(data.main, ["index", packed])
+    assert code == 1 and str(packed) in error
+    code, error = run_program(data.main, ["index", tmp_path / "none*.tar"])
+    assert code == 1 and "none*.tar" in error
+
+
 def test_a_cut_tar_is_refused_and_leaves_no_index(tmp_path):
     path = write_tar(tmp_path / "a.tar", FILES)
     whole = (tmp_path / "a.tar").read_bytes()

@@ -31,10 +31,10 @@ def run(trained, tmp_path):
 
 
 @pytest.fixture
-def run_training(base, tmp_path, mistake):
+def run_training(base, tmp_path, run_program):
     """Return a function that trains in the folder `run` and returns stderr, at most one line."""
     def call(*flags, out=tmp_path / "run"):
-        status, message = mistake(train.main, [*base, "--out", out, *flags])
+        status, message = run_program(train.main, [*base, "--out", out, *flags])
         assert status in (0, 1) and len(message.splitlines()) == status
         return message
     return call

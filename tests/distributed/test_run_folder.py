@@ -224,9 +224,11 @@ def test_weights_are_float32_and_init_reads_them(trained):
     assert not torch.equal(averaged.img_in.weight, read.img_in.weight)
 
 
-def test_files_of_a_run_are_readable_by_all(trained):
+def test_files_of_a_run_have_the_mode_of_other_new_files(trained, tmp_path):
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
     for path in contents(trained):
-        assert path.stat().st_mode & 0o077 == 0o044, path        # umask 022
+        assert path.stat().st_mode == expected, path
 
 
 def test_files_are_replaced_not_written_in_place(run, run_training, tmp_path):
@@ -530,6 +532,14 @@ def test_sigterm_to_torchrun_saves_once_and_resumes(flags, single, tmp_path):
     assert 1 <= len(rows(tmp_path)) < 8
     to_the_end(Forked(2, *command))
     equal_runs(single, tmp_path)
+
+
+def test_a_signal_to_one_process_stops_all_of_them(flags, tmp_path):
+    process = Forked(2, *flags, "--out", tmp_path, "--steps", 9999)
+    wait_until(lambda: read_log(tmp_path / "log.jsonl"), process)
+    os.kill(process.ranks[1].pid, signal.SIGTERM)
+    output, _ = to_the_end(process)
+    assert output.count("saved; the same command") == 1
 
 
 def test_agree_of_one_process_returns_its_flags():

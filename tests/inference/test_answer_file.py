@@ -247,11 +247,11 @@ def shots_flags(tmp_path):
             file, "--suffix", "", "--limit", "3", "--steps", "2"]
 
 
-def test_shots_lengthen_the_prompts_of_t5(shots_flags, tmp_path, mistake, capsys):
+def test_shots_lengthen_the_prompts_of_t5(shots_flags, tmp_path, run_program, capsys):
     """T5 has no position table: any prompt gets room for an answer, unless --length is given."""
     release = ["--checkpoint", FIXTURES / "release", "--vae", FIXTURES / "sd3.safetensors",
                "--height", "16", "--width", "16"]
-    status, error = mistake(evaluate.main, [*shots_flags, *release, "--length", "100"])
+    status, error = run_program(evaluate.main, [*shots_flags, *release, "--length", "100"])
     advice = re.search(r"--shots 32.* --length 100.* --length (\d+)\n", error)
     assert status == 1 and advice and not (tmp_path / "a.jsonl").exists()
     run_evaluate(*shots_flags, *release)
@@ -261,8 +261,8 @@ def test_shots_lengthen_the_prompts_of_t5(shots_flags, tmp_path, mistake, capsys
     assert settings["length"] == int(advice[1])
 
 
-def test_shots_beyond_the_position_table_are_refused(shots_flags, tiny, mistake):
-    status, error = mistake(evaluate.main, [*shots_flags, "--checkpoint", tiny])
+def test_shots_beyond_the_position_table_are_refused(shots_flags, tiny, run_program):
+    status, error = run_program(evaluate.main, [*shots_flags, "--checkpoint", tiny])
     assert status == 1 and "--shots 32" in error and "28 positions" in error
 
 
@@ -287,14 +287,14 @@ def test_captions_are_written_and_scored(tiny_parts, tiny, photos, tmp_path, cap
 
 @pytest.mark.parametrize("flags, missing", [(["--shots", "2"], "--examples"),
                                             (["--choices", "a", "b", "--level", "0.5"], "--level")])
-def test_a_flag_without_its_partner_is_refused(flags, missing, mistake):
-    status, error = mistake(evaluate.main,
+def test_a_flag_without_its_partner_is_refused(flags, missing, run_program):
+    status, error = run_program(evaluate.main,
                             ["answer", "pope", "a.json", "photos", "out.jsonl", *flags])
     assert status == 2 and flags[0] in error and missing in error
 
 
 @pytest.mark.parametrize("command", [["answer", "captions", "a.json", "b.json", "photos", "o.jsonl"],
                                      ["score", "captions", "o.jsonl", "--questions", "a.json", "b.json"]])
-def test_captions_have_one_file(command, mistake):
-    status, error = mistake(evaluate.main, command)
+def test_captions_have_one_file(command, run_program):
+    status, error = run_program(evaluate.main, command)
     assert status == 2 and "captions" in error and "2" in error

@@ -1,13 +1,20 @@
 """inference/image_to_text.py: orders, batches, the image cache, scores, and the ways to ask."""
 
+import math
+import re
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mask_diffusion
 import sample
 from dataset.images import fit_image, read_image, to_image, to_tensor
 from inference import image_to_text
 from inference.image_to_text import ReadConfig
+from inference.pipeline import Pipeline
+from viz import grids
 
 APPLE = "red apple, noto style"
 KIND = "What kind of thing is this?"
@@ -252,14 +259,34 @@ def test_a_true_caption_scores_fewer_nats(run_sample, apple, fast_score):
     assert nats(APPLE) < 2 < 8 < nats("dog face, noto style")
 
 
-def test_best_sorts_images_by_the_prompts_score(run_sample, fast_score, tmp_path):
+def test_scores_name_their_image_and_agree_in_all_units(run_sample, parts, apple, other, fast_score):
+    lines = run_sample("--image", apple, other, "--score", APPLE)
+    assert [line.split("\t")[0] for line in lines] == [str(apple), str(other)]
+    for line in lines:
+        numbers = re.findall(r"[\d.]+", line.split(f"{APPLE}: ")[1])
+        nats, _, nats_a_token, bits_a_byte = map(float, numbers)
+        tokens = len(parts.tokenizer.pieces(APPLE)) + 1          # with the end token
+        assert nats_a_token == pytest.approx(nats / tokens, abs=0.005)           # printed digits
+        assert bits_a_byte == pytest.approx(nats / math.log(2) / len(APPLE), abs=0.005)
+
+
+def test_best_sorts_images_by_the_prompts_score(run_sample, parts, fast_score, tmp_path):
     out = tmp_path / "out.png"
-    seeds, scores, written = run_sample("--prompt", APPLE, "--n", 3, "--best", "--steps", 6,
-                                        "--out", out)
-    assert sorted(seeds.removeprefix("seeds: ").split()) == ["0", "1", "2"]
-    nats = [float(x) for x in scores.removeprefix("nats of the prompt: ").split()]
-    assert nats == sorted(nats) and len(nats) == 3
+    prompt = "purple apple, noto style"
+    pipeline = Pipeline.of(parts)
+    drawn = pipeline.draw([prompt] * 3, seed=1, steps=6)
+    nats = [sample.score_images(pipeline, [to_tensor(image)], prompt)[0] for image in drawn]
+    order = [1, 0, 2]
+    assert nats[1] < nats[0] < nats[2]
+    seeds, scores, written = run_sample("--prompt", prompt, "--n", 3, "--seed", 1, "--best",
+                                        "--steps", 6, "--out", out)
+    assert seeds == "seeds: 2 1 3"
+    printed = [float(x) for x in scores.removeprefix("nats of the prompt: ").split()]
+    assert printed == pytest.approx(sorted(nats), abs=0.05)      # of images rounded to 8 bits
     assert written.startswith(f"{out}: 12 ")                     # 6 steps of two evaluations
+    expected = grids.grid([to_tensor(drawn[i]) for i in order])
+    difference = np.array(Image.open(out), int) - np.array(expected, int)
+    assert abs(difference).max() <= 1                            # 8 bits
 
 
 def test_text_ended_beforehand_reads_the_same_caption(run_sample, apple):

@@ -41,10 +41,10 @@ def test_a_drawings_page_shows_each_state_with_its_attention(parts, page_argumen
     assert [t for t, _, _ in states] == levels.tolist()
     assert torch.equal(states[-1][1].clamp(-1, 1), drawn[0])
     text = parts.text(parts.tokenizer.encode(APPLE, parts.length)[None])
-    for (t, x, _), found in zip(states[:-1], attention, strict=True):
+    for (t, x, _), stored in zip(states[:-1], attention, strict=True):
         with torch.no_grad(), storing_attention(parts.mmdit):
             parts.mmdit(x[None], text, torch.tensor([t]), need="velocity")
-            assert torch.equal(found, patches_to_words(parts.mmdit))
+            assert torch.equal(stored, patches_to_words(parts.mmdit))
 
 
 @pytest.mark.parametrize("order", ["confidence", "threshold", "random"])

@@ -10,11 +10,8 @@ import pytest
 import torch
 
 import mask_diffusion
+from helpers import seeded
 from mask_diffusion import SampleConfig, at_positions, likelihood, sample
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def random_joint(tokens, values):
@@ -474,6 +471,15 @@ def test_likelihood_masks_each_number_of_tokens_as_often():
 def test_likelihood_of_a_prompt_without_an_answer_is_zero():
     frozen = torch.ones(3, dtype=torch.bool)
     assert likelihood(oracle_at, torch.tensor([2, 1, 0]), MASK, frozen) == (0, 0)
+
+
+def test_an_all_prompt_row_has_no_error_beside_other_rows():
+    frozen = torch.tensor([[True, True, True], [True, False, False]])
+    ids = torch.tensor([[2, 1, 0], [2, 1, 0]])
+    uniform = torch.rand(2, 3, generator=seeded(0))
+    t, uniform = mask_diffusion.fix_mask_counts(torch.tensor([0.5, 1.0]), uniform, frozen)
+    empty, other = mask_diffusion.errors(oracle_at, ids, MASK, t, uniform, frozen)
+    assert empty == 0 and 0 < other < math.inf
 
 
 def test_text_guidance_is_a_power_of_two_likelihoods():

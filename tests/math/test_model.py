@@ -1,5 +1,7 @@
 """model.py: sizes, independence of samples, gradients, and a test that it learns."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,16 +12,13 @@ import mask_diffusion
 from dataset import emoji
 from dataset.images import fit_image, read_image, to_tensor
 from dataset.webdataset import Tar
+from helpers import seeded
 from model import (PRESETS, MMDiT, MMDiTConfig, TokenEmbedding, attention, position_table,
                    timestep_embedding, velocity_to)
 
 TINY = MMDiTConfig(depth=2, heads=2, width=32, patch=2, channels=3, position_size=8,
                    position_base=8, text_width=16, vocab_size=50, qk_norm=True, text_length=6)
 CLEAN = torch.zeros(1)                                           # the time of a clean image
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny_model(seed=0, **changes):
@@ -64,6 +63,10 @@ def test_presets_have_their_published_sizes():
 def test_positions_are_the_centre_of_the_table():
     table = position_table(32, 8, 8)
     assert torch.equal(tiny_model().crop_positions(4, 2), table[2:6, 3:5].reshape(8, 32))
+    # 12 positions span 4 unit steps: position 7 lies at 7/3; the lowest frequency is 1
+    scaled = position_table(32, 12, 4)
+    assert float(scaled[5, 7, 0]) == pytest.approx(math.sin(7 / 3))
+    assert float(scaled[5, 7, 16]) == pytest.approx(math.sin(5 / 3))
     # one half depends on the row only, the other on the column
     assert torch.equal(table[3, :, 16:], table[3, :1, 16:].expand(8, -1))
     assert torch.equal(table[:, 3, :16], table[:1, 3, :16].expand(8, -1))

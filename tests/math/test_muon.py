@@ -4,14 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import seeded
 from model import MMDiT, MMDiTConfig, TokenEmbedding
 from training.config import TrainConfig
 from training.muon import COEFFICIENTS, Muon, orthogonalize
 from training.optimizers import make_optimizers
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 40, 16), (2, 16, 40)])

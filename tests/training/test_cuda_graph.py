@@ -68,8 +68,8 @@ def test_graphed_run_equals_a_plain_one(
     (["--preset", "e2e-1.1b"], ["--cuda-graph", "e2e-1.1b"]),
     (["--stage", "text"], ["--cuda-graph", "--stage text"]),
 ])
-def test_what_a_graph_cannot_hold_is_refused(flags, names, mistake):
-    status, error = mistake(train.main, [*flags, "--cuda-graph", "--device", "cpu"])
+def test_what_a_graph_cannot_hold_is_refused(flags, names, run_program):
+    status, error = run_program(train.main, [*flags, "--cuda-graph", "--device", "cpu"])
     assert status == 1 and error.count("\n") == 1
     for name in names:
         assert name in error

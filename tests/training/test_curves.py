@@ -39,10 +39,10 @@ def colours(path):
 def test_curves_are_drawn_from_whatever_rows_exist(tmp_path):
     path = tmp_path / "curves.png"
     curves.curves(log_rows(), path)
-    alone = colours(path)
+    single = colours(path)
     curves.curves(log_rows(), path, [log_rows(2.0)])
     compared = colours(path)
-    assert compared[curves.GREY] > alone[curves.GREY] + 50       # letters have grey edges, too
+    assert compared[curves.GREY] > single[curves.GREY] + 50       # letters have grey edges, too
     assert compared[curves.BLUE] and compared[curves.RED]
     curves.curves([row for row in log_rows() if "val_image" not in row], path)
     assert not colours(path)[curves.BLUE]
@@ -117,8 +117,8 @@ def test_compared_run_is_drawn_in_grey(run, run_flags, tmp_path):
     log.write_text("".join(json.dumps(row) + "\n" for row in other))
     train.main([*run_flags, "--sample-every", "0", "--out", str(tmp_path / "run"),
                 "--compare", str(log)])
-    compared, alone = colours(tmp_path / "run" / "loss.png"), colours(run / "loss.png")
-    assert compared[curves.GREY] > alone[curves.GREY] + 50       # letters have grey edges, too
+    compared, single = colours(tmp_path / "run" / "loss.png"), colours(run / "loss.png")
+    assert compared[curves.GREY] > single[curves.GREY] + 50       # letters have grey edges, too
 
 
 def test_log_without_validations_is_refused_before_a_fresh_start(run, run_flags, tmp_path):

@@ -1,7 +1,6 @@
 """common/devices.py: the device and the precision of matrix products."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -10,21 +9,23 @@ import mask_diffusion
 import train
 from common import devices
 from common.cli import UserError
-from common.devices import NATIVE_BFLOAT16, choose_device, choose_dtype, has_bfloat16
+from common.devices import choose_device, choose_dtype, has_bfloat16
 from helpers import run_fresh
 from inference.parts import Parts
 
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("flags, native", [
     ("fpu avx2 avx512f", False), ("avx512f avx512_bf16 amx_tile", True),
     ("fp asimd bf16 i8mm", True),
     ("notbf16", False), ("", False)])
-def test_bfloat16_is_native_where_the_processor_has_it(flags, native, monkeypatch):
-    assert bool(re.search(NATIVE_BFLOAT16, flags)) == native
+def test_bfloat16_is_native_where_processor_and_onednn_have_it(flags, native, onednn, monkeypatch):
     monkeypatch.setattr(devices, "processor_flags", lambda: flags)
-    assert has_bfloat16(CPU) in {native, False}  # on older machines oneDNN never supports it
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    assert has_bfloat16(CPU) == (native and onednn)
 
 
 PROBE = """

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,7 @@ import data
 import mask_diffusion
 import sample
 import train
-from helpers import Forked, rows, run_fresh, to_the_end
+from helpers import ROOT, Forked, assert_lines, equal_runs, rows, run_fresh, to_the_end
 from inference import text_to_image
 from inference.parts import Parts
 from model import PRESETS, MMDiTConfig
@@ -26,7 +25,6 @@ from training import config as training_config
 from training.batches import ImageBatch, TextBatch
 from training.models import Models
 
-ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 RELEASE = FIXTURES / "release"
 SD3 = FIXTURES / "sd3.safetensors"
@@ -312,10 +310,10 @@ def test_stored_states_train_as_t5_does(images, chain, stored_states, tmp_path):
 
 @pytest.mark.parametrize("other", [["--text-length", 10], ["--recaption", 0.5]])
 def test_stored_states_of_other_captions_are_refused(
-        other, chain, stored_states, tmp_path, mistake):
+        other, chain, stored_states, tmp_path, run_program):
     given = flags("pretrain", tmp_path / "x", stored_states, "--init", chain / "pretrain",
                   "--pixels", 16, "--steps", 1, *other)
-    code, error = mistake(train.main, given)
+    code, error = run_program(train.main, given)
     assert code == 1 and "stored states" in error and "--t5" in error
 
 
@@ -434,16 +432,11 @@ def test_processes_and_micro_batches_make_the_same_update(chain, images, tmp_pat
     train.main(flags("mask-emb", tmp_path / "micro", images, *base, "--micro-batch", 2))
     to_the_end(Forked(2, *flags("mask-emb", tmp_path / "two", images, *base, "--micro-batch", 1,
                                 "--shard-t5", "--shard", "zero3", "--checkpoint-activations")))
-    expected_rows = rows(tmp_path / "one")
-    assert min(row["grad_norm"] for row in expected_rows) > 0.5  # the clip is reached
-    expected = load_file(tmp_path / "one" / "weights.safetensors")
-    for name in ("micro", "two"):                                # float32 sums in another order
-        for a, b in zip(expected_rows, rows(tmp_path / name), strict=True):
-            for key in ("image_loss", "text_loss", "grad_norm"):
-                assert a[key] == pytest.approx(b[key], rel=1e-5)
-        weights = load_file(tmp_path / name / "weights.safetensors")
-        for key in expected:
-            assert float((expected[key] - weights[key]).abs().max()) < 1e-5, key
+    grad_norms = [row["grad_norm"] for row in rows(tmp_path / "one")]
+    assert min(grad_norms) > 0.5                                 # the clip is reached
+    for name in ("micro", "two"):
+        equal_runs(tmp_path / "one", tmp_path / name)
+        assert [row["grad_norm"] for row in rows(tmp_path / name)] == pytest.approx(grad_norms, rel=1e-5)
 
 
 # --------------------------------------------------------------------------- changes to the program
@@ -569,16 +562,15 @@ def test_own_sh_without_a_prompt_shows_its_usage():
     (["--stage", "text"], 1, ["--stage text", "--text-data"]),
     (["--preset", "e2e-1.1b"], 1, ["--stage pretrain", "--image-data"]),
 ])
-def test_mistakes_get_one_line_and_a_status(more, status, names, images, tmp_path, mistake):
+def test_mistakes_get_one_line_and_a_status(more, status, names, images, tmp_path, run_program):
     given = ["--out", tmp_path / "x", "--text-batch", 4, *more]
     if "text" not in more and "e2e-1.1b" not in more:
         given += ["--image-data", images, "--image-batch", 4]
         if "--pixels" not in more:
             given += ["--pixels", 16]
-    code, error = mistake(train.main, given)
-    assert code == status and len(error.splitlines()) == 1
-    for name in names:
-        assert name in error
+    code, error = run_program(train.main, given)
+    assert code == status
+    assert_lines(error.splitlines(), names)
 
 
 def test_instruct_from_sd3_warns_and_reports_what_is_carried_over(images, tmp_path, capsys):

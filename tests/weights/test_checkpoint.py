@@ -10,7 +10,6 @@ import runpy
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,13 +23,13 @@ import flow
 import sample
 from checkpoint import load_mask_embedding, load_mmdit, load_t5, load_tokenizer, load_vae
 from common.cli import UserError
+from helpers import ROOT
 from inference.parts import EMOJI, Parts
 from pretrained.t5 import T5Config, T5Encoder, buckets
 from pretrained.tokenizer import gpt2_tokenizer
 from pretrained.vae import Pixels
 
-ROOT = Path(__file__).parents[2]
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 RELEASE = FIXTURES / "release"
 SD3_FILE, SD3_FOLDER = FIXTURES / "sd3.safetensors", FIXTURES / "sd3_folder"
 
@@ -228,6 +227,28 @@ def test_exported_release_has_the_original_tensors_and_sizes(exported):
     assert len(original.keys() & written.keys()) > 8
 
 
+def test_export_keeps_a_folder_that_has_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        checkpoint.export(RELEASE, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def run_checkpoint(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", *map(str, flags)])
+    runpy.run_path(str(ROOT / "checkpoint.py"), run_name="__main__")
+
+
+@torch.inference_mode()
+def test_export_command_writes_the_given_layout(release, expected, tmp_path, monkeypatch):
+    run_checkpoint(monkeypatch, "export", RELEASE, tmp_path / "sd3", "--layout", "sd3")
+    exported = checkpoint.find(tmp_path / "sd3", "transformer")
+    assert exported.family == "SD3" and not any("null_image" in name for name in exported.tensors.dtype)
+    latents, text, t = (expected[f"ddit.{name}"] for name in ("latents", "context", "t"))
+    velocity, _ = load_mmdit(tmp_path / "sd3", vocab_size=110)(latents, text, t)
+    assert close(velocity, expected["ddit.velocity"])
+
+
 def save_run(folder, model, config, **settings):
     """Write a checkpoint in our layout with a published transformer's weights."""
     tensors = {f"mmdit.{name}": p for name, p in model.named_parameters()}
@@ -262,6 +283,9 @@ def test_data_prediction_is_saved_and_not_exported(release, tmp_path):
     assert "predicts data" in checkpoint.inspect(run)
     with pytest.raises(UserError, match="predicts data"):
         checkpoint.export(run, tmp_path / "out")
+    own_text = save_run(tmp_path / "own", release, replace(release.config, text_length=8))
+    with pytest.raises(UserError, match="token embedding"):
+        checkpoint.export(own_text, tmp_path / "out")
     config = json.loads((run / "config.json").read_text())
     config["mmdit"]["predicts"] = "noise"
     (run / "config.json").write_text(json.dumps(config))
@@ -296,8 +320,7 @@ def test_digest_depends_on_names_values_dtypes_and_shapes():
 
 
 def test_inspect_shows_layout_parts_and_sizes(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "inspect", str(RELEASE)])
-    runpy.run_path(str(ROOT / "checkpoint.py"), run_name="__main__")
+    run_checkpoint(monkeypatch, "inspect", RELEASE)
     output = capsys.readouterr().out
     assert "D-DiT transformer: 72 tensors, 1.4 M values, F16, 2 file(s)" in output
     assert "vocab_size 110" in output and "T5 encoder: 30 tensors" in output
@@ -426,6 +449,27 @@ def test_truncated_and_missing_shards_are_named(tmp_path):
         load_mmdit(folder)
 
 
+def test_several_files_need_an_index(tmp_path):
+    folder = shutil.copytree(RELEASE / "transformer", tmp_path / "transformer")
+    [index] = folder.glob("*.index.json")
+    index.unlink()
+    with pytest.raises(UserError, match="transformer: 2 .*index"):
+        load_mmdit(folder)
+
+
+def test_file_of_a_run_names_the_runs_folder():
+    with pytest.raises(UserError, match=f"model.safetensors: .*{EMOJI}"):
+        load_mmdit(EMOJI / "model.safetensors")
+
+
+def test_parts_of_other_sizes_are_refused():
+    with pytest.raises(UserError, match="T5 .*64.* 65"):
+        checkpoint.check_text_encoder(RELEASE, load_tokenizer(RELEASE), 65)
+    channels = load_vae(SD3_FILE).channels
+    with pytest.raises(UserError, match=f"{channels} channels.* {channels + 1}"):
+        checkpoint.load_autoencoder(SD3_FILE, channels + 1)
+
+
 def test_index_with_all_its_files_is_read(release, tmp_path):
     """SD3's text_encoder_3 has two indices; users often fetch only the half-precision files."""
     folder = shutil.copytree(RELEASE, tmp_path / "release") / "transformer"
@@ -465,6 +509,7 @@ def test_pickles_are_refused_unread(name, tmp_path):
     (torch.zeros(65), "65 .*64"), (torch.zeros(2, 64), "one vector"),
     ({"a": torch.zeros(64), "b": torch.zeros(64)}, "one vector"),
     (torch.full((64,), float("nan")), "NaN"), ("text", "one vector"),
+    (torch.zeros(64, dtype=torch.int64), "int64"),
 ])
 def test_wrong_mask_embedding_is_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "mask.pth")
@@ -498,9 +543,9 @@ def test_folder_without_a_tokenizer_is_refused_by_its_contents(tmp_path):
     (["--checkpoint", SD3_FILE], ["sd3.safetensors", "no tokenizer", "--tokenizer"]),
     (["--checkpoint", ROOT / "assets"], ["assets", ".safetensors"]),
 ])
-def test_sampling_mistakes_end_in_one_line_and_status_1(flags, words, mistake):
+def test_sampling_mistakes_end_in_one_line_and_status_1(flags, words, run_program):
     defaults = ["--checkpoint", RELEASE, "--vae", SD3_FILE, "--prompt", "a cat", "--height", "32",
                 "--width", "32"]
-    status, message = mistake(sample.main, [*defaults, *flags])
+    status, message = run_program(sample.main, [*defaults, *flags])
     assert status == 1 and message.count("\n") == 1
     assert all(word in message for word in words)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from checkpoint import find
 from common.cli import UserError
+from helpers import edit_json
 from inference.parts import Parts
 from model import MMDiT
 from pretrained import layouts
@@ -90,11 +91,6 @@ def copy_part(part, target):
     return shutil.copytree(source / part, target / part)
 
 
-def edit_config(folder, values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
-
-
 @pytest.mark.parametrize("part, key, value, message", [
     ("transformer", "num_layers", 10**6, "1000000.* 2"),
     ("transformer", "num_attention_heads", 10**6, "1000000.* 2"),
@@ -112,7 +108,7 @@ def edit_config(folder, values):
     ("text_encoder", "feed_forward_proj", "relu", "'relu'.*'gated-gelu'")])
 def test_config_that_contradicts_the_tensors_is_refused(part, key, value, message, tmp_path):
     folder = copy_part(part, tmp_path)
-    edit_config(folder, {key: value})
+    edit_json(folder / "config.json", **{key: value})
     with pytest.raises(UserError, match=f'^{folder}/config.json: .*{key}.*{message}') as error:
         LOAD[part](tmp_path)
     assert "\n" not in str(error.value)
@@ -138,7 +134,7 @@ def test_sizes_that_shapes_show_are_not_read_from_a_config(part, keys, tmp_path)
     folder = copy_part(part, tmp_path)
     sizes = LOAD[part](tmp_path).config
     assert json.loads((folder / "config.json").read_text()).keys() >= set(keys)
-    edit_config(folder, dict.fromkeys(keys, "wrong"))
+    edit_json(folder / "config.json", **dict.fromkeys(keys, "wrong"))
     assert LOAD[part](tmp_path).config == sizes
 
 
