@@ -97,8 +97,8 @@ def shards(folder: Path) -> list[Path]:
     files = list(filter(is_safetensors, visible(folder)))
     require((files, f"{folder}: expected .safetensors files, found {listing(folder)}"))
     plain = [file for file in files if file.stem in ("model", "diffusion_pytorch_model")]
-    require((plain or len(files) == 1, f"{folder}: {len(files)} safetensors files and no index; name "
-             f"one file"))
+    require((len(plain) == 1 or len(files) == 1, f"{folder}: {len(files)} safetensors files and no "
+             f"index; name one file"))
     return plain or files
 
 
@@ -241,7 +241,8 @@ def read_entry(tensors: Tensors, entry: Entry, dtype: torch.dtype) -> Tensor:
     for key in entry.keys:
         piece = tensors.read(key, dtype)
         if not finite(piece):
-            raise UserError(f"{tensors.where(key)} holds NaN or infinity")
+            raise UserError(f"{tensors.where(key)} holds NaN or infinity, or a number that is too "
+                            f"large for {str(dtype or piece.dtype).removeprefix('torch.')}")
         pieces.append(piece)
     if entry.swap:
         pieces = pieces[0].chunk(2)[::-1]
@@ -427,9 +428,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer: from a folder of any layout, from a tokenizer.json, or by the name "gpt2".
 
     Raises UserError."""
-    if str(path) == "gpt2":
-        return gpt2_tokenizer()
     path = Path(path)
+    if str(path) == "gpt2" and not path.exists():
+        return gpt2_tokenizer()
     require((path.exists(), f"{path}: expected a folder or a tokenizer.json, found nothing; name "
              f"the right one with --tokenizer"),
             (not is_safetensors(path), f"{path}: a safetensors file has no tokenizer; name a "
@@ -489,7 +490,8 @@ def export(source: Path, target: Path, layout: str = "release",
     CLIP branch at zero: the velocity stays the same.  A trained [MASK] embedding is copied as a
     file.  Raises UserError."""
     require((not target.exists() or not any(target.iterdir()),
-             f"{target}: expected an empty folder"))
+             f"{target}: expected a new or empty folder; name another one, or delete what a "
+             f"stopped export left there"))
     part = find(source, "transformer")
     sizes = layouts.mmdit_config(part)
     require((sizes.predicts == "velocity", f"{source}: its image head predicts {sizes.predicts}, "
@@ -497,7 +499,8 @@ def export(source: Path, target: Path, layout: str = "release",
             (not sizes.text_length, f"{source}: its text comes from a token embedding; the "
              f"published layouts are made for T5"))
     if tokenizer:
-        require((tokenizer.is_dir(), f"--tokenizer {tokenizer}: expected a folder with T5's tokenizer"))
+        require((tokenizer.is_dir(),
+                 f"--tokenizer {tokenizer}: expected a folder with T5's tokenizer"))
         size = load_tokenizer(tokenizer).vocab_size
         require((part.family == "SD3" or size == sizes.vocab_size, f"--tokenizer {tokenizer}: has "
                  f"{size} tokens, the model's text head {sizes.vocab_size}"))

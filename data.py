@@ -561,7 +561,7 @@ class ShowFlags:
 
 def show_sources(args: argparse.Namespace) -> None:
     """Write a page of twelve samples as the trainer sees them; print counts and bad samples."""
-    args.parser.check_path("--out", args.out, grids.SUFFIXES)
+    args.parser.check_file("--out", args.out, grids.SUFFIXES)
     mix = Mix(args.paths, args.pixels, "show", length=args.text_length)
     tokenizer = checkpoint.training_tokenizer(args.tokenizer)
     check_tokens(mix, tokenizer, args.tokenizer)
@@ -620,9 +620,7 @@ def preview(sample: dict) -> Tensor:
 
 def make_indexes(args: argparse.Namespace) -> None:
     """Write an index beside each tar."""
-    paths = sources.expand_all(args.paths)
-    require((paths, f"{' '.join(args.paths)}: no file has such a name"))
-    for path in paths:
+    for path in sources.expand_all(args.paths):
         require((not path.endswith(webdataset.PACKED), f"{path}: is packed; gunzip it to index it"))
         count = len(webdataset.make_index(path))
         require((os.path.isfile(path + webdataset.INDEX),

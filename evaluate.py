@@ -8,20 +8,21 @@
     python evaluate.py coco out/coco val2014 captions_val2014.json --inception ... --clip clip-large
     python evaluate.py mjhq out/mjhq mjhq30k_imgs meta_data.json --inception ...
     python evaluate.py clip out/drawn --clip clip-large
-    python evaluate.py score geneval results.jsonl --made out/geneval   # from GenEval's own scorer
+    python evaluate.py score geneval results.jsonl --drawings out/geneval   # GenEval's
     python evaluate.py answer vqav2 v2_OpenEnded_mscoco_val2014_questions.json val2014 vqa.jsonl
     python evaluate.py score vqav2 vqa.jsonl                            # accuracy of these answers
 
 `draw` and `answer` give each prompt or question its own seed: the results are the same with any
 number of processes, and an interrupted run resumes.  OUT.json has the settings, which are printed
-with every score.  At their end, commands list what they left out; --json writes the whole list.
-The files in metrics/ explain the scores.
+with every score.  At their end, commands list what they left out, in ten lines at most; the --json
+of those that print scores has the whole list.  The files in metrics/ explain the scores.
 """
 
 from common import cli
 cli.interruptible(__name__)
 
 import argparse
+import math
 import shlex
 import sys
 from collections import defaultdict
@@ -33,7 +34,7 @@ from common import processes
 from common.cli import is_text, require
 from common.devices import DEVICES, choose_device
 from common.files import is_there, read_json_object, write_json, write_text
-from common.progress import Progress
+from common.progress import Progress, chunks
 from dataset import emoji, questions, shapes
 from dataset.sources import question_prompt
 from inference import image_folder
@@ -50,7 +51,7 @@ from viz import grids
 
 ANSWERED = [*answers.READ, "captions"]
 MODELS = ["vae", "t5", "tokenizer", "mask_embedding"]            # flags that name parts of a model
-SEEDS = 2**50           # the largest --seed; drawings add their number to it
+SEEDS = 2**50           # the largest --seed; each drawing has a seed made from it and its number
 ANSWER_ROOM = 32        # tokens kept free for an answer after the longest prompt with --shots
 
 
@@ -61,7 +62,7 @@ def write_notes(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
     """Write the settings to OUT.json, and the files that the benchmark's scorer reads."""
     args.out.mkdir(parents=True, exist_ok=True)
     note = dict(made_by=args.command_line, benchmark=args.benchmark, files=len(benchmark.jobs),
-                drawings_a_file=benchmark.per_file, settings=settings)
+                images_per_file=benchmark.per_file, settings=settings)
     write_json(Path(f"{args.out}.json"), note)
     for name, content in benchmark.files.items():
         path = args.out / name
@@ -93,7 +94,7 @@ def draw(args: argparse.Namespace) -> None:
         progress = Progress("images", len(share), rank, world)
         for done, _ in enumerate(folder.draw(parts, share, config), 1):
             progress.update(done)
-        if rank == 0:
+        if processes.last():
             kept = len(jobs) - len(missing)
             print(f"{args.out}: {len(jobs)} images, {kept} were there")
             print_left_out(benchmark.left_out)
@@ -124,9 +125,12 @@ def make_room(parts: Parts, asks: list[Ask], args: argparse.Namespace) -> None:
     """Raise `parts.answer_length` so that the longest prompt with its --shots fits.
 
     Raises UserError if --length, or the checkpoint's position table, has no room for any prompt."""
-    prompts = [question_prompt(ask.question) for ask in asks]
-    sizes = sorted(map(len, parts.tokenizer.many(prompts)))
-    needed = sizes[-1] + ANSWER_ROOM
+    shortest, longest = math.inf, 0
+    for part in chunks(asks, 1024):     # the tokens of all prompts at once would need much memory
+        for ids in parts.tokenizer.many([question_prompt(ask.question) for ask in part]):
+            shortest = min(shortest, len(ids))
+            longest = max(longest, len(ids))
+    needed = longest + ANSWER_ROOM
     if needed <= parts.answer_length:
         return
     # only T5, which has no position table, can read longer texts
@@ -136,8 +140,8 @@ def make_room(parts: Parts, asks: list[Ask], args: argparse.Namespace) -> None:
     advice = f"--length {parts.answer_length}: use --length {needed}"
     if parts.has_embedding:
         advice = f"at most {parts.sizes.text_length} positions: use fewer --shots"
-    require((sizes[0] + 2 <= parts.answer_length,
-             f"--shots {args.shots}: the prompts have {sizes[0]} to {sizes[-1]} tokens, {advice}"))
+    require((shortest + 2 <= parts.answer_length,
+             f"--shots {args.shots}: the prompts have {shortest} to {longest} tokens, {advice}"))
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -155,7 +159,7 @@ def answer(args: argparse.Namespace) -> None:
             make_room(parts, asks, args)
         recorded = "benchmark questions limit shots examples suffix choices seed".split()
         note = {name: getattr(args, name) for name in recorded}
-        note |= dict(made_by=args.command_line, asked=len(asks), pictures=str(args.images),
+        note |= dict(made_by=args.command_line, count=len(asks), images=str(args.images),
                      checkpoint=processes.first(parts.digest), length=parts.answer_length,
                      dtype=str(parts.dtype).removeprefix("torch."),
                      size=f"{parts.width}x{parts.height}",
@@ -175,11 +179,12 @@ def answer(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """Print scores as the paper's tables have them, from answers or from a benchmark's scorer."""
-    note = read_note(args.made or args.results)
     if args.benchmark in benchmarks.SCORES:
+        note = read_note(args.drawings or args.results)
         scores, left_out = benchmarks.SCORES[args.benchmark](args.results)
         tell(args, {"these drawings": scores}, left_out, note)
         return
+    note = read_note(args.results)
     args.questions = args.questions or note.get("questions")
     limit = note.get("limit")
     texts = isinstance(args.questions, list) and all(map(is_text, args.questions))
@@ -187,7 +192,8 @@ def score(args: argparse.Namespace) -> None:
             (limit is None or type(limit) is int and limit > 0,
              f"{args.results}.json: \"limit\" is {ascii(limit)}, expected a number above 0"),
             (args.questions,
-             f"{args.results}: has no {args.results.name}.json beside; give --questions"))
+             f"{args.results}: no {args.results.name}.json of `answer` beside it; give "
+             f"--questions"))
     if args.benchmark == "captions":
         score_captions(args, note)
     else:
@@ -256,7 +262,8 @@ def measure_shapes(args: argparse.Namespace) -> None:
     """Measure drawing, reading and calibration on the shapes world, whose scores are exact."""
     parts, drawing, reading = open_model(args)
     require(((parts.height, parts.width) == (shapes.SIDE, shapes.SIDE),
-             f"shapes: expected a model of {shapes.SIDE} pixels, this one has {parts.height}"))
+             f"shapes: expected images of {shapes.SIDE}x{shapes.SIDE} pixels, not {parts.width}x"
+             f"{parts.height}"))
     test = ShapesTest(parts, args.world)
     if args.page:
         grids.write_image(args.page, test.page(drawing))
@@ -310,7 +317,8 @@ def shapes_flags(add: Callable) -> None:
     add("--limit", **count(0, 200), help="number of images to read, seen and held out (200)")
     add("--prompts", **count(0, 40), help="number of prompts to draw in each category (40)")
     add("--open", **count(0, 100), help="drawings of each open prompt, for calibration (100)")
-    add("--world", choices=shapes.WORLDS, default="shapes", help="the source it was trained on (shapes)")
+    add("--world", choices=shapes.WORLDS, default="shapes",
+        help="the source it was trained on (shapes)")
     add("--page", type=Path, help="measure nothing; write an image with drawings and what was read "
         "off them")
 
@@ -330,14 +338,14 @@ def answer_flags(add: Callable) -> None:
     add("--shots", **count(0, 0), help="number of answered examples before each question (0)")
     add("--examples", nargs="+", help="the files that --shots come from")
     add("--suffix", help="text after each question (as in training)")
-    add("--choices", nargs="+", help="answer with the likeliest of these; the model generates no text")
+    add("--choices", nargs="+", help="answer with the likeliest of these, and generate no text")
 
 
 def score_flags(add: Callable) -> None:
     add("benchmark", choices=[*benchmarks.SCORES, *ANSWERED])
     add("results", type=Path, help="the file that `answer` wrote; GenEval's results.jsonl; "
         "DPG-Bench's results.txt; for T2I-CompBench the folder of drawings")
-    add("--made", type=Path, help="the drawings whose settings to print")
+    add("--drawings", type=Path, help="the folder that `draw` wrote, to print its settings")
     add("--questions", nargs="+", help="the files that `answer` read, if no OUT.jsonl.json names "
         "them")
 
@@ -408,18 +416,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check(parser: cli.Parser, args: argparse.Namespace) -> None:
-    """End the program with status 2 if flags contradict each other."""
+    """End the program with status 2 if flags contradict each other, or a file can't be written."""
     if vars(args).get("json"):
-        parser.check_folder("--json", args.json)
+        parser.check_file("--json", args.json)
     for name in ("splits", "seeds", "prompts", "questions", "examples", "choices"):
         if isinstance(values := vars(args).get(name), list):
             parser.check_list(cli.flag(name), values)
     if vars(args).get("benchmark") == "captions" and len(args.questions or []) > 1:
         parser.error(f"captions: expected one file, got {len(args.questions)}")
+    if args.command in ("draw", "answer"):
+        parser.check_name("OUT", args.out)
     if args.command == "answer":
         check_answer(parser, args)
+    if args.command == "score":
+        check_score(parser, args)
     if args.command == "statistics":
-        parser.check_path("OUT", args.out, [".npz"])
+        parser.check_file("OUT", args.out, [".npz"])
     if args.command in ("emoji", "shapes"):
         check_world(parser, args)
 
@@ -434,9 +446,16 @@ def check_answer(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"{cli.flag(min(unused))} changes nothing with --choices")
 
 
+def check_score(parser: cli.Parser, args: argparse.Namespace) -> None:
+    if args.drawings and args.benchmark not in benchmarks.SCORES:
+        parser.error(f"--drawings changes nothing with {args.benchmark}")
+    if args.questions and args.benchmark in benchmarks.SCORES:
+        parser.error(f"--questions changes nothing with {args.benchmark}")
+
+
 def check_world(parser: cli.Parser, args: argparse.Namespace) -> None:
     if args.page:
-        parser.check_path("--page", args.page, grids.SUFFIXES)
+        parser.check_file("--page", args.page, grids.SUFFIXES)
         if args.json:
             parser.error("--json changes nothing with --page, which measures nothing")
     elif not args.limit and not args.prompts and not vars(args).get("open"):

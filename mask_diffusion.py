@@ -202,13 +202,15 @@ class SampleConfig:
     end_id: int | None = None           # once it is revealed, all written tokens behind it become
                                         # padding
     pad_id: int | None = None
-    length_at: float | None = None      # end the text where end_id has this probability at first
+    length_at: float | None = None      # before the first step, end the text at the first [MASK]
+                                        # with at least this probability of end_id
 
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        # logits divided by a lower temperature could overflow
+        if self.temperature != 0 and self.temperature < 1e-3:
+            raise ValueError(f"temperature must be 0, or at least 0.001, got {self.temperature}")
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         default = ORDERS[self.order].level

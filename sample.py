@@ -71,13 +71,15 @@ class Request:
                               group="results")
     trajectory: Path | None = option(None, "show each step: FILE.gif, or FILE.html with attention",
                                      tasks="draw edit caption answer fill")
-    n: int = option(1, "images per prompt, with seeds SEED, SEED + 1, ...", low=1, tasks=DRAW)
+    n: int = option(1, "images per prompt, with seeds SEED, SEED + 1, ...", low=1, high=10**6,
+                    tasks=DRAW)
     best: bool = option(False, "sort the --n images by how likely they make the prompt",
                         tasks="draw edit")
     seed: int = option(0, "seed of noise and tokens", low=0, high=2**63 - 1, tasks=f"{DRAW} {READ}")
     # used in drawing and reading; --help lists it here, once
     steps: int | None = option(None, "steps to draw (28); with --order random or confidence, to "
-                               "write (128) or answer (32)", low=1, tasks=f"{DRAW} {READ}")
+                               "write (128) or answer (32)", low=1, high=10**5,
+                               tasks=f"{DRAW} {READ}")
     drawing: DrawConfig = field(default_factory=DrawConfig)
     reading: ReadConfig = field(default_factory=ReadConfig)
     models: ModelConfig = field(default_factory=ModelConfig)
@@ -271,7 +273,9 @@ def name_flags(task: str) -> str:
 
 
 def parse(argv: list[str] | None = None) -> tuple[Task, Request]:
-    """Return the task that the flags select, and the flags.  A wrong flag exits with status 2."""
+    """Return the task that the flags select, and the flags.
+
+    A wrong flag exits with status 2.  Raises UserError for settings that don't fit each other."""
     usage = "sample.py --prompt TEXT | --image FILE ... | --text TEXT  [FLAGS]"
     parser = cli.Parser(__doc__, usage=usage)
     for config in (Request, DrawConfig, ReadConfig, ModelConfig):
@@ -325,13 +329,13 @@ def check_paths(parser: cli.Parser, task: str, args: Request) -> None:
             parser.error("--trajectory FILE.html shows one image; leave out --n")
         if args.best:
             parser.error("--trajectory shows images in the order of their seeds; leave out --best")
-        parser.check_path("--trajectory", args.trajectory, trajectory.SUFFIXES)
+        parser.check_file("--trajectory", args.trajectory, trajectory.SUFFIXES)
     if args.out and task == "folder":
         if args.out.is_file():
             parser.error(f"--out {args.out}: is a file, expected a folder; name another one")
-        parser.check_folder("--out", args.out)
+        parser.check_parent("--out", args.out)
     elif args.out:
-        parser.check_path("--out", args.out, grids.SUFFIXES)
+        parser.check_file("--out", args.out, grids.SUFFIXES)
 
 
 def main(argv: list[str] | None = None) -> None:

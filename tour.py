@@ -348,7 +348,8 @@ def find_things(image):
 
 
 def check(image, caption):
-    """Return what a drawing gets right; `places` and `shapes` also need the number."""
+    """Return which properties of a drawing match its caption.  `places` and `shapes` can match only
+    if the number does."""
     pairs = pairs_in(caption)
     axis = 3 if "above" in caption else 2                         # y or x of a thing
     things = sorted(find_things(image), key=lambda thing: thing[axis])

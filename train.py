@@ -94,8 +94,8 @@ def accumulate(errors: Errors, models: Models, batch: Batch, weight: float, conf
     micro_batches = batch.split(config.micro_batch)
     for micro in micro_batches:
         is_last = micro is micro_batches[-1]
-        distributed.last_backward(models.trainable, reduce_gradients and is_last, is_last,
-                                  config.shard)
+        distributed.set_reductions(models.trainable, shared=reduce_gradients and is_last,
+                                   others=is_last, mode=config.shard)
         with autocast(device, config.dtype):
             part = errors(models, micro.move_large_tensors(device)).sum() / batch.denominator
         (weight * part).backward()
@@ -175,7 +175,8 @@ def train(job: Job, signals: list[int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # torch's checkpoints warn if one process saves, AdamW before a graph is captured: both expected
+    # two expected warnings: torch's checkpoints warn if only one process saves, and AdamW warns if
+    # it takes a step before its graph is captured
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="This instance was constructed")
     config = parse(argv, __doc__)

@@ -203,16 +203,28 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{flag(name)} is no text in this terminal's encoding: {ascii(part)}")
         return parsed
 
-    def check_folder(self, flag: str, path: Path) -> None:
-        """Exit with an error, before the long work, if the path's folder does not exist."""
+    def check_name(self, flag: str, path: Path) -> None:
+        """Exit with an error for a path without a name: "" and "." are the same Path."""
+        if not path.name:
+            self.error(f"{flag}: expected a name, got '{path}'")
+
+    def check_parent(self, flag: str, path: Path) -> None:
+        """Exit with an error, before the long work, if nothing can be written at a path."""
+        self.check_name(flag, path)
         if not path.parent.is_dir():
             self.error(f"{flag} {path}: the folder {path.parent} does not exist")
+        if not os.access(path.parent, os.W_OK):
+            self.error(f"{flag} {path}: the folder {path.parent} can't be written to")
 
-    def check_path(self, flag: str, path: Path, suffixes: Iterable[str]) -> None:
-        """Exit with an error if the path's folder does not exist or its suffix is not allowed."""
-        self.check_folder(flag, path)
-        if path.suffix.lower() not in suffixes or path.is_dir():
+    def check_file(self, flag: str, path: Path, suffixes: Iterable[str] = ()) -> None:
+        """Exit with an error, before the long work, if no file can be written at a path.
+
+        suffixes: those that are allowed, if any."""
+        self.check_parent(flag, path)
+        if suffixes and path.suffix.lower() not in suffixes:
             self.error(f"{flag} {path}: expected a file name that ends in {', '.join(suffixes)}")
+        if path.exists() and not path.is_file():
+            self.error(f"{flag} {path}: is no plain file; name another one")
 
     def check_list(self, flag: str, values: list) -> None:
         """Exit with an error if a list has a blank text, or the same value twice."""
@@ -233,6 +245,12 @@ def interruptible(name: str) -> None:
         signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped\n"), os._exit(130)))
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Return True for the errors with which Python and torch say so, on a GPU or a CPU."""
+    is_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_gpu or "can't allocate memory" in str(error)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a program.  Print a UserError, an OSError and Ctrl-C (status 130) as one line; end
     silently if a pipe is closed.  Print characters that the terminal lacks as \\N{SNOWMAN}, and
@@ -248,6 +266,10 @@ def run(main: Callable[[], None]) -> None:
         print(end="", flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        sys.exit("error: not enough memory; use smaller batches, images or texts")
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         sys.exit(130)

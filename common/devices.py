@@ -6,6 +6,7 @@ Nobody has run this project on MPS yet.
 
 import os
 import re
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -20,14 +21,18 @@ NATIVE_BFLOAT16 = r"\b(avx512_bf16|amx_bf16|bf16)\b"            # flags of x86 a
 
 def choose_device(name: str) -> str:
     """Return "cuda", "mps" or "cpu" for a --device; auto takes the first available, in this order.
+    A number stays, as in "cuda:1".
 
     Raises UserError for a device that is not available."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1           # processes; MPS can't connect them
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1         # processes; MPS can't connect them
     available = {"cuda": torch.cuda.is_available(), "cpu": True,
                  "mps": torch.backends.mps.is_available() and not several}
     if name == "auto":
         return next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available[name]:
+    kind = name.partition(":")[0]
+    if kind not in available:
+        raise UserError(f"--device {name}: expected one of {', '.join(DEVICES)}")
+    if not available[kind]:
         where = "several processes" if name == "mps" and several else "this machine"
         raise UserError(f"--device {name}: torch has none for {where}; use --device cpu")
     return name
@@ -47,7 +52,8 @@ def has_bfloat16(device: torch.device) -> bool:
     If it does not, float32 can be 75 times faster than bfloat16.  On a CPU both the processor and
     oneDNN must support it: with ONEDNN_MAX_CPU_ISA=AVX2 the result is False."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     native = re.search(NATIVE_BFLOAT16, processor_flags())
@@ -65,6 +71,14 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
     if has_bfloat16(device):
         return "bfloat16", f"this {device.type.upper()} multiplies bfloat16 natively"
     return "float32", f"this {device.type.upper()} has no native bfloat16"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError if --compile has no C++ compiler, which it needs on a CPU."""
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    if device.type == "cpu" and not any(map(shutil.which, filter(None, compilers))):
+        raise UserError("--compile: on a CPU it needs a C++ compiler, and there is no c++, g++ or "
+                        "clang++; leave it out")
 
 
 def autocast(device: torch.device, dtype: str, **settings) -> AbstractContextManager:

@@ -100,11 +100,17 @@ def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+def check_plain(path: Path) -> None:
+    """Raise UserError for a device or a FIFO: reading it could wait for ever."""
+    is_special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    require((not is_special, f"{path}: is no plain file"))
+
+
 def read_bytes(path: Path) -> bytes:
     """Raises UserError, also for a device or a FIFO, unless it is one of those in /dev: a program's
     output may be given as /dev/stdin or /dev/fd/63."""
-    waits = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-    require((not waits or path.parts[:2] == ("/", "dev"), f"{path}: is no plain file"))
+    if path.parts[:2] != ("/", "dev"):
+        check_plain(path)
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:                       # ValueError: no possible name

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.cli import UserError, in_one_line
+from common.cli import UserError, in_one_line, require
 from common.devices import choose_device
 
 
@@ -35,12 +35,14 @@ def keep_memory() -> None:
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
-    """Return (rank, world size, device) for a --device; join a process group if under torchrun."""
+    """Return (rank, world size, device) for a --device; join a process group if under torchrun.
+
+    Raises UserError."""
     kind = choose_device(device)
     if kind == "cpu":
         keep_memory()
     environment = os.environ
-    if "LOCAL_RANK" not in environment:
+    if not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} <= environment.keys():
         return 0, 1, torch.device(kind)
     rank = int(environment["RANK"])
     world = int(environment["WORLD_SIZE"])
@@ -48,6 +50,9 @@ def start(device: str) -> tuple[int, int, torch.device]:
     backend = "gloo"
     if kind == "cuda":
         local = torch.device(kind, int(environment["LOCAL_RANK"]))
+        gpus = torch.cuda.device_count()
+        require((local.index < gpus, f"torchrun started more processes than this machine has GPUs, "
+                 f"{gpus}; lower --nproc_per_node"))
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     is_master = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -196,8 +196,8 @@ def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
 def documents(path: str) -> Iterator[tuple[str, bool]]:
     """Yield the texts of a file in pieces, each with True if a document ends after it.
 
-    A long .txt is cut only at a line break that has no other white space before or after it: a cut
-    there does not change the tokens.  Raises UserError."""
+    A long .txt is cut only before the last character of white space in front of a word: GPT-2's
+    tokenizer, too, starts a new piece there, so the tokens stay the same.  Raises UserError."""
     is_plain = path.removesuffix(".gz").endswith(".txt")
     text = ""
     try:
@@ -208,10 +208,14 @@ def documents(path: str) -> Iterator[tuple[str, bool]]:
                 progress.update(raw.tell())
                 line = decode_text(line, path, number)
                 if is_plain:
-                    if len(text) > DOCUMENT and not line[:1].isspace() and not text[-2].isspace():
-                        yield text, False
-                        text = ""
+                    begin = len(text)
                     text += line
+                    is_blank = line.isspace()
+                    if begin > DOCUMENT and not is_blank:
+                        indent = len(line) - len(line.lstrip())
+                        cut = begin + indent - 1
+                        yield text[:cut], False
+                        text = text[cut:]
                 elif line.strip():
                     record = parse_json(line, where)
                     if isinstance(record, dict):

@@ -124,17 +124,23 @@ def identity(record, where: str, field: str) -> int | str:
     return value
 
 
+def stripped(record: dict, field: str, where: str) -> str:
+    """Return a field's text without white space at its ends; "" for null.  Raises UserError."""
+    value = record.get(field)
+    return "" if value is None else text(value, where, field).strip()
+
+
 def described(record, where: str) -> dict:
     """Return a record's texts under a sample's names: "captions", "recaption" and "questions".
 
-    A caption of null or "" is left out.  Raises UserError for a field of the wrong type."""
+    A caption that is null or blank is left out.  Raises UserError for a field of the wrong type."""
     require((isinstance(record, dict),
              f"{where}: expected a JSON object, found {ascii(record)[:60]}"))
     sample = {}
-    if record.get("caption") not in (None, ""):
-        sample["captions"] = [text(record["caption"], where, "caption")]
-    if record.get("re_caption") not in (None, ""):
-        sample["recaption"] = text(record["re_caption"], where, "re_caption")
+    if caption := stripped(record, "caption", where):
+        sample["captions"] = [caption]
+    if recaption := stripped(record, "re_caption", where):
+        sample["recaption"] = recaption
     pairs = record.get("questions")
     if pairs is not None:
         require((isinstance(pairs, list) and all(isinstance(pair, dict) for pair in pairs),
@@ -264,8 +270,8 @@ class Folder(Source):
             require((isinstance(record, dict) and isinstance(record.get("file_name"), str),
                      f"{where}: expected an object with file_name and text, found "
                      f"{ascii(record)[:60]}"))
-            caption = text(record.get("text"), where, "text")
-            yield record["file_name"], [caption] if caption.strip() else []
+            caption = text(record.get("text"), where, "text").strip()
+            yield record["file_name"], [caption] if caption else []
 
     def pair(self, images: list[Path], others: list[Path]) -> Iterator[tuple[str, list[str]]]:
         """Pair images with caption files of the same name."""
@@ -292,7 +298,7 @@ class Folder(Source):
 
 
 class Listed(Source):
-    """A JSON list of {image_path, height, width, caption, re_caption}; paths start at `folder`."""
+    """A JSON list of {image_path, caption, re_caption, questions}; paths start at `folder`."""
 
     def __init__(self, path: Path, content: list[dict], folder: Path):
         self.name = str(path)
@@ -497,5 +503,10 @@ def expand(pattern: str) -> list[str]:
 
 
 def expand_all(patterns: list[str]) -> list[str]:
-    """Return the paths of all patterns, in order."""
-    return sum(map(expand, patterns), [])
+    """Return the paths of all patterns, in order.  Raises UserError if one matches nothing."""
+    paths = []
+    for pattern in patterns:
+        matches = expand(pattern)
+        require((matches, f"{pattern}: no file has such a name"))
+        paths += matches
+    return paths

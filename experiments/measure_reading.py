@@ -8,15 +8,20 @@
 This is not part of the test run.  Right: share of 192 captions per split that are right word for
 word.  Evaluations: network evaluations per text, without finished rows.  Time: relative to the
 exact order without the image cache, one token per step, in the same run.
+
+Shapes: n images, C latent channels, h and w latent height and width.
 """
 
 import random
 import re
+import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from common import cli
 from dataset import emoji
@@ -25,115 +30,207 @@ from inference import image_to_text
 from inference.image_to_text import ReadConfig
 from inference.parts import Parts
 from metrics import emojis
+from metrics.tables import table
 from viz import grids
 from viz.trajectory import pieces
 
 ORDERS = {
-    "confidence": dict(order="confidence"), "random": dict(order="random"),
+    "confidence": dict(order="confidence"),
+    "random": dict(order="random"),
     "confidence in 12 steps": dict(order="confidence", steps=12),
-    **{f"threshold {x}": dict(order="threshold", level=x) for x in (0.99, 0.95, 0.9)},
-    **{f"eb {x}": dict(order="eb", level=x) for x in (0.01, 0.05)},
+    "threshold 0.99": dict(order="threshold", level=0.99),
+    "threshold 0.95": dict(order="threshold", level=0.95),
+    "threshold 0.9": dict(order="threshold", level=0.9),
+    "eb 0.01": dict(order="eb", level=0.01),
+    "eb 0.05": dict(order="eb", level=0.05),
 }
 CACHES = ("off", "once")
+SPLITS = ("tone", "train")
 
 
-def measure(parts: Parts, latents, true: list[str], **how) -> tuple[float, float, float]:
-    """Return the percentage of right captions, the evaluations per text, and the seconds."""
-    with count_texts(parts.text) as counts:
+@dataclass
+class EmojiSet:
+    """The emoji set, as the shipped weights read it."""
+    parts: Parts
+    records: list[dict]
+    latents: Tensor             # one per record, (n, C, h, w); these weights work on pixels
+
+    def caption(self, i: int) -> str:
+        return self.records[i]["caption"]
+
+
+class Score(NamedTuple):
+    right: float                # percent
+    evaluations: float          # per text
+    seconds: float
+
+
+def percent_right(texts: list[str], true_texts: list[str]) -> float:
+    pairs = zip(texts, true_texts, strict=True)
+    return 100 * statistics.mean(text == true for text, true in pairs)
+
+
+# ------------------------------------------------------------------------------------------ orders
+
+def read_captions(data: EmojiSet, indices: list[int], config: ReadConfig) -> Score:
+    with count_texts(data.parts.text) as counts:
         started = time.perf_counter()
-        written = image_to_text.write(parts, latents, [None] * len(latents), ReadConfig(**how))
+        no_questions = [None] * len(indices)
+        captions = image_to_text.write(data.parts, data.latents[indices], no_questions, config)
         seconds = time.perf_counter() - started
-    right = 100 * sum(map(str.__eq__, written, true)) / len(true)
-    return right, sum(counts) / len(true), seconds
+    right = percent_right(captions, [data.caption(i) for i in indices])
+    return Score(right, sum(counts) / len(indices), seconds)
 
 
-def orders(parts: Parts, records: list[dict], latents, limit: int) -> None:
-    found = {}
-    for split in ("tone", "train"):
-        some = emoji.of_split(records, split)[:limit]
-        batch, true = latents[some], [records[i]["caption"] for i in some]
-        measure(parts, batch, true, **ORDERS["threshold 0.9"])                    # warm
-        for name, how in ORDERS.items():
+def orders(data: EmojiSet, limit: int) -> None:
+    """Print how well and how fast each order reads captions."""
+    scores = {}                                                  # one of each split
+    for split in SPLITS:
+        indices = emoji.of_split(data.records, split)[:limit]
+        read_captions(data, indices, ReadConfig(**ORDERS["threshold 0.9"]))              # warm-up
+        for name, settings in ORDERS.items():
             for cache in CACHES:
-                row = measure(parts, batch, true, image_cache=cache, **how)
-                found.setdefault((name, cache), []).append(row)
-                print(name, cache, row, file=sys.stderr, flush=True)
-    print("| order | image cache | right, `tone` | right, `train` | evaluations | time |\n|---|---|---|---|---|---|")
-    whole = sum(seconds for *_, seconds in found["confidence", "off"])
-    for (name, cache), (tone, train) in found.items():
-        evaluations, seconds = ((a + b) / 2 for a, b in zip(tone[1:], train[1:]))
-        print(f"| {name} | {cache} | {tone[0]:.1f} | {train[0]:.1f} | {evaluations:.1f} | "
-              f"{2 * seconds / whole:.3f} |")
+                score = read_captions(data, indices, ReadConfig(image_cache=cache, **settings))
+                scores.setdefault((name, cache), []).append(score)
+                print(name, cache, tuple(score), file=sys.stderr, flush=True)
+    exact_seconds = sum(score.seconds for score in scores["confidence", "off"])
+    print("| order | image cache | right, `tone` | right, `train` | evaluations | time |")
+    print("|---|---|---|---|---|---|")
+    for (name, cache), (tone, train) in scores.items():
+        evaluations = (tone.evaluations + train.evaluations) / 2
+        time_share = (tone.seconds + train.seconds) / exact_seconds
+        print(f"| {name} | {cache} | {tone.right:.1f} | {train.right:.1f} | {evaluations:.1f} | "
+              f"{time_share:.3f} |")
 
 
-def choices(parts: Parts, records: list[dict], latents, limit: int) -> None:
-    """Measure answers to one question of each type and answer."""
-    right = lambda said, asked: 100 * sum(a == q["answer"] for a, (_, q) in zip(said, asked)) / len(asked)
-    print("| split | all questions, look each time | once | yes or no, each time | once | ranked |")
-    for split in ("tone", "train"):
-        some = emoji.of_split(records, split)[:limit]
-        asked = [(i, q) for i in some for q in emojis.one_of_each(records[i])]
-        cells = []
-        for some in (asked, [(i, q) for i, q in asked if q["type"].startswith("yes/no")]):
-            batch, questions = latents[[i for i, _ in some]], [q["question"] for _, q in some]
+# ----------------------------------------------------------------------------------------- choices
+
+def answer(data: EmojiSet, asked: list[tuple[int, dict]], cache: str) -> list[str]:
+    """Write answers to pairs of an image's index and a question."""
+    latents = data.latents[[i for i, _ in asked]]
+    questions = [question["question"] for _, question in asked]
+    return image_to_text.write(data.parts, latents, questions, ReadConfig(image_cache=cache))
+
+
+def rank_yes_and_no(data: EmojiSet, asked: list[tuple[int, dict]]) -> list[str]:
+    """Return the likelier one of "yes" and "no" for each pair."""
+    answers = []
+    for i, question in asked:
+        latents = data.latents[i:i + 1]
+        ranking = image_to_text.rank(data.parts, latents, ["yes", "no"], question["question"])
+        answers.append(ranking[0].text)
+    return answers
+
+
+def choices(data: EmojiSet, limit: int) -> None:
+    """Print how many answers are right, for one question of each type and answer."""
+    rows = {}
+    for split in SPLITS:
+        asked = []
+        for i in emoji.of_split(data.records, split)[:limit]:
+            asked += [(i, question) for question in emojis.one_of_each(data.records[i])]
+        yes_or_no = [(i, question) for i, question in asked
+                     if question["type"].startswith("yes/no")]
+        rows[split] = {}
+        for title, pairs in (("all questions", asked), ("yes or no", yes_or_no)):
+            true_answers = [question["answer"] for _, question in pairs]
             for cache in CACHES:
-                said = image_to_text.write(parts, batch, questions, ReadConfig(image_cache=cache))
-                cells.append(f"{right(said, some):.1f}")
-        ranks = [image_to_text.rank(parts, latents[i:i + 1], ["yes", "no"], q["question"])
-                 for i, q in some]
-        cells.append(f"{right([rank[0].text for rank in ranks], some):.1f}")
-        print(f"| {split} | {' | '.join(cells)} |", flush=True)
+                answers = answer(data, pairs, cache)
+                rows[split][f"{title}, cache {cache}"] = percent_right(answers, true_answers)
+        ranked = rank_yes_and_no(data, yes_or_no)
+        rows[split]["yes or no, ranked"] = percent_right(ranked, true_answers)
+    print(table(rows, corner="split"))
 
 
-def infill(parts: Parts, records: list[dict], latents, limit: int) -> None:
-    """Measure filling in one or two missing words of held-out captions, with and without the image
-    cache."""
-    some = emoji.of_split(records, "tone")
+# ------------------------------------------------------------------------------------------ infill
+
+def make_gaps(caption: str, chance: random.Random) -> str:
+    """Replace one or two random words of a caption by [MASK]; a comma behind a word stays."""
+    words = caption.split(" ")
+    count = min(len(words), chance.randint(1, 2))
+    for at in chance.sample(range(len(words)), count):
+        comma = "," if words[at].endswith(",") else ""
+        words[at] = f"[MASK]{comma}"
+    return " ".join(words)
+
+
+def infill(data: EmojiSet, limit: int) -> None:
+    """Print how well missing words of held-out captions are filled in."""
+    held_out = emoji.of_split(data.records, "tone")
     for cache in CACHES:
-        chance, right, kept, gaps = random.Random(0), 0, 0, 0
-        for i in (chance.choice(some) for _ in range(limit)):
-            words = records[i]["caption"].split(" ")
-            for at in chance.sample(range(len(words)), min(len(words), chance.randint(1, 2))):
-                words[at] = "[MASK]" + "," * words[at].endswith(",")
-            text, gaps = " ".join(words), gaps + " ".join(words).count("[MASK]")
-            said = image_to_text.infill(parts, latents[i:i + 1], text, ReadConfig(image_cache=cache))
-            pattern = ".*".join(map(re.escape, text.split("[MASK]")))
-            right += said == records[i]["caption"]
-            kept += bool(re.fullmatch(pattern, said, re.DOTALL))
-        print(f"image cache {cache}: {limit} texts, {gaps} gaps: {kept} keep every given character, "
-              f"{right} are the true caption", flush=True)
+        chance = random.Random(0)
+        right = kept = gaps = 0
+        for _ in range(limit):
+            i = chance.choice(held_out)
+            text = make_gaps(data.caption(i), chance)
+            filled = image_to_text.infill(data.parts, data.latents[i:i + 1], text,
+                                          ReadConfig(image_cache=cache))
+            given = ".*".join(map(re.escape, text.split("[MASK]")))
+            gaps += text.count("[MASK]")
+            right += filled == data.caption(i)
+            kept += re.fullmatch(given, filled, re.DOTALL) is not None
+        print(f"image cache {cache}: {limit} texts, {gaps} gaps: {kept} keep every given "
+              f"character, {right} are the true caption", flush=True)
 
 
-def page(parts: Parts, records: list[dict], latents, out: Path) -> None:
-    """Write a page of the first three held-out images: unmasking and filling of captions, and
-    likelihoods of answers.  These weights work on pixels, so the latents are the images."""
-    begin, fill, answer = [], [], []
-    for i in emoji.of_split(records, "tone")[:3]:
-        record, look, states = records[i], latents[i:i + 1], []
-        image_to_text.write(parts, look, [None], states=states)
-        texts = ["".join(pieces(parts, ids[0].tolist())).replace("[MASK]", " _").strip() for _, ids in states]
-        begin.append((latents[i], texts[-7:]))
-        gaps = re.sub(r"[\w-]+(?= skin)|^\w+", "[MASK]", record["caption"])
-        fill.append((latents[i], [f"given: {gaps}", f"filled: {image_to_text.infill(parts, look, gaps)}"]))
-        asked = next(q for q in record["questions"] if q["type"] == "yes/no sort")["question"]
-        ranks = image_to_text.rank(parts, look, ["yes", "no"], asked)
-        answer.append((latents[i], [asked, *(f"{text}: {share:.1%}, {nats:.3f} nats (+- {error:.3f})"
-                                             for text, share, nats, error in ranks)]))
-    grids.write_image(out, grids.page(begin + fill[:1], fill[1:] + answer, most=8))
+# -------------------------------------------------------------------------------------------- page
+
+def unmasking(data: EmojiSet, i: int) -> list[str]:
+    """Return the last seven states of a caption that is being written."""
+    states = []
+    image_to_text.write(data.parts, data.latents[i:i + 1], [None], states=states)
+    lines = []
+    for _, ids in states:
+        text = "".join(pieces(data.parts, ids[0].tolist()))
+        lines.append(text.replace("[MASK]", " _").strip())
+    return lines[-7:]
+
+
+def filling(data: EmojiSet, i: int) -> list[str]:
+    """Return a caption without its first word and its tone, and the same filled in."""
+    gaps = re.sub(r"[\w-]+(?= skin)|^\w+", "[MASK]", data.caption(i))
+    filled = image_to_text.infill(data.parts, data.latents[i:i + 1], gaps)
+    return [f"given: {gaps}", f"filled: {filled}"]
+
+
+def likelihoods(data: EmojiSet, i: int) -> list[str]:
+    """Return a yes-or-no question, and how likely each answer is."""
+    questions = data.records[i]["questions"]
+    question = next(q["question"] for q in questions if q["type"] == "yes/no sort")
+    lines = [question]
+    latents = data.latents[i:i + 1]
+    for text, share, nats, error in image_to_text.rank(data.parts, latents, ["yes", "no"], question):
+        lines.append(f"{text}: {share:.1%}, {nats:.3f} nats (+- {error:.3f})")
+    return lines
+
+
+def write_page(data: EmojiSet, out: Path) -> None:
+    """Write a page of the first three held-out images."""
+    cells = []
+    for lines_of in (unmasking, filling, likelihoods):
+        for i in emoji.of_split(data.records, "tone")[:3]:
+            cells.append((data.latents[i], lines_of(data, i)))
+    grids.write_image(out, grids.page(cells[:4], cells[4:], most=8))
+
+
+MEASURES = dict(orders=orders, choices=choices, infill=infill)
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("what", choices=["orders", "choices", "infill", "page"])
+    parser.add_argument("what", choices=[*MEASURES, "page"])
     parser.add_argument("--out", type=Path, default=Path("page.png"), help="of page (page.png)")
     parser.add_argument("--limit", type=cli.number(int, 1), default=192, help="of all others (192)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    parts = Parts(dtype=getattr(torch, args.dtype))
+    parts = Parts(dtype=args.dtype)
     records, images = emoji.load(pixels=parts.height)
     latents = image_to_text.encode(parts, images.float() / 127.5 - 1)
-    measures = dict(orders=orders, choices=choices, infill=infill, page=page)
-    measures[args.what](parts, records, latents, args.out if args.what == "page" else args.limit)
+    data = EmojiSet(parts, records, latents)
+    if args.what == "page":
+        write_page(data, args.out)
+    else:
+        MEASURES[args.what](data, args.limit)
 
 
 if __name__ == "__main__":

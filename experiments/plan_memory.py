@@ -77,7 +77,7 @@ def measure(kind: str, flags: list[str]) -> None:
 def told(config) -> dict[str, float]:
     _, sizes, about = read_base(config.init, config.preset)
     t5, vae = plan.frozen_sizes(config, sizes, about)
-    N = plan.image_tokens(config, sizes, vae.factor if vae else 1)
+    N = plan.image_tokens(config, sizes, vae.factor if vae else 1) or sizes.null_tokens
     return plan.memory(config, sizes, t5, vae, N, 1, False)
 
 

@@ -82,6 +82,7 @@ class AnswerFile:
                      f"{self.out}: is there, and no {self.note_path.name}; name another file"))
             shutil.rmtree(self.blocks, ignore_errors=True)            # their settings are unknown
         if self.out.exists():
+            shutil.rmtree(self.blocks, ignore_errors=True)       # left by a kill in `join`
             return None
         self.blocks.mkdir(parents=True, exist_ok=True)
         write_json(self.note_path, self.note)

@@ -8,11 +8,15 @@ Shapes: B batch, L tokens, E width of text states, C latent channels, h and w of
 import torch
 from torch import Tensor
 
+from common.devices import check_compiler
 from model import MMDiT
 
 
 def compile_blocks(mmdit: MMDiT) -> None:
-    """Compile each block, once for each shape of its input."""
+    """Compile each block, once for each shape of its input.
+
+    Raises UserError without a compiler."""
+    check_compiler(next(mmdit.parameters()).device)
     # blocks are compiled for each shape, each `need`, and once more for the last block
     torch._dynamo.config.recompile_limit = 64
     for block in mmdit.blocks:
@@ -52,13 +56,14 @@ class CapturedNetwork:
     def capture(self, inputs: list[Tensor]) -> tuple:
         """Return (graph, the tensors that it reads, the velocity that it writes)."""
         static_inputs = [tensor.clone() for tensor in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):         # compiling and lazy allocations can't be captured
-            for _ in range(3):
-                self.mmdit(*static_inputs, need="velocity")
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            velocity, _ = self.mmdit(*static_inputs, need="velocity")
+        with torch.cuda.device(static_inputs[0].device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):     # compiling and lazy allocations can't be captured
+                for _ in range(3):
+                    self.mmdit(*static_inputs, need="velocity")
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                velocity, _ = self.mmdit(*static_inputs, need="velocity")
         return graph, static_inputs, velocity

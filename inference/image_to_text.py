@@ -31,21 +31,23 @@ MAX_MASK_TOKENS = 3     # infill tries one to three tokens for a [MASK]
 @dataclass
 class ReadConfig:
     """Settings of writing text; each is a flag of sample.py.  None: the checkpoint's default."""
-    steps: int | None = option(None, "of --order random and confidence (128; to answer 32)", low=1)
+    steps: int | None = option(None, "of --order random and confidence (128; to answer 32)", low=1,
+                               high=10**5)
     temperature: float | None = option(None, "0: the likeliest token; 1: sampled (0; published 1)",
                                        low=0, group="reading, with --image or --text")
     order: str | None = option(None, "order of revealing [MASK]s (threshold; published random)",
                                choices=mask_diffusion.ORDERS)
-    level: float | None = option(None, "threshold: a probability (0.99); eb: an entropy (0.05)", low=1e-9)
+    level: float | None = option(None, "threshold: a probability (0.99); eb: an entropy (0.05)",
+                                 low=1e-9)
     image_cache: str | None = option(None, "once: fast; off: exact (once; published off)",
                                      choices=["once", "off"])
     text_guidance: float = option(1.0, "guide away from what is likely without the image; "
-                                  "1: none", low=0.001)
+                                  "1: none", low=0.001, high=1000)
     max_tokens: int | None = option(None, "of a caption or an answer; may be more than --length",
-                                    low=1, tasks="caption answer questions chat")
-    length_at: float | None = option(None, "at first, end the text where the end token has this "
-                                    "probability", low=0,
-                                     high=1, tasks="caption answer questions chat")
+                                    low=1, high=10**5, tasks="caption answer questions chat")
+    length_at: float | None = option(None, "before the first step, end the text at the first "
+                                     "[MASK] with this probability of the end token", low=0, high=1,
+                                     tasks="caption answer questions chat")
 
     def __post_init__(self):
         if self.order:

@@ -45,7 +45,7 @@ class ModelConfig:
     height: int | None = option(None, "of an image, in pixels (as trained; published 512)", low=1)
     width: int | None = option(None, "of an image, in pixels (as trained; published 512)", low=1)
     length: int | None = option(None, "of a text, in tokens (as trained; published 256, to answer "
-                                "128)", low=2)
+                                "128)", low=2, high=10**5)
     vae: Path | None = option(None, "autoencoder, in place of the checkpoint's")
     t5: Path | None = option(None, "T5 encoder, in place of the checkpoint's")
     tokenizer: Path | None = option(None, "T5's tokenizer.json, in place of the checkpoint's")

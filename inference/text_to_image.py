@@ -29,18 +29,24 @@ LOWEST = dict(data=0.05, velocity=1e-3)
 @dataclass
 class DrawConfig:
     """Settings of a drawing; each one is a flag of sample.py.  None: the checkpoint's default."""
-    steps: int = option(28, "largest number of velocity evaluations", low=1)
+    steps: int = option(28, "largest number of velocity evaluations", low=1, high=10**5)
     solver: str = option("euler", "heun: up to two evaluations a step", choices=flow.SOLVERS,
                          group="drawing, with --prompt or --prompts")
     guidance_interval: tuple[float, float] = option((0.0, 1.0), "guide between these noise levels",
                                                     low=0, high=1)
     negative_prompt: str = option("", "guide away from this, not from the empty prompt")
-    guidance: float | None = option(None, "guidance scale; 1: none (1.5; published 7)", low=0.001)
-    shift: float | None = option(None, "shift towards high noise (1; published 3)", low=0.001)
-    batch: int | None = option(None, "images drawn at once (16; published 4)", low=1)
-    compile: bool = option(False, "compile the blocks; on a GPU capture a CUDA graph")
+    guidance: float | None = option(None, "guidance scale; 1: none (1.5; published 7)", low=0.001,
+                                    high=1000)
+    shift: float | None = option(None, "shift towards high noise (1; published 3)", low=0.001,
+                                 high=1000)
+    batch: int | None = option(None, "images drawn at once (16; published 4)", low=1, high=10**5)
+    compile: bool = option(False, "compile the blocks, on a CPU with a C++ compiler; on a GPU "
+                           "capture a CUDA graph")
 
     def __post_init__(self):
+        if self.solver not in flow.SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(flow.SOLVERS)}, got "
+                             f"{self.solver!r}")
         low, high = self.guidance_interval
         self.guidance_interval = (low, high)
         if low > high:

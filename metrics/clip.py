@@ -293,13 +293,15 @@ def read_pairs(folder: Path) -> Pairs:
 
 
 def read_caption(file: Path) -> str | None:
-    """Return an image's caption: a PNG's text field "prompt", as `draw` writes it, else the first
+    """Return an image's caption: a PNG's text field "prompt", if `draw` wrote it, else the first
     line of NAME.txt, else None."""
     try:
         fields = text_fields(file)
     except UserError:
         fields = {}                                             # `score` will report the file
+    if {"prompt", "seed", "checkpoint"} <= fields.keys():       # other programs write other prompts
+        return fields["prompt"]
     text_file = file.with_suffix(".txt")
-    if "prompt" in fields or not is_there(text_file):
-        return fields.get("prompt")
+    if not is_there(text_file):
+        return None
     return next(iter(text_lines(read_text(text_file))), None)

@@ -11,19 +11,18 @@ from typing import Callable
 import numpy as np
 from PIL import Image
 
-from common.cli import require
-from common.files import inside, sha256, visible
+from common.cli import UserError, require
+from common.files import inside, sha256
 from dataset.images import fit_image, read_image
 from metrics import benchmarks, clip, fid, inception
 from metrics.tables import print_left_out, read_note, tell
 
 
-def load_network(args: argparse.Namespace) -> tuple[inception.Inception, dict[str, str]]:
-    """Return Inception, and its settings to print."""
+def load_network(args: argparse.Namespace) -> tuple[inception.Inception, str]:
+    """Return Inception, and the digest of its weights."""
     if str(args.inception) == "random":
-        network = inception.untrained().to(args.device)
-        return network, dict(inception="random weights: this shows that it runs, and no quality")
-    return inception.load(args.inception, args.device), dict(inception=sha256(args.inception)[:16])
+        return inception.untrained().to(args.device), "random weights, which measure no quality"
+    return inception.load(args.inception, args.device), sha256(args.inception)[:16]
 
 
 def fid_command(args: argparse.Namespace) -> None:
@@ -33,16 +32,17 @@ def fid_command(args: argparse.Namespace) -> None:
     for source in args.sources:
         require((source.startswith("emoji:") or Path(source).exists(),
                  f"{source}: no such file or folder"))
-    network, settings = load_network(args)
-    a, left_out = fid.measure(first, network, args.device)
-    b, more = fid.measure(second, network, args.device)
+    network, digest = load_network(args)
+    a, left_out = fid.measure(first, network, args.device, digest)
+    b, more = fid.measure(second, network, args.device, digest)
     scores = {"FID": fid.frechet(a, b)}
     if a.features is not None and b.features is not None:
         mean, spread = fid.kid(a.features, b.features)
         scores["KID x 1000"] = 1000 * mean
         if spread:
             scores["its spread"] = 1000 * spread
-    settings["images"] = f"{a.count or 'an unknown number'} and {b.count or 'an unknown number'}"
+    images = f"{a.count or 'an unknown number'} and {b.count or 'an unknown number'}"
+    settings = dict(inception=digest, images=images)
     tell(args, {first: scores}, left_out + more, note, settings)
 
 
@@ -50,8 +50,8 @@ def statistics_command(args: argparse.Namespace) -> None:
     """Write a source's statistics to a file.  `fid` and pytorch-fid accept it as a source."""
     require((not fid.is_statistics(args.source),
              f"{args.source}: holds statistics already; expected images"))
-    network, _ = load_network(args)
-    statistics, left_out = fid.measure(args.source, network, args.device)
+    network, digest = load_network(args)
+    statistics, left_out = fid.measure(args.source, network, args.device, digest)
     fid.save(args.out, statistics, args.features)
     print(f"{args.out}: {statistics.count} images")
     print_left_out(left_out)
@@ -98,24 +98,35 @@ def compare(args: argparse.Namespace, benchmark: benchmarks.Benchmark,
         image = read_image(inside(args.real, benchmark.real[name]))
         return fit_image(image, *size) if size else image
 
-    network, settings = load_network(args)
+    require((args.real.is_dir(), f"{args.real}: no such folder; expected that of the real images"))
+    network, digest = load_network(args)
     drawn, left_out = read_statistics(args, network, groups, "drawn", read_drawn)
     real, more = read_statistics(args, network, groups, "real", read_real)
     left_out += more
     scores = {group: fid.frechet(drawn[group], real[group]) for group in drawn if group in real}
     require((scores, f"{args.drawn}: nothing to compare; {''.join(left_out[:1])}"))
-    return scores, left_out, settings
+    return scores, left_out, dict(inception=digest)
+
+
+def size_of_drawings(folder: Path, names: list[str]) -> tuple[int, int]:
+    """Return (height, width) of the first drawing that can be read; all have the same.  Raises
+    UserError."""
+    for name in names:
+        try:
+            image = read_image(folder / name)
+        except UserError:
+            continue
+        return image.height, image.width
+    raise UserError(f"{folder}: none of its drawings can be read; expected {names[0]} and others")
 
 
 def coco(args: argparse.Namespace) -> None:
     """Measure FID of 30,000 drawings against real images, cut to the same size, and CLIP score."""
     benchmark = benchmarks.read("coco", [str(args.captions)])
+    note = read_note(args.drawn)
     scorer = load_clip(args) if args.clip else None         # before FID, which takes long
-    # `draw` makes all drawings in one size, so the first one shows it
-    first = min(visible(args.drawn, "*.png"), default=args.drawn / benchmark.names[0])
-    width, height = read_image(first).size
-    groups = {"FID": benchmark.names}
-    scores, left_out, settings = compare(args, benchmark, groups, (height, width))
+    size = size_of_drawings(args.drawn, benchmark.names)
+    scores, left_out, settings = compare(args, benchmark, {"FID": benchmark.names}, size)
     if scorer:
         pairs = []
         for name, (prompt, _) in zip(benchmark.names, benchmark.jobs):
@@ -124,15 +135,16 @@ def coco(args: argparse.Namespace) -> None:
         scores.update(clip.summarize(cosines))
         left_out = list(dict.fromkeys(left_out + more))     # both list the unreadable drawings
     left_out = benchmark.left_out + left_out
-    tell(args, {"these drawings": scores}, left_out, read_note(args.drawn), settings)
+    tell(args, {"these drawings": scores}, left_out, note, settings)
 
 
 def mjhq(args: argparse.Namespace) -> None:
     """Measure FID against the real images of the same prompts, for all and for each category."""
     benchmark = benchmarks.read("mjhq", [str(args.captions)])
+    note = read_note(args.drawn)
     scores, left_out, settings = compare(args, benchmark, benchmark.categories)
     left_out = benchmark.left_out + left_out
-    tell(args, {"these drawings": scores}, left_out, read_note(args.drawn), settings)
+    tell(args, {"these drawings": scores}, left_out, note, settings)
 
 
 def load_clip(args: argparse.Namespace) -> tuple:
@@ -145,7 +157,9 @@ def load_clip(args: argparse.Namespace) -> tuple:
 
 def clip_command(args: argparse.Namespace) -> None:
     """Measure how well images fit their captions, as CLIP score."""
-    cosines, left_out = clip.score(clip.read_pairs(args.drawn), *load_clip(args), args.device)
+    note = read_note(args.drawn)
+    scorer = load_clip(args)
+    cosines, left_out = clip.score(clip.read_pairs(args.drawn), *scorer, args.device)
     rows = {str(args.drawn): clip.summarize(cosines)}
     settings = dict(pairs=len(cosines), clip=str(args.clip))
-    tell(args, rows, left_out, read_note(args.drawn), settings)
+    tell(args, rows, left_out, note, settings)

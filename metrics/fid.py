@@ -6,7 +6,7 @@
     frechet(drawn, real), kid(drawn.features, real.features)
 
 FID falls as the number of images grows: compare FIDs of equal numbers only (50,000 is usual, 30,000
-for COCO).  KID does not depend on the number, and its spread is reported: use it for a few hundred
+for COCO).  The expected value of KID does not depend on the number: use it for a few hundred
 images.
 
 Shapes: n images, D features of each, 2048 for Inception.
@@ -41,6 +41,7 @@ class Statistics:
     sigma: np.ndarray                   # (D, D) float64, covariance with divisor n - 1
     count: int | None = None            # n; None for a file of pytorch-fid
     features: np.ndarray | None = None  # (n, D) float32, for KID
+    network: str = ""                   # digest of its weights; "" for a file of pytorch-fid
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -117,8 +118,9 @@ def save(path: Path, statistics: Statistics, features: bool = False) -> None:
     """Write an .npz, which pytorch-fid can read, too.
 
     features: write them as well, 8 kB per image."""
-    arrays = {name: value for name, value in vars(statistics).items()
-              if value is not None and (features or name != "features")}
+    arrays = {name: value for name, value in vars(statistics).items() if value is not None}
+    if not features:
+        arrays.pop("features", None)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
@@ -136,6 +138,7 @@ def load(path: Path) -> Statistics:
             arrays = {name: file[name] for name in ["mu", "sigma", *file]}
         D = arrays["mu"].size
         count = arrays.get("count", np.array(0)).item()
+        network = str(arrays.pop("network", ""))
     except Exception as error:      # numpy and zipfile raise whatever the damage led to
         raise UserError(f"{path}: not a whole .npz of statistics ({str(error).splitlines()[0]})")
     shapes = dict(mu=(D,), sigma=(D, D), count=(), features=(count, D))
@@ -147,24 +150,33 @@ def load(path: Path) -> Statistics:
                  f"{shape}"))
     for name in ("mu", "sigma"):
         arrays[name] = arrays[name].astype(np.float64)
-    return Statistics(**arrays)
+    return Statistics(**arrays, network=network)
 
 
-def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu"
-            ) -> tuple[Statistics, list[str]]:
+def measure(source: str, network: Callable[[Tensor], Tensor], device: str = "cpu",
+            digest: str = "") -> tuple[Statistics, list[str]]:
     """Return the statistics of a folder, a tar, emoji:SPLIT or an .npz, and a line for each
     unreadable image.
 
-    Raises UserError for fewer than two readable images."""
+    digest: of the network's weights.  Raises UserError for fewer than two readable images, and for
+    an .npz of another network."""
     path = Path(source)
     if is_statistics(source):
-        return load(path), []
-    listing = emoji_images(source) if source.startswith("emoji:") and not path.exists() else file_images(path)
+        stored = load(path)
+        require((stored.network in ("", digest), f"{source}: statistics of the network "
+                 f"{stored.network}, --inception is {digest}; make them again"))
+        return stored, []
+    if source.startswith("emoji:") and not path.exists():
+        listing = emoji_images(source)
+    else:
+        listing = file_images(path)
     values, left_out = features(network, listing, device, f"{source}, images")
     count = len(values)
     require((count >= 2, f"{source}: {count} images that can be read, expected 2 or more; "
              f"{''.join(left_out[:1])}"))
-    return statistics(values), left_out
+    measured = statistics(values)
+    measured.network = digest
+    return measured, left_out
 
 
 def root(sigma: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 from common.cli import one_line
-from common.files import is_there, read_json_object, write_json
+from common.files import is_there, read_json, write_json
 from metrics import benchmarks
 
 SHOWN = 10              # lines printed of the list of what was left out
@@ -61,7 +61,7 @@ def tell(args: argparse.Namespace, rows: Rows, left_out: list[str], note: dict,
     print_left_out(left_out)
     if args.json:
         scores = dict(scores=rows | hidden, left_out=left_out)
-        write_json(args.json, command | dict(made=note) | settings | scores)
+        write_json(args.json, command | dict(note=note) | settings | scores)
 
 
 def print_left_out(lines: list[str]) -> None:
@@ -72,6 +72,10 @@ def print_left_out(lines: list[str]) -> None:
 
 
 def read_note(path: Path) -> dict:
-    """Return the settings that `draw` noted for a folder, or `answer` for a file; {} if none."""
+    """Return the settings that `draw` noted for a folder, or `answer` for a file.
+
+    Return {} if there are none: NAME.json may also be a file of another program."""
     file = Path(f"{path}.json")
-    return read_json_object(file) if is_there(file) else {}
+    content = read_json(file) if is_there(file) else {}
+    is_note = isinstance(content, dict) and "made_by" in content
+    return content if is_note else {}

@@ -331,6 +331,7 @@ def vae_config(part: Part) -> VAEConfig:
     [levels] = rename("encoder.down.", table)
     [blocks] = rename("encoder.down.0.blocks.", table)
     widths = []
+    require((tensors.count(levels), f"{tensors.files[0]}: this autoencoder has no encoder"))
     for level in range(tensors.count(levels)):
         [convolution] = rename(f"encoder.down.{level}.blocks.0.conv1.weight", table)
         widths.append(tensors.size(convolution, 0))

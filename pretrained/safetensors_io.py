@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.cli import UserError, require
-from common.files import replacing
+from common.files import check_plain, replacing
 
 SUFFIXES = (".safetensors", ".sft")
 PICKLE = "a pickle, which can run code; convert it to safetensors first"
@@ -59,6 +59,7 @@ class Tensors:
 
     @staticmethod
     def open(file: Path):
+        check_plain(file)
         try:
             with open(file, "rb") as stream:
                 first_bytes = stream.read(4)
@@ -121,6 +122,7 @@ def read_any(path: Path, expected: str):
     if is_safetensors(path):
         tensors = Tensors([path])
         return {name: tensors.read(name) for name in tensors.file}
+    check_plain(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # torch raises many types for missing, damaged or refused files
@@ -158,5 +160,5 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype,
         for name, tensor in tensors.items():
             values = gather(tensor).detach().to("cpu", dtype).contiguous()
             require((finite(values), f"{path}: {name} is not finite in {NAMES[dtype]} (BF16 has "
-                     f"F32's range); nothing was written"))
+                     f"F32's range); the file was not written"))
             file.write(values.reshape(-1).view(torch.uint8).numpy())

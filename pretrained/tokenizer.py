@@ -37,7 +37,7 @@ class Tokenizer:
     capitals: set[str] = field(default_factory=set)     # words with capitals in captions and answers
     warns: bool = True                  # print a warning for the first text that is cut
     cut: int = 0                        # number of texts that were cut
-    lost: str = ""                      # describes the first text that was cut
+    first_cut: str = ""                 # describes the first one
 
     def plain(self, text: str) -> str:
         """Break up special tokens in a text, so that they are read as text: "</s>" -> "< /s>"."""
@@ -135,19 +135,19 @@ class Tokenizer:
         room = length - 1
         if len(ids) > room:
             self.cut += 1
-            if not self.lost:
+            if not self.first_cut:
                 self.describe_cut(ids, room)
         ids = ids[:room] + [self.end_id]
         return torch.tensor(ids + [self.pad_id] * (length - len(ids)))
 
     def describe_cut(self, ids: list[int], room: int) -> None:
-        """Describe in `lost`, and in a warning, what `ids` lose after `room` tokens."""
+        """Describe in `first_cut`, and in a warning, what `ids` lose after `room` tokens."""
         kept = self.decode(ids[:room])
         cut = self.decode(ids[room:])
-        self.lost = (f"{len(ids)} tokens, room for {room}: kept up to {kept[-20:]!r}, cut off "
+        self.first_cut = (f"{len(ids)} tokens, room for {room}: kept up to {kept[-20:]!r}, cut off "
                      f"{cut[:60]!r}")
         if self.warns:
-            warn(f"{self.lost}; others are counted")
+            warn(f"{self.first_cut}; others are counted")
 
     def decode(self, ids: Tensor | list[int]) -> str:
         """Return the text up to the first end or padding token; mask ids are shown as "[MASK]"."""

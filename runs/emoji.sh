@@ -18,22 +18,23 @@ flags="--eval-every 250 --save-every 250 --sample-every 1000 $compile"
 if nvidia-smi -L >/dev/null 2>&1; then
     flags="--cuda-graph --workers 12 --log-every 50 --eval-every 1000 --save-every 5000 --sample-every 5000"
 fi
-train="python train.py $flags --optimizer muon --lr 2.5e-3 --warmup 50"
+train="python train.py"
+recipe="$flags --optimizer muon --lr 2.5e-3 --warmup 50"
 batches="--image-batch 96 --text-batch 48"
 
 # 1. Captions, at a constant learning rate.
-stage out/emoji/pretrain 5000 --stage pretrain $batches
+stage out/emoji/pretrain 5000 --stage pretrain $recipe $batches
 
 # 2. Captions and questions; over the last steps the learning rate falls to zero.  The shipped weights
 #    were trained with a lambda of 1, and of 2 in the last stage, when the text loss was the mean over
 #    answers only.  Now it is the mean over all positions; 79 % and 75 % of them are answers.  So 1.26
 #    and 2.66 give answers the same weight as before.
-stage out/emoji/instruct 15000 --stage instruct --init out/emoji/pretrain $batches --decay-steps 4000 \
-    --question-share 0.5 --text-weight 1.26
+stage out/emoji/instruct 15000 --stage instruct --init out/emoji/pretrain $recipe $batches \
+    --decay-steps 4000 --question-share 0.5 --text-weight 1.26
 
 # 3. The same with more texts, the same weight for each masked token, and each image equally often.  An
 #    emoji of two people has 25 images with different pairs of skin tones; in stages 1 and 2 an epoch
 #    has only one of them.
-$train --out out/emoji/each --steps 25000 --stage instruct --init out/emoji/instruct --decay-steps 15000 \
-    --question-share 0.6 --text-weight 2.66 --text-loss flat --image-batch 64 --text-batch 96 \
+$train --out out/emoji/each --steps 25000 --stage instruct --init out/emoji/instruct $recipe \
+    --decay-steps 15000 --question-share 0.6 --text-weight 2.66 --text-loss flat --image-batch 64 --text-batch 96 \
     --text-data assets/emoji.tar.gz@each "$@"

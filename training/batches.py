@@ -100,8 +100,9 @@ class StepBatches:
     """The batches of a step, and messages for the log."""
     image: ImageBatch | None
     text: TextBatch
-    unreadable: list[str]           # one message per unreadable sample, which another one replaces
-    cut: list[str]                  # a message about the first text that was cut, once for each
+    bad_samples: list[str]          # a message about each sample that another one replaces
+    cut_texts: int                  # texts longer than --text-length
+    cut_example: str                # what this process's first one lost
 
 
 @dataclass
@@ -136,10 +137,10 @@ class BatchMaker:
         t = mask_diffusion.draw_times(config.text_batch, generator)
         samples, generators = self.rows(step, config.text_batch, "text")
         text = self.text_batch(samples, generators, t[self.rank::self.world])
-        unreadable = []
+        bad_samples = []
         for mix in self.mixes.values():
-            unreadable += mix.newly_bad()
-        return StepBatches(image, text, unreadable, [self.tokenizer.lost] * self.tokenizer.cut)
+            bad_samples += mix.newly_bad()
+        return StepBatches(image, text, bad_samples, self.tokenizer.cut, self.tokenizer.first_cut)
 
     def rows(self, step: int, size: int, name: str) -> tuple[list[dict], list[torch.Generator]]:
         """Return the samples of this process's rows of a batch, and a generator for each.

@@ -3,7 +3,7 @@
     text -> pretrain                                the end-to-end variant, from scratch
     pretrain -> mask-emb -> high-res -> instruct    from SD3's weights (Table 1 of arXiv 2501.00289)
 
-A setting without a flag has the default of its stage (SMALL and SHAPES have those of the models of
+A flag that you leave out has the default of its stage (SMALL and SHAPES have those of the models of
 pixels) or, if the stage has none, of TrainConfig.  With --init from a run, --guidance, --shift and
 (except in high-res) --pixels are the run's.
 """
@@ -23,9 +23,8 @@ from training.optimizers import OPTIMIZERS
 
 
 class Stage(NamedTuple):
-    losses: str             # "image, text": L = L_image + lambda L_text; or "text"
-    extras: str             # trained too, besides the transformer and a token embedding.  The null
-                            # image is also trained where packed text has no images
+    images: bool            # L = L_image + lambda L_text; without images, only L_text
+    trains_mask: bool       # T5's [MASK] embedding is trained, too
     pixels: int             # side of an image; the run at --init decides it, except in high-res
     text_length: int        # tokens, padding included; at most the positions of a token embedding
     text_weight: float      # lambda
@@ -40,14 +39,14 @@ class Stage(NamedTuple):
 # stage of the end-to-end variant, is 350 B tokens in the paper.  The paper gives neither its batch
 # nor its learning rate: both are ours.
 STAGES = {
-    #                 losses         extras      pixels, tokens, lambda, batches, lr, warm-up, steps
-    "text":     Stage("text",        "null image", 256, 256, 1.0,   0, 2048, 1e-4, 5000, 667_000),
-    "pretrain": Stage("image, text", "",           256, 256, 0.2, 512,  512, 5e-5, 5000,  60_000),
-    "mask-emb": Stage("image, text", "[MASK]",     256, 256, 0.2, 512,  512, 3e-5, 1000, 200_000),
-    "high-res": Stage("image, text", "",           512, 256, 0.2, 768,  768, 3e-5, 1000,  80_000),
-    "instruct": Stage("image, text", "",           512, 128, 1.0, 512,  512, 3e-5, 1000,  50_000),
+    #                 images, [MASK], pixels, tokens, lambda, batches, lr, warm-up, steps
+    "text":     Stage(False, False, 256, 256, 1.0,   0, 2048, 1e-4, 5000, 667_000),
+    "pretrain": Stage(True,  False, 256, 256, 0.2, 512,  512, 5e-5, 5000,  60_000),
+    "mask-emb": Stage(True,  True,  256, 256, 0.2, 512,  512, 3e-5, 1000, 200_000),
+    "high-res": Stage(True,  False, 512, 256, 0.2, 768,  768, 3e-5, 1000,  80_000),
+    "instruct": Stage(True,  False, 512, 128, 1.0, 512,  512, 3e-5, 1000,  50_000),
 }
-# These settings replace those of STAGES for a model of pixels, so that a first run takes about 8
+# These settings replace those of STAGES for a model of pixels, so that a first run takes about 15
 # minutes of two cores.  runs/emoji.sh has the recipe of the shipped weights.
 SMALL = dict(pixels=64, text_length=28, image_batch=32, text_batch=32, lr=2.5e-3, warmup=50,
              steps=500, vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0,
@@ -73,7 +72,6 @@ class TrainConfig:
     pixels: int = option(0, "side of the square images", low=1)
     text_length: int = option(0, "tokens of a text, padding included", low=2)
     text_weight: float = option(0.0, "lambda, the weight of the text loss", low=0)
-    image_weight: float = option(1.0, "weight of the image loss; 0: only measure it", low=0)
     image_batch: int = option(0, "images in the image loss of a step, over all processes", low=1)
     text_batch: int = option(0, "texts in the text loss of a step, over all processes", low=1)
     lr: float = option(0.0, "peak learning rate", low=1e-12, high=1)
@@ -85,7 +83,7 @@ class TrainConfig:
     text_data: list[str] = option([], "data of the text loss, if not --image-data")
     recaption: float = option(1.0, "share of re-captions, if a sample has one", low=0, high=1)
     filtered: bool = option(False, "filter like the published trainer: leave out sides under 256, "
-                            "aspect ratios over 4.5, captions under 6 characters")
+                            "captions under 6 characters, aspect ratios over 4.5 (otherwise 4)")
     buckets: bool = option(False, "keep aspect ratios: each batch has its own size, of equal area")
     text_dropout: float = option(0.1, "share of images with the empty prompt, for guidance",
                                  low=0, high=1)
@@ -109,6 +107,7 @@ class TrainConfig:
                                low=0, high=1)
     predicts: str = option("", "what the image head predicts, in place of the preset's choice",
                            choices=["", "velocity", "data"])
+    image_weight: float = option(1.0, "weight of the image loss; 0: only measure it", low=0)
     text_loss: str = option("1/t", "weight of a masked token", choices=mask_diffusion.WEIGHTS)
     clip: float = option(2.0, "clip larger gradient norms to this", low=1e-6)
     ema: float = option(0.9999, "decay of the averaged weights", low=0, high=1)
@@ -171,8 +170,8 @@ def read_base(init: str, preset: str) -> tuple[str, MMDiTConfig, dict]:
 def stage_defaults(stage: str, sizes: MMDiTConfig, about: dict) -> dict:
     """Return a stage's defaults for a model of these sizes.  about: the config.json of --init."""
     defaults = STAGES[stage]._asdict()
-    del defaults["losses"]
-    del defaults["extras"]
+    del defaults["images"]
+    del defaults["trains_mask"]
     if sizes.channels == 3:
         defaults |= SMALL
         image_data = str(emoji.TAR)
@@ -221,6 +220,8 @@ def find_idle_flags(config: TrainConfig) -> dict[str, str]:
         needs["compare"] = "--eval-every"
     if config.stage != "instruct":
         needs["question_share"] = "--stage instruct"
+    if not PRESETS[config.preset].get("text_length"):
+        needs["vocabulary"] = "a preset with a token embedding"
     if config.init:
         needs |= dict.fromkeys(ONLY_FROM_SCRATCH, "a start from scratch, and --init was given")
     if config.stage == "text":

@@ -50,7 +50,7 @@ def refill(static: Batch, batch: Batch) -> None:
 
 
 class GraphedStep:
-    """A training step on static tensors; without a GPU it runs kernel by kernel."""
+    """A training step on static tensors.  Only tests run it without a GPU, uncaptured."""
 
     def __init__(self, job: Job, first: StepBatches, image_errors: Errors):
         self.job, self.image_errors = job, image_errors
@@ -58,17 +58,17 @@ class GraphedStep:
         self.image = first.image.map(lambda name, tensor: tensor.to(self.device))
         self.text = first.text.map(lambda name, tensor: tensor.to(self.device))
         self.mask_id = self.text.ids.new_tensor([job.models.tokenizer.mask_id])
-        self.rate = torch.zeros((), device=self.device)
+        self.lr = torch.zeros((), device=self.device)
         self.average_weight = torch.zeros((), device=self.device)
         self.graph = None
         if self.device.type == "cuda":
             self.capture()
 
-    def __call__(self, batch: StepBatches, rate: float, decay: float) -> dict[str, Tensor]:
+    def __call__(self, batch: StepBatches, lr: float, decay: float) -> dict[str, Tensor]:
         """Take a step; return losses and gradient norm, which the next call overwrites."""
         refill(self.image, batch.image)
         refill(self.text, batch.text)
-        self.rate.fill_(rate)
+        self.lr.fill_(lr)
         self.average_weight.fill_(1 - decay)
         if self.graph is None:
             self.results = self.take_step()
@@ -80,7 +80,7 @@ class GraphedStep:
         """Compute one update on the static tensors; the graph captures this work."""
         config, models, run = self.job.config, self.job.models, self.job.run
         model = models.trainable
-        set_learning_rate(run.optimizers, self.rate)
+        set_learning_rate(run.optimizers, self.lr)
         for p in model.parameters():
             p.grad = None                                        # the graph allocates gradients
         precision = autocast(self.device, config.dtype, cache_enabled=False)
@@ -105,7 +105,7 @@ class GraphedStep:
 
         During these steps the learning rate and the weight of the average are 0.  So they change
         only the optimizers' moments, which are restored.  Raises UserError."""
-        self.rate.zero_()
+        self.lr.zero_()
         self.average_weight.zero_()
         optimizers = self.job.run.optimizers
         saved = [tensor.clone() for tensor in moments(optimizers)]
@@ -160,16 +160,16 @@ def train(job: Job, signals: list[int], errors: dict[str, Errors]) -> None:
         run.stop_reason = run.stop_reason or error
         if step is None:
             step = GraphedStep(job, batches, errors["image"])
-        rate = learning_rate(run.step, config)
-        results = step(batches, rate, average_decay(run.step, config))
-        set_learning_rate(run.optimizers, rate)                  # as a number, for checkpoints
+        lr = learning_rate(run.step, config)
+        results = step(batches, lr, average_decay(run.step, config))
+        set_learning_rate(run.optimizers, lr)                    # as a number, for checkpoints
         run.step += 1
         run.note(results, batches)
         stopping = bool(signals or run.stop_reason)
         intervals = config.log_every, config.eval_every, config.save_every, config.sample_every
         if stopping or run.step <= 5 or any(map(run.due, intervals)):
             check_finite(job)
-        reports.after_step(job, validation, rate, {}, stopping)
+        reports.after_step(job, validation, lr, {}, stopping)
         if stopping:
             break
     run.end(config.steps)
@@ -179,9 +179,10 @@ def check_finite(job: Job) -> None:
     """Raise UserError if a loss or gradient was not finite since the last row, or a save failed."""
     run = job.run
     means = {name: float(total) / run.summed for name, total in run.sums.items()}
-    if run.save_error:
+    is_finite = all(map(math.isfinite, means.values()))
+    if run.save_error and is_finite:                             # NaN must not be saved
         run.save_again()
-    if not all(map(math.isfinite, means.values())):
+    if not is_finite:
         run.wait()
         raise cli.UserError(f"step {run.step}, or one since the last row: a loss or the gradient "
                             f"is not finite ({means}); go on from {run.newest()} with a smaller "
@@ -200,6 +201,6 @@ def check(config: TrainConfig) -> None:
         (world == 1, f"--cuda-graph is for one process, not {world}"),
         (sizes.text_length and sizes.channels == 3, f"--cuda-graph: {model} is not a model of "
          f"pixels with a token embedding"),
-        (STAGES[config.stage].losses == "image, text", f"--cuda-graph needs two losses, --stage "
+        (STAGES[config.stage].images, f"--cuda-graph needs two losses, --stage "
          f"{config.stage} has one"),
         (choose_device(config.device) == "cuda", "--cuda-graph needs an NVIDIA GPU"))

@@ -45,7 +45,7 @@ def shard(model: nn.ModuleDict, dtype: torch.dtype, mode: str) -> None:
     """Wrap the text head, each block and each module in FSDP2, in place.
 
     mode: "zero2", the paper's, gathers each module's weights once in a step, and keeps them and
-    whole gradients until the last backward pass (`last_backward`); "zero3" gathers them in every
+    whole gradients until the last backward pass (`set_reductions`); "zero3" gathers them in every
     pass, and shards gradients after it; "hsdp" is zero2 within each machine, or within each half of
     a single machine; "none" keeps a copy in each process.  Matrix products are in `dtype`; stored
     weights, reductions and the text head are in float32."""
@@ -70,21 +70,21 @@ def shard_frozen(t5: nn.Module) -> None:
         fully_shard(module, reshard_after_forward=True)
 
 
-def last_backward(model: nn.ModuleDict, last: bool, of_loss: bool, mode: str) -> None:
+def set_reductions(model: nn.ModuleDict, shared: bool, others: bool, mode: str) -> None:
     """Set which modules reduce their gradients in the next backward pass.
 
-    last: it is the last one of the step, or the gradient meter needs it.  of_loss: it is the last
-    one of its loss.  All blocks but the last, and the embedding, have gradients from both losses.
-    They keep gradients and parameters unsharded until `last`: with 24 blocks, this takes 29 gathers
-    and 29 reductions instead of 53.  The other modules are reduced after each loss, because FSDP2
-    reduces all tensors of a module, and some have no gradient from one of the losses.  zero3, which
-    saves memory, always reduces."""
+    shared: the modules that have gradients from both losses, which are all blocks but the last, and
+    the embedding.  They need it once, after both losses, and keep gradients and parameters
+    unsharded until then: with 24 blocks, this takes 29 gathers and 29 reductions instead of 53.
+    others: the other modules.  They need it after each loss, because FSDP2 reduces all tensors of a
+    module, and some have no gradient from one of the losses.
+    zero3, which saves memory, always reduces all."""
     mmdit = model["mmdit"]
     if not isinstance(mmdit, FSDPModule):
         return
-    due = {module: last for module in [*mmdit.blocks, *model.values()]}
+    due = {module: shared for module in [*mmdit.blocks, *model.values()]}
     for module in (mmdit, mmdit.blocks[-1], mmdit.txt_out):
-        due[module] = of_loss
+        due[module] = others
     for module, reduces in due.items():
         module.set_requires_gradient_sync(reduces or mode == "zero3", recurse=False)
         module.set_reshard_after_backward(reduces or mode == "zero3", recurse=False)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 from common.cli import UserError, flag, warn
+from common.devices import check_compiler
 from dataset import aspect_buckets
 from dataset.precompute import states_stamp
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
@@ -96,7 +97,7 @@ def check(config: TrainConfig, sizes: MMDiTConfig, factor: int | None) -> None:
     elif config.stage == "text":
         raise UserError(f"--stage text: is the end-to-end variant's, {name} reads T5's states; "
                         f"start with --stage pretrain")
-    if factor and STAGES[config.stage].losses != "text":
+    if factor and STAGES[config.stage].images:
         unit = sizes.patch * factor
         largest = unit * sizes.position_size
         side = config.pixels
@@ -121,27 +122,26 @@ def find_parts(config: TrainConfig, sizes: MMDiTConfig, about: dict) -> dict[str
         parts.append("vae")
     paths = {}
     for part in parts:
-        flag = getattr(config, part)
-        path = flag or about.get(part) or config.init
+        path_given = getattr(config, part)
+        path = path_given or about.get(part) or config.init
         if not path:
             continue
         try:
             checkpoint.named(path, part)
             paths[part] = path
         except UserError:
-            if flag:
+            if path_given:
                 raise
     return paths
 
 
-def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts: list[str] | None,
+def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], tokenizer: Tokenizer,
           no_images: bool, vae: AutoencoderKL | Pixels | None, device: torch.device) -> Models:
     """Build the models of a run on the device.
 
-    sizes: of --init or the preset.  where: see `find_parts`.  texts: all training texts, or None.
-    no_images: the text loss has no images, so the null image is trained.  vae: in eval mode.
-    Raises UserError if parts are missing or don't fit together."""
-    tokenizer = build_tokenizer(config, sizes, texts)
+    sizes: of --init or the preset.  where: see `find_parts`.  no_images: the text loss has no
+    images, so the null image is trained.  vae: in eval mode.  Raises UserError if parts are missing
+    or don't fit together."""
     torch.manual_seed(config.seed)
     mmdit = build_transformer(config, sizes, tokenizer)
     models = Models(nn.ModuleDict({"mmdit": mmdit}), tokenizer, None, vae)
@@ -155,11 +155,12 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
     if vae:
         vae.to(device, getattr(torch, config.dtype)).requires_grad_(False)
     mmdit.null_image.requires_grad_(no_images)
-    if STAGES[config.stage].losses == "text":
+    if not STAGES[config.stage].images:
         freeze_velocity_parts(mmdit)
     if config.checkpoint_activations:
         recompute_blocks(models)
     if config.compile:
+        check_compiler(device)
         torch._dynamo.config.recompile_limit = 64        # variants: image, text, last block
         for block in mmdit.blocks:
             block.compile()
@@ -168,12 +169,18 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], texts:
 
 
 def build_tokenizer(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | None) -> Tokenizer:
-    """Load the tokenizer of --tokenizer or --init, or else make GPT-2's or a part of it."""
+    """Load the tokenizer of --tokenizer or --init, or else make GPT-2's or a part of it.
+
+    texts: all training texts, or None.  Raises UserError."""
     end_to_end = sizes.text_length > 0
     if end_to_end and not config.init:
         used_tokens = None
-        if config.vocabulary == "used" and texts is not None:
-            used_tokens = gpt2_subset(texts)
+        if config.vocabulary == "used":
+            if texts is None:
+                warn("--vocabulary used: the texts of tars, latents and files of questions can't be "
+                     "listed without reading all data; the whole vocabulary is used")
+            else:
+                used_tokens = gpt2_subset(texts)
         tokenizer = gpt2_tokenizer(used_tokens)
         tokenizer.meet(texts)
     else:
@@ -231,7 +238,7 @@ def add_text_encoder(models: Models, config: TrainConfig, path: str | None,
         vector = t5.embed.weight[tokenizer.mask_id].detach()
     vector = vector.float().clone()                              # not rounded to T5's dtype
     models.extra_tensors["mask.vector"] = vector
-    if "[MASK]" in STAGES[config.stage].extras:
+    if STAGES[config.stage].trains_mask:
         models.trainable["mask"] = MaskEmbedding(vector, tokenizer.mask_id)
     models.t5 = t5.to(device).requires_grad_(False)
     empty_prompt = tokenizer.encode("", config.text_length)[None].to(device)     # (1, L)

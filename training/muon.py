@@ -1,8 +1,8 @@
 """Muon (Keller Jordan et al., 2024): orthogonalized momentum for the matrices of a network.
 
 torch.optim.Muon always multiplies in bfloat16.  A CPU without bfloat16 instructions does that 75
-times slower than float32 (docs/benchmarks.md), so here the dtype is a setting.  Matrices of the same shape are
-orthogonalized as one batch.
+times slower than float32 (docs/benchmarks.md), so here the dtype is a setting.  Matrices of the
+same shape are orthogonalized as one batch.
 """
 
 from collections import defaultdict

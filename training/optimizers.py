@@ -43,7 +43,7 @@ def make_optimizers(model: nn.ModuleDict, config) -> list[torch.optim.Optimizer]
     return [make_adamw(others, config), OPTIMIZERS[config.optimizer].make(matrices, config)]
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float | Tensor) -> None:
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float | Tensor) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr

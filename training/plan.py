@@ -49,8 +49,8 @@ def count_frozen(stage: Stage, c: MMDiTConfig) -> int:
     """Count the transformer's parameters that a stage does not train."""
     with torch.device("meta"):
         mmdit = MMDiT(c)
-    mmdit.null_image.requires_grad_("null image" in stage.extras)
-    if stage.losses == "text":
+    mmdit.null_image.requires_grad_(not stage.images)
+    if not stage.images:
         training_models.freeze_velocity_parts(mmdit)
     return sum(p.numel() for p in mmdit.parameters() if not p.requires_grad)
 
@@ -74,7 +74,7 @@ def frozen_sizes(config: TrainConfig, c: MMDiTConfig,
         t5 = checkpoint.t5_sizes(paths["t5"])
     elif not c.text_length:
         t5 = T5Config()
-    if c.channels != 3 and STAGES[config.stage].losses != "text":
+    if c.channels != 3 and STAGES[config.stage].images:
         vae = checkpoint.vae_sizes(paths["vae"]) if "vae" in paths else VAEConfig()
     return t5, vae
 
@@ -82,9 +82,10 @@ def frozen_sizes(config: TrainConfig, c: MMDiTConfig,
 # --------------------------------------------------------------------------------------- arithmetic
 
 def image_tokens(config: TrainConfig, c: MMDiTConfig, factor: int) -> int:
-    """Return N, the tokens of an image or null image.  factor: pixels per latent, along a side."""
-    if STAGES[config.stage].losses == "text":
-        return c.null_tokens
+    """Return the tokens of an image; 0 in a stage without images.  factor: pixels per latent, along
+    a side."""
+    if not STAGES[config.stage].images:
+        return 0
     return (config.pixels // (c.patch * factor)) ** 2
 
 
@@ -93,9 +94,12 @@ def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
 
         3 [ blocks (24 D^2 T + 4 D T^2) + 24 D^2 blocks + inputs and outputs ]
 
-    need: "velocity" or "logits".  In the last block, the other stream stops after its keys and
-    values.  The text head runs only at masked tokens, on average half of all."""
+    N: tokens of the image; 0: the null image stands in.  need: "velocity" or "logits".  In the last
+    block, the other stream stops after its keys and values.  The text head runs only at masked
+    tokens, on average half of all."""
     D = c.width
+    has_image = N > 0
+    N = N or c.null_tokens
     T = N + L
     patch = c.patch ** 2 * c.channels
     rows = N if need == "velocity" else L                # tokens that the last block finishes
@@ -108,19 +112,24 @@ def sample_flops(c: MMDiTConfig, N: int, L: int, need: str) -> int:
         flops += 4 * N * D * patch + 4 * D * D                   # image in and out
     else:
         flops += L * D * c.vocab_size
-        if N != c.null_tokens:
+        if has_image:
             flops += 2 * N * D * patch
     return 3 * flops
 
 
-def work(config: TrainConfig, c: MMDiTConfig, factor: int) -> dict[str, float]:
-    """Count the samples, tokens and TFLOP of one update, without the frozen T5 and autoencoder."""
+def work(config: TrainConfig, c: MMDiTConfig, factor: int,
+         no_images: bool = False) -> dict[str, float]:
+    """Count the samples, tokens and TFLOP of one update, without the frozen T5 and autoencoder.
+
+    no_images: the texts have no images, as with packed text."""
     N = image_tokens(config, c, factor)
+    N_text = 0 if no_images else N
     L = config.text_length
-    samples = config.image_batch + config.text_batch
-    flops = config.image_batch * sample_flops(c, N, L, "velocity")
-    flops += config.text_batch * sample_flops(c, N, L, "logits")
-    return dict(samples=samples, tokens=samples * (N + L), tflop=flops / 1e12)
+    images, texts = config.image_batch, config.text_batch
+    flops = images * sample_flops(c, N, L, "velocity")
+    flops += texts * sample_flops(c, N_text, L, "logits")
+    tokens = images * (N + L) + texts * ((N_text or c.null_tokens) + L)
+    return dict(samples=images + texts, tokens=tokens, tflop=flops / 1e12)
 
 
 def forward_flops(module: nn.Module, *inputs: Tensor) -> int:
@@ -226,7 +235,7 @@ def weight_memory(config: TrainConfig, c: MMDiTConfig, gpus: int) -> dict[str, f
     gradients = shard
     if config.shard == "zero3" and gpus > 1:
         in_use -= (c.depth - 2) * block          # only a block and the next one are gathered
-    elif gpus > 1 and (config.micro_batch or STAGES[config.stage].losses != "text"):
+    elif gpus > 1 and (config.micro_batch or STAGES[config.stage].images):
         gradients += parameters                  # unsharded between backward passes
     if bytes_each == 4 and shards == 1:
         in_use = 0                               # the float32 weights serve both purposes
@@ -282,8 +291,10 @@ def memory(config: TrainConfig, c: MMDiTConfig, t5: T5Config | None, vae: VAECon
 # --------------------------------------------------------------------------------------------- page
 
 def show(config: TrainConfig) -> str:
-    """Return the plan as text.  Raises UserError for a stage that does not fit the model, or batches
-    that do not fit the number of GPUs."""
+    """Return the plan as text.  No data are opened: in stages with images, texts have images, too.
+
+    Raises UserError for a stage that does not fit the model, or batches that do not fit the number
+    of GPUs."""
     _, c, about = read_base(config.init, config.preset)
     L = config.text_length
     gpus = config.print_plan
@@ -292,7 +303,7 @@ def show(config: TrainConfig) -> str:
     t5, vae = frozen_sizes(config, c, about)
     factor = vae.factor if vae else 1
     training_models.check(config, c, factor)
-    N = image_tokens(config, c, factor)
+    N = image_tokens(config, c, factor) or c.null_tokens
     update = work(config, c, factor)
     frozen = frozen_flops(config, t5, vae) / 1e12                # TFLOP
     seconds = config.steps * (update["tflop"] + frozen) / (gpus * PEAK * MFU)
@@ -303,7 +314,7 @@ def show(config: TrainConfig) -> str:
         total += count_parameters(T5Encoder, t5)
     if vae:
         total += count_parameters(AutoencoderKL, vae)
-    mask = f", and a [MASK] of {t5.width}" if "[MASK]" in stage.extras else ""
+    mask = f", and a [MASK] of {t5.width}" if stage.trains_mask else ""
     recomputed = ", activations recomputed" if config.checkpoint_activations else ""
     lines = [
         f"stage {config.stage} of {config.init or config.preset}, {gpus} GPU(s), "

@@ -220,7 +220,7 @@ class Run:
         self.outdated = []              # files and folders that `begin` deletes
         if processes.several():
             self.saver_group = dist.new_group(backend="gloo")
-        self.step, self.rows, self.was, self.key = processes.first(
+        self.step, self.rows, self.previous, self.key = processes.first(
             lambda: self.open(fresh, resume_step))
         self.seconds_before = 0.0       # all earlier starts
         if self.rows:
@@ -380,6 +380,9 @@ class Run:
                             f"damaged, go on with the code that wrote it")
         set_state_dict(self.model, self.optimizers, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
+        for optimizer in self.optimizers:                        # the checkpoint's may be another
+            for group in optimizer.param_groups:
+                group["weight_decay"] = self.settings["weight_decay"]
 
     def verify(self, folder: Path) -> None:
         """Raise UserError if a file of a checkpoint has changed since it was written."""
@@ -399,8 +402,11 @@ class Run:
     # ---------------------------------------------------------------------- writing a checkpoint
 
     def save(self) -> None:
-        """Export the weights, and start a thread that writes a checkpoint.  Raises UserError."""
-        self.wait()
+        """Export the weights, and start a thread that writes a checkpoint.  Raises UserError, also if
+        the save before has failed."""
+        self.join_saver()
+        if self.save_error:
+            self.save_again()
         self.saver_step = self.step
         temporary = self.out / f".tmp_step_{self.step}"
         if processes.first(lambda: self.prepare(temporary)):
@@ -588,15 +594,17 @@ class Run:
         """Empty the sums that become the next row of the log."""
         self.sums = {}                  # of each loss and the gradient norm
         self.summed = 0                 # steps in these sums
-        self.unreadable = []            # a message for each sample
-        self.cut = []                   # a message for each text that was too long
+        self.bad_samples = []           # a message about each
+        self.cut_texts = 0
+        self.cut_example = ""           # what the first one lost
 
     def note(self, numbers: dict[str, Tensor], batch) -> None:
         """Add a step to the next row.  numbers: losses "image" and "text", gradient norm "grad"."""
         self.sums = {name: self.sums.get(name, 0) + value for name, value in numbers.items()}
         self.summed += 1
-        self.unreadable += batch.unreadable
-        self.cut += batch.cut
+        self.bad_samples += batch.bad_samples
+        self.cut_texts += batch.cut_texts
+        self.cut_example = batch.cut_example
 
     def log(self, learning_rate: float, steps: int, measured: dict) -> None:
         """Write and print a row: means over the steps since the last row, pace, and `measured`.
@@ -651,16 +659,18 @@ class Run:
         return use
 
     def count_samples(self) -> dict:
-        """Count, over all processes, the samples that could not be read and the cut texts."""
-        unreadable = processes.gather(self.unreadable)
-        cut = processes.gather(self.cut)
+        """Count, over all processes, the samples that were replaced and the texts that were cut."""
+        bad_samples = processes.gather(self.bad_samples)
+        cut_texts = sum(processes.gather([self.cut_texts]))
+        cut_examples = processes.gather([self.cut_example])
         counts = {}
-        if unreadable:
-            counts.update(bad_samples=len(unreadable), bad_names=unreadable[:20])
-        if cut:
-            counts["cut_texts"] = len(cut)
+        if bad_samples:
+            counts.update(bad_samples=len(bad_samples), bad_names=bad_samples[:20])
+        if cut_texts:
+            counts["cut_texts"] = cut_texts
             is_first = not any("cut_texts" in row for row in self.rows)
             if is_first:
-                warn(f"a text has {cut[0]}; --text-length has more room, cut_texts in log.jsonl "
+                example = next(filter(None, cut_examples))
+                warn(f"a text has {example}; --text-length has more room, cut_texts in log.jsonl "
                      f"counts such texts")
         return counts

@@ -14,6 +14,7 @@ from common import processes
 from common.cli import UserError, require
 from common.devices import allow_tf32, choose_dtype
 from model import MMDiTConfig
+from pretrained.tokenizer import Tokenizer
 from pretrained.vae import AutoencoderKL, Pixels
 from training import distributed, models as training_models, plan
 from training.batches import BatchMaker
@@ -44,7 +45,7 @@ class Base(NamedTuple):
 def set_up(config: TrainConfig) -> Job:
     """Start processes, open the run's folder and the data, and build models and optimizers.
 
-    All checks come before the slow parts.  Raises UserError."""
+    Checks come before slow parts, if they need none of them.  Raises UserError."""
     rank, world, device = processes.start(config.device)
     dtype, why = choose_dtype(config.dtype, device)
     config = replace(config, dtype=dtype)
@@ -57,20 +58,21 @@ def set_up(config: TrainConfig) -> Job:
 
     mixes, latents = open_data(config, base, run.key)
     texts = all_texts(mixes)
-    no_images = mixes["text"].stamp is None                      # then the null image is trained
-    models = training_models.build(config, base.sizes, base.where, texts, no_images, base.vae,
-                                   device)
-    check_texts(config, mixes["text"], models, texts)
-    maker = BatchMaker(config, models.tokenizer, mixes, run.key, rank, world, base.sizes.channels,
+    tokenizer = training_models.build_tokenizer(config, base.sizes, texts)
+    check_texts(config, mixes["text"], tokenizer, texts)
+    maker = BatchMaker(config, tokenizer, mixes, run.key, rank, world, base.sizes.channels,
                        base.factor or 1)
+    maker.make_buckets(base.sizes.patch)
+    no_images = mixes["text"].stamp is None                      # then the null image is trained
+    models = training_models.build(config, base.sizes, base.where, tokenizer, no_images, base.vae,
+                                   device)
     maker.stored_states = training_models.has_stored_states(config, mixes.get("image"), models,
                                                             base.where)
-    maker.make_buckets(base.sizes.patch)
 
     shard(config, models, world)
     about = remember(config, base, latents, no_images)
     run.begin(models, make_optimizers(models.trainable, config), about,
-              plan.work(config, models.trainable["mmdit"].config, maker.factor))
+              plan.work(config, models.trainable["mmdit"].config, maker.factor, no_images))
     job = Job(config, maker, models, run)
     if rank == 0:
         print_start(job, base.family, device, why)
@@ -117,7 +119,7 @@ def remember(config: TrainConfig, base: Base, latents: str | None, no_images: bo
 
 def check_extension(config: TrainConfig, run: Run) -> None:
     """Raise UserError if --steps is increased after the learning rate has begun to fall."""
-    steps, decay_steps = run.was.get("steps", 0), run.was.get("decay_steps", 0)
+    steps, decay_steps = run.previous.get("steps", 0), run.previous.get("decay_steps", 0)
     if decay_steps and run.step > steps - decay_steps and config.steps > steps:
         raise UserError(f"--steps {config.steps}: this run's learning rate falls to zero at step "
                         f"{steps}; --init {config.out} with another --out starts a run from its "
@@ -126,7 +128,7 @@ def check_extension(config: TrainConfig, run: Run) -> None:
 
 def mixtures(config: TrainConfig, key: str) -> dict[str, data.Mix]:
     """Open the data of each loss of the stage.  Raises UserError, also if no data are named."""
-    text_only = STAGES[config.stage].losses == "text"
+    text_only = not STAGES[config.stage].images
     if text_only:
         specs, flag = config.text_data, "--text-data"
     else:
@@ -159,12 +161,12 @@ def all_texts(mixes: dict[str, data.Mix]) -> list[str] | None:
     return texts
 
 
-def check_texts(config: TrainConfig, mix: data.Mix, models: Models,
+def check_texts(config: TrainConfig, mix: data.Mix, tokenizer: Tokenizer,
                 texts: list[str] | None) -> None:
-    """Raise UserError for texts that this model can't be trained on."""
-    data.check_tokens(mix, models.tokenizer, config.init or "gpt2")
+    """Raise UserError for texts that a model with this tokenizer can't be trained on."""
+    data.check_tokens(mix, tokenizer, config.tokenizer or config.init or "gpt2")
     if config.stage == "instruct":
-        data.check_questions(mix, texts or [], models.tokenizer, config.text_length)
+        data.check_questions(mix, texts or [], tokenizer, config.text_length)
 
 
 def shard(config: TrainConfig, models: Models, world: int) -> None:

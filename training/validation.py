@@ -14,8 +14,8 @@
 The samples are held out if the first source has held-out samples; otherwise they are training
 samples.  The random draws for a sample depend only on its number, not on the run, its seed or its
 processes.  Image errors at times below the floor are weighed by (t / floor)^2; the floor is 0.05, or
---time-floor if that is higher.  So two runs with the same data, stage, --question-share and
---time-floor can be compared.
+--time-floor if that is higher.  So two runs can be compared if they have the same data, stage,
+--question-share, --time-floor, --pixels and --text-length.
 
 Shapes: B samples at once, L tokens.
 """

@@ -10,7 +10,9 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import torch
 
+import evaluate
 import sample
 import train
 from common import cli
@@ -194,6 +196,20 @@ def test_a_flag_that_changes_nothing_is_refused(main, flags, missing, run_progra
 ])
 def test_a_flag_with_an_impossible_value_is_refused(main, flags, limits, run_program):
     refused(main, flags, run_program, flags[0], limits)
+
+
+@pytest.mark.parametrize("error, expected", [
+    (MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory"), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False)])
+def test_only_running_out_of_memory_is_told_as_that(error, expected):
+    assert cli.ran_out_of_memory(error) == expected
+
+
+@pytest.mark.parametrize("path", ["", ".", "tests", "/dev/null", "nowhere/a.json"])
+def test_a_path_that_can_hold_no_file_is_refused_before_the_work(path, run_program):
+    flags = ["shapes", "--checkpoint", "nowhere", "--json", path]
+    refused(evaluate.main, flags, run_program, "--json")
 
 
 def test_a_pace_uses_the_unit_that_is_above_one():

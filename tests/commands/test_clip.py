@@ -167,7 +167,10 @@ def images(tmp_path):
     for n, name in enumerate(["a.png", "b.png", "c.webp", "d.jpg", "e.png"]):
         image = Image.fromarray(draw.integers(0, 256, (40, 32 + n, 3), dtype=np.uint8))
         if name in ("a.png", "e.png"):
-            write_png(folder / name, image, {"prompt": f"a photo of {name}"})
+            fields = dict(prompt=f"a photo of {name}", seed="0", checkpoint="a digest")
+            write_png(folder / name, image, fields)
+        elif name == "b.png":
+            write_png(folder / name, image, dict(prompt="of another program"))
         else:
             image.save(folder / name)
     (folder / "a.txt").write_text("a text field counts first\n")

@@ -119,8 +119,8 @@ def test_geneval_results_are_scored_with_the_settings_of_the_images(tmp_path, ca
     results = [dict(tag="single_object", prompt="p", correct=i < 3) for i in range(4)]
     results += [dict(tag="colors", prompt="p", correct=right) for right in (False, True)]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, results)))
-    (tmp_path / "out.json").write_text(json.dumps(dict(settings=dict(checkpoint="digest"))))
-    run("score", "geneval", tmp_path / "results.jsonl", "--made", tmp_path / "out",
+    (tmp_path / "out.json").write_text(json.dumps(dict(made_by="draw", settings=dict(checkpoint="digest"))))
+    run("score", "geneval", tmp_path / "results.jsonl", "--drawings", tmp_path / "out",
         "--json", tmp_path / "s.json")
     output = capsys.readouterr().out
     assert row_of(output, "these drawings") == ["0.7500", "0.5000", "0.6250"]
@@ -129,7 +129,7 @@ def test_geneval_results_are_scored_with_the_settings_of_the_images(tmp_path, ca
     saved = read_json(tmp_path / "s.json")
     assert saved["scores"]["these drawings"] == {"single object": 0.75, "colors": 0.5,
                                                  "overall": 0.625}
-    assert saved["made"]["settings"]["checkpoint"] == "digest"
+    assert saved["note"]["settings"]["checkpoint"] == "digest"
     assert saved["command"].startswith("python evaluate.py score geneval ")
 
 
@@ -399,15 +399,13 @@ def emoji_records(emoji_set, monkeypatch):
 
 @pytest.fixture
 def read_settings(monkeypatch):
-    """Collect (config, seed) of each batch that is read with seeds; "read back" uses none."""
+    """Collect (config, seeds) of each batch that is read with seeds; "read back" uses none."""
     calls = []
     write = emojis.write
 
     def record(parts, latents, questions, *settings):
         if settings:
-            config, seeds = settings
-            [seed] = set(seeds)
-            calls.append((config, seed))
+            calls.append(settings)
         return write(parts, latents, questions, *settings)
     monkeypatch.setattr(emojis, "write", record)
     return calls
@@ -443,7 +441,9 @@ def test_the_emoji_set_is_measured_in_three_tables(emoji_records, read_settings,
 def test_random_reading_of_the_emoji_set_runs_for_each_seed(emoji_records, read_settings, capsys):
     run(*EMOJI, "--prompts", 0, "--seeds", 3, 4, "--order", "confidence", "--temperature", 1,
         "--image-cache", "off")
-    assert [seed for _, seed in read_settings] == [3, 3, 4, 4]
+    seeds = [seed for _, seeds in read_settings for seed in seeds]
+    assert len(seeds) > 8 and len(set(seeds)) == len(seeds)      # one for each text
+    assert {seed // 1000 for seed in seeds} == {3, 4}
     for config, _ in read_settings:
         assert (config.order, config.temperature, config.image_cache) == ("confidence", 1, "off")
     assert "drawing" not in capsys.readouterr().out

@@ -226,6 +226,15 @@ def test_a_folder_and_a_tar_of_the_same_images_have_equal_features(folder, tmp_p
     assert frechet(*measured) < 1e-10                               # float64
 
 
+def test_statistics_of_another_network_are_refused(folder, tmp_path):
+    measured, _ = fid.measure(str(folder), toy, digest="one network")
+    file = tmp_path / "a.npz"
+    fid.save(file, measured)
+    assert fid.measure(str(file), toy, digest="one network")[0].network == "one network"
+    with pytest.raises(UserError, match="a.npz: .*one network.*another"):
+        fid.measure(str(file), toy, digest="another")
+
+
 def test_features_depend_on_neither_batch_nor_company(folder):
     features = fid.features(toy, fid.file_images(folder), batch=3)[0]
     singly = fid.features(toy, fid.file_images(folder), batch=1)[0]

@@ -275,6 +275,9 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     (["--prompt", "apple " * 200], 1, "prompt .*201 .*27"),
     (["--prompt", "a", "--steps", "0"], 2, "--steps: .*'0'"),
     (["--prompt", "a", "--n", "0"], 2, "--n: .*'0'"),
+    (["--prompt", "a", "--n", "1000000000000"], 2, "--n: .*'1000000000000'"),
+    (["--prompt", "a", "--steps", "1000000000000"], 2, "--steps: .*'1000000000000'"),
+    (["--prompt", "a", "--guidance", "1e38"], 2, "--guidance: .*'1e38'"),
     (["--prompt", "a", "--dtype", "float8"], 2, "--dtype: .*'float8'"),
     (["--prompt", "a", "--promt", "b"], 2, "--promt; .*--prompt"),
     (["--prompt", "a", "--solver", "ab2"], 2, "--solver: .*'ab2'.*'euler', 'heun'"),
@@ -290,6 +293,7 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     # files of drawing
     (["--prompt", "a", "--out", "nowhere/a.png"], 2, "--out .*folder nowhere does not exist"),
     (["--prompt", "a", "--out", "a.xyz"], 2, "--out a.xyz"),
+    (["--prompt", "a", "--out", ""], 2, "--out"), (["--prompts", "LICENSE", "--out", ""], 2, "--out"),
     (["--prompt", "a", "--out", "a.gif", "--trajectory", "a.gif"], 2,
      "--out .*--trajectory .*a.gif"),
     (["--prompt", "a", "--n", "2", "--trajectory", "a.html"], 2, "--trajectory .*--n"),
@@ -319,6 +323,7 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     ([*ONE_IMAGE, "--level", "1.5"], 1, "order threshold.*1.5"),
     ([*ONE_IMAGE, "--t5", "assets/emoji"], 1, "--t5: .*embedding of its own"),
     ([*ONE_IMAGE, "--level", "0"], 2, "--level: .*'0'"),
+    ([*ONE_IMAGE, "--temperature", "1e-310"], 1, "temperature .*1e-310"),
     ([*ONE_IMAGE, "--length", "long"], 2, "--length: .*whole .*2"),
     # filling, asking and scoring
     ([*ONE_IMAGE, "--text", "no gap"], 1, r"text 'no gap'.*\[MASK\]"),

@@ -33,7 +33,7 @@ def captions(path):
     return [source[i]["captions"] for i in range(len(source))]
 
 
-# ----------------------------------------------------------------------- data lost without a word
+# ------------------------------------------------------------------------- data lost without a warning
 
 def test_two_images_of_one_name_are_refused_by_name(tmp_path):
     folder = write(tmp_path / "d", a_JPEG=RED, a_webp=BLUE, a_txt="which?")
@@ -380,9 +380,14 @@ def test_malformed_scores_of_dpg_are_named_by_line(line, tmp_path):
         benchmarks.dpg_scores(tmp_path / "r.txt")
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "{"])
-def test_a_malformed_note_is_named(content, tmp_path):
+@pytest.mark.parametrize("content", ["[]", "3", '{"images": []}'])
+def test_json_of_another_program_is_no_note(content, tmp_path):
     (tmp_path / "o.json").write_text(content)
+    assert tables.read_note(tmp_path / "o") == {}
+
+
+def test_a_malformed_note_is_named(tmp_path):
+    (tmp_path / "o.json").write_text("{")
     with pytest.raises(UserError, match="o.json: "):
         tables.read_note(tmp_path / "o")
 
@@ -391,7 +396,7 @@ def test_a_malformed_note_is_named(content, tmp_path):
                                   dict(limit=-1)])
 def test_a_note_with_odd_values_is_named(note, tmp_path, run_program):
     (tmp_path / "o").write_text("")
-    (tmp_path / "o.json").write_text(json.dumps(dict(questions=["q.json"]) | note))
+    (tmp_path / "o.json").write_text(json.dumps(dict(made_by="answer", questions=["q.json"]) | note))
     status, message = run_program(evaluate.main, ["score", "pope", tmp_path / "o"])
     assert status == 1 and "o.json" in message and list(note)[0] in message
 

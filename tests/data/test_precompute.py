@@ -363,14 +363,16 @@ def test_text_is_packed_with_the_padding_of_training(tmp_path):
 
 @pytest.mark.parametrize("piece_length", [2**16, 100, 1])
 def test_a_packed_text_is_its_tokens_end_to_end(piece_length, tmp_path, monkeypatch):
-    """A long text is cut only where this does not change its tokens, never between spaces."""
+    """A long text is cut only where this does not change its tokens, in any layout."""
     text = "One line.\nAnother one,\n\n\n  and a third\r\n\tend: «naïve» 数字\n" * 60
+    text += "A paragraph.\n\n" * 30 + "Windows.\r\n" * 30 + "  indented\n" * 30 + "\n \n \n" * 9
     (tmp_path / "a.txt").write_bytes(text.encode())
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('{"text": "second"}\n\n"third <|endoftext|>"\n')
     monkeypatch.setattr(precompute, "DOCUMENT", piece_length)
     pieces = list(precompute.documents(str(tmp_path / "a.txt")))
     assert len(pieces) == 1 if piece_length == 2**16 else len(pieces) > 20
+    assert max(len(piece) for piece, _ in pieces) < piece_length + 120
     gpt2, expected = gpt2_tokenizer(), []
     for document in (text, "second", "third <|endoftext|>"):
         expected += [*gpt2.pieces(document), gpt2.end_id]
@@ -383,6 +385,14 @@ def test_a_packed_text_is_its_tokens_end_to_end(piece_length, tmp_path, monkeypa
     assert source[3]["ids"].tolist() == expected[21:28]
     with safe_open(out, "np") as file:
         assert file.metadata() == dict(tokenizer=gpt2.digest(), documents="3")
+
+
+def test_a_pattern_without_a_file_is_refused(tmp_path, run_program):
+    (tmp_path / "a.txt").write_text(SENTENCE)
+    flags = ["pack", tmp_path / "*.txt", tmp_path / "typo*.txt", tmp_path / "t.safetensors"]
+    code, error = run_program(data.main, flags)
+    assert code == 1 and "typo*.txt" in error
+    assert not (tmp_path / "t.safetensors").exists()
 
 
 def test_a_vocabulary_over_65536_is_packed_in_uint32(tmp_path, monkeypatch):

@@ -62,13 +62,14 @@ def test_a_folder_with_a_metadata_file(photos):
 
 def test_a_list_of_images_with_captions_and_recaptions(photos):
     size = dict(height=40, width=60)
-    entries = [dict(size, image_path="IMG 1.png", caption="one", re_caption="a red image"),
-               dict(size, image_path="IMG 3.webp", caption=None, re_caption="another")]
+    entries = [dict(size, image_path="IMG 1.png", caption=" one\n", re_caption="a red image"),
+               dict(size, image_path="IMG 3.webp", caption=None, re_caption="another"),
+               dict(size, image_path="IMG 3.webp", caption=" ", re_caption="another")]
     (photos / "list.json").write_text(json.dumps(entries))
     source = data.open_source(str(photos / "list.json"), 16)
     assert source[0]["captions"] == ["one"]
     assert source[0]["recaption"] == "a red image"
-    assert source[1]["captions"] == []
+    assert source[1]["captions"] == source[2]["captions"] == []
     assert source[1]["recaption"] == "another"
 
 

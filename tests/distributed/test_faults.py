@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -223,10 +224,16 @@ def test_any_error_of_the_saving_thread_ends_the_run(error, run_training, tmp_pa
     assert run_training("--steps", 6) == ""
 
 
-def test_a_save_that_failed_once_is_tried_again(run_training, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("delay", [0, 1])           # seconds; the next save is due before that
+def test_a_save_that_failed_once_is_tried_again(delay, run_training, trained, tmp_path, monkeypatch):
     publish, failures = run_folder.Run.publish, iter(["gone"])
-    monkeypatch.setattr(run_folder.Run, "publish",
-                        lambda self, *arguments: next(failures, "") or publish(self, *arguments))
+
+    def fail_once(self, *arguments):
+        failure = next(failures, "")
+        if failure:
+            time.sleep(delay)
+        return failure or publish(self, *arguments)
+    monkeypatch.setattr(run_folder.Run, "publish", fail_once)
     message = run_training("--steps", 6)
     step = int(re.search(r"step 2 could not be saved \(gone\), but step (\d) is", message)[1])
     assert [folder.name for folder in complete(tmp_path / "run")] == [f"step_{step}"]

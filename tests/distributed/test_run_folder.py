@@ -534,6 +534,17 @@ def test_sigterm_to_torchrun_saves_once_and_resumes(flags, single, tmp_path):
     equal_runs(single, tmp_path)
 
 
+def test_weight_decay_may_change_when_a_run_resumes(run, run_training, monkeypatch):
+    step, used = torch.optim.AdamW.step, set()
+
+    def watched_step(self, closure=None):
+        used.update(group["weight_decay"] for group in self.param_groups)
+        return step(self, closure)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
+    assert run_training("--steps", 7, "--weight-decay", 0.25) == ""
+    assert used == {0.25}
+
+
 def test_a_signal_to_one_process_stops_all_of_them(flags, tmp_path):
     process = Forked(2, *flags, "--out", tmp_path, "--steps", 9999)
     wait_until(lambda: read_log(tmp_path / "log.jsonl"), process)

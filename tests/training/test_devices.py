@@ -84,6 +84,21 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
                     choose_device(name)
 
 
+def test_a_device_may_have_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("cuda:1") == "cuda:1"
+    with pytest.raises(UserError, match="--device gpu: .*cuda"):
+        choose_device("gpu")
+
+
+def test_compiling_needs_a_compiler_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    devices.check_compiler(torch.device("cuda"))
+    with pytest.raises(UserError, match="--compile"):
+        devices.check_compiler(CPU)
+
+
 def test_several_processes_do_not_use_mps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

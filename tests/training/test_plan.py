@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from helpers import assert_lines
-from model import MMDiT, MMDiTConfig
+from model import PRESETS, MMDiT, MMDiTConfig
 from pretrained.t5 import T5Block, T5Config
 from pretrained.vae import VAEConfig
 from training import plan
@@ -30,7 +30,7 @@ def small_memory(*flags, depth=8, gpu=True):
 
 # --------------------------------------------------------------------------------------- arithmetic
 
-@pytest.mark.parametrize("need, N", [("velocity", 16), ("logits", 16), ("logits", 8)])
+@pytest.mark.parametrize("need, N", [("velocity", 16), ("logits", 16), ("logits", 0)])
 def test_flops_of_a_sample_are_three_forward_passes(need, N):
     latents = torch.zeros(1, 16, 8, 8) if N == 16 else None
     masked = torch.arange(10) if need == "logits" else None  # half of the tokens, as in training
@@ -38,6 +38,17 @@ def test_flops_of_a_sample_are_three_forward_passes(need, N):
         MMDiT(SMALL).requires_grad_(False)(
             latents, torch.zeros(1, 20, 32), torch.zeros(1), need=need, at=masked)
     assert plan.sample_flops(SMALL, N, 20, need) == 3 * counter.get_total_flops()
+
+
+def test_packed_text_counts_the_null_image():
+    flags = ["--preset", "e2e-1.1b", "--image-batch", "3", "--text-batch", "5", "--text-length", "20",
+             "--image-data", "latents"]
+    sizes = MMDiTConfig(**PRESETS["e2e-1.1b"])
+    update = plan.work(train.parse(flags), sizes, 8, no_images=True)
+    N = (256 // 16) ** 2
+    flops = 3 * plan.sample_flops(sizes, N, 20, "velocity") + 5 * plan.sample_flops(sizes, 0, 20, "logits")
+    assert update["tflop"] == pytest.approx(flops / 1e12)
+    assert update["tokens"] == 3 * (N + 20) + 5 * (8 + 20) and update["samples"] == 8
 
 
 def frozen_flops(stage, t5, vae):

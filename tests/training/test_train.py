@@ -215,7 +215,7 @@ def all_batches(config, sources, tokenizer, world, workers):
                     tensors[name, key] = columns.flatten(0, 1)
         steps.append(tensors)
         for part in parts:
-            bad += part.unreadable
+            bad += part.bad_samples
     return steps, sorted(bad)
 
 
@@ -356,7 +356,8 @@ def test_emoji_recipe_skips_finished_stages_and_stops_at_a_failed_one(tmp_path):
     """Run runs/emoji.sh with stand-ins: a python that records its flags and finishes a stage or
     fails, and a GPU driver with or without a GPU."""
     (tmp_path / "runs").mkdir()
-    shutil.copy(ROOT / "runs" / "emoji.sh", tmp_path / "runs")
+    for name in ("emoji.sh", "stage.sh"):
+        shutil.copy(ROOT / "runs" / name, tmp_path / "runs")
     stubs = {"python": '#!/bin/sh\necho "$@" >>called\n'
                        '[ -f stop ] || { mkdir -p $3; cat $5.json >$3/config.json; }\n',
              "nvidia-smi": "#!/bin/sh\n[ -f gpu ]\n"}

@@ -457,6 +457,29 @@ def test_several_files_need_an_index(tmp_path):
         load_mmdit(folder)
 
 
+def test_two_files_of_the_usual_names_are_ambiguous(tmp_path):
+    tensors = load_folder(RELEASE / "transformer")
+    for name in ("model", "diffusion_pytorch_model"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match=f"{tmp_path}: 2 .*index"):
+        load_mmdit(tmp_path)
+
+
+def test_a_folder_named_gpt2_has_its_own_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("gpt2").vocab_size == 50258
+    shutil.copytree(EMOJI, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert load_tokenizer("gpt2").digest() == load_tokenizer(EMOJI).digest()
+
+
+def test_an_autoencoder_without_an_encoder_is_named(tmp_path):
+    tensors = {name: tensor for name, tensor in load_folder(SD3_FOLDER / "vae").items()
+               if not name.startswith("encoder.")}
+    save_file(tensors, tmp_path / "decoder.safetensors")
+    with pytest.raises(UserError, match="decoder.safetensors: .*encoder"):
+        load_vae(tmp_path / "decoder.safetensors")
+
+
 def test_file_of_a_run_names_the_runs_folder():
     with pytest.raises(UserError, match=f"model.safetensors: .*{EMOJI}"):
         load_mmdit(EMOJI / "model.safetensors")

@@ -1,5 +1,6 @@
 """pretrained/safetensors_io.py: errors name the wrong file, and written files can be read."""
 
+import os
 import random
 import shutil
 
@@ -50,6 +51,14 @@ def test_unreadable_file_is_refused_with_the_reason(reason, tmp_path, monkeypatc
         monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match=f"a.safetensors: .*{reason}"):
         Tensors([file])
+
+
+@pytest.mark.parametrize("name, load", [("a.safetensors", checkpoint.load_mmdit),
+                                        ("a.pth", load_mask_embedding)])
+def test_a_pipe_is_refused_and_not_waited_for(name, load, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: "):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize("value, dtype, name", [(7e4, torch.float16, "F16"),
