@@ -52,7 +52,7 @@ FORMAT = "dual-diffusion-transformer"
 MASK_EMBEDDING = "mask_embedding.safetensors"       # T5's trained [MASK] row, beside our weights
 PART_SIZES = dict(transformer=layouts.mmdit_config, vae=layouts.vae_config, t5=layouts.t5_config)
 # a run's settings in config.json, and their types
-KINDS = dict(pixels=int, buckets=bool, text_length=int, step=int, latents=str, t5=str, vae=str,
+ABOUT = dict(pixels=int, buckets=bool, text_length=int, step=int, latents=str, t5=str, vae=str,
              guidance=float, shift=float)
 ABOVE_ZERO = ("pixels", "text_length", "guidance", "shift")
 
@@ -162,8 +162,8 @@ def read_config(path: str | Path) -> dict:
              f"{file}: expected \"format\": \"{FORMAT}\", found {config.get('format')!r}"),
             (isinstance(config.get("mmdit"), dict), f"{file}: expected \"mmdit\": an object with "
              f"the sizes, found {layouts.shown(config.get('mmdit'))}"))
-    for name in KINDS.keys() & config.keys():
-        value, kind = config[name], KINDS[name]
+    for name in ABOUT.keys() & config.keys():
+        value, kind = config[name], ABOUT[name]
         kinds = (int, float) if kind is float else (kind,)       # JSON: 1.0 as 1
         require((value is None or type(value) in kinds,
                  f"{file}: \"{name}\" is {value!r}, expected {kind.__name__}"))

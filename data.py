@@ -130,7 +130,7 @@ def is_list(path: Path) -> bool:
 
 
 # (test of a path, function that opens it as a source); the first row that fits is used
-KINDS = [
+OPENERS = [
     (is_list, questions.open_json),
     (sources.tars_at, open_tars),
     (sources.shards_at, sources.Latents),
@@ -171,7 +171,7 @@ def open_source(path: str, pixels: int, length: int = 256) -> Source:
              f"each as a source of its own"))
     for each in paths:
         check_one_kind(Path(each))
-    for is_kind, open_kind in KINDS:
+    for is_kind, open_kind in OPENERS:
         if is_kind(location.path):
             source = open_kind(location)
             require((not suffix or isinstance(source, WITH_OPTION),

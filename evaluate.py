@@ -28,7 +28,7 @@ import sys
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from common import processes
 from common.cli import is_text, require
@@ -382,33 +382,43 @@ SHARED = {
     "--json": dict(type=Path, help="also write the full results to this file"),
     "--device": dict(choices=DEVICES, default="auto", help="(auto)"),
 }
-# name=(function, function that adds its flags, keys of SHARED, dataclasses with a flag per field)
+
+
+class Command(NamedTuple):
+    """A row of COMMANDS."""
+    run: Callable[[argparse.Namespace], None]
+    add_flags: Callable[[Callable], None]   # receives parser.add_argument
+    shared: str                             # keys of SHARED
+    configs: tuple[type, ...] = ()          # dataclasses with a flag for each field
+
+
+MEASURED = (DrawConfig, ReadConfig, ModelConfig)
 COMMANDS = dict(
-    emoji=(measure_emoji, emoji_flags, "--json", DrawConfig, ReadConfig, ModelConfig),
-    shapes=(measure_shapes, shapes_flags, "--json", DrawConfig, ReadConfig, ModelConfig),
-    draw=(draw, draw_flags, "--limit --seed", DrawConfig, ModelConfig),
-    answer=(answer, answer_flags, "--limit --seed", ReadConfig, ModelConfig),
-    score=(score, score_flags, "--json"),
-    fid=(comparisons.fid_command, fid_flags, "--inception --json --device"),
-    statistics=(comparisons.statistics_command, statistics_flags, "--inception --device"),
-    coco=(comparisons.coco, pairwise_flags, "--inception --clip --json --device"),
-    mjhq=(comparisons.mjhq, pairwise_flags, "--inception --json --device"),
-    clip=(comparisons.clip_command, clip_flags, "--json --device"))
+    emoji=Command(measure_emoji, emoji_flags, "--json", MEASURED),
+    shapes=Command(measure_shapes, shapes_flags, "--json", MEASURED),
+    draw=Command(draw, draw_flags, "--limit --seed", (DrawConfig, ModelConfig)),
+    answer=Command(answer, answer_flags, "--limit --seed", (ReadConfig, ModelConfig)),
+    score=Command(score, score_flags, "--json"),
+    fid=Command(comparisons.fid_command, fid_flags, "--inception --json --device"),
+    statistics=Command(comparisons.statistics_command, statistics_flags, "--inception --device"),
+    coco=Command(comparisons.coco, pairwise_flags, "--inception --clip --json --device"),
+    mjhq=Command(comparisons.mjhq, pairwise_flags, "--inception --json --device"),
+    clip=Command(comparisons.clip_command, clip_flags, "--json --device"))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command and its flags.  A wrong flag ends the program with status 2."""
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (function, add_flags, shared, *configs) in COMMANDS.items():
-        text = function.__doc__
-        command = commands.add_parser(name, doc=text, help=text.splitlines()[0])
-        command.set_defaults(function=function)
-        add_flags(command.add_argument)
-        for config in configs:
-            command.add_fields(config)
-        for flag in shared.split():
-            command.add_argument(flag, **SHARED[flag])
+    for name, command in COMMANDS.items():
+        text = command.run.__doc__
+        subparser = commands.add_parser(name, doc=text, help=text.splitlines()[0])
+        subparser.set_defaults(run=command.run)
+        command.add_flags(subparser.add_argument)
+        for config in command.configs:
+            subparser.add_fields(config)
+        for flag in command.shared.split():
+            subparser.add_argument(flag, **SHARED[flag])
     args = parser.parse_args(argv)
     check(parser, args)
     args.command_line = shlex.join(["python", "evaluate.py", *argv])
@@ -465,7 +475,7 @@ def check_world(parser: cli.Parser, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     args.device = choose_device(vars(args).get("device", "auto"))
-    args.function(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

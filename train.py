@@ -75,7 +75,7 @@ def text_errors(models: Models, batch: TextBatch) -> Tensor:
     def logits_at(ids: Tensor, at: Tensor) -> Tensor:
         return mmdit(latents, models.text(ids), time_zero, need="logits", at=at)[1]
     return mask_diffusion.errors(logits_at, batch.ids, models.tokenizer.mask_id, batch.t,
-                                 batch.uniform, batch.frozen, batch.weight)
+                                 batch.uniform, batch.frozen, batch.time_weight)
 
 
 ERRORS = dict(image=image_errors, text=text_errors)

@@ -47,7 +47,7 @@ FIELD_QUESTIONS = {             # phrasings of the question that a field answers
     "style": ["Which style is it drawn in?", "What style is this?"],
 }
 YES_NO = ["Is this {}?", "Does this show {}?", "Can you see {} here?"]
-KINDS = {                       # a kind -> its noun in yes/no questions
+NOUNS = {                       # a kind -> its noun in yes/no questions
     "smileys & emotion": "a smiley", "people & body": "a person or a body part",
     "animals & nature": "an animal or a plant", "food & drink": "food or drink",
     "travel & places": "a place or a vehicle", "activities": "an activity", "objects": "an object",
@@ -309,8 +309,8 @@ def yes_no_questions(record: dict, wrong_names: list[str]) -> Iterator[dict]:
 def contrasts(record: dict, wrong_names: list[str]) -> Iterator[tuple[str, str, str]]:
     """Yield (type of question, a noun that is true for the image, one that is false)."""
     kind, name = record["kind"], record["name"]
-    wrong_kind = pick("not", record, [other for other in KINDS if other != kind])
-    yield "kind", KINDS[kind], KINDS[wrong_kind]
+    wrong_kind = pick("not", record, [other for other in NOUNS if other != kind])
+    yield "kind", NOUNS[kind], NOUNS[wrong_kind]
     if wrong_names:
         yield "name", article(name), article(pick("other", record, wrong_names))
     true, false = match_sorts(f"{kind}/{record['group']}/{name}")
@@ -344,7 +344,7 @@ def load(path: Path | Tar = TAR, pixels: int = 64) -> tuple[list[dict], Tensor]:
         record = parse_json(files["json"], where)
         described(record, where)                                 # checks that it is an object
         record = {name: text(record.get(name), where, name) for name in FIELDS}
-        require((record["kind"] in KINDS and record["name"],
+        require((record["kind"] in NOUNS and record["name"],
                  f"{where}: expected a name, and a kind of the emoji set"))
         records.append(record)
         image = read_image(files["webp"], where)

@@ -10,7 +10,7 @@
     latents/                  written by `python data.py latents`
     tokens.safetensors        plain text, written by `python data.py pack`
 
-Each is a subclass of `Source`; a row of `data.KINDS` names the class that opens a path.
+Each is a subclass of `Source`; a row of `data.OPENERS` names the class that opens a path.
 docs/data.md shows step by step how to add a kind.
 """
 
@@ -340,8 +340,8 @@ class Sharded(Source):
 def tars_at(path: Path) -> list[str]:
     """Return the tars in a folder, sorted; for the path of a tar, this path."""
     if not path.is_dir():
-        return [str(path)] if path.name.endswith(webdataset.KINDS) else []
-    return [str(file) for file in visible(path) if file.name.endswith(webdataset.KINDS)]
+        return [str(path)] if path.name.endswith(webdataset.SUFFIXES) else []
+    return [str(file) for file in visible(path) if file.name.endswith(webdataset.SUFFIXES)]
 
 
 def captioned_at(folder: Path) -> Iterator[str]:
@@ -363,7 +363,7 @@ class Tars(Sharded):
         for folder in filter(Path.is_dir, map(Path, location.paths)):
             others = [file for file in walk(folder) if webdataset.LIKE.search(file.name)
                       and str(file) not in read]
-            warn_left_out(self.name, others, f"expected {', '.join(webdataset.KINDS)} in {folder}")
+            warn_left_out(self.name, others, f"expected {', '.join(webdataset.SUFFIXES)} in {folder}")
         allow_open_files(len(paths))                             # their indexes are memory-mapped
         progress = Progress("tars indexed", len(paths))
         for path in paths:

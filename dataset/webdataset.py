@@ -24,8 +24,8 @@ import numpy as np
 from common.cli import UserError, require
 from common.files import is_hidden, replacing
 
-KINDS = (".tar", ".tar.gz", ".tgz")
-PACKED = KINDS[1:]
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+PACKED = SUFFIXES[1:]
 LIKE = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)         # also those that are not read
 WHOLE_GZIP = 2**31      # most bytes that a packed tar may have once unpacked: it is held in memory
 BLOCK = bytes(512)      # a block of zeros, which follows the last file

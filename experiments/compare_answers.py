@@ -13,7 +13,6 @@ over both kinds of types, and each question's score are compared, rounded and no
 takes some 20 seconds and is not part of the test run.
 """
 
-import argparse
 import ast
 import contextlib
 import io
@@ -21,174 +20,285 @@ import json
 import random
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Optional
 
+from common import cli
+from common.cli import require
 from metrics import answers
 
-OFFICIAL = """
+# run by Python 2: scores.json gets the accuracies with 2 and with 12 decimals, and the contractions
+PUBLISHED_VQA = """
 import json, sys
 code, folder = sys.argv[1:]
 sys.path += [code + "/PythonHelperTools/vqaTools", code + "/PythonEvaluationTools/vqaEvaluation"]
 from vqa import VQA
 from vqaEval import VQAEval
-found = []
-for n in (2, 12):                                           # decimals
+scores = []
+for decimals in (2, 12):
     truth = VQA(folder + "/annotations.json", folder + "/questions.json")
-    scorer = VQAEval(truth, truth.loadRes(folder + "/said.json", folder + "/questions.json"), n=n)
+    results = truth.loadRes(folder + "/results.json", folder + "/questions.json")
+    scorer = VQAEval(truth, results, n=decimals)
     scorer.evaluate()
-    found.append([scorer.accuracy, scorer.evalQA])
-json.dump(found + [scorer.contractions], open(folder + "/found.json", "w"))
+    scores.append([scorer.accuracy, scorer.evalQA])
+json.dump(scores + [scorer.contractions], open(folder + "/scores.json", "w"))
 """
-TYPES = ("yes/no", "number", "other"), ("what is the", "how many", "none of the above", "is")
+ANSWER_TYPES = ("yes/no", "number", "other")
+QUESTION_TYPES = ("what is the", "how many", "none of the above", "is")
 MARKS = ';/[]"{}()=+\\_-><@`,?!.:\'&%$#'
-WORDS = ["yes", "no", "red", "dog", "3", "3.5", "1,000", "10,000.5", "2015", ".5", "u.s.a.", "mr.", "x",
-         "it's", "éclair", "a", "an", "the", *answers.NUMBERS, *answers.CONTRACTED, *answers.CONTRACTIONS,
-         "Im", "Ive", "Id've", "let's", "lets", "she's", "shes", "couldntve", "." * 40]
-ARABIC = ["\u0663,\u0664", "\u0663.\u0664"]         # 3,4 and 3.4: digits in Python 3, not in 2
+WORDS = ["yes", "no", "red", "dog", "3", "3.5", "1,000", "10,000.5", "2015", ".5", "u.s.a.", "mr.",
+         "x", "it's", "éclair", "a", "an", "the", *answers.NUMBERS, *answers.CONTRACTED,
+         *answers.CONTRACTIONS, "Im", "Ive", "Id've", "let's", "lets", "she's", "shes", "couldntve",
+         "." * 40]
+ARABIC = ["\u0663,\u0664", "\u0663.\u0664"]     # 3,4 and 3.4: digits in Python 3, not in 2
+SEPARATORS = (" ", " ", " ", "  ", "\t", "\n", "-", ", ", ",", "/")
 
 
-def rounded(scores: dict[str, float]) -> dict[str, float]:
-    """Round scores as the official code does in Python 2: to two decimals, halves away from zero.
-    """
-    return {name: float(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
+# ------------------------------------------------------------------------------- made-up answers
+
+def retype_word(word: str, draw: random.Random) -> str:
+    """Write a number as a word or the other way, drop an apostrophe, change capitals, add a mark;
+    each sometimes."""
+    names = {value: name for name, value in answers.NUMBERS.items()}
+    word = draw.choice((word, word, names.get(word, word), answers.NUMBERS.get(word, word)))
+    if draw.random() < 0.2:
+        word = word.replace("'", "", 1)
+    word = draw.choice((word, word, word.upper(), word.capitalize()))
+    if draw.random() < 0.25:
+        at = draw.randrange(len(word) + 1)
+        mark = draw.choice(MARKS)
+        word = word[:at] + draw.choice((mark, mark + " ", " " + mark)) + word[at:]
+    return word
+
+
+def retype(words: list[str], draw: random.Random) -> str:
+    """Return the words as another person may type them, often with the same normal form."""
+    typed = []
+    for word in words:
+        article = draw.choice(("a", "The", "an"))
+        if draw.random() < 0.2:
+            typed.append(article)
+        typed.append(retype_word(word, draw))
+    text = "".join(word + draw.choice(SEPARATORS) for word in typed)
+    return draw.choice((text, text[:-1], f" {text[:-1]}.", text[:-1]))
+
+
+@dataclass
+class Pair:
+    """An answer to score, and those of ten annotators."""
+    answer: str
+    annotators: list[str]
+
+
+def make_pair(draw: random.Random, words: list[str]) -> Pair:
+    """Make a pair.  In 15 % all annotators agree; in the others, 0 to 10 of them give a variant of
+    one answer, the rest of another."""
+    one, other = [], []
+    for chosen in (one, other):
+        for _ in range(draw.choice((1, 1, 1, 2, 2, 3))):
+            chosen.append(draw.choice(words))
+    same = retype(one, draw)
+    count = draw.randrange(11)
+    are_alike = draw.random() < 0.5
+    annotators = [same if are_alike else retype(one, draw) for _ in range(count)]
+    annotators += [retype(other, draw) for _ in range(10 - count)]
+    if draw.random() < 0.15:
+        annotators = [same] * 10
+    else:
+        annotators = draw.sample(annotators, 10)
+    answer = draw.choice((same, retype(one, draw), retype(one, draw), draw.choice(annotators)))
+    return Pair(answer, annotators)
+
+
+def make_pairs(count: int, seed: int, words: list[str]) -> list[Pair]:
+    draw = random.Random(seed)
+    return [make_pair(draw, words) for _ in range(count)]
+
+
+# -------------------------------------------------------------------------------------------- VQA
+
+def write_vqa(folder: Path, pairs: list[Pair]) -> None:
+    """Write questions, annotations and results as VQA's files, and the results as ours."""
+    draw = random.Random(0)
+    questions, annotations, results = [], [], []
+    for i, pair in enumerate(pairs):
+        ids = dict(question_id=i, image_id=i)
+        texts = [dict(answer_id=j, answer=text) for j, text in enumerate(pair.annotators, 1)]
+        questions.append(dict(ids, question="What?"))
+        annotations.append(dict(ids, answer_type=draw.choice(ANSWER_TYPES),
+                                question_type=draw.choice(QUESTION_TYPES), answers=texts))
+        results.append(dict(question_id=i, answer=pair.answer))
+    head = dict(info={}, license={}, task_type="Open-Ended", data_type="mscoco",
+                data_subtype="val2014")
+    (folder / "questions.json").write_text(json.dumps(head | dict(questions=questions)))
+    (folder / "annotations.json").write_text(json.dumps(head | dict(annotations=annotations)))
+    (folder / "results.json").write_text(json.dumps(results))
+    lines = [json.dumps(result) + "\n" for result in results]
+    (folder / "results.jsonl").write_text("".join(lines))
+
+
+def round_like_python2(scores: dict[str, float]) -> dict[str, float]:
+    """Round scores to two decimals, halves away from zero."""
+    hundredth = Decimal("0.01")
+    return {name: float(Decimal(value).quantize(hundredth, ROUND_HALF_UP))
             for name, value in scores.items()}
 
 
-def variant(words: list[str], draw: random.Random) -> str:
-    """Return the words as another person may type them, often with the same normal form."""
-    names, said = {value: key for key, value in answers.NUMBERS.items()}, []
-    for word in words:
-        said += [draw.choice(("a", "The", "an"))] * (draw.random() < 0.2)
-        word = draw.choice((word, word, names.get(word, word), answers.NUMBERS.get(word, word)))
-        word = word.replace("'", "", 1) if draw.random() < 0.2 else word
-        word = draw.choice((word, word, word.upper(), word.capitalize()))
-        if draw.random() < 0.25:
-            at, mark = draw.randrange(len(word) + 1), draw.choice(MARKS)
-            word = word[:at] + draw.choice((mark, mark + " ", " " + mark)) + word[at:]
-        said.append(word)
-    joined = "".join(w + draw.choice((" ", " ", " ", "  ", "\t", "\n", "-", ", ", ",", "/")) for w in said)
-    return draw.choice((joined, joined[:-1], " " + joined[:-1] + ".", joined[:-1]))
+def means_by_name(accuracy: dict) -> dict[str, float]:
+    """Return the published means under our names."""
+    means = dict(overall=accuracy["overall"], **accuracy["perAnswerType"])
+    for kind, value in accuracy["perQuestionType"].items():
+        means[f"question type: {kind}"] = value
+    return means
 
 
-def pairs(count: int, seed: int, words: list[str]) -> list[tuple[str, list[str]]]:
-    """Return pairs (answer, ten annotators' answers).  In 15 % all annotators agree; in the others,
-    0 to 10 of them give a variant of the answer."""
-    draw, found = random.Random(seed), []
-    for _ in range(count):
-        one, other = ([draw.choice(words) for _ in range(draw.choice((1, 1, 1, 2, 2, 3)))] for _ in "12")
-        same, times, alike = variant(one, draw), draw.randrange(11), draw.random() < 0.5
-        ten = [same if alike else variant(one, draw) for _ in range(times)]
-        ten += [variant(other, draw) for _ in range(10 - times)]
-        ten = [same] * 10 if draw.random() < 0.15 else draw.sample(ten, 10)
-        found.append((draw.choice((same, variant(one, draw), variant(one, draw), draw.choice(ten))), ten))
-    return found
+def largest_difference(ours: dict[str, float], published: dict[str, float]) -> float:
+    return max(abs(ours[name] - published[name]) for name in published)
 
 
-def compare_vqa(code: Path, python2: str, count: int) -> None:
-    draw, made = random.Random(0), pairs(count, 0, WORDS + 10 * ARABIC)
-    notes = [dict(question_id=i, image_id=i, answer_type=draw.choice(TYPES[0]),
-                  question_type=draw.choice(TYPES[1]), answers=[
-                      dict(answer_id=j, answer=said) for j, said in enumerate(ten, 1)])
-             for i, (_, ten) in enumerate(made)]
-    head = dict(info={}, license={}, task_type="Open-Ended", data_type="mscoco", data_subtype="val2014")
-    asked = [dict(question_id=i, image_id=i, question="What?") for i in range(count)]
-    results = [dict(question_id=i, answer=said) for i, (said, _) in enumerate(made)]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        for name, content in (("questions", head | dict(questions=asked)), ("said", results),
-                              ("annotations", head | dict(annotations=notes))):
-            (folder / f"{name}.json").write_text(json.dumps(content))
-        (folder / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in results))
-        subprocess.run([python2, "-c", OFFICIAL, code, place], check=True, stdout=subprocess.DEVNULL)
-        *theirs, table = json.loads((folder / "found.json").read_text())
-        asked, bad = answers.questions("vqav2", [folder / "questions.json", folder / "annotations.json"])
-        said, damaged = answers.read_answers(folder / "said.jsonl")
-    found, amiss = answers.score("vqav2", asked, said)
-    assert not bad + damaged + amiss
-    means, finer = ({"overall": of["overall"]} | of["perAnswerType"] | {
-        f"question type: {kind}": value for kind, value in of["perQuestionType"].items()} for of, _ in theirs)
-    ours, each = {q.id: 100 * answers.vqa(said[q.id], q.answers) for q in asked}, theirs[0][1]
-    equal = [rounded(ours)[key] == each[key] for key in each]
-    away = max(abs(a[key] - b[key]) for a, b in ((ours, theirs[1][1]), (found, finer)) for key in b)
-    spread = {n: sum(round(value) == n for value in each.values()) for n in (0, 30, 60, 90, 100)}
-    table = {key: value for key, value in table.items() if key == key.lower() and key != value}
-    found = rounded(found)
-    print(f"VQA: {sum(equal)} of {count} questions and {sum(found[k] == means[k] for k in means)} of "
-          f"{len(found)} means equal, unrounded {away:.0e} percent apart at most; {len(table)} contractions, "
-          f"equal: {table == answers.CONTRACTIONS}; overall {found['overall']}, by accuracy {spread}")
-    assert all(equal) and found == means and table == answers.CONTRACTIONS and away < 1e-9
+def compare_vqa(code: Path, count: int, python2: str) -> None:
+    pairs = make_pairs(count, 0, WORDS + 10 * ARABIC)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_vqa(folder, pairs)
+        subprocess.run([python2, "-c", PUBLISHED_VQA, code, folder], check=True,
+                       stdout=subprocess.DEVNULL)
+        coarse, fine, contractions = json.loads((folder / "scores.json").read_text())
+        files = [folder / "questions.json", folder / "annotations.json"]
+        scored, left_out = answers.questions("vqav2", files)
+        by_id, repeated = answers.read_answers(folder / "results.jsonl")
+    our_means, problems = answers.score("vqav2", scored, by_id)
+    assert not left_out + repeated + problems
+    our_scores = {q.id: 100 * answers.vqa(by_id[q.id], q.answers) for q in scored}
+
+    (accuracy, scores), (fine_accuracy, fine_scores) = coarse, fine
+    our_rounded = round_like_python2(our_scores)
+    equal_scores = sum(our_rounded[key] == scores[key] for key in scores)
+    means = means_by_name(accuracy)
+    our_rounded_means = round_like_python2(our_means)
+    equal_means = sum(our_rounded_means[name] == means[name] for name in means)
+    difference = max(largest_difference(our_scores, fine_scores),
+                     largest_difference(our_means, means_by_name(fine_accuracy)))
+    # entries with capitals or without a change have no effect on lower-case texts
+    contractions = {short: long for short, long in contractions.items()
+                    if short == short.lower() and short != long}
+    accuracies = [round(value) for value in scores.values()]
+    spread = {value: accuracies.count(value) for value in (0, 30, 60, 90, 100)}
+    print(f"VQA: {equal_scores} of {count} questions and {equal_means} of {len(our_means)} means "
+          f"equal, unrounded {difference:.0e} percent apart at most; {len(contractions)} "
+          f"contractions, equal: {contractions == answers.CONTRACTIONS}; overall "
+          f"{our_rounded_means['overall']}, by accuracy {spread}")
+    assert equal_scores == count and our_rounded_means == means
+    assert contractions == answers.CONTRACTIONS and difference < 1e-9
 
 
-def compare_textvqa(path: Path, count: int) -> None:
-    names, made = {}, pairs(count, 1, WORDS)
-    exec(compile(path.read_text(), str(path), "exec"), names)
-    theirs = names["TextVQAAccuracyEvaluator"]()
-    equal = [theirs.eval_pred_list([dict(pred_answer=said, gt_answers=ten)]) == answers.textvqa(said, ten)
-             for said, ten in made]
-    other = sum(answers.vqa(*pair) != answers.textvqa(*pair) for pair in made)
-    print(f"TextVQA: {sum(equal)} of {len(made)} questions equal; {other} are scored otherwise by VQA's rule")
-    assert all(equal)
+# -------------------------------------------------------------------------- TextVQA and ChartQA
+
+def compare_textvqa(code: Path, count: int) -> None:
+    file = code / "mmf/utils/m4c_evaluators.py"
+    module = {}
+    exec(compile(file.read_text(), str(file), "exec"), module)
+    evaluator = module["TextVQAAccuracyEvaluator"]()
+    pairs = make_pairs(count, 1, WORDS)
+    equal = unlike_vqa = 0
+    for pair in pairs:
+        ours = answers.textvqa(pair.answer, pair.annotators)
+        entry = dict(pred_answer=pair.answer, gt_answers=pair.annotators)
+        equal += evaluator.eval_pred_list([entry]) == ours
+        unlike_vqa += answers.vqa(pair.answer, pair.annotators) != ours
+    print(f"TextVQA: {equal} of {count} questions equal; {unlike_vqa} are scored otherwise by VQA's "
+          f"rule")
+    assert equal == count
 
 
-def compare_relaxed(path: Path, count: int) -> None:
-    tree = ast.parse(path.read_text())             # take one function: the file imports much more
+def as_text(value: float, draw: random.Random) -> str:
+    """Write a number in one of several ways, or write yes."""
+    return draw.choice((f"{value}", f"{value:g}", f"{value}%", f"{value:.1f}", "Yes", "yes"))
+
+
+def compare_chartqa(code: Path, count: int) -> None:
+    file = code / "pix2struct/metrics.py"
+    tree = ast.parse(file.read_text())             # take one function: the file imports much more
     tree.body = [part for part in tree.body if getattr(part, "name", "") == "relaxed_correctness"]
-    names = dict(Optional=Optional)
-    exec(compile(tree, str(path), "exec"), names)
-    draw, equal, right = random.Random(3), [], 0
-    for _ in range(count):
+    module = dict(Optional=Optional)
+    exec(compile(tree, str(file), "exec"), module)
+    draw = random.Random(3)
+    compared = equal = right = 0
+    for _ in range(10 * count):
         value = draw.choice((draw.randint(1, 3000), round(draw.uniform(-20, 20), 2) or 1, 0.5))
         near = value * draw.choice((1, 0.95, 1.05, draw.uniform(0.9, 1.1), 0.01, 100))
-        true, said = (draw.choice((f"{x}", f"{x:g}", f"{x}%", f"{x:.1f}", "Yes", "yes"))
-                      for x in (value, near))
-        if answers.number(true) != 0:                      # pix2struct compares 0 as a text
-            equal.append(names["relaxed_correctness"](true, said) == answers.relaxed(said, [true]))
-            right += answers.relaxed(said, [true])
-    print(f"ChartQA: {sum(equal)} of {len(equal)} pairs equal, {right:.0f} right")
-    assert all(equal)
+        true = as_text(value, draw)
+        answer = as_text(near, draw)
+        if answers.number(true) == 0:              # pix2struct compares 0 as a text
+            continue
+        ours = answers.relaxed(answer, [true])
+        compared += 1
+        equal += module["relaxed_correctness"](true, answer) == ours
+        right += ours
+    print(f"ChartQA: {equal} of {compared} pairs equal, {right:.0f} right")
+    assert equal == compared
 
 
-def compare_pope(code: Path) -> None:
-    draw, source, away = random.Random(2), (code / "evaluate.py").read_text(), 0.0
-    paths = {name: code / f"output/coco/coco_pope_{name}.json"
-             for name in ("random", "popular", "adversarial")}
-    asked, bad = answers.questions("pope", list(paths.values()))
-    words = "yes no No NO not Not Yes, no, no. Yes. there is a cat . , not. nothing n't no\n no!".split(" ")
-    said = {q.id: " ".join(draw.choices(words, k=draw.choice((0, 1, 1, 1, 2, 3, 6)))) for q in asked}
-    found, amiss = answers.score("pope", asked, said)
-    assert not bad + amiss
-    for subset, path in paths.items():
-        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, io.StringIO() as out:
-            file.writelines(json.dumps(dict(answer=said[q.id])) + "\n"
-                            for q in asked if q.types == (subset,))
-            file.flush()
-            with contextlib.redirect_stdout(out):
-                exec(source.replace("ans_file = ''", f"ans_file = {file.name!r}").replace(
-                    "label_file = ''", f"label_file = {str(path)!r}"), {})
-            theirs = [100 * float(line.split(": ")[1]) for line in out.getvalue().splitlines()[2:]]
-        ours = [found[f"{subset}: {name}"] for name in ("accuracy", "precision", "recall", "F1", "yes-ratio")]
-        away = max([away, *(abs(a - b) for a, b in zip(ours, theirs, strict=True))])
+# ------------------------------------------------------------------------------------------- POPE
+
+def published_pope(source: str, labels: Path, texts: list[str]) -> list[float]:
+    """Run POPE's evaluate.py on answers, and return its five figures in percent."""
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, io.StringIO() as printed:
+        file.writelines(json.dumps(dict(answer=text)) + "\n" for text in texts)
+        file.flush()
+        program = source.replace("ans_file = ''", f"ans_file = {file.name!r}")
+        program = program.replace("label_file = ''", f"label_file = {str(labels)!r}")
+        with contextlib.redirect_stdout(printed):
+            exec(program, {})
+        lines = printed.getvalue().splitlines()[2:]
+    return [100 * float(line.split(": ")[1]) for line in lines]
+
+
+def compare_pope(code: Path, count: int) -> None:
+    draw = random.Random(2)
+    source = (code / "evaluate.py").read_text()
+    labels = {subset: code / f"output/coco/coco_pope_{subset}.json"
+              for subset in ("random", "popular", "adversarial")}
+    scored, left_out = answers.questions("pope", list(labels.values()))
+    words = "yes no No NO not Not Yes, no, no. Yes. there is a cat . , not. nothing n't no\n no!"
+    words = words.split(" ")
+    by_id = {}
+    for q in scored:
+        by_id[q.id] = " ".join(draw.choices(words, k=draw.choice((0, 1, 1, 1, 2, 3, 6))))
+    scores, problems = answers.score("pope", scored, by_id)
+    assert not left_out + problems
+    difference = 0.0
+    for subset, path in labels.items():
+        texts = [by_id[q.id] for q in scored if q.types == (subset,)]
+        published = published_pope(source, path, texts)
+        ours = [scores[f"{subset}: {name}"]
+                for name in ("accuracy", "precision", "recall", "F1", "yes-ratio")]
+        for a, b in zip(ours, published, strict=True):
+            difference = max(difference, abs(a - b))
         print(f"POPE, {subset}: {' '.join(f'{value:.2f}' for value in ours)}")
-    print(f"POPE: {len(asked)} questions, figures {away:.0e} percent apart at most")
-    assert away < 1e-9
+    print(f"POPE: {len(scored)} questions, figures {difference:.0e} percent apart at most")
+    assert difference < 1e-9
+
+
+COMPARISONS = dict(mmf=compare_textvqa, pix2struct=compare_chartqa, POPE=compare_pope)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python2", default="python2.7")
-    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--count", type=cli.number(int, 1), default=2000)
     args = parser.parse_args()
-    for name, compare in dict(
-            VQA=lambda path: compare_vqa(path, args.python2, args.count),
-            mmf=lambda path: compare_textvqa(path / "mmf/utils/m4c_evaluators.py", args.count),
-            pix2struct=lambda path: compare_relaxed(path / "pix2struct/metrics.py", 10 * args.count),
-            POPE=compare_pope).items():
-        if (args.folder / name).exists():
-            compare(args.folder / name)
+    cloned = [name for name in ("VQA", *COMPARISONS) if (args.folder / name).exists()]
+    require((cloned, f"{args.folder}: has none of VQA, {', '.join(COMPARISONS)}"))
+    for name in cloned:
+        if name == "VQA":
+            compare_vqa(args.folder / name, args.count, args.python2)
+        else:
+            COMPARISONS[name](args.folder / name, args.count)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

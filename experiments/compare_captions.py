@@ -19,8 +19,10 @@ import shutil
 import sysconfig
 import time
 from collections import Counter
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
+from statistics import mean
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -28,9 +30,12 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from common import cli
+from common.cli import ROOT
 from metrics import captions
 
-FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "captions.json"
+FIXTURE = ROOT / "tests" / "fixtures" / "captions.json"
+CODE = re.compile(r"[=_\\`|]|>>")             # marks of code in a docstring
+# the parts of a sentence: each is a list of phrases, separated by semicolons
 PARTS = [
     """a man;two women;a group of people;a brown dog;several cows;an old red bus;a little girl in a dress;
     a black and white cat;three giraffes;a surfer;a plate of food;the train;a young boy;some zebras;a vase""",
@@ -59,9 +64,16 @@ AWKWARD = [
     sure.;up close :);with a "cute" cat."""]
 
 
-def sentence(draw: random.Random, parts: list[str]) -> str:
-    return " ".join(draw.choice([" ".join(one.split()) for one in part.split(";")]) for part in parts)
+def phrases(part: str) -> list[str]:
+    """Return the phrases of a part, without the line breaks of this file."""
+    return [" ".join(phrase.split()) for phrase in part.split(";")]
 
+
+def sentence(draw: random.Random, parts: list[str]) -> str:
+    return " ".join(draw.choice(phrases(part)) for part in parts)
+
+
+# ------------------------------------------------------------------------------------------ scores
 
 def candidate(draw: random.Random, kind: int, references: list[list[str]]) -> list[str]:
     """Return a candidate of one of ten kinds: words kept, lost, doubled, changed or moved, or
@@ -69,81 +81,144 @@ def candidate(draw: random.Random, kind: int, references: list[list[str]]) -> li
     words = list(draw.choice(references))
     other = sentence(draw, PARTS).split()
     at = draw.randrange(len(words) + 1)
-    return [words, words[:at], words[:at] + words[at - 1:], words[:at] + other[:3] + words[at + 3:],
-            draw.sample(words, len(words)), other, words + other + words, words[:1] * draw.randint(1, 12),
-            draw.choices(other + words, k=100), [] if draw.random() < 0.5 else other[1:2]][kind]
+    kinds = [
+        words,
+        words[:at],
+        words[:at] + words[at - 1:],
+        words[:at] + other[:3] + words[at + 3:],
+        draw.sample(words, len(words)),
+        other,
+        words + other + words,
+        words[:1] * draw.randint(1, 12),
+        draw.choices(other + words, k=100),
+        [] if draw.random() < 0.5 else other[1:2],
+    ]
+    return kinds[kind]
 
 
-def make_sets() -> dict[str, dict]:
-    draw, references, candidates = random.Random(0), {}, {}
+@dataclass
+class Sets:
+    """Made-up captions, as lists of words, by the number of the image."""
+    references: dict[int, list[list[str]]]
+    candidates: dict[int, list[str]]
+
+
+def make_sets() -> Sets:
+    draw = random.Random(0)
+    sets = Sets({}, {})
     for i in range(200):
-        about = [sentence(draw, PARTS).split() for _ in range(3)]
-        some = [draw.choice(about)[:draw.randint(2, 20)] + sentence(draw, PARTS[2:]).split()
-                for _ in range(1 + i % 6)]
-        references[i] = some + [some[0][:1]] * (i % 29 == 0) + [[]] * (i % 31 == 0)
-        candidates[i] = candidate(draw, i % 10, some)
-    return dict(references=references, candidates=candidates)
+        subjects = [sentence(draw, PARTS).split() for _ in range(3)]
+        references = []
+        for _ in range(1 + i % 6):
+            beginning = draw.choice(subjects)[:draw.randint(2, 20)]
+            references.append(beginning + sentence(draw, PARTS[2:]).split())
+        sets.candidates[i] = candidate(draw, i % 10, references)
+        sets.references[i] = list(references)
+        if i % 29 == 0:
+            sets.references[i].append(references[0][:1])         # of one word
+        if i % 31 == 0:
+            sets.references[i].append([])
+    return sets
 
 
-def by_theirs(references: dict, candidates: dict) -> tuple[list[float], list[list[float]]]:
-    """Return pycocoevalcap's six scores of the corpus, and those of each image."""
-    golden = {i: [" ".join(words) for words in some] for i, some in references.items()}
-    said = {i: [" ".join(words)] for i, words in candidates.items()}
-    bleu, bleus = Bleu(4).compute_score(golden, said, verbose=0)
-    rouge, rouges = Rouge().compute_score(golden, said)
-    cider, ciders = Cider().compute_score(golden, said)
-    return [float(x) for x in (*bleu, rouge, cider)], [list(map(float, row))
-                                                       for row in zip(*bleus, rouges, ciders)]
+@dataclass
+class Scores:
+    """BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D."""
+    corpus: list[float]
+    images: list[list[float]]           # of each image
 
 
-def by_ours(references: dict, candidates: dict) -> tuple[list[float], list[list[float]]]:
-    rouge, cider = (f(references, candidates) for f in (captions.rouge_l, captions.cider_d))
-    each = [[*captions.bleu({i: references[i]}, {i: candidates[i]}), rouge[i], cider[i]] for i in references]
-    return [*captions.bleu(references, candidates),
-            *(sum(values.values()) / len(values) for values in (rouge, cider))], each
+def published_scores(sets: Sets) -> Scores:
+    """Return pycocoevalcap's scores."""
+    references = {i: [" ".join(words) for words in each] for i, each in sets.references.items()}
+    candidates = {i: [" ".join(words)] for i, words in sets.candidates.items()}
+    bleu, image_bleus = Bleu(4).compute_score(references, candidates, verbose=0)
+    rouge, image_rouges = Rouge().compute_score(references, candidates)
+    cider, image_ciders = Cider().compute_score(references, candidates)
+    rows = zip(*image_bleus, image_rouges, image_ciders)
+    return Scores([float(x) for x in (*bleu, rouge, cider)], [list(map(float, row)) for row in rows])
+
+
+def our_scores(sets: Sets) -> Scores:
+    rouges = captions.rouge_l(sets.references, sets.candidates)
+    ciders = captions.cider_d(sets.references, sets.candidates)
+    images = []
+    for i in sets.references:
+        bleu = captions.bleu({i: sets.references[i]}, {i: sets.candidates[i]})
+        images.append([*bleu, rouges[i], ciders[i]])
+    bleu = captions.bleu(sets.references, sets.candidates)
+    return Scores([*bleu, mean(rouges.values()), mean(ciders.values())], images)
+
+
+def largest_difference(ours: list[float], published: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(ours, published, strict=True))
+
+
+def write_fixture(sets: Sets, published: Scores) -> None:
+    """Write the sets and the published scores, which the tests compare with."""
+    content = dict(references=list(sets.references.values()),
+                   candidates=list(sets.candidates.values()),
+                   corpus=[round(x, 9) for x in published.corpus],
+                   each=[[round(x, 9) for x in row] for row in published.images])
+    text = json.dumps(content).replace("], [[", "],\n[[")
+    FIXTURE.write_text(text + "\n")
+    print(f"{FIXTURE}: {FIXTURE.stat().st_size:,} bytes")
+
+
+# ----------------------------------------------------------------------------------------- words
+
+def is_plain(text: str) -> bool:
+    """Return True for a sentence of usual length, without code."""
+    return 4 < len(text.split()) < 30 and text.isascii() and not CODE.search(text)
 
 
 def docstrings(count: int) -> list[str]:
-    found = set()
+    """Return sentences of the standard library's docstrings."""
+    sentences = set()
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 text = " ".join((ast.get_docstring(node) or "").split())
-                found.update(re.split(r"(?<=[.!?]) (?=[A-Z])", text))
-    found = {one for one in found
-             if 4 < len(one.split()) < 30 and one.isascii() and not re.search(r"[=_\\`|]|>>", one)}
-    return random.Random(0).sample(sorted(found), min(count, len(found)))
+                sentences.update(re.split(r"(?<=[.!?]) (?=[A-Z])", text))
+    plain = sorted(filter(is_plain, sentences))
+    return random.Random(0).sample(plain, min(count, len(plain)))
 
 
-def compare_words(what: str, texts: list[str]) -> float:
-    theirs = PTBTokenizer().tokenize({i: [dict(caption=text)] for i, text in enumerate(texts)})
-    kinds, equal = Counter(), 0
+def compare_words(title: str, texts: list[str]) -> float:
+    """Print how many texts have the same words in both programs, and the usual differences; return
+    the share."""
+    published = PTBTokenizer().tokenize({i: [dict(caption=text)] for i, text in enumerate(texts)})
+    differences = Counter()
+    equal = 0
     for i, text in enumerate(texts):
-        a, b = theirs[i][0].split(), captions.tokens(text)
-        equal += a == b
-        for tag, a0, a1, b0, b1 in SequenceMatcher(None, a, b, False).get_opcodes():
+        theirs = published[i][0].split()
+        ours = captions.tokens(text)
+        equal += ours == theirs
+        for tag, a, b, c, d in SequenceMatcher(None, theirs, ours, False).get_opcodes():
             if tag != "equal":
-                kinds[f"{' '.join(a[a0:a1])} -> {' '.join(b[b0:b1])}"] += 1
-    print(f"{what}: {equal:,} of {len(texts):,} are the same words, {100 * equal / len(texts):.1f}%")
-    print("    theirs -> ours:", "; ".join(f"{kind} ({n})" for kind, n in kinds.most_common(25)))
-    return equal / len(texts)
+                differences[f"{' '.join(theirs[a:b])} -> {' '.join(ours[c:d])}"] += 1
+    share = equal / len(texts)
+    usual = "; ".join(f"{change} ({n})" for change, n in differences.most_common(25))
+    print(f"{title}: {equal:,} of {len(texts):,} are the same words, {share:.1%}")
+    print("    theirs -> ours:", usual)
+    return share
 
 
 def main() -> None:
     cli.Parser(__doc__).parse_args()
-    sets, found = make_sets(), {}
-    for name, way in (("theirs", by_theirs), ("ours", by_ours)):
+    sets = make_sets()
+    scores = {}
+    for name, score in (("theirs", published_scores), ("ours", our_scores)):
         started = time.time()
-        found[name] = way(**sets)
-        print(f"{name} {time.time() - started:.2f} s", [f"{x:.6f}" for x in found[name][0]])
-    (theirs, each), (ours, mine) = found["theirs"], found["ours"]
-    apart = [max(abs(a - b) for a, b in zip(x, y)) for x, y in zip([theirs, *each], [ours, *mine])]
-    print(f"figures of the corpus {apart[0]:.1e} apart at most, of an image {max(apart[1:]):.1e}")
-    assert max(apart) < 1e-6
-    rounded = dict(corpus=[round(x, 9) for x in theirs], each=[[round(x, 9) for x in row] for row in each])
-    text = json.dumps({name: list(rows.values()) for name, rows in sets.items()} | rounded)
-    FIXTURE.write_text(text.replace("], [[", "],\n[[") + "\n")
-    print(f"{FIXTURE}: {FIXTURE.stat().st_size:,} bytes")
+        scores[name] = score(sets)
+        corpus = [f"{x:.6f}" for x in scores[name].corpus]
+        print(f"{name} {time.time() - started:.2f} s", corpus)
+    ours, published = scores["ours"], scores["theirs"]
+    of_corpus = largest_difference(ours.corpus, published.corpus)
+    of_image = max(map(largest_difference, ours.images, published.images))
+    print(f"figures of the corpus {of_corpus:.1e} apart at most, of an image {of_image:.1e}")
+    assert max(of_corpus, of_image) < 1e-6
+    write_fixture(sets, published)
     if shutil.which("java"):
         draw = random.Random(1)
         share = compare_words("captions", [sentence(draw, AWKWARD) for _ in range(1000)])

@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 
 from common import cli
+from common.cli import ROOT
 from experiments.turns import time_in_turns
 
-ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
 PARTS = {"transformer": "dual_diff_release.transformer", "vae": "sd3_diffusers.vae",
          "text_encoder": "t5_xxl.text_encoder"}

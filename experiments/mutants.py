@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import cli
-from common.cli import require
+from common.cli import ROOT, require
 from common.files import write_text
 from common.progress import Progress
 
-ROOT = Path(__file__).parents[1]
 TIMEOUT = 600           # seconds that the tests of one mutant may take
 LARGE = ("assets", "tests/fixtures")     # linked into the copies, which only read them
 

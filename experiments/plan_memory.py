@@ -38,11 +38,12 @@ WAYS = dict(plain=[], micro_batches=["--micro-batch", "4"], recomputed=["--check
 
 
 def resident(field: str) -> int:
+    """Return a field of this process's status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def parts(folder: Path) -> list[str]:
+def write_parts(folder: Path) -> list[str]:
     """Write SD3's autoencoder, a T5 of one block with the real width, and a tokenizer of the real
     size; return flags for them."""
     torch.manual_seed(0)
@@ -70,15 +71,27 @@ def measure(kind: str, flags: list[str]) -> None:
         job = train.set_up(config)
         Path("/proc/self/clear_refs").write_text("5")        # resets the peak of the resident set
         train.train(job, [])
-        took = resident("VmHWM") - before
-    print(json.dumps(dict(took=took, told=told(train.parse([*flags, "--print-plan", "1"])), row=job.run.rows[-1])))
+        measured = resident("VmHWM") - before
+    plan_config = train.parse([*flags, "--print-plan", "1"])
+    print(json.dumps(dict(measured=measured, planned=planned_memory(plan_config),
+                          row=job.run.rows[-1])))
 
 
-def told(config) -> dict[str, float]:
+def planned_memory(config) -> dict[str, float]:
+    """Return the bytes that the plan predicts, by part."""
     _, sizes, about = read_base(config.init, config.preset)
     t5, vae = plan.frozen_sizes(config, sizes, about)
     N = plan.image_tokens(config, sizes, vae.factor if vae else 1) or sizes.null_tokens
     return plan.memory(config, sizes, t5, vae, N, 1, False)
+
+
+def print_comparison(name: str, measured: int, planned: dict[str, float], row: dict) -> None:
+    """Print the memory in GiB.  row: of the run's log."""
+    total = sum(planned.values())
+    print(f"{name}: took {measured / 2**30:.2f} GiB, the plan says {total / 2**30:.2f}: "
+          f"{total / measured:.2f} of it; losses {row['image_loss']:.3f}, {row['text_loss']:.3f}")
+    parts = [f"{part} {size / 2**30:.2f}" for part, size in planned.items() if size]
+    print("    " + ", ".join(parts), flush=True)
 
 
 def main() -> None:
@@ -92,18 +105,12 @@ def main() -> None:
             (Path(folder) / "images" / f"{i}.txt").write_text(f"a red cat {i}")
         ways = {name: [*SMALL, *more] for name, more in WAYS.items()}
         if kind == "full":
-            ways = dict(full=list(map(str, parts(Path(folder)))))
+            ways = dict(full=list(map(str, write_parts(Path(folder)))))
         for name, flags in ways.items():
             command = [sys.executable, "-m", "experiments.plan_memory", kind, *flags,
                        "--image-data", f"{folder}/images"]
             child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found = json.loads(child.stdout.splitlines()[-1])
-            said = sum(found["told"].values())
-            print(f"{name}: took {found['took'] / 2**30:.2f} GiB, the plan says {said / 2**30:.2f}: "
-                  f"{said / found['took']:.2f} of it; losses {found['row']['image_loss']:.3f}, "
-                  f"{found['row']['text_loss']:.3f}", flush=True)
-            shown = {part: f"{size / 2**30:.2f}" for part, size in found["told"].items() if size}
-            print("    " + ", ".join(f"{part} {size}" for part, size in shown.items()), flush=True)
+            print_comparison(name, **json.loads(child.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":

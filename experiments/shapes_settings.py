@@ -30,16 +30,34 @@ from metrics.tables import table
 
 GUIDANCE = {f"guidance {scale:g}": DrawConfig(guidance=scale)
             for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)}
-# with 1 or 2 evaluations, heun takes one Euler step
-SOLVERS = {f"{solver}, at most {steps} evaluations": DrawConfig(steps=steps, solver=solver)
-           for steps in (1, 2, 4, 8, 16, 32, 64) for solver in ("euler", "heun")
-           if solver == "euler" or steps > 2}
-ORDERS = {
-    **{f"{order}, {steps} steps": dict(order=order, steps=steps)
-       for order in ("random", "confidence") for steps in (16, 8, 4, 2, 1)},
-    **{f"threshold {level:g}": dict(order="threshold", level=level) for level in (0.99, 0.9, 0.7)},
-    **{f"eb {level:g}": dict(order="eb", level=level) for level in (0.05, 0.5)},
-}
+
+
+def solvers() -> dict[str, DrawConfig]:
+    rows = {}
+    for steps in (1, 2, 4, 8, 16, 32, 64):
+        for solver in ("euler", "heun"):
+            if solver == "euler" or steps > 2:          # with fewer, heun takes one Euler step
+                config = DrawConfig(steps=steps, solver=solver)
+                rows[f"{solver}, at most {steps} evaluations"] = config
+    return rows
+
+
+def orders() -> dict[str, ReadConfig]:
+    settings = {}
+    for order in ("random", "confidence"):
+        for steps in (16, 8, 4, 2, 1):
+            settings[f"{order}, {steps} steps"] = dict(order=order, steps=steps)
+    for order, levels in dict(threshold=(0.99, 0.9, 0.7), eb=(0.05, 0.5)).items():
+        for level in levels:
+            settings[f"{order} {level:g}"] = dict(order=order, level=level)
+    rows = {}
+    for name, values in settings.items():
+        for cache in ("off", "once"):
+            rows[f"{name}, cache {cache}"] = ReadConfig(**values, image_cache=cache)
+    return rows
+
+
+CONFIGS = dict(guidance=GUIDANCE, solvers=solvers(), orders=orders())
 
 
 def drawing_scores(test: ShapesTest, config: DrawConfig, seed: int, prompts: int, count: int
@@ -49,8 +67,9 @@ def drawing_scores(test: ShapesTest, config: DrawConfig, seed: int, prompts: int
     for row in ROWS:
         right = test.draw(row, prompts, seed, config).values()
         scores[f"right, {row}"] = statistics.mean(right)
-    open_prompts = test.calibrate(count, seed, config)
-    return scores | {name.replace("calibration", "open"): value for name, value in open_prompts.items()}
+    for name, value in test.calibrate(count, seed, config).items():
+        scores[name.replace("calibration", "open")] = value
+    return scores
 
 
 def reading_scores(test: ShapesTest, config: ReadConfig, seed: int, count: int) -> dict[str, float]:
@@ -64,33 +83,34 @@ def reading_scores(test: ShapesTest, config: ReadConfig, seed: int, count: int) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("what", choices=["guidance", "solvers", "orders"])
+    parser.add_argument("what", choices=CONFIGS)
     parser.add_argument("--checkpoint", type=Path, default=SHAPES, help="(assets/shapes)")
-    parser.add_argument("--world", choices=WORLDS, default="shapes", help="that it was trained on (shapes)")
-    parser.add_argument("--seeds", nargs="+", type=cli.number(int, 0, 1000), default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--prompts", type=cli.number(int, 1), default=20, help="in each category (20)")
-    parser.add_argument("--open", type=cli.number(int, 1), default=40, help="drawings of each open prompt (40)")
-    parser.add_argument("--limit", type=cli.number(int, 1), default=200, help="images to caption (200)")
+    parser.add_argument("--world", choices=WORLDS, default="shapes",
+                        help="that it was trained on (shapes)")
+    parser.add_argument("--seeds", nargs="+", type=cli.number(int, 0, 1000), default=[0, 1, 2],
+                        help="(0 1 2)")
+    parser.add_argument("--prompts", type=cli.number(int, 1), default=20,
+                        help="in each category (20)")
+    parser.add_argument("--open", type=cli.number(int, 1), default=40,
+                        help="drawings of each open prompt (40)")
+    parser.add_argument("--limit", type=cli.number(int, 1), default=200,
+                        help="images to caption (200)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
     parts = Parts(args.checkpoint, choose_device("auto"))
     parts.silent = True
     test = ShapesTest(parts, args.world)
-    rows = defaultdict(lambda: defaultdict(list))
-
-    def note(name: str, scores: dict[str, float]) -> None:
-        print(name, scores, file=sys.stderr, flush=True)
-        for column, value in scores.items():
-            rows[name][column].append(value)
+    configs = CONFIGS[args.what]
+    rows = {name: defaultdict(list) for name in configs}         # columns, each with a value per seed
     for seed in args.seeds:
-        if args.what == "orders":
-            for name, how in ORDERS.items():
-                for cache in ("off", "once"):
-                    config = ReadConfig(**how, image_cache=cache)
-                    note(f"{name}, cache {cache}", reading_scores(test, config, seed, args.limit))
-        else:
-            for name, config in dict(guidance=GUIDANCE, solvers=SOLVERS)[args.what].items():
-                note(name, drawing_scores(test, config, seed, args.prompts, args.open))
+        for name, config in configs.items():
+            if args.what == "orders":
+                scores = reading_scores(test, config, seed, args.limit)
+            else:
+                scores = drawing_scores(test, config, seed, args.prompts, args.open)
+            print(name, scores, file=sys.stderr, flush=True)
+            for column, value in scores.items():
+                rows[name][column].append(value)
     if args.what == "orders":
         first = statistics.mean(next(iter(rows.values()))["time"])
         for columns in rows.values():

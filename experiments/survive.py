@@ -16,54 +16,66 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from common.cli import ROOT
 
 
 def start(out: Path, flags: list[str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "train.py", "--out", str(out), *flags], cwd=ROOT, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "train.py", "--out", str(out), *flags]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def finish(process: subprocess.Popen) -> None:
-    _, said = process.communicate()
+    _, errors = process.communicate()
     if process.returncode:
-        raise RuntimeError(said[-2000:])
+        raise RuntimeError(errors[-2000:])
 
 
-def lines(out: Path) -> int:
+def count_rows(out: Path) -> int:
     log = out / "log.jsonl"
     return log.read_text().count("\n") if log.exists() else 0
+
+
+def wait_for_a_step(process: subprocess.Popen, out: Path) -> None:
+    """Wait until the log has a new row, or the process ends."""
+    before = count_rows(out)
+    while process.poll() is None and count_rows(out) in (0, before):
+        time.sleep(0.002)
+        before = min(before, count_rows(out))   # a resume first drops the log's rows after the save
+
+
+def wait_for_a_save(process: subprocess.Popen, out: Path) -> None:
+    """Wait until a save begins, the process ends, or two seconds have passed."""
+    until = time.time() + 2
+    while process.poll() is None and not list(out.glob(".tmp_step_*")) and time.time() < until:
+        time.sleep(0.0005)
 
 
 def killed_run(out: Path, flags: list[str], kills: int, seed: int) -> tuple[int, int]:
     """Run to the end through `kills` SIGKILLs; return (kills, kills during a save).
 
     Every second kill comes a random time after the first new step, the others just after a save
-    begins.
-    """
-    draw, done, saving = random.Random(seed), 0, 0
+    begins."""
+    draw = random.Random(seed)
+    done = during_saves = 0
     while done < kills:
-        process, before = start(out, flags), lines(out)
-        while process.poll() is None and lines(out) in (0, before):
-            time.sleep(0.002)
-            before = min(before, lines(out))  # a resume first drops the log's rows after the save
+        process = start(out, flags)
+        wait_for_a_step(process, out)
         if done % 2 == 0:
             time.sleep(draw.uniform(0, 0.3))
         else:
-            until = time.time() + 2
-            while process.poll() is None and not list(out.glob(".tmp_step_*")) and time.time() < until:
-                time.sleep(0.0005)
+            wait_for_a_save(process, out)
             time.sleep(draw.uniform(0, 0.03))
         if process.poll() is not None:                           # it ended before the kill
             finish(process)
             break
-        saving += bool(list(out.glob(".tmp_*")) + list(out.glob(".*.tmp")))
+        unfinished = [*out.glob(".tmp_*"), *out.glob(".*.tmp")]
+        during_saves += bool(unfinished)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         done += 1
     finish(start(out, flags))
-    return done, saving
+    return done, during_saves
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -77,16 +89,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--random", type=int, default=0, help="seed of the kills' moments")
     args, flags = parser.parse_known_args()
-    flags = ["--steps", "60", "--save-every", "5", "--image-batch", "4", "--text-batch", "4", "--log-every",
-             "1",
-             "--sample-every", "0", *flags]
+    flags = ["--steps", "60", "--save-every", "5", "--image-batch", "4", "--text-batch", "4",
+             "--log-every", "1", "--sample-every", "0", *flags]
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        finish(start(whole, flags))
-        done, saving = killed_run(killed, flags, args.kills, args.random)
-        same = same_weights(whole, killed)
-    found = "bit-identical" if same else "NOT the same"
-    print(f"{done} kills, {saving} of them during a save: final weights {found}")
+        undisturbed, killed = Path(folder) / "undisturbed", Path(folder) / "killed"
+        finish(start(undisturbed, flags))
+        done, during_saves = killed_run(killed, flags, args.kills, args.random)
+        same = same_weights(undisturbed, killed)
+    verdict = "bit-identical" if same else "NOT the same"
+    print(f"{done} kills, {during_saves} of them during a save: final weights {verdict}")
     sys.exit(not same or done < args.kills)
 
 

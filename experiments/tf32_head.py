@@ -28,30 +28,33 @@ def main() -> None:
     parts = Parts(dtype=torch.float32)
     records, images = emoji.load()
     captions = [record["caption"] for record in records[:512]]
-    ids = torch.stack([parts.tokenizer.encode(caption, parts.length) for caption in captions])      # (B, L)
+    ids = torch.stack([parts.tokenizer.encode(text, parts.length) for text in captions])  # (B, L)
     generator = torch.Generator().manual_seed(0)
-    masked = torch.rand(ids.shape, generator=generator) < torch.rand(len(ids), 1, generator=generator)
+    uniform = torch.rand(ids.shape, generator=generator)
+    masked = uniform < torch.rand(len(ids), 1, generator=generator)
     noised = ids.masked_fill(masked, parts.tokenizer.mask_id)
 
     inputs = []
     head = parts.mmdit.txt_out
     head.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     parts.mmdit(images[:512].float() / 127.5 - 1, parts.text(noised), torch.zeros(1), need="logits")
-    states, tokens = inputs[0][masked], ids[masked]              # (n, D), (n,)
+    states = inputs[0][masked]                                   # (n, D)
+    tokens = ids[masked]                                         # (n,)
 
     def cross_entropy(logits: Tensor) -> Tensor:
         logits = logits.double()
         logits[:, parts.tokenizer.mask_id] = -torch.inf
         return F.cross_entropy(logits, tokens, reduction="none")
     exact = cross_entropy(states.double() @ head.weight.double().T + head.bias)
-    found = {
+    logits_in = {
         "float32": head(states),
         "TF32": to_tf32(states) @ to_tf32(head.weight).T + head.bias,
         "bfloat16": F.linear(states.bfloat16(), head.weight.bfloat16(), head.bias.bfloat16()),
     }
-    for name, logits in found.items():
+    for name, logits in logits_in.items():
         difference = (cross_entropy(logits) - exact).abs()
-        print(f"{name}: {difference.mean():.1e} nats a token on average, {difference.max():.1e} at most")
+        print(f"{name}: {difference.mean():.1e} nats a token on average, {difference.max():.1e} at "
+              f"most")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 
 from common import cli
-from common.cli import require
+from common.cli import ROOT, require
 from common.files import read_json_lines
 
-ROOT = Path(__file__).parents[1]
 CHANGES = {
     "unchanged": [],
     "uniform-times": [("torch.sigmoid(torch.randn(B, 1, 1, 1) + 0.7)", "torch.rand(B, 1, 1, 1)")],

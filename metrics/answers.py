@@ -2,7 +2,7 @@
 
     scored, left_out = questions("vqav2", ["v2_OpenEnded_mscoco_val2014_questions.json"])
     ...                                   # a line {"question_id": q.id, "answer": "..."} for each q
-    answers, damaged = read_answers("answers.jsonl")
+    answers, repeated = read_answers("answers.jsonl")
     scores, problems = score("vqav2", scored, answers)    # {"overall": ..., "yes/no": ...}, percent
 
     kind      files, as published                     an answer's score         means over

@@ -28,7 +28,7 @@ from common.progress import batches
 from dataset import emoji
 from dataset.images import read_image, to_image
 from dataset.sources import IMAGE_SUFFIXES, image_in, list_images
-from dataset.webdataset import KINDS, Tar
+from dataset.webdataset import SUFFIXES, Tar
 from metrics.inception import prepare
 
 # functions that each read an image or raise UserError
@@ -59,7 +59,7 @@ def file_images(source: Path) -> Listing:
     """List the images of a folder, or the samples of a tar in its order.
 
     Raises UserError for any other source.  A tar's sample without an image raises it when read."""
-    if source.name.endswith(KINDS):
+    if source.name.endswith(SUFFIXES):
         tar = Tar(str(source))
         return [functools.partial(read_sample, tar, i) for i in range(len(tar))]
     return [functools.partial(read_image, file) for file in image_files(source)]

@@ -121,7 +121,7 @@ class Claim:
 
     @property
     def category(self) -> str:
-        """Return GenEval's category of a caption; "" for one that belongs to none."""
+        """Return GenEval's category of a caption."""
         coloured = all(noun.colour for noun in self.nouns)
         if self.relation:
             return "position"
@@ -137,8 +137,8 @@ NOUN = re.compile(rf"(a|{'|'.join(COUNTS[1:])})(?: ({'|'.join(RADII)}))?(?: ({'|
 
 
 def read_caption(text: str) -> Claim | None:
-    """Return what a caption says; None if it is not of this world's grammar."""
-    text, _, background = text.partition(" on ")
+    """Return what a caption says; None for a text that can't be read."""
+    text, separator, background = text.partition(" on ")
     relation = next((name for name in RELATIONS if f" {name} " in text), "")
     nouns = []
     for piece in text.split(f" {relation} " if relation else " and "):
@@ -150,7 +150,7 @@ def read_caption(text: str) -> Claim | None:
         if piece != noun(size, colour, shape, count):            # "a discs", "two disc"
             return None
         nouns.append(Noun(count, size, colour, shape))
-    if background not in ("", *BACKGROUNDS):
+    if separator and background not in BACKGROUNDS:
         return None
     if relation and [each.count for each in nouns] != [1, 1]:
         return None

@@ -84,7 +84,7 @@ class TextBatch(Batch):
     """Clean images, or none, with texts to be masked."""
     uniform: Tensor                 # (B, L): a token is masked where this is below t
     frozen: Tensor                  # (B, L) bool: a prompt
-    weight: str = "1/t"             # a key of mask_diffusion.WEIGHTS
+    time_weight: str = "1/t"        # a key of mask_diffusion.WEIGHTS
 
     @property
     def denominator(self) -> int:

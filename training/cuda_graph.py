@@ -36,7 +36,7 @@ def static_text_errors(models: Models, batch: TextBatch, mask_id: Tensor) -> Ten
     logits = logits.float().index_fill(-1, mask_id, float("-inf")).flatten(0, 1)  # (B L, V)
     cross_entropy = F.cross_entropy(logits, batch.ids.flatten(), reduction="none")
     per_text = (cross_entropy.view_as(masked) * masked).sum(1)                    # (B,)
-    return WEIGHTS[batch.weight](per_text, batch.t)
+    return WEIGHTS[batch.time_weight](per_text, batch.t)
 
 
 def refill(static: Batch, batch: Batch) -> None:

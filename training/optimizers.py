@@ -11,36 +11,33 @@ from torch import Tensor, nn
 from training.muon import Muon
 
 
-def make_adamw(parameters: list[nn.Parameter], config) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
 def make_muon(matrices: list[nn.Parameter], config) -> torch.optim.Optimizer:
     return Muon(matrices, config.lr, config.weight_decay, dtype=getattr(torch, config.dtype))
 
 
 class ForMatrices(NamedTuple):
     """A row of OPTIMIZERS."""
-    make: Callable[..., torch.optim.Optimizer]
     moments: int                # values stored for each weight
+    make: Callable[..., torch.optim.Optimizer] | None = None    # None: AdamW trains all weights
 
 
-OPTIMIZERS = {"adamw": ForMatrices(make_adamw, 2), "muon": ForMatrices(make_muon, 1)}
+OPTIMIZERS = {"adamw": ForMatrices(2), "muon": ForMatrices(1, make_muon)}
 
 
 def make_optimizers(model: nn.ModuleDict, config) -> list[torch.optim.Optimizer]:
     """Return AdamW for all trained weights, or AdamW and another one for the blocks' matrices."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adamw":
-        return [make_adamw(trained, config)]
+    make = OPTIMIZERS[config.optimizer].make
     in_blocks = set(model["mmdit"].blocks.parameters())
     matrices, others = [], []
-    for p in trained:
-        if p in in_blocks and p.ndim == 2:
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        if make and p in in_blocks and p.ndim == 2:
             matrices.append(p)
         else:
             others.append(p)
-    return [make_adamw(others, config), OPTIMIZERS[config.optimizer].make(matrices, config)]
+    adamw = torch.optim.AdamW(others, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return [adamw, make(matrices, config)] if make else [adamw]
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float | Tensor) -> None:

@@ -7,7 +7,7 @@ import pytest
 from common.cli import UserError
 from dataset.questions import SUFFIX, Question
 from dataset.sources import question_prompt
-from experiments.compare_answers import rounded
+from experiments.compare_answers import round_like_python2
 from helpers import assert_lines
 from metrics import answers
 from metrics.answers import normal, pope, questions, read_answers, relaxed, score, yes_or_no
@@ -162,7 +162,7 @@ def test_vqa_has_a_mean_of_each_answer_and_question_type(tmp_path):
 
 
 def test_scores_round_to_two_decimals_with_halves_up():
-    assert rounded(dict(third=100 / 3, half=0.125, down=12.344999)) == dict(
+    assert round_like_python2(dict(third=100 / 3, half=0.125, down=12.344999)) == dict(
         third=33.33, half=0.13, down=12.34)
 
 

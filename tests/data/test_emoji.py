@@ -81,7 +81,7 @@ def is_true(record, kind_of_question, thing, names, kinds):
 def test_every_answer_follows_from_the_metadata(emoji_set):
     records = emoji_set[0]
     names = {emoji.article(r["name"]): r["name"] for r in records}
-    kinds = {noun: kind for kind, noun in emoji.KINDS.items()}
+    kinds = {noun: kind for kind, noun in emoji.NOUNS.items()}
     for r in records:
         for q in r["questions"]:
             if q["type"] in emoji.FIELD_QUESTIONS:

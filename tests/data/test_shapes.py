@@ -321,8 +321,9 @@ def test_evaluate_prints_exact_scores(trained, tmp_path, capsys):
 
 
 def test_settings_are_compared_on_the_same_prompts(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shapes_settings, "GUIDANCE", {"one": DrawConfig(steps=1), "again": DrawConfig(steps=1)})
-    monkeypatch.setattr(shapes_settings, "ORDERS", dict(all=dict(order="random", steps=1)))
+    reading = {cache: ReadConfig(order="random", steps=1, image_cache=cache) for cache in ("off", "once")}
+    configs = dict(guidance=dict(one=DrawConfig(steps=1), again=DrawConfig(steps=1)), orders=reading)
+    monkeypatch.setattr(shapes_settings, "CONFIGS", configs)
     flags = ["--checkpoint", str(trained), "--seeds", "0", "1", "--prompts", "1", "--open", "2", "--limit", "6"]
     shapes_settings.main(["guidance", *flags])
     _, _, one, again = capsys.readouterr().out.splitlines()
