@@ -8,8 +8,9 @@
 
 A source is a path: a folder of images with captions, tars, a JSON list, stored latents or tokens
 (dataset/sources.py), published files of questions (dataset/questions.py), or the embedded emoji set
-(dataset/emoji.py); or the word `shapes`, a world made on the spot (dataset/shapes.py).  An epoch of
-the emoji set has each emoji once in each style; with @each after its path, it has each image once.
+(dataset/emoji.py); or one of the words `shapes`, `shapes-any-order` and `shapes-small`, worlds made
+on the spot (dataset/shapes.py).  An epoch of the emoji set has each emoji once in each style; with
+@each after its path, it has each image once.
 docs/data.md shows how to add a kind of source.
 
 The sample at position i of a run is a function of (run, i): there are no iterators, and nothing
@@ -198,11 +199,11 @@ def check_one_kind(path: Path) -> None:
     be left out."""
     if not path.is_dir():
         return
-    found = [files[0] for files in (sources.tars_at(path), sources.shards_at(path)) if files]
-    if found:
-        found += itertools.islice(sources.captioned_at(path), 1)
-    require((len(found) < 2, f"{path}: has samples of several kinds, {' and '.join(found)}; keep "
-             f"one kind in a folder"))
+    examples = [files[0] for files in (sources.tars_at(path), sources.shards_at(path)) if files]
+    if examples:
+        examples += itertools.islice(sources.captioned_at(path), 1)
+    require((len(examples) < 2, f"{path}: has samples of several kinds, {' and '.join(examples)}; "
+             f"keep one kind in a folder"))
 
 
 def split_weight(spec: str) -> tuple[str, float]:

@@ -188,12 +188,14 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         parsed, unknown = self.parse_known_args(args)
         if unknown:
-            name, known = unknown[0].split("=")[0], list(self._option_string_actions)
+            name = unknown[0].split("=")[0]
+            flags = list(self._option_string_actions)
             for action in self._subparsers._group_actions if self._subparsers else []:
-                known += [flag for each in action.choices.values() for flag in each._option_string_actions]
+                for command in action.choices.values():
+                    flags += command._option_string_actions
             if not name.startswith("-"):
                 self.error(f"unknown argument {name}; see --help, and put quotes around a text")
-            [nearest] = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            [nearest] = difflib.get_close_matches(name, flags, n=1, cutoff=0)
             if nearest == name:
                 self.error(f"{name} is no flag of this command; see its --help")
             self.error(f"unknown argument {name}; did you mean {nearest}?")

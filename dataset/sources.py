@@ -172,9 +172,9 @@ def image_in(files: dict[str, bytes], where: str) -> tuple[str, bytes]:
 
     Raises UserError if there is none, or if there are several."""
     suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in files]
-    found = ", .".join(files)
-    require((suffixes, f"{where}: no image in this sample, found .{found}"),
-            (len(suffixes) == 1, f"{where}: several images of one name, found .{found}"))
+    names = ", .".join(files)
+    require((suffixes, f"{where}: no image in this sample, found .{names}"),
+            (len(suffixes) == 1, f"{where}: several images of one name, found .{names}"))
     return suffixes[0], files[suffixes[0][1:]]
 
 

@@ -137,9 +137,9 @@ class TrainConfig:
     sample_every: int | None = option(None, "steps between images of samples; 0: never "
                                       "(a tenth of --steps, at most 5000)", low=0)
     guidance: float | None = option(None, "sample.py's default with these weights (1.5; T5: 7)",
-                                    low=0.001)
+                                    low=0.001, high=1000)
     shift: float | None = option(None, "sample.py's default with these weights (1; T5: 3)",
-                                 low=0.001)
+                                 low=0.001, high=1000)
     resume_step: int = option(0, "resume from this step_N; 0: from the newest", low=0)
     fresh: bool = option(False, "delete the run in the folder, and start over")
     print_plan: int = option(0, "print what the run needs on this many GPUs, and stop",

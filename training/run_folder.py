@@ -49,7 +49,7 @@ from training.checkpoint_reader import Planner, Reader
 from viz import curves
 
 # settings that identify a run: it can't resume with another value of one of them
-IDENTITY = ("stage", "preset", "init", "vae", "t5", "mask_embedding", "image_data",
+IDENTITY = ("stage", "preset", "init", "vae", "t5", "tokenizer", "mask_embedding", "image_data",
             "text_data", "vocabulary", "pixels", "buckets", "text_length", "image_batch",
             "text_batch", "optimizer", "seed", "predicts", "times", "text_loss")
 # increase it when the same settings no longer train the same run
@@ -97,7 +97,7 @@ def add_digests(settings: dict) -> None:
     settings["init_digest"] = digest_weights(settings["init"])
     for name in ("image_data", "text_data"):
         settings[f"{name}_digest"] = [data.fingerprint(spec) for spec in settings[name]]
-    for name in ("vae", "t5", "mask_embedding"):
+    for name in ("vae", "t5", "tokenizer", "mask_embedding"):
         path = settings.get(name)
         settings[f"{name}_digest"] = path and data.fingerprint(path)
 

@@ -154,7 +154,7 @@ def writing(image: Tensor | None, pieces: list[str], revealed: list[int],
         masked = np.array(revealed) > step
         states.append(np.where(masked, "[MASK]", None).tolist())            # None: the final token
         labels.append(f"step {step} of {max(revealed)}, {masked.sum()} masked")
-    data = dict(labels=labels, known=tooltips, tints=tints, states=states, maps=maps, grid=grid)
+    data = dict(labels=labels, tooltips=tooltips, tints=tints, states=states, maps=maps, grid=grid)
     return filled("writing", "A text, step by step", about, pieces, data, view, note)
 
 

@@ -31,9 +31,10 @@ from training import distributed, run_folder
 from training.run_folder import Run, complete, read_log
 
 # settings that identify a run; listed here, so that losing one in the program fails a test
-FIXED = ["--stage", "--preset", "--init", "--vae", "--t5", "--mask-embedding", "--image-data",
-         "--text-data", "--vocabulary", "--pixels", "--buckets", "--text-length", "--image-batch",
-         "--text-batch", "--optimizer", "--seed", "--predicts", "--times", "--text-loss"]
+FIXED = ["--stage", "--preset", "--init", "--vae", "--t5", "--tokenizer", "--mask-embedding",
+         "--image-data", "--text-data", "--vocabulary", "--pixels", "--buckets", "--text-length",
+         "--image-batch", "--text-batch", "--optimizer", "--seed", "--predicts", "--times",
+         "--text-loss"]
 
 
 def contents(folder):

@@ -195,7 +195,7 @@ def test_a_texts_page_unmasks_tokens_in_the_order_of_writing():
     assert data["states"] == [[None] + ["[MASK]"] * 3, [None, "[MASK]", None, None], [None] * 4]
     for label, step, masked in zip(data["labels"], (0, 1, 3), (3, 1, 0), strict=True):
         assert f"step {step} of 3" in label and f"{masked} masked" in label
-    assert data["known"][:2] == ["given", "step 3, probability 0.500"] and data["tints"][0] == ""
+    assert data["tooltips"][:2] == ["given", "step 3, probability 0.500"] and data["tints"][0] == ""
     assert data["words"] == ["Q:", "a", "<b>", ""] and "<b>" not in text
     assert [entry is None for entry in data["maps"]] == [True, False, True, True]
     assert "<img" not in pages.writing(**arguments | dict(image=None, attention=[None] * 4))
