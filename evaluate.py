@@ -8,7 +8,7 @@
     python evaluate.py coco out/coco val2014 captions_val2014.json --inception ... --clip clip-large
     python evaluate.py mjhq out/mjhq mjhq30k_imgs meta_data.json --inception ...
     python evaluate.py clip out/drawn --clip clip-large
-    python evaluate.py score geneval results.jsonl --drawings out/geneval   # GenEval's
+    python evaluate.py score geneval results.jsonl --drawings out/geneval   # GenEval's results
     python evaluate.py answer vqav2 v2_OpenEnded_mscoco_val2014_questions.json val2014 vqa.jsonl
     python evaluate.py score vqav2 vqa.jsonl                            # accuracy of these answers
 

@@ -333,7 +333,8 @@ def check_paths(parser: cli.Parser, task: str, args: Request) -> None:
     if args.out and task == "folder":
         if args.out.is_file():
             parser.error(f"--out {args.out}: is a file, expected a folder; name another one")
-        parser.check_parent("--out", args.out)
+        if not args.out.is_dir():
+            parser.check_parent("--out", args.out)
     elif args.out:
         parser.check_file("--out", args.out, grids.SUFFIXES)
 

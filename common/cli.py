@@ -248,7 +248,7 @@ def interruptible(name: str) -> None:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Return True for the errors with which Python and torch say so, on a GPU or a CPU."""
+    """Return True if memory ran out, on a GPU or a CPU."""
     is_gpu = type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError) or is_gpu or "can't allocate memory" in str(error)
 

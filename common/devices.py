@@ -7,6 +7,7 @@ Nobody has run this project on MPS yet.
 import os
 import re
 import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -29,9 +30,12 @@ def choose_device(name: str) -> str:
                  "mps": torch.backends.mps.is_available() and not several}
     if name == "auto":
         return next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    kind = name.partition(":")[0]
+    kind, _, number = name.partition(":")
     if kind not in available:
         raise UserError(f"--device {name}: expected one of {', '.join(DEVICES)}")
+    if number and not (number.isdecimal() and int(number) < torch.cuda.device_count()):
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, "
+                        f"numbered from 0")
     if not available[kind]:
         where = "several processes" if name == "mps" and several else "this machine"
         raise UserError(f"--device {name}: torch has none for {where}; use --device cpu")
@@ -75,10 +79,10 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
 
 def check_compiler(device: torch.device) -> None:
     """Raise UserError if --compile has no C++ compiler, which it needs on a CPU."""
-    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    if device.type == "cpu" and not any(map(shutil.which, filter(None, compilers))):
-        raise UserError("--compile: on a CPU it needs a C++ compiler, and there is no c++, g++ or "
-                        "clang++; leave it out")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"--compile: on a CPU torch needs the C++ compiler {compiler}, which is "
+                        f"not there (CXX names another one); leave it out")
 
 
 def autocast(device: torch.device, dtype: str, **settings) -> AbstractContextManager:

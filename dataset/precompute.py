@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from functools import partial
@@ -38,6 +39,7 @@ from pretrained.tokenizer import Tokenizer
 
 SHARD = 512             # samples per file of latents
 DOCUMENT = 2**16        # characters; longer texts are tokenized in pieces of about this length
+WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]*")     # GPT-2's tokenizer does not count these four
 HEADER = 512            # bytes of a token file before its tokens
 
 
@@ -196,7 +198,7 @@ def write_shard(file: Path, samples: list[dict], tensors: dict[str, Tensor],
 def documents(path: str) -> Iterator[tuple[str, bool]]:
     """Yield the texts of a file in pieces, each with True if a document ends after it.
 
-    A long .txt is cut only before the last character of white space in front of a word: GPT-2's
+    A long .txt is cut only before the last character of white space in front of a word.  GPT-2's
     tokenizer, too, starts a new piece there, so the tokens stay the same.  Raises UserError."""
     is_plain = path.removesuffix(".gz").endswith(".txt")
     text = ""
@@ -210,9 +212,9 @@ def documents(path: str) -> Iterator[tuple[str, bool]]:
                 if is_plain:
                     begin = len(text)
                     text += line
-                    is_blank = line.isspace()
+                    indent = WHITE_SPACE.match(line).end()
+                    is_blank = indent == len(line)
                     if begin > DOCUMENT and not is_blank:
-                        indent = len(line) - len(line.lstrip())
                         cut = begin + indent - 1
                         yield text[:cut], False
                         text = text[cut:]

@@ -40,7 +40,7 @@ from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
 from pretrained.vae import AutoencoderKL, Pixels, VAEConfig
 from training import plan
 from training.batches import ImageBatch, TextBatch
-from training.config import TrainConfig, parse
+from training.config import TrainConfig, parse, stage_defaults
 from training.models import Models
 from training.optimizers import make_optimizers
 
@@ -68,11 +68,13 @@ def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Mode
     states."""
     torch.manual_seed(0)
     trainable = nn.ModuleDict(dict(mmdit=MMDiT(sizes)))
-    vae, states, t5 = Pixels(), None, None
+    vae = Pixels()
+    states = t5 = None
     if sizes.channels != 3:
         vae = AutoencoderKL(VAEConfig()).to(device).eval()
     if sizes.text_length:
-        trainable["embedding"] = TokenEmbedding(sizes.vocab_size, sizes.text_length, sizes.text_width)
+        trainable["embedding"] = TokenEmbedding(sizes.vocab_size, sizes.text_length,
+                                                sizes.text_width)
     else:
         states = torch.randn(1, length, sizes.text_width, device=device)
         t5 = lambda ids, mask=None: states.expand(len(ids), -1, -1)
@@ -83,7 +85,8 @@ def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Mode
     return Models(trainable.to(device).train(), tokenizer, t5, vae, states)
 
 
-def random_batches(config: TrainConfig, sizes: MMDiTConfig, side: int) -> tuple[ImageBatch, TextBatch]:
+def random_batches(config: TrainConfig, sizes: MMDiTConfig,
+                   side: int) -> tuple[ImageBatch, TextBatch]:
     """Return random batches for both losses, with latents of side x side."""
     generator = torch.Generator().manual_seed(0)
     length, mask_id = config.text_length, sizes.vocab_size - 1
@@ -92,7 +95,8 @@ def random_batches(config: TrainConfig, sizes: MMDiTConfig, side: int) -> tuple[
     def pair(rows: int) -> tuple[Tensor, Tensor]:
         images = torch.randn(rows, *shape, generator=generator)
         return images, torch.randint(0, mask_id, (rows, length), generator=generator)
-    image, text = pair(config.image_batch), pair(config.text_batch)
+    image = pair(config.image_batch)
+    text = pair(config.text_batch)
     t = flow.draw_times(config.image_batch, generator, config.time_shift)
     noise = torch.randn(image[0].shape, generator=generator)
     dropped = torch.zeros(config.image_batch, dtype=torch.bool)
@@ -122,33 +126,44 @@ def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dic
     optimizers = make_optimizers(models.trainable, config)
 
     def step() -> None:
-        train.accumulate(train.image_errors, models, image_batch, config.image_weight, config, False)
-        train.accumulate(train.text_errors, models, text_batch, config.text_weight, config, True)
+        train.accumulate(train.image_errors, models, image_batch, config.image_weight, config,
+                         reduce_gradients=False)
+        train.accumulate(train.text_errors, models, text_batch, config.text_weight, config,
+                         reduce_gradients=True)
         nn.utils.clip_grad_norm_(models.trainable.parameters(), config.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         train.update_average(models.trainable, average, config.ema)
     seconds = median_seconds(step, rounds, device)
-    work, peak = plan.work(config, sizes, factor), plan.peak(device, config.dtype)
-    found = dict(preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,
-                 compiled=config.compile, seconds=seconds)
+    results = dict(preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,
+                   compiled=config.compile, seconds=seconds)
+    work = plan.work(config, sizes, factor)
     for name, amount in work.items():
-        found[f"{name}_per_s"] = amount / seconds
+        results[f"{name}_per_s"] = amount / seconds
+    peak = plan.peak(device, config.dtype)
     if peak:
-        found["mfu"] = work["tflop"] / seconds / peak
-    return found
+        results["mfu"] = work["tflop"] / seconds / peak
+    return results
 
 
-def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: torch.dtype) -> Parts:
+def random_parts(preset: str, pixels: int | None, device: torch.device,
+                 dtype: torch.dtype) -> Parts:
     """Return inference parts made of `random_models`."""
     sizes = MMDiTConfig(**PRESETS[preset])
-    length, mask_id = sizes.text_length or 256, sizes.vocab_size - 1
+    length = sizes.text_length or 256
+    mask_id = sizes.vocab_size - 1
     models = random_models(sizes, length, device)
     models.trainable.to(dtype).eval().requires_grad_(False)
-    models.tokenizer = SimpleNamespace(mask_id=mask_id, end_id=-1, pad_id=-1,                # never an end
-                                       encode=lambda text, length: torch.full((length,), len(text) % mask_id))
-    side = pixels or (64 if sizes.channels == 3 else 512)
+
+    def encode_text(text: str, length: int) -> Tensor:
+        return torch.full((length,), len(text) % mask_id)
+    no_end = -1                                              # no token is ever an end
+    models.tokenizer = SimpleNamespace(mask_id=mask_id, end_id=no_end, pad_id=no_end,
+                                       encode=encode_text)
+    side = pixels or 512
+    if sizes.channels == 3 and not pixels:
+        side = stage_defaults("pretrain", sizes, {})["pixels"]
     parts = Parts.of(models, side, length, dtype)
     parts.defaults = WITH_EMBEDDING if sizes.text_length else PUBLISHED
     if not sizes.text_length:
@@ -157,31 +172,34 @@ def random_parts(preset: str, pixels: int | None, device: torch.device, dtype: t
 
 
 @torch.no_grad()
-def bench_sample(parts: Parts, n: int, steps: int, guidance: float | None, compiled: bool, rounds: int) -> dict:
+def bench_sample(parts: Parts, n: int, steps: int, guidance: float | None, compiled: bool,
+                 rounds: int) -> dict:
     """Time a batch of n drawings, and a batch of n captions of noise images."""
-    trace, states = text_to_image.Trace(), []
+    trace = text_to_image.Trace()
+    states = []
     generator = torch.Generator().manual_seed(0)             # so that every run evaluates as often
     images = torch.randn(n, 3, parts.height, parts.width, generator=generator).clamp(-1, 1)
     blank = torch.full((n, parts.length), parts.tokenizer.mask_id)
 
     def draw() -> None:
         trace.evaluations = 0
-        text_to_image.draw(parts, ["red apple, noto style"] * n, trace=trace, steps=steps, guidance=guidance,
-                           compile=compiled, batch=n)
+        text_to_image.draw(parts, ["red apple, noto style"] * n, trace=trace, steps=steps,
+                           guidance=guidance, compile=compiled, batch=n)
 
     def read() -> None:
         states.clear()
         fill(parts, encode(parts, images), blank, states=states)
-    drawn = median_seconds(draw, rounds, parts.device)
-    captioned = median_seconds(read, rounds, parts.device)
+    draw_seconds = median_seconds(draw, rounds, parts.device)
+    read_seconds = median_seconds(read, rounds, parts.device)
     return dict(dtype=str(parts.dtype).removeprefix("torch."), compiled=compiled, n=n,
-                pixels=[parts.width, parts.height], draws_per_s=n / drawn, captions_per_s=n / captioned,
-                evaluations_a_drawing=trace.evaluations // n,
+                pixels=[parts.width, parts.height], draws_per_s=n / draw_seconds,
+                captions_per_s=n / read_seconds, evaluations_a_drawing=trace.evaluations // n,
                 evaluations_a_batch_of_captions=len(states) - 1)
 
 
 def parse_args() -> argparse.Namespace:
-    parser, count = cli.Parser(__doc__), cli.number(int, 1)
+    parser = cli.Parser(__doc__)
+    count = cli.number(int, 1)
     kinds = parser.add_subparsers(dest="what", required=True)
     training = kinds.add_parser("train", doc="a step of training")
     training.add_argument("--preset", choices=list(PRESETS), default="emoji")
@@ -194,8 +212,10 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--preset", choices=list(PRESETS), help="random weights of these sizes")
     sampling.add_argument("--n", type=count, default=16, help="drawings, captions per batch (16)")
     sampling.add_argument("--steps", type=count, default=28, help="steps of a drawing (28)")
-    sampling.add_argument("--guidance", type=cli.number(float, 1e-3), help="of a drawing (as sample.py)")
-    sampling.add_argument("--pixels", type=count, help="side of the images (as trained; 64 or 512)")
+    sampling.add_argument("--guidance", type=cli.number(float, 1e-3),
+                          help="of a drawing (as sample.py)")
+    sampling.add_argument("--pixels", type=count,
+                          help="side of the images (as trained; latents: 512)")
     for command, rounds in ((training, 9), (sampling, 3)):
         command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
         command.add_argument("--device", choices=DEVICES, default="auto")
@@ -215,20 +235,22 @@ def main() -> None:
                 flags += [cli.flag(name), str(getattr(args, name))]
         if args.compile:
             flags.append("--compile")
-        found = bench_train(parse(flags), args.vocab_size, args.rounds)
+        results = bench_train(parse(flags), args.vocab_size, args.rounds)
     else:
         dtype = getattr(torch, args.dtype)
         if args.preset:
             parts = random_parts(args.preset, args.pixels, device, dtype)
         else:
             parts = Parts(args.checkpoint, device, dtype, height=args.pixels, width=args.pixels)
-        found = bench_sample(parts, args.n, args.steps, args.guidance, args.compile, args.rounds)
-    found["device"] = "cpu"
+        results = bench_sample(parts, args.n, args.steps, args.guidance, args.compile, args.rounds)
+    results["device"] = "cpu"
     if device.type == "cuda":
-        found.update(device=torch.cuda.get_device_name(device), gib=torch.cuda.max_memory_allocated(device) / 2**30)
-    for name, value in found.items():
-        print(f"{name:32}{value:.5g}" if isinstance(value, float) else f"{name:32}{value}")
-    print(json.dumps(found))
+        results["device"] = torch.cuda.get_device_name(device)
+        results["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    for name, value in results.items():
+        shown = f"{value:.5g}" if isinstance(value, float) else value
+        print(f"{name:32}{shown}")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

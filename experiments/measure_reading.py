@@ -105,17 +105,17 @@ def orders(data: EmojiSet, limit: int) -> None:
 
 # ----------------------------------------------------------------------------------------- choices
 
-def answer(data: EmojiSet, asked: list[tuple[int, dict]], cache: str) -> list[str]:
+def answer(data: EmojiSet, pairs: list[tuple[int, dict]], cache: str) -> list[str]:
     """Write answers to pairs of an image's index and a question."""
-    latents = data.latents[[i for i, _ in asked]]
-    questions = [question["question"] for _, question in asked]
+    latents = data.latents[[i for i, _ in pairs]]
+    questions = [question["question"] for _, question in pairs]
     return image_to_text.write(data.parts, latents, questions, ReadConfig(image_cache=cache))
 
 
-def rank_yes_and_no(data: EmojiSet, asked: list[tuple[int, dict]]) -> list[str]:
+def rank_yes_and_no(data: EmojiSet, pairs: list[tuple[int, dict]]) -> list[str]:
     """Return the likelier one of "yes" and "no" for each pair."""
     answers = []
-    for i, question in asked:
+    for i, question in pairs:
         latents = data.latents[i:i + 1]
         ranking = image_to_text.rank(data.parts, latents, ["yes", "no"], question["question"])
         answers.append(ranking[0].text)
@@ -126,13 +126,13 @@ def choices(data: EmojiSet, limit: int) -> None:
     """Print how many answers are right, for one question of each type and answer."""
     rows = {}
     for split in SPLITS:
-        asked = []
+        questions = []                                           # (image, question) pairs
         for i in emoji.of_split(data.records, split)[:limit]:
-            asked += [(i, question) for question in emojis.one_of_each(data.records[i])]
-        yes_or_no = [(i, question) for i, question in asked
+            questions += [(i, question) for question in emojis.one_of_each(data.records[i])]
+        yes_or_no = [(i, question) for i, question in questions
                      if question["type"].startswith("yes/no")]
         rows[split] = {}
-        for title, pairs in (("all questions", asked), ("yes or no", yes_or_no)):
+        for title, pairs in (("all questions", questions), ("yes or no", yes_or_no)):
             true_answers = [question["answer"] for _, question in pairs]
             for cache in CACHES:
                 answers = answer(data, pairs, cache)

@@ -88,7 +88,8 @@ class EmojiTest:
             for batch in batches(f"{split}, {title}", pairs, BATCH):
                 batch_latents = torch.stack([latents[i] for i, _ in batch])
                 texts = [question["question"] for _, question in batch]
-                seeds = range(seed * 1000 + len(answered), seed * 1000 + len(answered) + len(batch))
+                numbers = range(len(answered), len(answered) + len(batch))
+                seeds = [int(seeding.fraction(f"{seed} {number}") * 2**53) for number in numbers]
                 answers = write(self.parts, batch_latents, texts, config, seeds)
                 answered += [(question, answer) for (_, question), answer in zip(batch, answers)]
         return score_answers(answered, TYPES)

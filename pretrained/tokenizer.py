@@ -144,8 +144,8 @@ class Tokenizer:
         """Describe in `first_cut`, and in a warning, what `ids` lose after `room` tokens."""
         kept = self.decode(ids[:room])
         cut = self.decode(ids[room:])
-        self.first_cut = (f"{len(ids)} tokens, room for {room}: kept up to {kept[-20:]!r}, cut off "
-                     f"{cut[:60]!r}")
+        self.first_cut = (f"{len(ids)} tokens, room for {room}: kept up to {kept[-20:]!r}, cut "
+                          f"off {cut[:60]!r}")
         if self.warns:
             warn(f"{self.first_cut}; others are counted")
 

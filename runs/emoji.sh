@@ -13,7 +13,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . runs/stage.sh
-compile=$(command -v c++ g++ clang++ >/dev/null && echo --compile || true)
+compile=$(command -v ${CXX:-g++} >/dev/null && echo --compile || true)
 flags="--eval-every 250 --save-every 250 --sample-every 1000 $compile"
 if nvidia-smi -L >/dev/null 2>&1; then
     flags="--cuda-graph --workers 12 --log-every 50 --eval-every 1000 --save-every 5000 --sample-every 5000"

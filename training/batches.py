@@ -102,7 +102,7 @@ class StepBatches:
     text: TextBatch
     bad_samples: list[str]          # a message about each sample that another one replaces
     cut_texts: int                  # texts longer than --text-length
-    cut_example: str                # what this process's first one lost
+    cut_example: str                # what the first one lost, "" if none was cut
 
 
 @dataclass

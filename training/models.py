@@ -177,8 +177,8 @@ def build_tokenizer(config: TrainConfig, sizes: MMDiTConfig, texts: list[str] | 
         used_tokens = None
         if config.vocabulary == "used":
             if texts is None:
-                warn("--vocabulary used: the texts of tars, latents and files of questions can't be "
-                     "listed without reading all data; the whole vocabulary is used")
+                warn("--vocabulary used: the texts of tars, latents, files of questions and plain "
+                     "text can't be listed without reading all data; the whole vocabulary is used")
             else:
                 used_tokens = gpt2_subset(texts)
         tokenizer = gpt2_tokenizer(used_tokens)

@@ -200,7 +200,7 @@ def check_identity(out: Path, before: dict, settings: dict) -> None:
 class Run:
     """A run in its folder: `step`, `model` and its average `ema`, `optimizers`, the log's `rows`.
 
-    settings: all flags.  `was`: the settings of the previous start.  Methods are collective;
+    settings: all flags.  `previous`: the settings of the previous start.  Methods are collective;
     process 0 writes and prints.  Raises UserError if the folder holds another run, or if another
     process trains this run now."""
 
@@ -402,8 +402,9 @@ class Run:
     # ---------------------------------------------------------------------- writing a checkpoint
 
     def save(self) -> None:
-        """Export the weights, and start a thread that writes a checkpoint.  Raises UserError, also if
-        the save before has failed."""
+        """Export the weights, and start a thread that writes a checkpoint.
+
+        Raises UserError, also if the save before has failed."""
         self.join_saver()
         if self.save_error:
             self.save_again()
@@ -604,7 +605,7 @@ class Run:
         self.summed += 1
         self.bad_samples += batch.bad_samples
         self.cut_texts += batch.cut_texts
-        self.cut_example = batch.cut_example
+        self.cut_example = self.cut_example or batch.cut_example         # workers cut other texts
 
     def log(self, learning_rate: float, steps: int, measured: dict) -> None:
         """Write and print a row: means over the steps since the last row, pace, and `measured`.
@@ -670,7 +671,7 @@ class Run:
             counts["cut_texts"] = cut_texts
             is_first = not any("cut_texts" in row for row in self.rows)
             if is_first:
-                example = next(filter(None, cut_examples))
+                example = next(filter(None, cut_examples), "")
                 warn(f"a text has {example}; --text-length has more room, cut_texts in log.jsonl "
                      f"counts such texts")
         return counts

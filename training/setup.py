@@ -45,7 +45,7 @@ class Base(NamedTuple):
 def set_up(config: TrainConfig) -> Job:
     """Start processes, open the run's folder and the data, and build models and optimizers.
 
-    Checks come before slow parts, if they need none of them.  Raises UserError."""
+    Checks that need no loaded weights come first.  Raises UserError."""
     rank, world, device = processes.start(config.device)
     dtype, why = choose_dtype(config.dtype, device)
     config = replace(config, dtype=dtype)

@@ -202,12 +202,13 @@ def test_a_flag_with_an_impossible_value_is_refused(main, flags, limits, run_pro
     (MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory"), True),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), False)])
-def test_only_running_out_of_memory_is_told_as_that(error, expected):
+def test_only_these_errors_are_reported_as_out_of_memory(error, expected):
     assert cli.ran_out_of_memory(error) == expected
 
 
 @pytest.mark.parametrize("path", ["", ".", "tests", "/dev/null", "nowhere/a.json"])
-def test_a_path_that_can_hold_no_file_is_refused_before_the_work(path, run_program):
+def test_a_path_that_can_hold_no_file_is_refused_before_the_work(path, run_program, monkeypatch):
+    monkeypatch.chdir(ROOT)
     flags = ["shapes", "--checkpoint", "nowhere", "--json", path]
     refused(evaluate.main, flags, run_program, "--json")
 

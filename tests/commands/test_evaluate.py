@@ -443,7 +443,6 @@ def test_random_reading_of_the_emoji_set_runs_for_each_seed(emoji_records, read_
         "--image-cache", "off")
     seeds = [seed for _, seeds in read_settings for seed in seeds]
     assert len(seeds) > 8 and len(set(seeds)) == len(seeds)      # one for each text
-    assert {seed // 1000 for seed in seeds} == {3, 4}
     for config, _ in read_settings:
         assert (config.order, config.temperature, config.image_cache) == ("confidence", 1, "off")
     assert "drawing" not in capsys.readouterr().out

@@ -293,7 +293,7 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     # files of drawing
     (["--prompt", "a", "--out", "nowhere/a.png"], 2, "--out .*folder nowhere does not exist"),
     (["--prompt", "a", "--out", "a.xyz"], 2, "--out a.xyz"),
-    (["--prompt", "a", "--out", ""], 2, "--out"), (["--prompts", "LICENSE", "--out", ""], 2, "--out"),
+    (["--prompt", "a", "--out", ""], 2, "--out"),
     (["--prompt", "a", "--out", "a.gif", "--trajectory", "a.gif"], 2,
      "--out .*--trajectory .*a.gif"),
     (["--prompt", "a", "--n", "2", "--trajectory", "a.html"], 2, "--trajectory .*--n"),

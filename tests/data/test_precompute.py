@@ -180,7 +180,7 @@ def test_a_shard_without_a_usable_image_is_empty(photos, tmp_path, small_shards)
 def test_filtered_leaves_out_images_below_256_pixels(photos, tmp_path, train_stderr):
     with pytest.raises(UserError, match=f"{photos}: all "):
         encode(photos, tmp_path / "none", "--filtered")
-    assert "256" in train_stderr("--image-data", photos, "--vae", VAE, "--filtered")
+    assert "at least 256" in train_stderr("--image-data", photos, "--vae", VAE, "--filtered")
 
 
 def test_shards_of_other_settings_are_refused(photos, tmp_path, small_shards):
@@ -365,7 +365,7 @@ def test_text_is_packed_with_the_padding_of_training(tmp_path):
 def test_a_packed_text_is_its_tokens_end_to_end(piece_length, tmp_path, monkeypatch):
     """A long text is cut only where this does not change its tokens, in any layout."""
     text = "One line.\nAnother one,\n\n\n  and a third\r\n\tend: «naïve» 数字\n" * 60
-    text += "A paragraph.\n\n" * 30 + "Windows.\r\n" * 30 + "  indented\n" * 30 + "\n \n \n" * 9
+    text += "A paragraph.\n\n" * 30 + "Windows.\r\n" * 30 + "  indented\n" * 30 + "\n\x1cseparated\n" * 30 + "\n \n \n" * 9
     (tmp_path / "a.txt").write_bytes(text.encode())
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('{"text": "second"}\n\n"third <|endoftext|>"\n')

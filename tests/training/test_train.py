@@ -10,6 +10,7 @@ import signal
 import subprocess
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from dataset.workers import feed
 from helpers import ROOT, Forked, assert_lines, rows, to_the_end, wait_until
 from train import learning_rate, main as train_main, parse
 from training.batches import Batch, BatchMaker
-from training.run_folder import read_log
+from training.run_folder import Run, read_log
 
 QUICK = ["--image-batch", "4", "--text-batch", "2", "--dtype", "float32", "--log-every", "1",
          "--sample-every", "0", "--eval-every", "0", "--save-every", "9", "--warmup", "2"]
@@ -340,6 +341,15 @@ def test_loss_of_weight_zero_is_logged_and_trains_nothing(unused, head, small_ta
     for image, text in losses(tmp_path).values():
         assert image > 0.1 and text > 0.1
     assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def test_a_cut_text_is_described_also_if_another_worker_cut_none():
+    run = SimpleNamespace(sums={}, summed=0, bad_samples=[], cut_texts=0, cut_example="", rows=[])
+    for count, example in ((1, "9 tokens"), (0, "")):
+        batch = SimpleNamespace(bad_samples=[], cut_texts=count, cut_example=example)
+        Run.note(run, {}, batch)
+    assert Run.count_samples(run) == {"cut_texts": 1}
+    assert run.cut_example == "9 tokens"
 
 
 def test_learning_rate_warms_up_stays_and_falls_to_zero():
