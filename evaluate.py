@@ -22,7 +22,6 @@ from common import cli
 cli.interruptible(__name__)
 
 import argparse
-import math
 import shlex
 import sys
 from collections import defaultdict
@@ -33,7 +32,7 @@ from typing import Callable, NamedTuple
 from common import processes
 from common.cli import is_text, require
 from common.devices import DEVICES, choose_device
-from common.files import is_there, read_json_object, write_json, write_text
+from common.files import is_there, write_json, write_text
 from common.progress import Progress, chunks
 from dataset import emoji, questions, shapes
 from dataset.sources import question_prompt
@@ -77,7 +76,7 @@ def draw(args: argparse.Namespace) -> None:
         config = cli.take(DrawConfig, vars(args))
         benchmark = benchmarks.read(args.benchmark, args.prompts, args.n, args.seed, args.limit)
         note = Path(f"{args.out}.json")
-        require((not is_there(note) or "settings" in read_json_object(note),
+        require((not is_there(note) or read_note(args.out),
                  f"{note}: is in the way: settings of drawings go there; name another folder"))
         parts = open_parts(cli.take(ModelConfig, vars(args)), device)
         parts.silent = True
@@ -125,12 +124,10 @@ def make_room(parts: Parts, asks: list[Ask], args: argparse.Namespace) -> None:
     """Raise `parts.answer_length` so that the longest prompt with its --shots fits.
 
     Raises UserError if --length, or the checkpoint's position table, has no room for any prompt."""
-    shortest, longest = math.inf, 0
+    sizes = []
     for part in chunks(asks, 1024):     # the tokens of all prompts at once would need much memory
-        for ids in parts.tokenizer.many([question_prompt(ask.question) for ask in part]):
-            shortest = min(shortest, len(ids))
-            longest = max(longest, len(ids))
-    needed = longest + ANSWER_ROOM
+        sizes += map(len, parts.tokenizer.many([question_prompt(ask.question) for ask in part]))
+    needed = max(sizes) + ANSWER_ROOM
     if needed <= parts.answer_length:
         return
     # only T5, which has no position table, can read longer texts
@@ -140,8 +137,8 @@ def make_room(parts: Parts, asks: list[Ask], args: argparse.Namespace) -> None:
     advice = f"--length {parts.answer_length}: use --length {needed}"
     if parts.has_embedding:
         advice = f"at most {parts.sizes.text_length} positions: use fewer --shots"
-    require((shortest + 2 <= parts.answer_length,
-             f"--shots {args.shots}: the prompts have {shortest} to {longest} tokens, {advice}"))
+    require((min(sizes) + 2 <= parts.answer_length, f"--shots {args.shots}: the prompts have "
+             f"{min(sizes)} to {max(sizes)} tokens, {advice}"))
 
 
 def answer(args: argparse.Namespace) -> None:

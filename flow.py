@@ -147,6 +147,13 @@ class Solver(NamedTuple):
 SOLVERS = {"euler": Solver(euler_step, 1), "heun": Solver(heun_step, 2)}
 
 
+def find_solver(name: str) -> Solver:
+    """Return a row of SOLVERS.  Raises ValueError for an unknown name."""
+    if name not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {name!r}")
+    return SOLVERS[name]
+
+
 def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler",
          pin: Pin | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Integrate dx/dt = v(x, t) from noise at sigmas[0] to data at sigmas[-1].
@@ -155,14 +162,13 @@ def walk(velocity: Velocity, noise: Tensor, sigmas: Tensor, solver: str = "euler
     end.  `velocity` receives t of shape (1,), one time for the whole batch.  pin(x, t), if given,
     returns a replacement of x after each step, to keep a part of an image.  Raises ValueError for
     an unknown solver."""
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    step = find_solver(solver).step
     x = at_least_float32(noise)
     sigmas = at_least_float32(sigmas).to(noise.device)
     for t, s in zip(sigmas[:-1], sigmas[1:]):
         v = velocity(x, t.view(1)).to(x)
         yield t, x, x - t * v
-        x = SOLVERS[solver].step(velocity, x, v, t, s)
+        x = step(velocity, x, v, t, s)
         if pin:
             x = pin(x, s)
     yield sigmas[-1], x, x

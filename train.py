@@ -36,7 +36,7 @@ import flow
 import mask_diffusion
 from common import processes
 from common.cli import UserError
-from common.devices import autocast
+from common.devices import autocast, world_size
 from dataset import workers
 from training import cuda_graph, distributed, gradient_meter, plan, reports
 from training.batches import Batch, Errors, ImageBatch, TextBatch
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="This instance was constructed")
     config = parse(argv, __doc__)
     if config.print_plan:
-        gpus = max(config.print_plan, int(os.environ.get("WORLD_SIZE", 1)))
+        gpus = max(config.print_plan, world_size())
         if os.environ.get("RANK", "0") == "0":
             print(plan.show(replace(config, print_plan=gpus)))
         return

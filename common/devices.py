@@ -20,12 +20,17 @@ DTYPES = ["auto", "float32", "bfloat16"]
 NATIVE_BFLOAT16 = r"\b(avx512_bf16|amx_bf16|bf16)\b"            # flags of x86 and Arm processors
 
 
+def world_size() -> int:
+    """Return the number of processes that torchrun starts; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def choose_device(name: str) -> str:
     """Return "cuda", "mps" or "cpu" for a --device; auto takes the first available, in this order.
     A number stays, as in "cuda:1".
 
     Raises UserError for a device that is not available."""
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1         # processes; MPS can't connect them
+    several = world_size() > 1                                   # MPS can't connect them
     available = {"cuda": torch.cuda.is_available(), "cpu": True,
                  "mps": torch.backends.mps.is_available() and not several}
     if name == "auto":

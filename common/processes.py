@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.cli import UserError, in_one_line, require
-from common.devices import choose_device
+from common.devices import choose_device, world_size
 
 
 def several() -> bool:
@@ -45,7 +45,7 @@ def start(device: str) -> tuple[int, int, torch.device]:
     if not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} <= environment.keys():
         return 0, 1, torch.device(kind)
     rank = int(environment["RANK"])
-    world = int(environment["WORLD_SIZE"])
+    world = world_size()
     local = torch.device(kind)
     backend = "gloo"
     if kind == "cuda":

@@ -11,7 +11,11 @@ def fraction(text: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
+def seed_of(text: str) -> int:
+    """Return a seed below 2^53 that depends only on the text."""
+    return int(fraction(text) * 2**53)
+
+
 def seeded(*key) -> torch.Generator:
     """Return a random generator on the CPU, with a seed that depends only on the key."""
-    seed = int(fraction(repr(key)) * 2**53)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(seed_of(repr(key)))

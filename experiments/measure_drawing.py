@@ -39,17 +39,28 @@ from inference.text_to_image import DrawConfig, Edit, Trace
 from metrics import emojis
 from viz import grids
 
-SOLVERS = {}
-for steps in (28, 12, 6):
-    for solver in flow.SOLVERS:
-        SOLVERS[f"{solver}, {steps} evaluations"] = DrawConfig(solver=solver, steps=steps)
-GUIDANCE = {f"guidance {scale:g}": DrawConfig(guidance=scale) for scale in (1.0, 1.5, 2.0, 4.0, 7.0)}
-for low, high in ((0.2, 0.9), (0.3, 1.0), (0.7, 1.0)):
-    limited = DrawConfig(guidance=4.0, guidance_interval=(low, high))
-    GUIDANCE[f"guidance 4 for t in {low:g} .. {high:g}"] = limited
 SHIFTS = {f"shift {shift:g}": DrawConfig(shift=shift) for shift in (0.5, 1.0, 2.0, 3.0)}
-TABLES = dict(solvers=SOLVERS, guidance=GUIDANCE, shifts=SHIFTS)
 
+
+def solvers() -> dict[str, DrawConfig]:
+    rows = {}
+    for steps in (28, 12, 6):
+        for solver in flow.SOLVERS:
+            rows[f"{solver}, {steps} evaluations"] = DrawConfig(solver=solver, steps=steps)
+    return rows
+
+
+def guidance() -> dict[str, DrawConfig]:
+    rows = {}
+    for scale in (1.0, 1.5, 2.0, 4.0, 7.0):
+        rows[f"guidance {scale:g}"] = DrawConfig(guidance=scale)
+    for low, high in ((0.2, 0.9), (0.3, 1.0), (0.7, 1.0)):
+        limited = DrawConfig(guidance=4.0, guidance_interval=(low, high))
+        rows[f"guidance 4 for t in {low:g} .. {high:g}"] = limited
+    return rows
+
+
+TABLES = dict(solvers=solvers(), guidance=guidance(), shifts=SHIFTS)
 OBJECTS = ["red apple", "snowman", "cat face", "slice of pizza", "rocket", "dog face", "elephant",
            "penguin", "fire", "flag of Japan", "guitar", "sunflower", "bicycle", "strawberry",
            "octopus", "hammer", "umbrella", "steam locomotive", "cheese wedge", "anchor"]
@@ -110,11 +121,11 @@ def write_page(parts: Parts, data: EmojiSet, path: Path) -> None:
     states = [(step.x[0], f"x at t = {step.t:.2f}") for step in trace.steps[::4]]
     predictions = [(step.clean[0], f"predicted at t = {step.t:.2f}") for step in trace.steps[::4]]
 
-    solvers = []
+    few_steps = []
     for steps in (4, 7):
         for solver in flow.SOLVERS:
             image = draw_one(parts, apple, steps=steps, solver=solver)
-            solvers.append((image, f"{solver}, {steps} evaluations"))
+            few_steps.append((image, f"{solver}, {steps} evaluations"))
     guided = []
     for scale in (1, 2, 4, 7):
         guided.append((draw_one(parts, apple, guidance=scale), f"guidance {scale:g}"))
@@ -133,7 +144,7 @@ def write_page(parts: Parts, data: EmojiSet, path: Path) -> None:
         edit = Edit(original, 1.0, upper_part)
         image = draw_one(parts, f"woman {job}, medium skin tone, noto style", edit=edit)
         hats.append((image, f"above: {job}"))
-    grids.write_image(path, grids.rows(states, predictions, solvers, guided, darker, hats))
+    grids.write_image(path, grids.rows(states, predictions, few_steps, guided, darker, hats))
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ MUTANTS = [
            "score(parts, latents, row, len(prompt))", "score(parts, latents, row)",
            f"{READING} tests/commands/test_sample.py"),
     Mutant("all answers have one seed", "inference/answer_file.py",
-           'int(fraction(f"{self.seed} {ask.id}") * 2**53)', "self.seed",
+           'seed_of(f"{self.seed} {ask.id}")', "self.seed",
            "tests/inference/test_answer_file.py"),
     Mutant("attention pages show one head", "model.py",
            "return (total / q.shape[1]).half()", "return scores.softmax(-1).half()", "tests/inference/test_pages.py"),

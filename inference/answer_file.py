@@ -22,7 +22,7 @@ from torch import Tensor
 from common import processes
 from common.cli import UserError, require
 from common.files import inside, is_there, read_json_lines, read_json_object, write_json, write_text
-from common.seeding import fraction
+from common.seeding import seed_of
 from dataset.images import fit_image, read_image, to_tensor
 from inference import image_to_text
 from inference.image_to_text import ReadConfig, canvas, encode, write
@@ -113,7 +113,7 @@ class AnswerFile:
                 ranking = image_to_text.rank(parts, x[None], self.choices, ask.question)
                 texts.append(ranking[0].text)
             return texts
-        seeds = [int(fraction(f"{self.seed} {ask.id}") * 2**53) for ask in asks]
+        seeds = [seed_of(f"{self.seed} {ask.id}") for ask in asks]
         return write(parts, latents, [ask.question for ask in asks], self.config, seeds)
 
     def block(self, parts: Parts, asks: list[Ask]) -> list[dict]:

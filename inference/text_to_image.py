@@ -44,9 +44,7 @@ class DrawConfig:
                            "capture a CUDA graph")
 
     def __post_init__(self):
-        if self.solver not in flow.SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(flow.SOLVERS)}, got "
-                             f"{self.solver!r}")
+        flow.find_solver(self.solver)                            # raises ValueError
         low, high = self.guidance_interval
         self.guidance_interval = (low, high)
         if low > high:

@@ -89,7 +89,7 @@ class EmojiTest:
                 batch_latents = torch.stack([latents[i] for i, _ in batch])
                 texts = [question["question"] for _, question in batch]
                 numbers = range(len(answered), len(answered) + len(batch))
-                seeds = [int(seeding.fraction(f"{seed} {number}") * 2**53) for number in numbers]
+                seeds = [seeding.seed_of(f"{seed} {number}") for number in numbers]
                 answers = write(self.parts, batch_latents, texts, config, seeds)
                 answered += [(question, answer) for (_, question), answer in zip(batch, answers)]
         return score_answers(answered, TYPES)

@@ -8,7 +8,6 @@ saving or sampling is due.  A step that can't be captured ends the run with an e
 """
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from common import cli
-from common.devices import autocast, choose_device
+from common.devices import autocast, choose_device, world_size
 from dataset import workers
 from mask_diffusion import WEIGHTS
 from training import reports
@@ -179,20 +178,19 @@ def check_finite(job: Job) -> None:
     """Raise UserError if a loss or gradient was not finite since the last row, or a save failed."""
     run = job.run
     means = {name: float(total) / run.summed for name, total in run.sums.items()}
-    is_finite = all(map(math.isfinite, means.values()))
-    if run.save_error and is_finite:                             # NaN must not be saved
-        run.save_again()
-    if not is_finite:
+    if not all(map(math.isfinite, means.values())):              # first: NaN must not be saved
         run.wait()
         raise cli.UserError(f"step {run.step}, or one since the last row: a loss or the gradient "
                             f"is not finite ({means}); go on from {run.newest()} with a smaller "
                             f"--lr")
+    if run.save_error:
+        run.save_again()
 
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for settings with which a step does not fit into one graph."""
     sizes = read_base(config.init, config.preset)[1]
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     flags = ("micro_batch", "meter_every", "checkpoint_activations", "compile", "buckets")
     refused = " ".join(cli.flag(name) for name in flags if getattr(config, name))
     model = config.init or config.preset
@@ -201,6 +199,6 @@ def check(config: TrainConfig) -> None:
         (world == 1, f"--cuda-graph is for one process, not {world}"),
         (sizes.text_length and sizes.channels == 3, f"--cuda-graph: {model} is not a model of "
          f"pixels with a token embedding"),
-        (STAGES[config.stage].images, f"--cuda-graph needs two losses, --stage "
-         f"{config.stage} has one"),
+        (STAGES[config.stage].images,
+         f"--cuda-graph needs two losses, --stage {config.stage} has one"),
         (choose_device(config.device) == "cuda", "--cuda-graph needs an NVIDIA GPU"))

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 from common.cli import UserError, flag, warn
-from common.devices import check_compiler
 from dataset import aspect_buckets
 from dataset.precompute import states_stamp
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
@@ -160,7 +159,6 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], tokeni
     if config.checkpoint_activations:
         recompute_blocks(models)
     if config.compile:
-        check_compiler(device)
         torch._dynamo.config.recompile_limit = 64        # variants: image, text, last block
         for block in mmdit.blocks:
             block.compile()

@@ -12,7 +12,7 @@ import checkpoint
 import data
 from common import processes
 from common.cli import UserError, require
-from common.devices import allow_tf32, choose_dtype
+from common.devices import allow_tf32, check_compiler, choose_dtype
 from model import MMDiTConfig
 from pretrained.tokenizer import Tokenizer
 from pretrained.vae import AutoencoderKL, Pixels
@@ -50,6 +50,8 @@ def set_up(config: TrainConfig) -> Job:
     dtype, why = choose_dtype(config.dtype, device)
     config = replace(config, dtype=dtype)
     allow_tf32(device, dtype)
+    if config.compile:
+        check_compiler(device)
     check_batches(config, world)
     base = find_base(config)
     settings = asdict(config) | dict(world=world, torch=torch.__version__)
