@@ -2,15 +2,18 @@
 
     python -m experiments.bench train                                        # the emoji preset, random data
     python -m experiments.bench train --preset sd3-medium --image-batch 4 --text-batch 4 --dtype bfloat16
+    python -m experiments.bench train --preset sd3-medium --image-batch 8 --text-batch 8 --grow
     python -m experiments.bench sample                                       # the shipped weights
     python -m experiments.bench sample --preset sd3-medium --pixels 512 --dtype bfloat16 --n 4 --compile
 
 With --preset, all weights are random, a preset that works on latents gets SD3's autoencoder, and
 constant states replace T5's.  Captions of random weights never end, so they take all of their
-steps.  The program prints a table, then the same as JSON.
+steps.  The program prints a table, then the same as JSON.  With --grow it doubles both batches and
+measures again, until the GPU's memory is full.
 
     MFU = FLOPs / (time x peak FLOP/s of dense products)
-    FLOPs: plan.sample_flops, forward and backward
+    FLOPs: plan.sample_flops, forward and backward.  What --checkpoint-activations computes twice
+    counts once.
 """
 
 from common import cli
@@ -21,9 +24,10 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +37,7 @@ import mask_diffusion
 import train
 from common import processes
 from common.devices import DEVICES, allow_tf32, choose_device
+from experiments.turns import machine, wait_for
 from inference import text_to_image
 from inference.image_to_text import encode, fill
 from inference.parts import EMOJI, PUBLISHED, WITH_EMBEDDING, Parts
@@ -41,14 +46,8 @@ from pretrained.vae import AutoencoderKL, Pixels, VAEConfig
 from training import plan
 from training.batches import ImageBatch, TextBatch
 from training.config import TrainConfig, parse, stage_defaults
-from training.models import Models
+from training.models import Models, recompute_blocks
 from training.optimizers import make_optimizers
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done all work that it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()            # torch.cuda, torch.mps
 
 
 def median_seconds(function: Callable[[], object], rounds: int, device: torch.device) -> float:
@@ -67,7 +66,10 @@ def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Mode
     """Return a new model with random gates, so that no part has zero effect, and constant text
     states."""
     torch.manual_seed(0)
-    trainable = nn.ModuleDict(dict(mmdit=MMDiT(sizes)))
+    # a CPU draws 2 B weights in a minute, and MPS lacks the position table's float64
+    built_on = device if device.type == "cuda" else torch.device("cpu")
+    with built_on:
+        trainable = nn.ModuleDict(dict(mmdit=MMDiT(sizes)))
     vae = Pixels()
     states = t5 = None
     if sizes.channels != 3:
@@ -107,9 +109,36 @@ def random_batches(config: TrainConfig, sizes: MMDiTConfig,
     return image_batch, TextBatch(*text, t, uniform, frozen, config.text_loss)
 
 
-def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dict:
-    """Time a training step: both losses, their gradients, clipping, optimizers and weight
-    averaging."""
+def train_step(models: Models, optimizers: list[torch.optim.Optimizer],
+               average: dict[str, Tensor], batches: tuple[ImageBatch, TextBatch],
+               config: TrainConfig) -> None:
+    """Compute both losses and their gradients, clip these, update weights and averaged weights."""
+    image_batch, text_batch = batches
+    train.accumulate(train.image_errors, models, image_batch, config.image_weight, config,
+                     reduce_gradients=False)
+    train.accumulate(train.text_errors, models, text_batch, config.text_weight, config,
+                     reduce_gradients=True)
+    nn.utils.clip_grad_norm_(models.trainable.parameters(), config.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    train.update_average(models.trainable, average, config.ema)
+
+
+def profile(function: Callable[[], object], device: torch.device) -> str:
+    """Return a table of the kernels that a call runs, those that take most time first."""
+    with torch.profiler.profile() as profiler:
+        function()
+        wait_for(device)
+    return profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
+
+
+def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int, grow: bool,
+                profile_file: Path | None) -> Iterator[dict]:
+    """Time a training step, and yield the results.
+
+    grow: then double both batches, again and again, until the GPU's memory is full.
+    profile_file: write a table of the step's kernels to it."""
     device = torch.device(choose_device(config.device))
     allow_tf32(device, config.dtype)
     sizes = MMDiTConfig(**PRESETS[config.preset])
@@ -117,34 +146,44 @@ def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int) -> dic
                     text_length=config.text_length if sizes.text_length else 0)
     models = random_models(sizes, config.text_length, device)
     factor = models.vae.factor
-    image_batch, text_batch = random_batches(config, sizes, config.pixels // factor)
+    if config.checkpoint_activations:
+        recompute_blocks(models)
     if config.compile:
+        torch._dynamo.config.recompile_limit = 64            # as training/models.py
         for block in models.trainable["mmdit"].blocks:
             block.compile()
     processes.keep_memory()
     average = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
     optimizers = make_optimizers(models.trainable, config)
 
-    def step() -> None:
-        train.accumulate(train.image_errors, models, image_batch, config.image_weight, config,
-                         reduce_gradients=False)
-        train.accumulate(train.text_errors, models, text_batch, config.text_weight, config,
-                         reduce_gradients=True)
-        nn.utils.clip_grad_norm_(models.trainable.parameters(), config.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        train.update_average(models.trainable, average, config.ema)
-    seconds = median_seconds(step, rounds, device)
-    results = dict(preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,
-                   compiled=config.compile, seconds=seconds)
-    work = plan.work(config, sizes, factor)
-    for name, amount in work.items():
-        results[f"{name}_per_s"] = amount / seconds
-    peak = plan.peak(device, config.dtype)
-    if peak:
-        results["mfu"] = work["tflop"] / seconds / peak
-    return results
+    while True:
+        batches = random_batches(config, sizes, config.pixels // factor)
+        step = partial(train_step, models, optimizers, average, batches, config)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            seconds = median_seconds(step, rounds, device)
+        except torch.OutOfMemoryError:
+            cli.warn(f"{config.image_batch} images and {config.text_batch} texts don't fit in the "
+                     f"GPU's memory")
+            return
+        results = dict(preset=config.preset, vocabulary=sizes.vocab_size, dtype=config.dtype,
+                       compiled=config.compile, recomputed=config.checkpoint_activations,
+                       pixels=config.pixels, image_batch=config.image_batch,
+                       text_batch=config.text_batch, seconds=seconds)
+        work = plan.work(config, sizes, factor)
+        for name, amount in work.items():
+            results[f"{name}_per_s"] = amount / seconds
+        peak = plan.peak(device, config.dtype)
+        if peak:
+            results["mfu"] = work["tflop"] / seconds / peak
+        yield results
+        if profile_file:
+            profile_file.write_text(profile(step, device))
+        if not grow:
+            return
+        config = replace(config, image_batch=2 * config.image_batch,
+                         text_batch=2 * config.text_batch)
 
 
 def random_parts(preset: str, pixels: int | None, device: torch.device,
@@ -197,6 +236,15 @@ def bench_sample(parts: Parts, n: int, steps: int, guidance: float | None, compi
                 evaluations_a_batch_of_captions=len(states) - 1)
 
 
+def show(results: dict, device: torch.device) -> None:
+    """Print the results and the device, as a table and as JSON."""
+    results = results | machine(device)
+    for name, value in results.items():
+        shown = f"{value:.5g}" if isinstance(value, float) else value
+        print(f"{name:32}{shown}")
+    print(json.dumps(results), flush=True)
+
+
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     count = cli.number(int, 1)
@@ -207,6 +255,10 @@ def parse_args() -> argparse.Namespace:
         training.add_argument(f"--{name}", type=count, help="(the stage's)")
     training.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     training.add_argument("--vocab-size", type=count, help="(the preset's; shipped weights: 4441)")
+    training.add_argument("--checkpoint-activations", action="store_true", help="as train.py")
+    training.add_argument("--grow", action="store_true",
+                          help="double both batches until the GPU's memory is full")
+    training.add_argument("--profile", type=Path, help="write a table of a step's kernels here")
     sampling = kinds.add_parser("sample", doc="drawings and captions")
     sampling.add_argument("--checkpoint", type=Path, default=EMOJI, help="(the shipped weights)")
     sampling.add_argument("--preset", choices=list(PRESETS), help="random weights of these sizes")
@@ -233,24 +285,21 @@ def main() -> None:
         for name in ("image_batch", "text_batch", "pixels"):
             if getattr(args, name):
                 flags += [cli.flag(name), str(getattr(args, name))]
-        if args.compile:
-            flags.append("--compile")
-        results = bench_train(parse(flags), args.vocab_size, args.rounds)
+        for name in ("compile", "checkpoint_activations"):
+            if getattr(args, name):
+                flags.append(cli.flag(name))
+        cli.require((not args.grow or device.type == "cuda", "--grow: needs an NVIDIA GPU"))
+        for results in bench_train(parse(flags), args.vocab_size, args.rounds, args.grow,
+                                   args.profile):
+            show(results, device)
     else:
         dtype = getattr(torch, args.dtype)
         if args.preset:
             parts = random_parts(args.preset, args.pixels, device, dtype)
         else:
             parts = Parts(args.checkpoint, device, dtype, height=args.pixels, width=args.pixels)
-        results = bench_sample(parts, args.n, args.steps, args.guidance, args.compile, args.rounds)
-    results["device"] = "cpu"
-    if device.type == "cuda":
-        results["device"] = torch.cuda.get_device_name(device)
-        results["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    for name, value in results.items():
-        shown = f"{value:.5g}" if isinstance(value, float) else value
-        print(f"{name:32}{shown}")
-    print(json.dumps(results))
+        show(bench_sample(parts, args.n, args.steps, args.guidance, args.compile, args.rounds),
+             device)
 
 
 if __name__ == "__main__":

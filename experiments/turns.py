@@ -1,14 +1,30 @@
 """Time jobs in turns, so that a slow moment of the machine hits all of them alike; count how many
-texts the network evaluates."""
+texts the network evaluates; name the device."""
 
 import statistics
 import time
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
+import torch
 from torch import nn
 
 from common.progress import Progress
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all work that it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()            # torch.cuda, torch.mps
+
+
+def machine(device: torch.device) -> dict:
+    """Return the device and torch's version; of an NVIDIA GPU also its name and the peak memory."""
+    about = dict(device=device.type, torch=torch.__version__)
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+        about["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return about
 
 
 @contextmanager
@@ -23,14 +39,17 @@ def count_texts(text_encoder: nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each job in each round."""
+def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int,
+                  device: torch.device = torch.device("cpu")) -> dict[str, list[float]]:
+    """Return the seconds of each job in each round.  device: wait for its work to be done."""
     times = {name: [] for name in jobs}
     progress = Progress("jobs", rounds * len(jobs))
     for _ in range(rounds):
         for name, job in jobs.items():
+            wait_for(device)
             started = time.perf_counter()
             job()
+            wait_for(device)
             times[name].append(time.perf_counter() - started)
             progress.update(progress.done + 1)
     return times

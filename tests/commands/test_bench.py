@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import bench, claims
+from common.cli import UserError
+from experiments import bench, claims, full_size_gpu
 from model import PRESETS, MMDiTConfig
 from training import plan
 from training.config import TrainConfig, parse
@@ -51,7 +52,7 @@ def test_the_timed_step_trains_and_its_table_holds_the_planned_work(capsys, monk
         assert values[f"{name}_per_s"] * values["seconds"] == pytest.approx(amount, rel=1e-6)
     # both losses and the optimizer move the weights; a key's bias has no gradient
     [models] = trained_models
-    fresh = RANDOM_MODELS(models.trainable["mmdit"].config, 28, "cpu")
+    fresh = RANDOM_MODELS(models.trainable["mmdit"].config, 28, torch.device("cpu"))
     moved = []
     for parameter, initial in zip(models.trainable.parameters(), fresh.trainable.parameters()):
         if parameter.requires_grad:
@@ -67,6 +68,52 @@ def test_the_table_of_samples_counts_evaluations(flags, fewest, capsys, monkeypa
     assert values["n"] == 2 and min(values["draws_per_s"], values["captions_per_s"]) > 0
     assert values["evaluations_a_drawing"] == 2 * 2              # with guidance
     assert fewest <= values["evaluations_a_batch_of_captions"] <= 28
+
+
+def test_recomputed_activations_and_a_profile(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "profile.txt"
+    values = table_of(capsys, monkeypatch, "train", *SMALL, "--rounds", "1",
+                      "--checkpoint-activations", "--profile", str(file))
+    assert values["recomputed"] and values["image_batch"] == 3
+    assert "aten::" in file.read_text()
+
+
+def test_only_a_gpu_grows_its_batches(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments/bench.py", "train", *SMALL, "--grow",
+                                      "--device", "cpu"])
+    with pytest.raises(UserError, match="--grow"):
+        bench.main()
+
+
+def test_jobs_on_a_gpu_keep_their_results_when_they_fail_or_take_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(full_size_gpu, "MOST", 3)
+    monkeypatch.setattr(full_size_gpu, "LEAST", 0.5)
+    say = "print('a warning'); print('{\"n\": %d}', flush=True); "
+    jobs = [full_size_gpu.Job("good", ["-c", say % 1 + say % 2]),
+            full_size_gpu.Job("bad", ["-c", say % 3 + "raise SystemExit(1)"]),
+            full_size_gpu.Job("slow", ["-c", say % 4 + "import time; time.sleep(60)"]),
+            full_size_gpu.Job("late", ["-c", say % 5])]
+    rows = full_size_gpu.run_all(jobs[:3], tmp_path, limit=60)
+    assert [row["status"] for row in rows] == ["done", "exit status 1", "stopped after 3 s"]
+    assert [row["results"] for row in rows] == [[dict(n=1), dict(n=2)], [dict(n=3)], [dict(n=4)]]
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+    assert (tmp_path / "log.txt").read_text().count("a warning") == 4
+    [row] = full_size_gpu.run_all(jobs[3:], tmp_path, limit=0.1)
+    assert row["status"] == "skipped" and row["results"] == []
+
+
+def test_the_jobs_for_a_gpu_have_flags_that_exist(tmp_path, monkeypatch):
+    for job in full_size_gpu.make_jobs(tmp_path, None):
+        if "experiments.bench" in job.command:
+            monkeypatch.setattr(sys, "argv", job.command[1:])
+            assert bench.parse_args().preset == "sd3-medium"
+        elif job.command[0] == "train.py":
+            flags = job.command[1:]
+            flags[flags.index("cuda")] = "cpu"
+            assert parse(flags).steps == 60
+        else:
+            files = [word for word in job.command if word.endswith(".py")]
+            assert files and all((full_size_gpu.ROOT / file).exists() for file in files)
 
 
 @pytest.fixture
