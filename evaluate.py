@@ -29,6 +29,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import mask_diffusion
 from common import processes
 from common.cli import is_text, require
 from common.devices import DEVICES, choose_device
@@ -39,7 +40,7 @@ from dataset.sources import question_prompt
 from inference import image_folder
 from inference.answer_file import AnswerFile, Ask
 from inference.image_folder import ImageFolder
-from inference.image_to_text import ReadConfig
+from inference.image_to_text import ReadConfig, check_steps
 from inference.parts import SHAPES, ModelConfig, Parts, open_parts
 from inference.text_to_image import DrawConfig
 from inference.texts import read_prompt
@@ -150,6 +151,7 @@ def answer(args: argparse.Namespace) -> None:
         config = cli.take(ReadConfig, vars(args))
         asks, left_out = read_questions(args)
         parts = open_parts(cli.take(ModelConfig, vars(args)), device)
+        check_steps(parts, config)
         parts.check_text_head()
         parts.silent = True
         if args.shots:
@@ -242,7 +244,8 @@ def measure_emoji(args: argparse.Namespace) -> None:
         grids.write_image(args.page, test.page(drawing, reading))
         return
     complete = parts.complete(reading)
-    is_random = complete.temperature > 0 or complete.order == "random"
+    order = mask_diffusion.ORDERS[complete.order]
+    is_random = complete.temperature > 0 or order.follows_reveal_step
     results = {split: [] for split in args.splits}
     for split, runs in results.items():
         for seed in args.seeds:

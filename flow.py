@@ -47,7 +47,10 @@ def uniform_times(batch: int, generator: torch.Generator | None) -> Tensor:
 
 # Training draws the time of each image separately (batch = 1), so that its draws depend on no other
 # image.  A function here can therefore not spread the times over a batch.
-TIMES = {"logit-normal": logit_normal_times, "uniform": uniform_times}
+TIMES = {
+    "logit-normal": logit_normal_times,
+    "uniform": uniform_times,
+}
 
 
 def shifted(t: Tensor | float, shift: float) -> Tensor | float:
@@ -144,7 +147,10 @@ class Solver(NamedTuple):
     evaluations: int                # of the velocity in a step, at most; v_t included
 
 
-SOLVERS = {"euler": Solver(euler_step, 1), "heun": Solver(heun_step, 2)}
+SOLVERS = {
+    "euler": Solver(euler_step, 1),
+    "heun": Solver(heun_step, 2),
+}
 
 
 def find_solver(name: str) -> Solver:

@@ -58,20 +58,24 @@ def draw_times(batch: int, generator: torch.Generator | None = None) -> Tensor:
     return T_MIN + (1 - T_MIN) * t
 
 
-def inverse_time(cross_entropy: Tensor, t: Tensor) -> Tensor:
-    """Weight by 1/t, as in the bound."""
-    return cross_entropy / t
+def inverse_time(per_text: Tensor, t: Tensor) -> Tensor:
+    """Weight the cross-entropy of each text, summed over its masked tokens, (B,), by 1/t, as in the
+    bound."""
+    return per_text / t
 
 
-def flat(cross_entropy: Tensor, t: Tensor) -> Tensor:
+def flat(per_text: Tensor, t: Tensor) -> Tensor:
     """Weight by 2 at all times.
 
     A token is masked with probability t.  Its mean weight over all times is the integral of 2 t,
     which is 1, the same as with 1/t."""
-    return 2 * cross_entropy
+    return 2 * per_text
 
 
-WEIGHTS = {"1/t": inverse_time, "flat": flat}
+WEIGHTS = {
+    "1/t": inverse_time,
+    "flat": flat,
+}
 
 
 def errors(logits_at: LogitsAt, ids: Tensor, mask_id: int, t: Tensor, uniform: Tensor,
@@ -180,11 +184,12 @@ class Order(NamedTuple):
     # True: reveals tokens by their reveal_step, so it needs no probabilities: only the revealed
     # tokens' logits are computed, and steps that reveal nothing are skipped
     follows_reveal_step: bool = False
+    uses_steps: bool = False            # False: the texts decide how many evaluations they take
 
 
 ORDERS = {
-    "random": Order(select_random, follows_reveal_step=True),
-    "confidence": Order(select_confidence),
+    "random": Order(select_random, follows_reveal_step=True, uses_steps=True),
+    "confidence": Order(select_confidence, uses_steps=True),
     "threshold": Order(select_threshold, level=0.99),
     "eb": Order(select_entropy_bounded, level=0.05),
 }

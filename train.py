@@ -167,7 +167,8 @@ def train(job: Job, signals: list[int]) -> None:
         update_average(model, run.ema, average_decay(run.step, config))
         run.step += 1
 
-        run.note(losses | dict(grad=grad_norm), batches)
+        numbers = {f"{name}_loss": loss for name, loss in losses.items()}
+        run.note(numbers | dict(grad_norm=grad_norm), batches)
         reports.after_step(job, validation, lr, measured, stopping)
         if stopping:
             break

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import flow
 from common import cli
 from common.devices import choose_device
 from common.files import write_json
@@ -35,8 +36,9 @@ GUIDANCE = {f"guidance {scale:g}": DrawConfig(guidance=scale)
 def solvers() -> dict[str, DrawConfig]:
     rows = {}
     for steps in (1, 2, 4, 8, 16, 32, 64):
-        for solver in ("euler", "heun"):
-            if solver == "euler" or steps > 2:          # with fewer, heun takes one Euler step
+        for solver, row in flow.SOLVERS.items():
+            # Heun with at most two evaluations takes one Euler step
+            if steps > 2 or row.evaluations == 1:
                 config = DrawConfig(steps=steps, solver=solver)
                 rows[f"{solver}, at most {steps} evaluations"] = config
     return rows

@@ -54,6 +54,15 @@ class ReadConfig:
             SampleConfig(order=self.order, level=self.level)     # raises ValueError
 
 
+def check_steps(parts: Parts, config: ReadConfig) -> None:
+    """Raise UserError for a number of steps in an order that does not use it."""
+    order = parts.complete(config).order
+    using = " or ".join(name for name, row in mask_diffusion.ORDERS.items() if row.uses_steps)
+    require((config.steps is None or mask_diffusion.ORDERS[order].uses_steps,
+             f"steps {config.steps} changes nothing with order {order}; leave it out, or choose "
+             f"order {using}"))
+
+
 def with_steps(config: ReadConfig, question: str | None) -> ReadConfig:
     """Return the config; if steps is None, with the default steps of a text or of an answer."""
     if config.steps is not None:

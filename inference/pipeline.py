@@ -90,7 +90,7 @@ class Pipeline:
         return Edit(latents, strength, mask)
 
     def caption(self, images: Images, seed: int = 0, **settings) -> list[str]:
-        """Return a caption for each image.  settings: fields of ReadConfig, such as steps=16."""
+        """Return a caption for each image.  settings: fields of ReadConfig, such as order="random"."""
         latents = self.encode(images)
         return self.write(latents, [None] * len(latents), seed, ReadConfig(**settings))
 
@@ -103,6 +103,7 @@ class Pipeline:
     def write(self, latents: Tensor, questions: Sequence[str | None], seed: int,
               config: ReadConfig, states: list | None = None) -> list[str]:
         """Write the answers to questions about latents (B, C, h, w); None asks for a caption."""
+        image_to_text.check_steps(self.parts, config)
         if config.text_guidance != 1:
             self.warn_of_null_image()
         seeds = [seed] * len(questions)
@@ -122,6 +123,7 @@ class Pipeline:
         """Fill the [MASK]s of a text about latents (1, C, h, w), or about no image."""
         require(("[MASK]" in text,
                  f"text {text[:40]!r} holds no [MASK]; write [MASK] where words are missing"))
+        image_to_text.check_steps(self.parts, config)
         read_text(self.parts, text, "text")                      # for its warnings
         if latents is None or config.text_guidance != 1:
             self.parts.check_text_head()

@@ -30,7 +30,7 @@ LOWEST = dict(data=0.05, velocity=1e-3)
 class DrawConfig:
     """Settings of a drawing; each one is a flag of sample.py.  None: the checkpoint's default."""
     steps: int = option(28, "largest number of velocity evaluations", low=1, high=10**5)
-    solver: str = option("euler", "heun: up to two evaluations a step", choices=flow.SOLVERS,
+    solver: str = option("euler", "a heun step takes up to two evaluations", choices=flow.SOLVERS,
                          group="drawing, with --prompt or --prompts")
     guidance_interval: tuple[float, float] = option((0.0, 1.0), "guide between these noise levels",
                                                     low=0, high=1)

@@ -97,7 +97,7 @@ class GraphedStep:
             differences = torch._foreach_sub([*model.parameters()], [*run.ema.values()])
             torch._foreach_mul_(differences, self.average_weight)
             torch._foreach_add_([*run.ema.values()], differences)
-        return dict(image=image.detach(), text=text.detach(), grad=grad_norm)
+        return dict(image_loss=image.detach(), text_loss=text.detach(), grad_norm=grad_norm)
 
     def capture(self) -> None:
         """Capture the step, after three steps in which libraries and optimizers allocate memory.

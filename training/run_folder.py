@@ -593,14 +593,16 @@ class Run:
 
     def start_row(self) -> None:
         """Empty the sums that become the next row of the log."""
-        self.sums = {}                  # of each loss and the gradient norm
+        self.sums = {}                  # of each number
         self.summed = 0                 # steps in these sums
         self.bad_samples = []           # a message about each
         self.cut_texts = 0
         self.cut_example = ""           # what the first one lost
 
     def note(self, numbers: dict[str, Tensor], batch) -> None:
-        """Add a step to the next row.  numbers: losses "image" and "text", gradient norm "grad"."""
+        """Add a step to the next row, which holds the means of its numbers.
+
+        numbers: scalars by their names in the row, the same names in each step."""
         self.sums = {name: self.sums.get(name, 0) + value for name, value in numbers.items()}
         self.summed += 1
         self.bad_samples += batch.bad_samples
@@ -614,13 +616,9 @@ class Run:
         sampling and saving counts."""
         sums = torch.stack([*self.sums.values()])
         means = dict(zip(self.sums, processes.mean(sums / self.summed).tolist()))
-        grad_norm = means.pop("grad")
         elapsed = max(time.monotonic() - self.started, 1e-6)     # some clocks stand for a while
         pace = (self.step - self.first_step) / elapsed           # steps per second
-        row = dict(step=self.step, over=self.summed)
-        for name, loss in means.items():
-            row[f"{name}_loss"] = loss
-        row["grad_norm"] = grad_norm
+        row = dict(step=self.step, over=self.summed) | means
         row["lr"] = learning_rate
         row["seconds"] = round(self.seconds_before + elapsed, 1)
         for name, amount in self.work.items():
@@ -633,8 +631,9 @@ class Run:
         path = self.out / "log.jsonl"
         with self.writing(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        losses = "  ".join(f"{name} {loss:.4f}" for name, loss in means.items())
-        lines = [f"step {self.step}/{steps}  {losses}  grad {grad_norm:.2f}  "
+        grad_norm = means.pop("grad_norm")
+        numbers = "  ".join(f"{name.removesuffix('_loss')} {x:.4f}" for name, x in means.items())
+        lines = [f"step {self.step}/{steps}  {numbers}  grad {grad_norm:.2f}  "
                  f"{progress.pace(pace, 'step')}  {progress.time_left((steps - self.step) / pace)}"]
         scores = [f"{name} {x:.4f}" for name, x in measured.items() if isinstance(x, float)]
         if scores:

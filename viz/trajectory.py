@@ -91,7 +91,8 @@ def write_reading(path: Path, parts: Parts, reading: Reading, about: dict) -> No
         return
     states = reading.states
     steps = max(1, int(states[-1][0][0]))       # 0 if `length_at` left nothing to write
-    if parts.complete(reading.config).order == "random":         # its last steps may reveal nothing
+    order = mask_diffusion.ORDERS[parts.complete(reading.config).order]
+    if order.follows_reveal_step:                                # the last steps may reveal nothing
         steps = reading.config.steps or steps
     frames = [grids.text_frame(parts.tokenizer, ids[0], int(step[0]), steps)
               for step, ids in states]

@@ -11,7 +11,7 @@ import torch
 from common.cli import UserError
 from experiments import bench, claims, full_size_gpu
 from model import PRESETS, MMDiTConfig
-from training import plan
+from training import cuda_graph, plan
 from training.config import TrainConfig, parse
 
 RANDOM_MODELS = bench.random_models
@@ -110,7 +110,11 @@ def test_the_jobs_for_a_gpu_have_flags_that_exist(tmp_path, monkeypatch):
         elif job.command[0] == "train.py":
             flags = job.command[1:]
             flags[flags.index("cuda")] = "cpu"
-            assert parse(flags).steps == 60
+            config = parse(flags)
+            assert config.steps == 60
+            if config.cuda_graph:
+                monkeypatch.setattr(cuda_graph, "choose_device", lambda name: "cuda")
+                cuda_graph.check(config)                         # raises UserError
         else:
             files = [word for word in job.command if word.endswith(".py")]
             assert files and all((full_size_gpu.ROOT / file).exists() for file in files)

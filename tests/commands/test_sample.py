@@ -249,7 +249,7 @@ def test_a_word_that_is_not_in_the_training_set_gets_a_warning(tmp_path, capsys)
 
 def test_a_question_that_begins_with_a_capital_gets_no_note(apple, capsys):
     question = "Which style is it drawn in?"
-    sample.main(["--image", str(apple), "--question", question, "--steps", "1"])
+    sample.main(["--image", str(apple), "--question", question, "--max-tokens", "1"])
     assert capsys.readouterr().err == ""
 
 
@@ -280,7 +280,7 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     (["--prompt", "a", "--guidance", "1e38"], 2, "--guidance: .*'1e38'"),
     (["--prompt", "a", "--dtype", "float8"], 2, "--dtype: .*'float8'"),
     (["--prompt", "a", "--promt", "b"], 2, "--promt; .*--prompt"),
-    (["--prompt", "a", "--solver", "ab2"], 2, "--solver: .*'ab2'.*'euler', 'heun'"),
+    (["--prompt", "a", "--solver", "sideways"], 2, "--solver: .*'sideways'.*'euler', 'heun'"),
     (["--prompt", "a", "--guidance-interval", "0.9", "0.2"], 1, "guidance interval 0.9 0.2"),
     (["--prompt", "a", "--guidance-interval", "0", "2"], 2, "--guidance-interval: .*'2'"),
     (["--prompt", "a", "--best"], 2, "--best .*--n"),
@@ -316,7 +316,9 @@ EDIT = ["--prompt", "a", "--image", "APPLE"]
     (["--image", "nowhere.png"], 1, "nowhere.png: "),
     (["--image", "README.md"], 1, "README.md: not an image"),
     ([*ONE_IMAGE, "--steps", "0"], 2, "--steps: .*'0'"),
-    ([*ONE_IMAGE, "--order", "remask"], 2, "--order: .*'remask'.*'random', 'conf"),
+    ([*ONE_IMAGE, "--order", "sideways"], 2, "--order: .*'sideways'.*'random', 'conf"),
+    ([*ONE_IMAGE, "--steps", "3"], 1, "steps 3 .*order threshold.*random or confidence"),
+    (["--text", "red [MASK]", "--order", "eb", "--steps", "3"], 1, "steps 3 .*order eb"),
     ([*ONE_IMAGE, "--image-cache", "4"], 2, "--image-cache: .*'4'.*'once', 'off'"),
     ([*ONE_IMAGE, "--order", "threshold", "--level", "1.5"], 1, "order threshold.*1.5"),
     ([*ONE_IMAGE, "--order", "random", "--level", "1"], 1, "order random.*level"),

@@ -244,7 +244,7 @@ def shots_flags(tmp_path):
     """Return flags that ask three questions with 32 examples before each."""
     file = vqa_file(tmp_path, 60)
     return ["answer", "vqav2", file, tmp_path, tmp_path / "a.jsonl", "--shots", "32", "--examples",
-            file, "--suffix", "", "--limit", "3", "--steps", "2"]
+            file, "--suffix", "", "--limit", "3", "--order", "random", "--steps", "2"]
 
 
 def test_shots_lengthen_the_prompts_of_t5(shots_flags, tmp_path, run_program, capsys):
@@ -271,12 +271,13 @@ def test_captions_are_written_and_scored(tiny_parts, tiny, photos, tmp_path, cap
     file.write_text(json.dumps(dict(
         images=[dict(id=i, file_name=f"{i}.png") for i in range(21)],
         annotations=[dict(image_id=i, id=i, caption=f"a red cat {i}") for i in range(20)])))
-    run_evaluate("answer", "captions", file, photos, out, "--checkpoint", tiny, "--steps", 3,
-                 "--dtype", "float32")
+    run_evaluate("answer", "captions", file, photos, out, "--checkpoint", tiny, "--order", "confidence",
+                 "--steps", 3, "--dtype", "float32")
     printed = capsys.readouterr().out
     assert "20 of 21" in printed and "20.png" in printed
     image = to_tensor(fit_image(read_image(photos / "4.png"), 16, 16))
-    caption, = write(tiny_parts, encode(tiny_parts, image[None]), [None], ReadConfig(steps=3))
+    config = ReadConfig(steps=3, order="confidence")
+    caption, = write(tiny_parts, encode(tiny_parts, image[None]), [None], config)
     assert read_rows(out)[4] == dict(image_id=4, caption=caption)
     write_rows(out, [dict(image_id=i, caption=f"a red cat {i}") for i in range(19)])
     run_evaluate("score", "captions", out, "--json", result)
@@ -298,3 +299,9 @@ def test_a_flag_without_its_partner_is_refused(flags, missing, run_program):
 def test_captions_have_one_file(command, run_program):
     status, error = run_program(evaluate.main, command)
     assert status == 2 and "captions" in error and "2" in error
+
+
+def test_steps_of_an_order_without_steps_are_refused(shots_flags, tiny, run_program):
+    flags = ["eb" if flag == "random" else flag for flag in shots_flags]
+    status, error = run_program(evaluate.main, [*flags, "--checkpoint", tiny])
+    assert status == 1 and "steps 2" in error and "order eb" in error

@@ -113,6 +113,14 @@ def test_times_are_logit_normal_with_a_shifted_mean(shift):
     assert abs(logit.std() - 1) < 0.02                           # 9 standard errors
 
 
+@pytest.mark.parametrize("name", flow.TIMES)
+def test_each_distribution_of_times_is_in_range_and_repeats(name):
+    t = flow.draw_times(1000, seeded(0), times=name)
+    assert t.shape == (1000,) and ((0 <= t) & (t <= 1)).all() and t.std() > 0
+    assert torch.equal(t, flow.draw_times(1000, seeded(0), times=name))
+    assert flow.draw_times(1, seeded(0), times=name).shape == (1,)
+
+
 def test_uniform_times_are_uniform():
     t = flow.draw_times(100_000, seeded(1), times="uniform")
     bins = torch.bincount((t * 20).long().clamp(max=19), minlength=20).double()
@@ -159,6 +167,16 @@ def test_solver_error_falls_with_its_order(solver, order, shift):
         assert errors[0] < 0.5 * (euler - exact_flow(noise)).abs().mean()
 
 
+@pytest.mark.parametrize("solver", flow.SOLVERS)
+def test_each_solver_converges(solver):
+    noise = draw_noise()
+    errors = []
+    for steps in (64, 128):
+        *_, (t, x, clean) = flow.walk(exact_velocity, noise, linear_grid(steps), solver)
+        errors.append(float((x - exact_flow(noise)).abs().mean()))
+    assert errors[1] < 0.6 * errors[0] < 0.02        # half the error, or less with a higher order
+
+
 def test_euler_samples_have_the_mean_and_covariance_of_the_data():
     noise = draw_noise(100_000, seed=1)
     x = flow.euler(exact_velocity, noise, flow.sigmas(100, shift=1.0).double())
@@ -180,8 +198,8 @@ def test_a_walk_evaluates_the_velocity_this_often(solver, expected):
 
 
 def test_unknown_solver_is_refused():
-    with pytest.raises(ValueError, match="rk4"):
-        next(flow.walk(exact_velocity, draw_noise(5), linear_grid(4), "rk4"))
+    with pytest.raises(ValueError, match="sideways"):
+        next(flow.walk(exact_velocity, draw_noise(5), linear_grid(4), "sideways"))
 
 
 def test_bfloat16_noise_is_walked_at_exact_times():

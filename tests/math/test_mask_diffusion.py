@@ -127,6 +127,15 @@ def test_expected_loss_of_a_prompt_is_the_conditional_likelihood():
     assert bound == pytest.approx(exact, rel=0.01)               # as without a prompt
 
 
+@pytest.mark.parametrize("name", mask_diffusion.WEIGHTS)
+def test_each_weight_is_finite_and_keeps_a_perfect_text_at_zero(name):
+    weigh = mask_diffusion.WEIGHTS[name]
+    t = mask_diffusion.draw_times(100, seeded(0))
+    weighted = weigh(torch.ones(100), t)
+    assert weighted.shape == (100,) and weighted.isfinite().all() and (weighted >= 0).all()
+    assert weighted.sum() > 0 and (weigh(torch.zeros(100), t) == 0).all()
+
+
 def test_flat_weight_equals_one_over_t_on_average():
     """With four equally likely tokens both losses are log 4 per token; a row's flat loss is 2 t
     times the other one."""
