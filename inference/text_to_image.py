@@ -35,10 +35,10 @@ class DrawConfig:
     guidance_interval: tuple[float, float] = option((0.0, 1.0), "guide between these noise levels",
                                                     low=0, high=1)
     negative_prompt: str = option("", "guide away from this, not from the empty prompt")
-    guidance: float | None = option(None, "guidance scale; 1: none (1.5; published 7)", low=0.001,
-                                    high=1000)
-    shift: float | None = option(None, "shift towards high noise (1; published 3)", low=0.001,
-                                 high=1000)
+    guidance: float | None = option(None, "guidance scale; 1: none (a run's own, or 1.5; published "
+                                    "7)", low=0.001, high=1000)
+    shift: float | None = option(None, "shift towards high noise (a run's own, or 1; published 3)",
+                                 low=0.001, high=1000)
     batch: int | None = option(None, "images drawn at once (16; published 4)", low=1, high=10**5)
     compile: bool = option(False, "compile the blocks, on a CPU with a C++ compiler; on a GPU "
                            "capture a CUDA graph")
@@ -188,7 +188,8 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
     batch_size = min(config.batch, len(jobs) or 1)
     chunk_size = batch_size if parts.keep else 16 * batch_size
     levels = noise_levels(parts, config, edit)
-    progress = Progress("drawing, steps", len(levels) * math.ceil(len(jobs) / batch_size),
+    steps = len(levels) - 1
+    progress = Progress("drawing, steps", steps * math.ceil(len(jobs) / batch_size),
                         silent=parts.silent)
     network = None
     for chunk in chunks(jobs, chunk_size):
@@ -201,7 +202,8 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
             velocity = text_velocity(network, text, len(batch), trace)
             for i, (t, x, clean) in enumerate(walk(velocity, noise, levels, config, edit)):
                 trace.add(i, t, x[:len(batch)], clean[:len(batch)])
-                progress.update(progress.done + 1)
+                if i > 0:                                        # the first state is the noise
+                    progress.update(progress.done + 1)
             finished.extend(x[:len(batch)])
         if not parts.keep:                                       # free it for the autoencoder
             network = velocity = None

@@ -211,7 +211,7 @@ def test_a_long_sampling_run_prints_its_progress(parts, monkeypatch, capsys):
     clock = iter(range(100))                                 # each call of the clock adds a second
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(parts, "silent", False)
-    text_to_image.draw(parts, [PROMPT], steps=5)                 # six states with the result
+    text_to_image.draw(parts, [PROMPT], steps=6)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2                                   # one every 2 seconds at most
     for line, parts_of_line in zip(lines, [("3/6", "1.0/s", "3 s left"), ("6/6", "0 s left")]):
