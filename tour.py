@@ -169,7 +169,7 @@ class MMDiT(nn.Module):
     def forward(self, images, ids, t):
         """images (B, 3, S, S) at noise levels t (B,), 0 for clean ones; ids (B, L)
         -> the velocity (B, 3, S, S) of the images, and logits (B, L, words)"""
-        # waves of many frequencies: from t alone, a linear layer can't tell near times apart
+        # waves of many frequencies: from t itself, a linear layer can't tell near times apart
         frequencies = 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32)
         angles = t[:, None] * frequencies                                         # (B, 32)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)

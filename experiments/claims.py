@@ -2,7 +2,7 @@
 
     python -m experiments.claims weight OUT            # the weight of the text loss, lambda
     python -m experiments.claims pretraining OUT       # Table 4: from a text-to-image model
-    python -m experiments.claims losses OUT            # 1/t, prediction, times; each loss alone
+    python -m experiments.claims losses OUT            # 1/t, prediction, times; one loss only
     python -m experiments.claims tuning OUT            # Table 5: instruction tuning, image data
     python -m experiments.claims weight out/quick --steps 20     # a quick test that it works
 
@@ -54,8 +54,8 @@ def changed(name: str, *flags: str, start: Run | None = None) -> Run:
 
 DEFAULT = changed("default")
 # as many samples as the 32 images and 16 texts of RECIPE
-IMAGE_ALONE = changed("image-alone", "--text-weight", "0", "--image-batch", "47", "--text-batch", "1")
-TEXT_ALONE = changed("text-alone", "--image-weight", "0", "--image-batch", "1", "--text-batch", "47")
+IMAGE_ONLY = changed("image-only", "--text-weight", "0", "--image-batch", "47", "--text-batch", "1")
+TEXT_ONLY = changed("text-only", "--image-weight", "0", "--image-batch", "1", "--text-batch", "47")
 CAPTIONS = Run("captions", ["--stage", "pretrain"])
 
 # instruction tuning: the texts are questions only
@@ -77,15 +77,15 @@ def tuning_runs() -> dict[str, Run]:
 CLAIMS = dict(
     weight={f"λ = {weight}": changed(f"weight-{weight}", "--text-weight", weight)
             for weight in ("0.05", "0.2", "1", "5")},
-    pretraining={"from a text-to-image model": changed("from-images", start=IMAGE_ALONE),
+    pretraining={"from a text-to-image model": changed("from-images", start=IMAGE_ONLY),
                  "from scratch": DEFAULT},
     losses={"the defaults": DEFAULT,
             "flat text weight": changed("flat", "--text-loss", "flat"),
             # the floor is for predicted images
             "velocity predicted": changed("velocity", "--predicts", "velocity", "--time-floor", "0"),
             "uniform times": changed("uniform", "--times", "uniform"),
-            "image loss alone": IMAGE_ALONE,
-            "text loss alone": TEXT_ALONE},
+            "image loss only": IMAGE_ONLY,
+            "text loss only": TEXT_ONLY},
     tuning=tuning_runs())
 
 

@@ -47,7 +47,7 @@ MUTANTS = [
            "target = noise - x\n", "target = x - noise\n", FLOW),
     Mutant("times shift the other way", "flow.py",
            "return shift * t / (1 + (shift - 1) * t)", "return t / (shift + (1 - shift) * t)", FLOW),
-    Mutant("Heun takes the second velocity alone", "flow.py", "((v + v_s) / 2)", "v_s", FLOW),
+    Mutant("Heun takes only the second velocity", "flow.py", "((v + v_s) / 2)", "v_s", FLOW),
     Mutant("Heun has no last Euler step", "flow.py", "return 2 * s >= t * (1 - 1e-6)", "return True", FLOW),
     Mutant("guidance starts at the text's velocity", "flow.py",
            "return v_null + scale", "return v_text + scale", FLOW),
