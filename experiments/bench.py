@@ -2,7 +2,7 @@
 
     python -m experiments.bench train                                        # the emoji preset, random data
     python -m experiments.bench train --preset sd3-medium --image-batch 4 --text-batch 4 --dtype bfloat16
-    python -m experiments.bench train --preset sd3-medium --image-batch 8 --text-batch 8 --grow
+    python -m experiments.bench train --preset sd3-medium --image-batch 8 --text-batch 8 --dtype bfloat16 --grow
     python -m experiments.bench sample                                       # the shipped weights
     python -m experiments.bench sample --preset sd3-medium --pixels 512 --dtype bfloat16 --n 4 --compile
 
@@ -66,7 +66,7 @@ def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Mode
     """Return a new model with random gates, so that no part has zero effect, and constant text
     states."""
     torch.manual_seed(0)
-    # a CPU draws 2 B weights in a minute, and MPS lacks the position table's float64
+    # a CPU is slow to draw 2 B weights; MPS lacks the position table's float64
     built_on = device if device.type == "cuda" else torch.device("cpu")
     with built_on:
         trainable = nn.ModuleDict(dict(mmdit=MMDiT(sizes)))

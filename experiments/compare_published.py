@@ -38,6 +38,7 @@ from transformers import T5Config, T5EncoderModel
 
 import checkpoint
 from common import cli
+from common.devices import choose_device
 from experiments.turns import compare, count_texts, machine, time_in_turns
 from inference import text_to_image
 from inference.compiled import compile_blocks
@@ -247,12 +248,12 @@ def main() -> None:
                         help="sides of the drawings (512)")
     parser.add_argument("--steps", type=cli.number(int, 2), default=16, help="of all (16)")
     parser.add_argument("--rounds", type=count, default=5, help="(5)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true",
                         help="also draw with the blocks of all sides compiled")
     args = parser.parse_args()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    device, dtype = torch.device(choose_device(args.device)), getattr(torch, args.dtype)
     pipeline, sampler = make_published(args.published.resolve(), args.size, device)
     diffusers = make_diffusers(pipeline.transformer, dtype)
     parts, t5 = make_ours(pipeline, args.pixels[0], dtype)
