@@ -188,9 +188,8 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
     batch_size = min(config.batch, len(jobs) or 1)
     chunk_size = batch_size if parts.keep else 16 * batch_size
     levels = noise_levels(parts, config, edit)
-    steps = len(levels) - 1
-    progress = Progress("drawing, steps", steps * math.ceil(len(jobs) / batch_size),
-                        silent=parts.silent)
+    batches = math.ceil(len(jobs) / batch_size)
+    progress = Progress("drawing, steps", (len(levels) - 1) * batches, silent=parts.silent)
     network = None
     for chunk in chunks(jobs, chunk_size):
         states = encode_prompts(parts, [config.negative_prompt] + [prompt for prompt, _ in chunk])
@@ -198,13 +197,14 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
         network = network or choose_network(parts, config)
         finished = []
         for batch in chunks(chunk, batch_size):
+            count = len(batch)
             text, noise = make_batch(parts, batch, batch_size, states, config)
-            velocity = text_velocity(network, text, len(batch), trace)
+            velocity = text_velocity(network, text, count, trace)
             for i, (t, x, clean) in enumerate(walk(velocity, noise, levels, config, edit)):
-                trace.add(i, t, x[:len(batch)], clean[:len(batch)])
+                trace.add(i, t, x[:count], clean[:count])
                 if i > 0:                                        # the first state is the noise
                     progress.update(progress.done + 1)
-            finished.extend(x[:len(batch)])
+            finished.extend(x[:count])
         if not parts.keep:                                       # free it for the autoencoder
             network = velocity = None
         parts.hold("vae")
