@@ -1,6 +1,6 @@
 """Dual diffusion in one file: one network learns to draw captions and to describe drawings.
 
-    python tour.py              # two or three minutes on two cores; writes tour.png
+    python tour.py              # 1.5 to 3 minutes on two cores; writes tour.png
 
 Both directions are diffusion.  Training destroys a part of the data and asks the network to restore
 it; drawing and reading start with nothing left and restore step by step.  Noise destroys images,

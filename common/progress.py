@@ -28,6 +28,10 @@ class Progress:
         self.done = 0
         self.started = self.printed = time.monotonic()
 
+    def advance(self) -> None:
+        """Count one more item."""
+        self.update(self.done + 1)
+
     def update(self, done: int, total: int | None = None) -> None:
         self.done = done
         if total is not None:

@@ -22,7 +22,6 @@ cli.interruptible(__name__)
 import argparse
 import json
 import statistics
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,8 +36,9 @@ import mask_diffusion
 import train
 from common import processes
 from common.devices import DEVICES, allow_tf32, choose_device
-from experiments.turns import machine, wait_for
+from experiments.turns import machine, time_in_turns, wait_for
 from inference import text_to_image
+from inference.compiled import compile_blocks
 from inference.image_to_text import encode, fill
 from inference.parts import EMOJI, PUBLISHED, WITH_EMBEDDING, Parts
 from model import PRESETS, MMDiT, MMDiTConfig, TokenEmbedding
@@ -52,14 +52,9 @@ from training.optimizers import make_optimizers
 
 def median_seconds(function: Callable[[], object], rounds: int, device: torch.device) -> float:
     """Return the median time of a call in seconds, after one warm-up call."""
-    seconds = []
-    for _ in range(1 + rounds):
-        wait_for(device)
-        started = time.perf_counter()
-        function()
-        wait_for(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    function()
+    times = time_in_turns(dict(call=function), rounds, device)
+    return statistics.median(times["call"])
 
 
 def random_models(sizes: MMDiTConfig, length: int, device: torch.device) -> Models:
@@ -149,9 +144,7 @@ def bench_train(config: TrainConfig, vocab_size: int | None, rounds: int, grow: 
     if config.checkpoint_activations:
         recompute_blocks(models)
     if config.compile:
-        torch._dynamo.config.recompile_limit = 64            # as training/models.py
-        for block in models.trainable["mmdit"].blocks:
-            block.compile()
+        compile_blocks(models.trainable["mmdit"], dynamic=None)
     processes.keep_memory()
     average = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
     optimizers = make_optimizers(models.trainable, config)

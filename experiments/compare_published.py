@@ -18,6 +18,7 @@ diffusers; the published loops choose their own, float16 on a GPU and float32 on
 part of the test run, since it needs packages that the project does not need.
 """
 
+import argparse
 import importlib.util
 import json
 import statistics
@@ -27,7 +28,7 @@ import types
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
+from typing import Callable, NamedTuple
 from unittest.mock import MagicMock
 
 import torch
@@ -151,11 +152,20 @@ def prompt_ids(text: str, length: int, mask_id: int) -> Tensor:
     return torch.randint(0, mask_id, (length,), generator=generator)
 
 
-def compare_drawing(pipeline, diffusers: StableDiffusion3Pipeline, parts: Parts, steps: int,
-                    rounds: int) -> dict[str, list[float]]:
+class Sides(NamedTuple):
+    """Models with the same weights."""
+    pipeline: object                    # the published one
+    sampler: object                     # of texts, the published one
+    diffusers: StableDiffusion3Pipeline
+    parts: Parts                        # ours
+    t5: nn.Module                       # ours
+
+
+def compare_drawing(sides: Sides, steps: int, rounds: int) -> dict[str, list[float]]:
     """Time drawings of one prompt with guidance, and print how much the sides differ.
 
     In float32, check that they draw the same."""
+    pipeline, diffusers, parts = sides.pipeline, sides.diffusers, sides.parts
     device = parts.device
     noise = text_to_image.draw_noise(parts, [0])
     pooled = torch.zeros(1, 2048, device=device, dtype=diffusers.transformer.dtype)
@@ -193,12 +203,12 @@ def compare_drawing(pipeline, diffusers: StableDiffusion3Pipeline, parts: Parts,
     return times
 
 
-def compare_captioning(sampler, parts: Parts, t5: nn.Module, steps: int, rounds: int
-                       ) -> dict[str, list[float]]:
+def compare_captioning(sides: Sides, steps: int, rounds: int) -> dict[str, list[float]]:
     """Time captions of one image, in random order at temperature 1, as published.
 
     Both loops skip steps that reveal nothing.  The published one also ends with an evaluation in
     case a [MASK] is left."""
+    sampler, parts = sides.sampler, sides.parts
     device = parts.device
     latents = text_to_image.draw_noise(parts, [1])
     blank = torch.full((1, LENGTH), parts.tokenizer.mask_id)
@@ -214,26 +224,33 @@ def compare_captioning(sampler, parts: Parts, t5: nn.Module, steps: int, rounds:
         return lambda: fill(parts, latents, blank, config)
     jobs = dict(published=published, ours=ours("off"), cached=ours("once"))
     for name, job in jobs.items():                               # this also warms up
-        with count_texts(sampler.text_encoder if name == "published" else t5) as counts:
+        with count_texts(sampler.text_encoder if name == "published" else sides.t5) as counts:
             job()
         print(f"{name}: {len(counts)} evaluations", file=sys.stderr)
     return time_in_turns(jobs, rounds, device)
 
 
-def report(title: str, times: dict[str, list[float]]) -> None:
-    """Print the median time of each job, and its share of the peers' times."""
+def measure(job: str, pixels: int, sides: Sides, args: argparse.Namespace) -> None:
+    """Do a job; print the median time of each side with its share of the peers' times, and all
+    times as JSON."""
+    parts = sides.parts
+    parts.height = parts.width = pixels // 8                 # of the latents, which are not decoded
+    compare_job = compare_captioning if job == "captioning" else compare_drawing
+    times = compare_job(sides, args.steps, args.rounds)
     for name, seconds in times.items():
-        line = f"{title}, {name}: {statistics.median(seconds):.3f} s"
+        line = f"{job}, {pixels} pixels, {name}: {statistics.median(seconds):.3f} s"
         for peer in ("published", "diffusers"):
             if peer in times and peer != name:
                 line += f"; / {peer} {compare(seconds, times[peer])}"
-        print(line, flush=True)
+        print(line)
+    about = dict(job=job, pixels=pixels, size=args.size, dtype=args.dtype, steps=args.steps)
+    print(json.dumps(about | machine(parts.device) | dict(seconds=times)), flush=True)
 
 
-def compile_all(pipeline, diffusers: StableDiffusion3Pipeline, parts: Parts) -> None:
+def compile_all(sides: Sides) -> None:
     """Compile the blocks of all transformers."""
-    compile_blocks(parts.mmdit)
-    for peer in (pipeline, diffusers):
+    compile_blocks(sides.parts.mmdit)
+    for peer in (sides.pipeline, sides.diffusers):
         for block in peer.transformer.transformer_blocks:
             block.compile(dynamic=False)
 
@@ -257,24 +274,17 @@ def main() -> None:
     pipeline, sampler = make_published(args.published.resolve(), args.size, device)
     diffusers = make_diffusers(pipeline.transformer, dtype)
     parts, t5 = make_ours(pipeline, args.pixels[0], dtype)
+    sides = Sides(pipeline, sampler, diffusers, parts, t5)
 
-    jobs = [("drawing", args.pixels[0]), ("captioning", args.pixels[0])]
-    jobs += [("drawing", pixels) for pixels in args.pixels[1:]]
+    first, *others = args.pixels
+    measure("drawing", first, sides, args)
+    measure("captioning", first, sides, args)
+    for pixels in others:
+        measure("drawing", pixels, sides, args)
     if args.compile:
-        jobs += [("compiled drawing", pixels) for pixels in args.pixels]
-    compiled = False
-    for job, pixels in jobs:
-        parts.height = parts.width = pixels // 8             # of the latents, which are not decoded
-        if job.startswith("compiled") and not compiled:
-            compile_all(pipeline, diffusers, parts)
-            compiled = True
-        if job == "captioning":
-            times = compare_captioning(sampler, parts, t5, args.steps, args.rounds)
-        else:
-            times = compare_drawing(pipeline, diffusers, parts, args.steps, args.rounds)
-        report(f"{job}, {pixels} pixels", times)
-        about = dict(job=job, pixels=pixels, size=args.size, dtype=args.dtype, steps=args.steps)
-        print(json.dumps(about | machine(device) | dict(seconds=times)), flush=True)
+        compile_all(sides)
+        for pixels in args.pixels:
+            measure("compiled drawing", pixels, sides, args)
 
 
 if __name__ == "__main__":

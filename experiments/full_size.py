@@ -29,7 +29,7 @@ from common import cli
 from common.cli import ROOT
 from experiments.turns import time_in_turns
 
-FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 PARTS = {"transformer": "dual_diff_release.transformer", "vae": "sd3_diffusers.vae",
          "text_encoder": "t5_xxl.text_encoder"}
 

@@ -51,7 +51,7 @@ def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int,
             job()
             wait_for(device)
             times[name].append(time.perf_counter() - started)
-            progress.update(progress.done + 1)
+            progress.advance()
     return times
 
 

@@ -1,4 +1,4 @@
-"""Make a network draw faster: compile its blocks, and on a GPU capture its kernels in a CUDA graph.
+"""Make a network faster: compile its blocks; to draw on a GPU, capture its kernels in a CUDA graph.
 
 Results then differ in rounding.  The first evaluation of each shape takes a minute.
 
@@ -12,15 +12,16 @@ from common.devices import check_compiler
 from model import MMDiT
 
 
-def compile_blocks(mmdit: MMDiT) -> None:
-    """Compile each block, once for each shape of its input.
+def compile_blocks(mmdit: MMDiT, dynamic: bool | None = False) -> None:
+    """Compile each block, for the device that the weights are on.
 
-    Raises UserError without a compiler."""
+    dynamic: False: once for each shape of its input; None: torch decides, as in training.  Raises
+    UserError without a compiler."""
     check_compiler(next(mmdit.parameters()).device)
-    # blocks are compiled for each shape, each `need`, and once more for the last block
+    # blocks are compiled for several shapes, each `need`, and once more for the last block
     torch._dynamo.config.recompile_limit = 64
     for block in mmdit.blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=dynamic)
 
 
 def fast_network(mmdit: MMDiT) -> "MMDiT | CapturedNetwork":

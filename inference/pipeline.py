@@ -90,7 +90,9 @@ class Pipeline:
         return Edit(latents, strength, mask)
 
     def caption(self, images: Images, seed: int = 0, **settings) -> list[str]:
-        """Return a caption for each image.  settings: fields of ReadConfig, such as order="random"."""
+        """Return a caption for each image.
+
+        settings: fields of ReadConfig, such as order="random"."""
         latents = self.encode(images)
         return self.write(latents, [None] * len(latents), seed, ReadConfig(**settings))
 

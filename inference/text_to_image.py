@@ -203,7 +203,7 @@ def drawings(parts: Parts, prompts: Sequence[str], seeds: Sequence[int], config:
             for i, (t, x, clean) in enumerate(walk(velocity, noise, levels, config, edit)):
                 trace.add(i, t, x[:count], clean[:count])
                 if i > 0:                                        # the first state is the noise
-                    progress.update(progress.done + 1)
+                    progress.advance()
             finished.extend(x[:count])
         if not parts.keep:                                       # free it for the autoencoder
             network = velocity = None

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune the shipped weights on a folder of your own images (photo.jpg, with its caption in
-# photo.txt), in two to ten minutes on two CPU cores.  Then draw a prompt with the result, and caption the
-# drawing.
+# photo.txt), in two to ten minutes on two CPU cores.  Then draw a prompt with the result, and
+# caption the drawing.
 #
 #   bash runs/own.sh FOLDER PROMPT [FLAG ...]        # other flags go to train.py, such as --steps 600
 set -eu

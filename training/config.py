@@ -46,7 +46,7 @@ STAGES = {
     "high-res": Stage(True,  False, 512, 256, 0.2, 768,  768, 3e-5, 1000,  80_000),
     "instruct": Stage(True,  False, 512, 128, 1.0, 512,  512, 3e-5, 1000,  50_000),
 }
-# These settings replace those of STAGES for a model of pixels, so that a first run takes about 15
+# These settings replace those of STAGES for a model of pixels, so that a first run takes 4 to 15
 # minutes of two cores.  runs/emoji.sh has the recipe of the shipped weights.
 SMALL = dict(pixels=64, text_length=28, image_batch=32, text_batch=32, lr=2.5e-3, warmup=50,
              steps=500, vocabulary="used", optimizer="muon", ema=0.999, time_shift=2.0,

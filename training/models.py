@@ -16,6 +16,7 @@ import checkpoint
 from common.cli import UserError, flag, warn
 from dataset import aspect_buckets
 from dataset.precompute import states_stamp
+from inference.compiled import compile_blocks
 from model import MMDiT, MMDiTConfig, TokenEmbedding, position_table
 from pretrained.t5 import MaskEmbedding, T5Encoder
 from pretrained.tokenizer import Tokenizer, gpt2_subset, gpt2_tokenizer
@@ -158,11 +159,9 @@ def build(config: TrainConfig, sizes: MMDiTConfig, where: dict[str, str], tokeni
         freeze_velocity_parts(mmdit)
     if config.checkpoint_activations:
         recompute_blocks(models)
-    if config.compile:
-        torch._dynamo.config.recompile_limit = 64        # variants: image, text, last block
-        for block in mmdit.blocks:
-            block.compile()
     models.trainable.to(device).train()
+    if config.compile:
+        compile_blocks(mmdit, dynamic=None)
     return models
 
 

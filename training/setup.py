@@ -47,11 +47,7 @@ def set_up(config: TrainConfig) -> Job:
 
     Checks that need no loaded weights come first.  Raises UserError."""
     rank, world, device = processes.start(config.device)
-    dtype, why = choose_dtype(config.dtype, device)
-    config = replace(config, dtype=dtype)
-    allow_tf32(device, dtype)
-    if config.compile:
-        check_compiler(device)
+    config, why = prepare_device(config, device)
     check_batches(config, world)
     base = find_base(config)
     settings = asdict(config) | dict(world=world, torch=torch.__version__)
@@ -79,6 +75,17 @@ def set_up(config: TrainConfig) -> Job:
     if rank == 0:
         print_start(job, base.family, device, why)
     return job
+
+
+def prepare_device(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, str]:
+    """Return the config with a dtype in place of "auto", and the reason for the dtype.
+
+    Raises UserError without the compiler that --compile needs."""
+    dtype, why = choose_dtype(config.dtype, device)
+    allow_tf32(device, dtype)
+    if config.compile:
+        check_compiler(device)
+    return replace(config, dtype=dtype), why
 
 
 def find_base(config: TrainConfig) -> Base:
